@@ -1,0 +1,103 @@
+"""Multi-scale deformable attention: every query looks at a few points of every feature level, around its own box.
+
+Values are the feature maps themselves, cut into heads: there is neither a value nor an output projection. The maps are
+therefore prepared once (`split_levels`) and shared by all decoder layers.
+
+Source: Zhu et al., arXiv:2010.04159, as modified in D-FINE, arXiv:2410.13842.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def split_levels(memory: Tensor, shapes: Sequence[tuple[int, int]], heads: int) -> list[Tensor]:
+    """Tokens [B, T, D] of all levels, row-major and end to end, to one map [B * heads, D / heads, h, w] per level."""
+    levels = memory.split([h * w for h, w in shapes], dim=1)
+    return [
+        tokens.transpose(1, 2).reshape(-1, memory.shape[-1] // heads, h, w)
+        for tokens, (h, w) in zip(levels, shapes, strict=True)
+    ]
+
+
+class DeformableAttention(nn.Module):
+    """Sampling points and their weights from the query; bilinear samples ("default") or nearest ones ("discrete")."""
+
+    num_points_scale: Tensor
+
+    def __init__(
+        self, dim: int, heads: int, num_points: Sequence[int], sampling: Literal["default", "discrete"] = "default"
+    ):
+        super().__init__()
+        self.heads = heads
+        self.num_points = tuple(num_points)
+        self.sampling = sampling
+        self.register_buffer("num_points_scale", torch.tensor([1 / n for n in num_points for _ in range(n)]))
+        points = sum(num_points)
+        self.sampling_offsets = nn.Linear(dim, heads * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * points)
+        self._reset_parameters()
+        if sampling == "discrete":
+            self.sampling_offsets.requires_grad_(False)
+
+    def _reset_parameters(self) -> None:
+        """Points of a head start on a ray of its own direction, one step further each."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        ray = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        ray = ray / ray.abs().amax(-1, keepdim=True)  # [heads, 2]
+        steps = torch.cat([torch.arange(1, n + 1) for n in self.num_points])
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((ray.unsqueeze(1) * steps.unsqueeze(-1)).flatten())
+
+    def forward(self, query: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor]) -> Tensor:
+        """
+        Args:
+            query: [B, Q, D].
+            reference_boxes: [B, Q, 4] cxcywh in [0, 1]; points are offset in units of half the box over the point count.
+            levels: maps [B * heads, D / heads, h, w] from `split_levels`.
+
+        Returns:
+            [B, Q, D].
+        """
+        batch, queries, dim = query.shape
+        offsets = self.sampling_offsets(query).reshape(batch, queries, self.heads, -1, 2)
+        weights = self.attention_weights(query).reshape(batch, queries, self.heads, -1).softmax(-1)
+
+        reach = self.num_points_scale.to(query.dtype).unsqueeze(-1) * reference_boxes[:, :, None, None, 2:] * 0.5
+        locations = reference_boxes[:, :, None, None, :2] + offsets * reach  # [B, Q, heads, P, 2]
+        locations = locations.transpose(1, 2).flatten(0, 1)  # [B * heads, Q, P, 2]
+        sample = _nearest if self.sampling == "discrete" else _bilinear
+        samples = torch.cat(
+            [
+                sample(level, points)
+                for level, points in zip(levels, locations.split(self.num_points, dim=2), strict=True)
+            ],
+            dim=-1,
+        )  # [B * heads, D / heads, Q, P]
+        weights = weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # [B * heads, 1, Q, P]
+        attended = (samples * weights).sum(-1)
+        return attended.reshape(batch, dim, queries).transpose(1, 2).to(query.dtype)
+
+
+def _bilinear(level: Tensor, locations: Tensor) -> Tensor:
+    """Samples at locations [b, Q, P, 2] in [0, 1], zero outside the map: [b, d, Q, P]."""
+    return F.grid_sample(
+        level, (2 * locations - 1).to(level.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+
+
+def _nearest(level: Tensor, locations: Tensor) -> Tensor:
+    """Samples by the released "discrete" rule, which lies half a cell beside the bilinear one: [b, d, Q, P]."""
+    height, width = level.shape[-2:]
+    column = (locations[..., 0] * width + 0.5).long().clamp(0, width - 1)
+    row = (locations[..., 1] * height + 0.5).long().clamp(0, height - 1)
+    flat = (row * width + column).flatten(1).unsqueeze(1)
+    picked = level.flatten(2).gather(2, flat.expand(-1, level.shape[1], -1))
+    return picked.unflatten(-1, tuple(locations.shape[1:3]))

@@ -1,0 +1,76 @@
+"""Contrastive denoising: extra queries in training, made from true boxes, that the decoder learns to put right.
+
+Positive slots hold a box whose corners moved by less than half of its side: they must find back to it. Negative slots
+moved further: they must be rejected. Groups are independent of each other and invisible to the matching queries, so inference
+is untouched.
+
+Source: DINO, arXiv:2203.03605.
+"""
+
+import torch
+from torch import Tensor
+
+from dfine_core.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from dfine_core.structures import DenoisingQueries, Targets, positive_slots
+
+
+def draw(
+    targets: Targets,
+    *,
+    num_classes: int,
+    num_queries: int,
+    num_denoising: int,
+    label_noise_ratio: float,
+    box_noise_scale: float,
+    generator: torch.Generator | None = None,
+) -> DenoisingQueries | None:
+    """Noised copies of the true boxes; None if no image has one.
+
+    Random numbers are drawn in a fixed order from `generator`, or from the global state of the targets' device.
+    """
+    most = max(targets.counts, default=0)
+    if most == 0:
+        return None
+    device = targets.boxes.device
+    groups = max(1, num_denoising // most)
+    batch, slots = len(targets.counts), 2 * most * groups
+
+    # Where every box goes: slot j of both halves of every group.
+    image, query, target = (t.to(device, non_blocking=True) for t in positive_slots(targets.counts, groups))
+    labels = torch.full((batch, slots), num_classes, dtype=torch.int64, device=device)
+    boxes = torch.zeros(batch, slots, 4, device=device)
+    for half in (query, query + most):
+        labels[image, half] = targets.labels[target]
+        boxes[image, half] = targets.boxes[target]
+    real = labels != num_classes
+    negative = (torch.arange(slots, device=device) // most) % 2 == 1
+
+    flip = torch.rand(labels.shape, generator=generator, device=device) < label_noise_ratio * 0.5
+    other = torch.randint(0, num_classes, labels.shape, generator=generator, device=device, dtype=torch.int32)
+    labels = torch.where(flip & real, other.long(), labels)
+    sign = torch.randint(0, 2, boxes.shape, generator=generator, device=device, dtype=torch.float32) * 2 - 1
+    amount = torch.rand(boxes.shape, generator=generator, device=device) + negative[:, None].float()
+
+    half_size = boxes[..., 2:].repeat(1, 1, 2) / 2
+    corners = (cxcywh_to_xyxy(boxes) + sign * amount * half_size * box_noise_scale).clamp(0, 1)
+    noised = xyxy_to_cxcywh(corners).abs()  # corners that crossed over make a box of negative size
+
+    return DenoisingQueries(
+        labels=labels,
+        reference_logits=inverse_sigmoid(noised),
+        attention_mask=blocked(slots, num_queries, group_slots=2 * most, device=device),
+        groups=groups,
+        positive_image=image,
+        positive_query=query,
+        positive_target=target,
+    )
+
+
+def blocked(slots: int, num_queries: int, *, group_slots: int, device: torch.device) -> Tensor:
+    """Who must not attend to whom, [slots + num_queries] square, True = blocked.
+
+    Denoising queries see their own group and the matching queries; matching queries see only each other.
+    """
+    group = torch.arange(slots + num_queries, device=device) // group_slots
+    group = torch.where(torch.arange(slots + num_queries, device=device) < slots, group, -1)
+    return (group.unsqueeze(1) != group.unsqueeze(0)) & (group.unsqueeze(0) >= 0)

@@ -1,0 +1,125 @@
+"""Small blocks that several parts of the network share. Attribute names follow the released state dict."""
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def fuse_conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """One convolution that equals `norm(conv(x))` in evaluation."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    fused = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        cast("tuple[int, int]", conv.kernel_size),
+        cast("tuple[int, int]", conv.stride),
+        cast("tuple[int, int]", conv.padding),
+        groups=conv.groups,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    with torch.no_grad():
+        fused.weight.copy_(conv.weight * gain.reshape(-1, 1, 1, 1))
+        cast(Tensor, fused.bias).copy_(norm.bias - norm.running_mean * gain)
+    return fused
+
+
+class ConvNorm(nn.Module):
+    """Bias-free convolution, batch norm, optional SiLU."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, groups: int = 1, silu: bool = False
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_bn_fused(x) if hasattr(self, "conv_bn_fused") else self.norm(self.conv(x))
+        return F.silu(x) if self.silu else x
+
+    def fuse(self) -> None:
+        if not hasattr(self, "conv_bn_fused"):
+            self.conv_bn_fused = fuse_conv_norm(self.conv, self.norm)
+            del self.conv, self.norm
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose four vectors are constants, for backbones trained at small batch sizes."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * gain
+        return x * gain.to(x.dtype).reshape(-1, 1, 1) + shift.to(x.dtype).reshape(-1, 1, 1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # backbone files come from ordinary batch norms
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, dims: Iterable[int]):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+    def zero_last(self) -> None:
+        """Start as the constant 0: the head adds nothing until it has learnt something."""
+        last = cast(nn.Linear, self.layers[-1])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention whose queries and keys carry a position and whose values do not."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """x, position: [B, T, D] (position may broadcast); allowed: [T, T] bool, True = may attend."""
+        dim = x.shape[-1]
+        query_key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
+        query, key = query_key.chunk(2, dim=-1)
+        value = F.linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
+        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+
+
+def bias_for_prior(probability: float = 0.01) -> float:
+    """Bias of a score head so that every class starts at this probability."""
+    return -math.log((1 - probability) / probability)

@@ -1,0 +1,148 @@
+"""Hungarian matching of all layers in one pass, and the union of their matches that GO-LSD teaches over.
+
+A *stage* is one set of predictions that is matched on its own: every decoder layer, the initial box, the encoder's choice.
+Costs of all stages and images are one tensor, which travels to the host once; assignments are solved there,
+and every index that the losses need goes back to the device in one tensor.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dfine_core.boxes import cxcywh_to_xyxy, giou
+from dfine_core.config import LossConfig
+from dfine_core.structures import Targets
+
+Indices = NDArray[np.int64]
+
+
+# Class logits [S_i, B, Q, C_i] of stages that share a set of classes, with the labels [T] of the true boxes in these classes.
+ClassGroups = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which query answers for which box: index tensors [M], or [S, M] where stages differ."""
+
+    image: Tensor
+    query: Tensor
+    target: Tensor  # into the batch's boxes
+
+    def __len__(self) -> int:
+        return self.image.shape[-1]
+
+    def expand(self, stages: int) -> "Pairs":
+        return Pairs(*(index.expand(stages, -1) for index in (self.image, self.query, self.target)))
+
+
+@dataclass(frozen=True)
+class Matches:
+    own: Pairs  # [S, M] each stage's own assignment
+    union: Pairs  # [M'] the GO union, the same for all stages; a query occurs at most once
+
+
+@torch.no_grad()
+def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: LossConfig) -> Matches:
+    """Match every stage, and unite.
+
+    Args:
+        class_groups: their stages add up to S.
+        boxes: [S, B, Q, 4] cxcywh.
+    """
+    cost = torch.cat([_class_cost(logits, labels, targets.image, config) for logits, labels in class_groups])
+    predicted = boxes[:, targets.image]  # [S, T, Q, 4]
+    truth = targets.boxes.unsqueeze(1)  # [T, 1, 4]
+    cost = cost + config.match_bbox * (predicted - truth).abs().sum(-1)
+    cost = cost - config.match_giou * giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(truth))
+    cost = cost.nan_to_num(nan=1.0)
+
+    stages, _, queries, _ = boxes.shape
+    query_of = solve(cost.cpu().numpy(), targets.counts)  # the step's one device-to-host copy
+    stage, target = np.nonzero(query_of >= 0)
+    image = np.repeat(np.arange(len(targets.counts)), targets.counts)[target]
+    own = np.stack([image, query_of[stage, target], target])
+    union = go_union(own, queries, targets.total)
+
+    indices = torch.from_numpy(np.concatenate([own, union], axis=1))
+    if boxes.is_cuda:
+        indices = indices.pin_memory()
+    indices = indices.to(boxes.device, non_blocking=True)
+    # Every stage matches min(G, Q) boxes of an image, so its pairs are as many as any other's.
+    return Matches(
+        own=Pairs(*indices[:, : own.shape[1]].reshape(3, stages, -1)),
+        union=Pairs(*indices[:, own.shape[1] :]),
+    )
+
+
+def _class_cost(logits: Tensor, labels: Tensor, image: Tensor, config: LossConfig) -> Tensor:
+    """Focal cost of calling a query by a box's class: logits [S, B, Q, C] to [S, T, Q]."""
+    p = logits[:, image, :, labels].sigmoid().transpose(0, 1)  # indices on both sides of a slice put T first
+    hit = config.match_alpha * (1 - p) ** config.match_gamma * -(p + 1e-8).log()
+    miss = (1 - config.match_alpha) * p**config.match_gamma * -(1 - p + 1e-8).log()
+    return config.match_class * (hit - miss)
+
+
+def solve(cost: NDArray[np.floating], counts: Sequence[int]) -> Indices:
+    """Assign queries to boxes, cheapest in total, for each stage and image on its own.
+
+    Args:
+        cost: [S, T, Q].
+        counts: boxes of each image, adding up to T.
+
+    Returns:
+        [S, T] the query of each box; -1 where an image has more boxes than queries and this one went without.
+    """
+    query_of = np.full(cost.shape[:2], -1, dtype=np.int64)
+    ends = np.cumsum(counts)
+    blocks = [(s, end - n, end) for s in range(len(cost)) for n, end in zip(counts, ends, strict=True) if n]
+
+    def assign(block: tuple[int, int, int]) -> None:
+        s, start, end = block
+        box, query = linear_sum_assignment(cost[s, start:end])
+        query_of[s, start + box] = query
+
+    if cost.size < 500_000:  # handing out work would cost more than it saves
+        for block in blocks:
+            assign(block)
+    else:
+        list(_threads().map(assign, blocks, chunksize=8))
+    return query_of
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="matching")
+
+
+def go_union(pairs: Indices, queries: int, total: int) -> Indices:
+    """GO: the global-optimal set of (query, box) pairs over all stages.
+
+    Stages often disagree on which query should take a box. The union lets every query that some stage chose learn that box,
+    so that layers are trained towards the same boxes; where stages give one query different boxes, the
+    pair that most stages agree on wins, and among equals the box that comes first.
+
+    Args:
+        pairs: [3, M] image, query and target of every stage's pairs.
+        queries: per image.
+        total: boxes of the batch.
+
+    Returns:
+        [3, M'] distinct pairs, sorted by image and query; each query at most once, a box any number of times.
+    """
+    image, query, target = pairs
+    slot_and_box, votes = np.unique((image * queries + query) * total + target, return_counts=True)
+    slot, box = np.divmod(slot_and_box, max(total, 1))
+    order = np.lexsort((box, -votes, slot))
+    slot, box = slot[order], box[order]
+    best = np.ones(len(slot), dtype=bool)
+    best[1:] = slot[1:] != slot[:-1]
+    slot, box = slot[best], box[best]
+    return np.stack([slot // queries, slot % queries, box])

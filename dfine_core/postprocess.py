@@ -1,0 +1,42 @@
+"""From logits and boxes to scored detections in pixels. No threshold, no non-maximum suppression."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfine_core.boxes import cxcywh_to_xyxy
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The best (query, class) pairs of every image, best first: R = number kept."""
+
+    labels: Tensor  # [B, R] int64
+    boxes: Tensor  # [B, R, 4] xyxy, pixels of the original image; may reach over its border
+    scores: Tensor  # [B, R] in [0, 1]
+
+
+def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int = 300) -> Detections:
+    """
+    Args:
+        logits: [B, Q, C].
+        boxes: [B, Q, 4] cxcywh, normalised.
+        original_sizes: [B, 2] (width, height) in pixels.
+        keep: pairs per image. A query may appear several times, with different classes.
+
+    Raises:
+        ValueError: if there are fewer than `keep` pairs.
+    """
+    _, queries, classes = logits.shape
+    if queries * classes < keep:
+        raise ValueError(f"keep ({keep}) exceeds the {queries} queries x {classes} classes there are: lower it")
+    scores, index = logits.float().sigmoid().flatten(1).topk(keep, dim=1)
+    query = torch.div(index, classes, rounding_mode="floor")
+    scale = original_sizes.to(boxes.dtype).repeat(1, 2).unsqueeze(1)
+    corners = cxcywh_to_xyxy(boxes) * scale
+    return Detections(
+        labels=index - query * classes,
+        boxes=corners.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)),
+        scores=scores,
+    )

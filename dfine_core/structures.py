@@ -1,0 +1,173 @@
+"""The plain data that travels through the detector: tensors under names.
+
+Letters: B images, Q queries, C classes, L decoder layers, N = reg_max + 1 bins, G boxes of one image, T boxes of the batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dfine_core.boxes import cxcywh_to_xyxy
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The true boxes of a batch, laid end to end in image order."""
+
+    labels: Tensor  # [T] int64
+    boxes: Tensor  # [T, 4] float32 cxcywh, normalised to the image
+    image: Tensor  # [T] int64, which image a box belongs to
+    counts: tuple[int, ...]  # boxes of each image, known without asking the device
+
+    @classmethod
+    def pack(
+        cls, targets: "Sequence[Mapping[str, Tensor]] | Targets", num_classes: int, device: torch.device
+    ) -> "Targets":
+        """From one {"labels": (G,), "boxes": (G, 4)} per image.
+
+        Values are checked while they lie on the CPU; targets that already lie on an accelerator are taken as they are, since
+        looking at them would stall it.
+
+        Raises:
+            ValueError: naming every image whose labels or boxes cannot be trained on.
+        """
+        if isinstance(targets, Targets):
+            return targets
+        problems = [p for i, target in enumerate(targets) for p in _problems(i, target, num_classes)]
+        if problems:
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            raise ValueError("targets cannot be trained on: " + "; ".join(problems[:5]) + more)
+        counts = tuple(len(target["labels"]) for target in targets)
+        labels = torch.cat([target["labels"] for target in targets]) if targets else torch.zeros(0)
+        boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets]) if targets else torch.zeros(0, 4)
+        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        return cls(
+            labels=labels.to(device, torch.int64, non_blocking=True),
+            boxes=boxes.to(device, torch.float32, non_blocking=True),
+            image=image.to(device, non_blocking=True),
+            counts=counts,
+        )
+
+    @property
+    def boxes_xyxy(self) -> Tensor:
+        return cxcywh_to_xyxy(self.boxes)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+def _problems(image: int, target: Mapping[str, Tensor], num_classes: int) -> list[str]:
+    labels, boxes = target["labels"], target["boxes"]
+    if boxes.numel() != 4 * labels.numel():
+        return [f"image {image} has {labels.numel()} labels but boxes of shape {tuple(boxes.shape)}"]
+    if labels.device.type != "cpu" or boxes.device.type != "cpu" or labels.numel() == 0:
+        return []
+    found = []
+    if labels.min() < 0 or labels.max() >= num_classes:
+        bad = labels[(labels < 0) | (labels >= num_classes)][0].item()
+        found.append(
+            f"image {image} has label {bad}, outside 0..{num_classes - 1}: give contiguous labels or raise num_classes"
+        )
+    if not torch.isfinite(boxes).all():
+        row = int((~torch.isfinite(boxes)).reshape(-1, 4).any(-1).nonzero()[0])
+        found.append(
+            f"image {image} has box {row} = {boxes.reshape(-1, 4)[row].tolist()}, which is not finite: drop it"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class QueryPredictions:
+    """What every decoder layer says about one set of queries (the matching ones, or the denoising ones)."""
+
+    logits: Tensor  # [L, B, Q, C]
+    boxes: Tensor  # [L, B, Q, 4] cxcywh
+    edge_logits: Tensor | None  # [L, B, Q, 4, N]; None with direct regression
+    initial_logits: Tensor  # [B, Q, C] of the initial box, before any distribution
+    initial_boxes: Tensor  # [B, Q, 4], with its gradient; the layers moved its detached value
+
+    def split(self, first: int) -> "tuple[QueryPredictions, QueryPredictions]":
+        """The first `first` queries, and the rest."""
+        edges = self.edge_logits
+        parts = [
+            QueryPredictions(
+                logits=self.logits[:, :, part],
+                boxes=self.boxes[:, :, part],
+                edge_logits=None if edges is None else edges[:, :, part],
+                initial_logits=self.initial_logits[:, part],
+                initial_boxes=self.initial_boxes[:, part],
+            )
+            for part in (slice(None, first), slice(first, None))
+        ]
+        return parts[0], parts[1]
+
+
+@dataclass(frozen=True)
+class DenoisingQueries:
+    """Queries made from true boxes by adding noise; the decoder learns to undo it. See `denoising.draw`.
+
+    Laid out per image as `groups` groups of 2 x G slots, G = most boxes of any image: first G near copies (positive), then G
+    far ones (negative). Slot j holds box j; slots beyond an image's boxes are padding.
+    """
+
+    labels: Tensor  # [B, Q] int64; num_classes in padding slots
+    reference_logits: Tensor  # [B, Q, 4] logit of noised cxcywh
+    attention_mask: Tensor  # [Q + num_queries] square, True = must not attend
+    groups: int
+    # Which slot answers for which box: positive slots only, [P] each
+    positive_image: Tensor
+    positive_query: Tensor
+    positive_target: Tensor  # index into the batch's boxes
+
+    @classmethod
+    def from_recorded(
+        cls,
+        labels: Tensor,
+        reference_logits: Tensor,
+        attention_mask: Tensor,
+        groups: int,
+        targets: Sequence[Mapping[str, Tensor]] | Targets,
+    ) -> Self:
+        """A group drawn elsewhere (another program, an earlier run), for the same targets."""
+        device = reference_logits.device
+        counts = targets.counts if isinstance(targets, Targets) else tuple(len(t["labels"]) for t in targets)
+        image, query, target = positive_slots(counts, int(groups))
+        return cls(
+            labels=labels.long(),
+            reference_logits=reference_logits,
+            attention_mask=attention_mask,
+            groups=int(groups),
+            positive_image=image.to(device, non_blocking=True),
+            positive_query=query.to(device, non_blocking=True),
+            positive_target=target.to(device, non_blocking=True),
+        )
+
+
+def positive_slots(counts: Sequence[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, slot and box index of every positive denoising slot: [groups * T] int64 each, on the CPU."""
+    per_image = torch.tensor(counts, dtype=torch.int64)
+    most = max(counts, default=0)
+    image = torch.arange(len(counts)).repeat_interleave(per_image)
+    first = per_image.cumsum(0) - per_image
+    target = torch.arange(int(per_image.sum()))
+    slot = target - first[image]  # the box's place within its image
+    query = (torch.arange(groups) * 2 * most).unsqueeze(1) + slot  # [groups, T]
+    return image.repeat(groups), query.flatten(), target.repeat(groups)
+
+
+@dataclass(frozen=True)
+class DetectorOutput:
+    """Detections, and in training what the loss needs besides."""
+
+    logits: Tensor  # [B, Q, C] of the last layer
+    boxes: Tensor  # [B, Q, 4] cxcywh of the last layer, normalised to the image
+    # In training only:
+    matching: QueryPredictions | None = None
+    denoising: QueryPredictions | None = None  # None if switched off; 0 queries if no image has a box
+    denoising_queries: DenoisingQueries | None = None
+    encoder_logits: Tensor | None = None  # [B, Q, C], or [B, Q, 1] with class-agnostic selection
+    encoder_boxes: Tensor | None = None  # [B, Q, 4]
