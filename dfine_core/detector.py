@@ -1,5 +1,6 @@
 """D-FINE, from images to detections: backbone, hybrid encoder, decoder."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self, cast
@@ -87,7 +88,7 @@ def _prepare_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         state_dict.pop(prefix + key, None)
     for name in ("up", "reg_scale"):
         stored = state_dict.get(f"{prefix}decoder.{name}")
-        if stored is not None and float(stored) != float(getattr(config, name)):
+        if stored is not None and not math.isclose(float(stored), getattr(config, name), rel_tol=1e-6):
             raise ValueError(
                 f"the weights were made with {name} = {float(stored):g}, this model has {getattr(config, name):g}:"
                 f" build it with {name}={float(stored):g}, or re-bin the weights with dfine_core.rebinning"

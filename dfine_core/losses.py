@@ -26,11 +26,11 @@ def varifocal_loss(
 
     Source: Zhang et al., arXiv:2008.13367.
     """
+    truth = ious.detach().to(logits.dtype)
     weight = alpha * logits.detach().sigmoid() ** gamma
-    as_background = weight * F.softplus(logits)  # softplus(z) is the cross-entropy of z towards 0
-    z, y = logits[index], ious.detach().to(logits.dtype)
-    correction = y * F.binary_cross_entropy_with_logits(z, y, reduction="none") - weight[index] * F.softplus(z)
-    return as_background.sum((1, 2, 3)) + correction.sum(1)
+    weight[index] = truth
+    # The cross-entropy of z towards y is softplus(z) - y z, and y is 0 almost everywhere.
+    return (weight * F.softplus(logits)).sum((1, 2, 3)) - (truth**2 * logits[index]).sum(1)
 
 
 def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,12 +54,10 @@ def fine_grained_localization_loss(edge_logits: Tensor, target_offsets: Tensor, 
     Source: D-FINE, arXiv:2410.13842, equation 6.
     """
     left, toward_right = bracketing_bins(target_offsets, bins)  # [M, 4]
-    nll = -F.log_softmax(edge_logits, dim=-1)
-    left = left.unsqueeze(-1).expand(*edge_logits.shape[:-1], 1)
-    nll_left = nll.gather(-1, left).squeeze(-1)  # [S, M, 4]
-    nll_right = nll.gather(-1, left + 1).squeeze(-1)
-    per_edge = torch.lerp(nll_left, nll_right, toward_right.expand_as(nll_left))
-    return (per_edge * ious.detach().unsqueeze(-1)).sum((1, 2))
+    bracket = torch.stack([left, left + 1], dim=-1).expand(*edge_logits.shape[:-1], 2)
+    share = torch.stack([1 - toward_right, toward_right], dim=-1)
+    log_likelihood = (F.log_softmax(edge_logits, dim=-1).gather(-1, bracket) * share).sum(-1)  # [S, M, 4]
+    return -(log_likelihood * ious.detach().unsqueeze(-1)).sum((1, 2))
 
 
 def decoupled_distillation_focal_loss(

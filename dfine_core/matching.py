@@ -21,6 +21,8 @@ from dfine_core.boxes import cxcywh_to_xyxy, giou
 from dfine_core.config import LossConfig
 from dfine_core.structures import Targets
 
+THREADS = min(8, os.cpu_count() or 1)  # for assignments
+
 Indices = NDArray[np.int64]
 
 
@@ -57,13 +59,7 @@ def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: Lo
         class_groups: their stages add up to S.
         boxes: [S, B, Q, 4] cxcywh.
     """
-    cost = torch.cat([_class_cost(logits, labels, targets.image, config) for logits, labels in class_groups])
-    predicted = boxes[:, targets.image]  # [S, T, Q, 4]
-    truth = targets.boxes.unsqueeze(1)  # [T, 1, 4]
-    cost = cost + config.match_bbox * (predicted - truth).abs().sum(-1)
-    cost = cost - config.match_giou * giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(truth))
-    cost = cost.nan_to_num(nan=1.0)
-
+    cost = matching_cost(class_groups, boxes, targets, config)
     stages, _, queries, _ = boxes.shape
     query_of = solve(cost.cpu().numpy(), targets.counts)  # the step's one device-to-host copy
     stage, target = np.nonzero(query_of >= 0)
@@ -80,6 +76,21 @@ def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: Lo
         own=Pairs(*indices[:, : own.shape[1]].reshape(3, stages, -1)),
         union=Pairs(*indices[:, own.shape[1] :]),
     )
+
+
+@torch.no_grad()
+def matching_cost(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: LossConfig) -> Tensor:
+    """What it would cost to let a query answer for a box: [S, T, Q], finite. Arguments as of `match`."""
+
+    def of_own_image(x: Tensor) -> Tensor:
+        """[S, B, Q, 4] to [S, T, Q, 4], each coordinate a plane of its own: the elementwise work below runs along planes."""
+        return x.movedim(-1, 0).index_select(2, targets.image).movedim(0, -1)
+
+    cost = torch.cat([_class_cost(logits, labels, targets.image, config) for logits, labels in class_groups])
+    l1 = (of_own_image(boxes) - targets.boxes.unsqueeze(1)).abs().sum(-1)
+    overlap = giou(of_own_image(cxcywh_to_xyxy(boxes)), targets.boxes_xyxy.unsqueeze(1))
+    cost = cost + config.match_bbox * l1 - config.match_giou * overlap
+    return cost.nan_to_num(nan=1.0)
 
 
 def _class_cost(logits: Tensor, labels: Tensor, image: Tensor, config: LossConfig) -> Tensor:
@@ -104,22 +115,21 @@ def solve(cost: NDArray[np.floating], counts: Sequence[int]) -> Indices:
     ends = np.cumsum(counts)
     blocks = [(s, end - n, end) for s in range(len(cost)) for n, end in zip(counts, ends, strict=True) if n]
 
-    def assign(block: tuple[int, int, int]) -> None:
-        s, start, end = block
-        box, query = linear_sum_assignment(cost[s, start:end])
-        query_of[s, start + box] = query
+    def assign(some: Sequence[tuple[int, int, int]]) -> None:
+        for s, start, end in some:
+            box, query = linear_sum_assignment(cost[s, start:end])
+            query_of[s, start + box] = query
 
     if cost.size < 500_000:  # handing out work would cost more than it saves
-        for block in blocks:
-            assign(block)
-    else:
-        list(_threads().map(assign, blocks, chunksize=8))
+        assign(blocks)
+    else:  # SciPy lets go of the interpreter lock while it solves
+        list(_threads().map(assign, [blocks[i::THREADS] for i in range(THREADS)]))
     return query_of
 
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="matching")
+    return ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="matching")
 
 
 def go_union(pairs: Indices, queries: int, total: int) -> Indices:

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch starts: tests must not depend on the machine's width
+# Before torch starts: tests must not depend on the machine's width, and idle threads must leave the cores to other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -1,0 +1,107 @@
+"""Parameter groups against the published membership, learning rate and averages against their formulas."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dfine_core import Detector, ModelConfig
+from dfine_core.ema import ExponentialMovingAverage, ema_decay
+from dfine_core.optim import OptimizerConfig, learning_rate_factor, make_optimizer, parameter_groups
+
+# Tensors and numbers per group as the released code forms them: backbone, no_decay, rest.
+PUBLISHED_GROUPS = {
+    "n": [(186, 1_850_396), (151, 16_015), (91, 1_916_280)],
+    "s": [(186, 1_850_396), (191, 38_135), (111, 8_433_344)],
+    "m": [(262, 6_026_626), (242, 52_780), (140, 13_510_656)],
+    "l": [(75, 13_482_752), (220, 39_936), (274, 17_696_534)],
+    "x": [(125, 33_206_400), (226, 56_576), (277, 29_333_142)],
+}
+
+
+@pytest.mark.parametrize("variant", list(PUBLISHED_GROUPS))
+def test_released_groups_have_the_published_members(variant: str) -> None:
+    with torch.device("meta"):
+        detector = Detector(ModelConfig.variant(variant))
+    groups = parameter_groups(detector, OptimizerConfig.for_variant(variant))
+    assert [g["name"] for g in groups] == ["backbone", "no_decay", "rest"]
+    assert [(len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups] == PUBLISHED_GROUPS[variant]
+
+
+@pytest.mark.parametrize("mode", ["released", "fixed"])
+def test_every_trainable_parameter_is_in_exactly_one_group(mode: str) -> None:
+    detector = Detector(ModelConfig.variant("s", num_classes=3))
+    groups = parameter_groups(detector, OptimizerConfig.for_variant("s", groups=mode))
+    grouped = [id(p) for g in groups for p in g["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in detector.parameters() if p.requires_grad}
+
+
+def test_fixed_groups_spare_the_backbones_norms() -> None:
+    detector = Detector(ModelConfig.variant("s", num_classes=3))
+    groups = {g["name"]: g for g in parameter_groups(detector, OptimizerConfig.for_variant("s", groups="fixed"))}
+    spared = {id(p) for p in groups["backbone_no_decay"]["params"]}
+    stem = detector.backbone.stem.stem1
+    assert {id(stem.bn.weight), id(stem.bn.bias), id(stem.lab.scale), id(stem.lab.bias)} <= spared
+    assert id(stem.conv.weight) not in spared
+    assert groups["backbone_no_decay"]["weight_decay"] == 0
+
+
+def test_a_step_moves_the_backbone_at_its_own_rate() -> None:
+    detector = Detector(ModelConfig.variant("n", num_classes=2))
+    optimizer = make_optimizer(detector, OptimizerConfig(lr=1e-2, backbone_lr=1e-4, weight_decay=0.0))
+    before = {name: p.detach().clone() for name, p in detector.named_parameters()}
+    for p in detector.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in detector.named_parameters()}
+    assert moved["backbone.stem.stem1.conv.weight"] == pytest.approx(1e-4, rel=1e-3)  # AdamW's first step is the rate
+    assert moved["encoder.input_proj.0.conv.weight"] == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_the_learning_rate_warms_up_and_stays() -> None:
+    assert learning_rate_factor(0) == pytest.approx(1 / 500)
+    assert learning_rate_factor(249) == pytest.approx(0.5)
+    assert [learning_rate_factor(step) for step in (499, 500, 10**6)] == [1, 1, 1]
+    assert learning_rate_factor(0, warmup_steps=0) == 1
+
+
+def test_a_cosine_tail_ends_where_it_should() -> None:
+    tail = [learning_rate_factor(s, warmup_steps=10, total_steps=110, final_factor=0.1) for s in (10, 60, 110, 500)]
+    assert tail == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+def test_the_decay_is_the_published_function_of_the_update() -> None:
+    published = {1: 0.001, 1000: 0.632, 5000: 0.993}
+    for update, value in published.items():
+        assert ema_decay(update, 0.9999, 1000) == pytest.approx(value, abs=5e-4)
+    assert ema_decay(1, 0.9999, 0) == 0.9999
+
+
+def test_averages_equal_a_plain_loop_and_survive_saving() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    average = ExponentialMovingAverage(model, decay=0.9, warmup_steps=5)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    for update in range(1, 8):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(2, 3, 4, 4))
+        decay = 0.9 * (1 - math.exp(-update / 5))
+        for key, value in model.state_dict().items():
+            if value.dtype.is_floating_point:
+                expected[key] = decay * expected[key] + (1 - decay) * value
+        average.update(model)
+    for key, value in average.module.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    assert average.module.state_dict()["1.num_batches_tracked"] == 0  # counters are not averaged
+
+    resumed = ExponentialMovingAverage(copy.deepcopy(model), decay=0.9, warmup_steps=5)
+    resumed.load_state_dict(average.state_dict())
+    average.update(model)
+    resumed.update(model)
+    for a, b in zip(average.module.state_dict().values(), resumed.module.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
