@@ -30,7 +30,7 @@ from dfine_core.boxes import cxcywh_to_xyxy, iou
 from dfine_core.config import ModelConfig
 from dfine_core.distribution import true_offsets, weighting_function
 from dfine_core.matching import ClassGroups, Pairs, match
-from dfine_core.structures import DetectorOutput, QueryPredictions, Targets
+from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions, Targets
 
 
 @dataclass(frozen=True)
@@ -82,26 +82,23 @@ class Criterion(nn.Module):
         terms = self._class_terms(class_groups, boxes, targets, found.own, normalizers.boxes, stages)
         terms |= self._box_terms(boxes, targets, found.union, normalizers.pairs, stages)
         terms |= self._edge_terms(queries, targets, found.union, normalizers.pairs, balance, layers)
-        if output.denoising is None:
+        if output.denoising is None or output.denoising_queries is None:
             return terms
-        return terms | self._denoising_terms(output, output.denoising, targets, normalizers, balance)
+        return terms | self._denoising_terms(
+            output.denoising, output.denoising_queries, targets, normalizers.boxes, balance
+        )
 
     def _denoising_terms(
         self,
-        output: DetectorOutput,
         queries: QueryPredictions,
+        drawn: DenoisingQueries,
         targets: Targets,
-        normalizers: Normalizers,
+        num_boxes: Tensor,
         balance: tuple[float, float],
     ) -> dict[str, Tensor]:
         """The same losses on the denoising queries; all 0 when the batch has no box to make them from."""
-        drawn = output.denoising_queries
-        if drawn is None:
-            nobody = torch.zeros(0, dtype=torch.int64, device=targets.boxes.device)
-            pairs, norm = Pairs(nobody, nobody, nobody), torch.ones_like(normalizers.boxes)
-        else:
-            pairs = Pairs(drawn.positive_image, drawn.positive_query, drawn.positive_target)
-            norm = normalizers.boxes * drawn.groups
+        pairs = Pairs(drawn.positive_image, drawn.positive_query, drawn.positive_target)
+        norm = num_boxes * drawn.groups
         logits, boxes = self._stages(queries)
         layers = [f"_dn_{i}" for i in range(len(queries.logits))]
         stages = [*layers, "_dn_pre"]

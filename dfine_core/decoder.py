@@ -170,9 +170,9 @@ class Decoder(nn.Module):
             noised = self.denoising_class_embed(denoising.labels).to(content.dtype)
             content = torch.cat([noised, content], dim=1)
             reference_logits = torch.cat([denoising.reference_logits, reference_logits], dim=1)
-            allowed = ~denoising.attention_mask
+            allowed = ~denoising.attention_mask if denoising.labels.shape[1] else None
         elif self.training:
-            # Every parameter takes part in every step, or a rank without objects would stall the others.
+            # Every parameter takes part in every step, or DistributedDataParallel would wait for its gradient.
             content = content + 0 * self.denoising_class_embed.weight.sum()
 
         levels = split_levels(memory, shapes, self.config.decoder_heads)
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
             logits=matching.logits[-1],
             boxes=matching.boxes[-1],
             matching=matching,
-            denoising=noised_part,
+            denoising=None if denoising is None else noised_part,
             denoising_queries=denoising,
             encoder_logits=encoder_logits,
             encoder_boxes=encoder_boxes,

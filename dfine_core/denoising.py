@@ -23,16 +23,14 @@ def draw(
     label_noise_ratio: float,
     box_noise_scale: float,
     generator: torch.Generator | None = None,
-) -> DenoisingQueries | None:
-    """Noised copies of the true boxes; None if no image has one.
+) -> DenoisingQueries:
+    """Noised copies of the true boxes; of no queries if no image has a box.
 
     Random numbers are drawn in a fixed order from `generator`, or from the global state of the targets' device.
     """
     most = max(targets.counts, default=0)
-    if most == 0:
-        return None
     device = targets.boxes.device
-    groups = max(1, num_denoising // most)
+    groups = max(1, num_denoising // max(1, most))
     batch, slots = len(targets.counts), 2 * most * groups
 
     # Where every box goes: slot j of both halves of every group.
@@ -43,7 +41,7 @@ def draw(
         labels[image, half] = targets.labels[target]
         boxes[image, half] = targets.boxes[target]
     real = labels != num_classes
-    negative = (torch.arange(slots, device=device) // most) % 2 == 1
+    negative = (torch.arange(slots, device=device) // max(1, most)) % 2 == 1
 
     flip = torch.rand(labels.shape, generator=generator, device=device) < label_noise_ratio * 0.5
     other = torch.randint(0, num_classes, labels.shape, generator=generator, device=device, dtype=torch.int32)
@@ -58,7 +56,7 @@ def draw(
     return DenoisingQueries(
         labels=labels,
         reference_logits=inverse_sigmoid(noised),
-        attention_mask=blocked(slots, num_queries, group_slots=2 * most, device=device),
+        attention_mask=blocked(slots, num_queries, group_slots=max(1, 2 * most), device=device),
         groups=groups,
         positive_image=image,
         positive_query=query,

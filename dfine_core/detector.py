@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -53,15 +52,15 @@ class Detector(nn.Module):
         problems = self.config.size_problems(*images.shape[-2:])
         if problems:
             raise ValueError(problems[0].replace("input_size", "images of size"))
-        queries, denoised = None, False
+        queries = None
         if self.training and targets is not None and denoising is not False and self.config.num_denoising > 0:
-            queries, denoised = denoising or self._draw_denoising(targets, images.device, generator), True
+            queries = denoising or self._draw_denoising(targets, images.device, generator)
         output: DetectorOutput = self.decoder(self.encoder(self.backbone(images)), queries, every_layer)
-        return output if denoised else replace(output, denoising=None)
+        return output
 
     def _draw_denoising(
         self, targets: Sequence[Mapping[str, Tensor]] | Targets, device: torch.device, generator: torch.Generator | None
-    ) -> DenoisingQueries | None:
+    ) -> DenoisingQueries:
         config = self.config
         return contrastive.draw(
             Targets.pack(targets, config.num_classes, device),

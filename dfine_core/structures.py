@@ -167,7 +167,7 @@ class DetectorOutput:
     boxes: Tensor  # [B, Q, 4] cxcywh of the last layer, normalised to the image
     # In training only:
     matching: QueryPredictions | None = None
-    denoising: QueryPredictions | None = None  # None if switched off; 0 queries if no image has a box
+    denoising: QueryPredictions | None = None  # None if switched off
     denoising_queries: DenoisingQueries | None = None
     encoder_logits: Tensor | None = None  # [B, Q, C], or [B, Q, 1] with class-agnostic selection
     encoder_boxes: Tensor | None = None  # [B, Q, 4]

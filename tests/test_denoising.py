@@ -12,7 +12,7 @@ from tests import recorded
 CPU = torch.device("cpu")
 
 
-def noised(counts: list[int], seed: int = 0, num_denoising: int = 100) -> tuple[Targets, DenoisingQueries | None]:
+def noised(counts: list[int], seed: int = 0, num_denoising: int = 100) -> tuple[Targets, DenoisingQueries]:
     packed = Targets.pack(recorded.targets(counts, 5, seed), 5, CPU)
     generator = torch.Generator().manual_seed(seed)
     group = draw(
@@ -79,8 +79,11 @@ def test_attention_is_blocked_between_groups_and_towards_noise() -> None:
             assert bool(mask[query, key]) == blocked
 
 
-def test_a_batch_without_boxes_has_no_group() -> None:
-    assert noised([0, 0])[1] is None
+def test_a_batch_without_boxes_has_a_group_of_nobody() -> None:
+    group = noised([0, 0])[1]
+    assert group.labels.shape == (2, 0)
+    assert group.reference_logits.shape == (2, 0, 4)
+    assert not group.attention_mask.any()
 
 
 def test_a_published_group_has_our_layout() -> None:
