@@ -26,7 +26,7 @@ from dfine_core.optim import OptimizerConfig, learning_rate_factor, make_optimiz
 
 NAMES = ("disc", "square", "triangle")
 COLOURS = ("tab:red", "tab:blue", "tab:green")
-SIZE = 160
+SIZE = 128
 
 
 def draw_picture(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,7 +36,7 @@ def draw_picture(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     labels, boxes = [], []
     for _ in range(random.integers(2, 5)):
-        label, half = int(random.integers(len(NAMES))), random.uniform(12, 32)
+        label, half = int(random.integers(len(NAMES))), random.uniform(10, 28)
         cx, cy = random.uniform(half, SIZE - half, 2)
         dx, dy = np.abs(x - cx), np.abs(y - cy)
         inside = (
@@ -138,9 +138,9 @@ def main(argv: list[str] | None = None) -> float:
 
     matplotlib.use("Agg")
     torch.manual_seed(0)
-    drawn = [draw_picture(seed) for seed in range(8)]
+    drawn = [draw_picture(seed) for seed in range(6)]
     images, targets = torch.stack([image for image, _ in drawn]), [target for _, target in drawn]
-    detector = Detector(ModelConfig.variant("n", num_classes=len(NAMES), input_size=(SIZE, SIZE), num_queries=60))
+    detector = Detector(ModelConfig.variant("n", num_classes=len(NAMES), input_size=(SIZE, SIZE), num_queries=50))
     started = time.perf_counter()
     learn(detector, images, targets, args.steps)
     logits, boxes = picture(detector, images, args.out)

@@ -1,0 +1,214 @@
+"""Images per second of one core: the released augmentation beside ours, and the parts of ours.
+
+    python -m benchmarks.augment                     images are drawn
+    python -m benchmarks.augment --images train2017 --annotations instances_train2017.json
+
+The released chain is torchvision v2 on Pillow in the released order, up to the resized uint8 image; the conversion to
+float is left out of both. Ours is shown without and with the photometric part, which belongs to the training device.
+Times are CPU seconds of one thread; rounds of all rows alternate and each row shows its fastest.
+"""
+
+import argparse
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from pipeline.data.augment import (
+    AugmentSettings,
+    Sample,
+    augmented_sample,
+    draw_photometric,
+    draw_view,
+    keyed_generator,
+    plain_sample,
+)
+from pipeline.data.decode import View, crop_and_place, decode_rgb
+from pipeline.data.photometric import photometric_distort
+
+CANVAS = (640, 640)
+SETTINGS = AugmentSettings()
+RELEASED = "released chain: torchvision v2 on Pillow"
+
+
+@dataclass(frozen=True)
+class Annotated:
+    image_id: int
+    encoded: bytes
+    width: int
+    height: int
+    boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels
+    labels: NDArray[np.int64]  # [G]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of a COCO set")
+    parser.add_argument("--annotations", type=Path, help="its instances file")
+    parser.add_argument("--limit", type=int, default=100, help="images to use")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(argv)
+    if (args.images is None) != (args.annotations is None):
+        parser.error("--images and --annotations go together")
+    torch.set_num_threads(1)
+
+    images = coco_images(args.images, args.annotations, args.limit) if args.images else drawn_images(args.limit)
+    kilobytes = np.mean([len(image.encoded) for image in images]) / 1000
+    width, height = np.mean([(image.width, image.height) for image in images], axis=0)
+    print(f"{len(images)} images, on average {kilobytes:.0f} kB and {width:.0f}x{height:.0f} pixels, to {CANVAS}\n")
+    print_table(fastest_seconds(rows(), images, args.rounds))
+
+
+def rows() -> dict[str, Callable[[Annotated], object]]:
+    """What is timed, one image at a time."""
+    released = v2.Compose(released_transforms(CANVAS))
+    return {
+        RELEASED: lambda image: released(*released_inputs(image)),
+        "ours: decode, draws, resampling": augmented,
+        "ours with the photometric part on this CPU": lambda image: distorted(augmented(image)),
+        "    draws": drawn_view,
+        "    decode": lambda image: decode_rgb(image.encoded, image.width, image.height),
+        "    draws, scaled decode": drawn_pixels,
+        "    draws, scaled decode, resampling": placed,
+        "released evaluation": lambda image: released_inputs(image)[0].resize(CANVAS[::-1], Image.Resampling.BILINEAR),
+        "our evaluation": lambda image: plain_sample(
+            image.encoded, image.width, image.height, image.boxes, image.labels, canvas=CANVAS
+        ),
+    }
+
+
+def fastest_seconds(
+    timed: dict[str, Callable[[Annotated], object]], images: list[Annotated], rounds: int
+) -> dict[str, float]:
+    """CPU seconds for one image."""
+    seconds = dict.fromkeys(timed, float("inf"))
+    for _ in range(rounds):
+        for name, process in timed.items():
+            started = time.process_time()
+            for image in images:
+                process(image)
+            seconds[name] = min(seconds[name], (time.process_time() - started) / len(images))
+    return seconds
+
+
+def print_table(seconds: dict[str, float]) -> None:
+    print(f"{'one core':45}{'images/s':>9}{'ms/image':>10}{'x released':>12}")
+    for name, value in seconds.items():
+        print(f"{name:45}{1 / value:9.1f}{value * 1000:10.2f}{seconds[RELEASED] / value:12.2f}")
+
+
+def released_transforms(canvas: tuple[int, int]) -> list[torch.nn.Module]:
+    """The released recipe as torchvision has it, for (image, boxes, labels)."""
+    return [
+        v2.RandomPhotometricDistort(p=0.5),
+        v2.RandomZoomOut(fill=0),
+        v2.RandomApply([v2.RandomIoUCrop()], p=0.8),
+        v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda inputs: inputs[2]),
+        v2.RandomHorizontalFlip(),
+        v2.Resize(canvas),
+        v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda inputs: inputs[2]),
+    ]
+
+
+def released_inputs(image: Annotated) -> tuple[Image.Image, tv_tensors.BoundingBoxes, torch.Tensor]:
+    boxes = tv_tensors.BoundingBoxes(
+        torch.from_numpy(image.boxes),
+        format=tv_tensors.BoundingBoxFormat.XYXY,
+        canvas_size=(image.height, image.width),
+    )
+    return Image.open(io.BytesIO(image.encoded)).convert("RGB"), boxes, torch.from_numpy(image.labels)
+
+
+def augmented(image: Annotated) -> Sample:
+    return augmented_sample(
+        image.encoded,
+        image.width,
+        image.height,
+        image.boxes,
+        image.labels,
+        seed=0,
+        epoch=0,
+        image_id=image.image_id,
+        settings=SETTINGS,
+        canvas=CANVAS,
+    )
+
+
+def distorted(sample: Sample) -> torch.Tensor:
+    image = torch.from_numpy(sample.image).permute(2, 0, 1).unsqueeze(0).float() / 255
+    return photometric_distort(image, torch.from_numpy(sample.photometric).unsqueeze(0))
+
+
+def drawn_view(image: Annotated) -> View:
+    generator = keyed_generator("image", 0, 0, image.image_id)
+    draw_photometric(generator, SETTINGS)
+    return draw_view(generator, image.boxes, image.width, image.height, SETTINGS, CANVAS)[0]
+
+
+def drawn_pixels(image: Annotated) -> tuple[NDArray[np.uint8], View]:
+    view = drawn_view(image)
+    return decode_rgb(image.encoded, image.width, image.height, view.divisor), view
+
+
+def placed(image: Annotated) -> NDArray[np.uint8]:
+    pixels, view = drawn_pixels(image)
+    return crop_and_place(pixels, view, CANVAS, view.divisor)
+
+
+def coco_images(folder: Path, annotations: Path, limit: int) -> list[Annotated]:
+    content = json.loads(annotations.read_text())
+    boxes: dict[int, list[list[float]]] = {}
+    for annotation in content["annotations"]:
+        if not annotation["iscrowd"]:
+            left, top, width, height = annotation["bbox"]
+            boxes.setdefault(annotation["image_id"], []).append([left, top, left + width, top + height])
+    return [
+        Annotated(
+            image_id=image["id"],
+            encoded=(folder / image["file_name"]).read_bytes(),
+            width=image["width"],
+            height=image["height"],
+            boxes=np.array(boxes.get(image["id"], []), np.float32).reshape(-1, 4),
+            labels=np.zeros(len(boxes.get(image["id"], [])), np.int64),
+        )
+        for image in content["images"][:limit]
+    ]
+
+
+def drawn_images(count: int, width: int = 640, height: int = 480) -> list[Annotated]:
+    """Smooth noise with as much detail as a photograph has bytes (about 100 kB), and a few boxes."""
+    random = np.random.default_rng(0)
+    images = []
+    for image_id in range(count):
+        layers = [random.integers(0, 256, (height // step, width // step, 3), np.uint8) for step in (2, 8, 40)]
+        stretched = [np.asarray(Image.fromarray(layer).resize((width, height)), np.float32) for layer in layers]
+        pixels = np.average(stretched, axis=0, weights=(1, 2, 4)).astype(np.uint8)
+        corners = random.uniform(0, 0.7, (7, 2))
+        boxes = np.concatenate([corners, corners + random.uniform(0.02, 0.3, (7, 2))], axis=1) * np.array(
+            [width, height] * 2
+        )
+        images.append(
+            Annotated(
+                image_id=image_id,
+                encoded=simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="420"),
+                width=width,
+                height=height,
+                boxes=boxes.astype(np.float32),
+                labels=np.zeros(len(boxes), np.int64),
+            )
+        )
+    return images
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Pixels: an encoded image to RGB, and a part of it to its place on the canvas, resampled once.
+
+JPEG goes through simplejpeg, whose pixels equal Pillow's; everything else goes through Pillow. Where far fewer pixels
+are wanted, an image is decoded at 1/2, 1/4 or 1/8 of its size.
+
+EXIF orientation is ignored, as in COCO: width, height and boxes of an annotation are those of the stored pixels. An
+image whose stored size is not the annotated one is refused rather than trained on askew.
+"""
+
+import io
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+# Images are decoded in many tasks or threads at once; OpenCV's own threads would only compete with them.
+cv2.setNumThreads(1)
+
+PIXEL_LIMIT = 89_478_485  # Pillow's own: 256 MiB as RGB. Read from the header, so before any pixel is decoded
+
+
+class UndecodableImage(ValueError):
+    """An image that cannot be used: broken, too large, of an unknown kind, or not of its annotated size."""
+
+
+class Rectangle(NamedTuple):
+    """Whole pixels; right and bottom are exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+
+class View(NamedTuple):
+    """The whole geometry of one picture: the part of an image that is seen, and where."""
+
+    source: Rectangle  # in pixels of the image, within it
+    region: (
+        Rectangle  # of the canvas, filled with `source`, stretched and perhaps flipped; the rest of the canvas is zero
+    )
+    flip: bool  # left to right
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels of the canvas to one of the image, along x and y."""
+        return self.region.width / self.source.width, self.region.height / self.source.height
+
+    @property
+    def divisor(self) -> int:
+        """1, 2, 4 or 8: how much smaller to decode. Two decoded pixels remain to each one of the canvas, so that it is
+        still the resampling filter that shapes the result."""
+        shrink = 1 / max(self.scale)
+        return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or shrink >= 2 * divisor)
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """Width and height in stored pixels, read from the header.
+
+    Raises:
+        UndecodableImage: not an image, or more than `PIXEL_LIMIT` pixels.
+    """
+    width, height = _jpeg_size(encoded) or _opened(encoded).size
+    if width * height > PIXEL_LIMIT:
+        raise UndecodableImage(f"{width}x{height} pixels exceed the limit of {PIXEL_LIMIT}; shrink it beforehand")
+    return width, height
+
+
+def decode_rgb(encoded: bytes, width: int, height: int, divisor: int = 1) -> NDArray[np.uint8]:
+    """Pixels of an image that was annotated as width x height.
+
+    Grey levels become grey colours, 16-bit levels lose their lower byte, an alpha channel is dropped.
+
+    Args:
+        divisor: 1, 2, 4 or 8; neighbouring pixels are averaged in blocks of that size.
+
+    Returns:
+        [ceil(height / divisor), ceil(width / divisor), 3]
+
+    Raises:
+        UndecodableImage: with the reason.
+    """
+    stored = image_size(encoded)
+    if stored != (width, height):
+        hint = " (EXIF orientation is not applied)" if stored == (height, width) else ""
+        raise UndecodableImage(f"stored as {stored[0]}x{stored[1]} but annotated as {width}x{height}{hint}")
+    if _jpeg_size(encoded):
+        try:
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+                encoded, "RGB", min_width=-(-width // divisor), min_height=-(-height // divisor)
+            )
+            return pixels
+        except ValueError:
+            pass  # raised for all that libjpeg warns about: Pillow reads what is merely untidy and names what is broken
+    return _decoded_by_pillow(encoded, divisor)
+
+
+def crop_and_place(
+    pixels: NDArray[np.uint8], view: View, canvas: tuple[int, int], divisor: int = 1
+) -> NDArray[np.uint8]:
+    """The view of an image: cut out, resampled once with antialiasing, flipped, and set on a canvas of zeros.
+
+    Bilinear, as the released recipe's Pillow resize. Along an axis that shrinks, a Gaussian comes first in place of
+    Pillow's wider triangle: 46 to 51 dB from Pillow on photographs, at a third of its time.
+
+    Args:
+        pixels: [ceil(h / divisor), ceil(w / divisor), 3] the image as it was decoded.
+        canvas: height and width.
+
+    Returns:
+        [*canvas, 3]
+    """
+    region = view.region
+    left, top, right, bottom = (round(edge / divisor) for edge in view.source)
+    part = pixels[top:bottom, left:right]
+    sigma_x = _antialias_sigma(part.shape[1] / region.width)
+    sigma_y = _antialias_sigma(part.shape[0] / region.height)
+    if sigma_x or sigma_y:
+        part = _blurred(part, sigma_x, sigma_y)
+    placed = np.asarray(cv2.resize(part, (region.width, region.height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    if view.flip:
+        placed = np.asarray(cv2.flip(placed, 1), np.uint8)
+    if placed.shape[:2] == canvas:
+        return placed
+    image = np.zeros((*canvas, 3), np.uint8)
+    image[region.top : region.bottom, region.left : region.right] = placed
+    return image
+
+
+def stretch(pixels: NDArray[np.uint8], canvas: tuple[int, int]) -> NDArray[np.uint8]:
+    """[*canvas, 3] the whole image through Pillow's antialiased bilinear filter, as in the released evaluation."""
+    height, width = canvas
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _antialias_sigma(shrink: float) -> float:
+    """In pixels of the source. Pillow's triangle of half-width `shrink` has a variance of shrink^2 / 6; interpolating
+    between neighbours afterwards adds about 0.5 / 6."""
+    return float(np.sqrt((shrink**2 - 0.5) / 6)) if shrink > 1 else 0.0
+
+
+def _blurred(pixels: NDArray[np.uint8], sigma_x: float, sigma_y: float) -> NDArray[np.uint8]:
+    tiny = 1e-3  # a kernel of one pixel; OpenCV takes 0 for "as along the other axis"
+    sigmas = max(sigma_x, tiny), max(sigma_y, tiny)
+    kernel_size = (0, 0)  # chosen from sigma
+    blurred = cv2.GaussianBlur(pixels, kernel_size, sigmas[0], sigmaY=sigmas[1], borderType=cv2.BORDER_REPLICATE)
+    return np.asarray(blurred, np.uint8)
+
+
+def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG that simplejpeg reads as Pillow does; None for CMYK and for all that is no JPEG."""
+    if not encoded.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colourspace, _ = simplejpeg.decode_jpeg_header(encoded, strict=False)
+    except (ValueError, KeyError):  # KeyError: of a subsampling that simplejpeg has no name for
+        return None
+    return (width, height) if colourspace in ("YCbCr", "Gray", "RGB") else None
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except Exception as error:  # each of Pillow's formats raises errors of its own
+        raise UndecodableImage(f"not a readable image: {error}") from error
+
+
+def _decoded_by_pillow(encoded: bytes, divisor: int) -> NDArray[np.uint8]:
+    image = _opened(encoded)
+    if image.mode in ("I", "F"):
+        raise UndecodableImage(f"{image.format} of mode {image.mode}, levels of unknown range; convert to 8 or 16 bits")
+    try:
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns when a palette loses its transparency on the way to RGB
+        return np.asarray(image.convert("RGB").reduce(divisor))
+    except Exception as error:
+        raise UndecodableImage(f"broken {image.format}: {error}") from error

@@ -1,0 +1,168 @@
+"""Which rows make which step: the order of samples as arithmetic on the row counts of a manifest.
+
+One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and their rows laid end to
+end; that sequence is cut into windows and the rows of each window are shuffled. Global step k of the epoch is the rows at
+positions k * global_batch to (k + 1) * global_batch; what remains after the last whole step is dropped.
+
+A window takes no notice of where row groups end, so it shares at most one with each neighbour: reading it touches about
+window_rows / group_rows + 1 groups. Nothing here depends on the number of workers; a window costs O(window_rows).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEFAULT_WINDOW_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a shard set, in order."""
+
+    group: NDArray[np.int64]  # [n] row group, counted through all shards of the manifest
+    row: NDArray[np.int64]  # [n] row within its group
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """A permutation of all rows, of which any stretch can be had without computing the rest."""
+
+    groups: NDArray[np.int64]  # [G] row groups, in the order in which they are laid end to end
+    ends: NDArray[np.int64]  # [G] position behind the last row of each
+    window_rows: int
+    key: tuple[int, int] | None  # of the shuffle within windows; None leaves the rows in order
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """The rows at positions start to stop."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"positions {start} to {stop} do not lie within the {len(self)} rows of the epoch")
+        first, last = start // self.window_rows, -(-stop // self.window_rows)
+        laid = np.concatenate([self._window(w) for w in range(first, last)] or [np.zeros(0, np.int64)])
+        offset = first * self.window_rows
+        laid = laid[start - offset : stop - offset]
+        place = np.searchsorted(self.ends, laid, side="right")
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return Rows(group=self.groups[place], row=laid - starts[place])
+
+    def _window(self, window: int) -> NDArray[np.int64]:
+        start = window * self.window_rows
+        laid = np.arange(start, min(start + self.window_rows, len(self)), dtype=np.int64)
+        return laid if self.key is None else laid[_permutation(len(laid), self.key, stream=1 + window)]
+
+
+def shuffled_order(
+    row_groups: Sequence[int] | NDArray[np.int64], *, seed: int, epoch: int, window_rows: int
+) -> RowOrder:
+    """The order of one training epoch.
+
+    Args:
+        row_groups: [G] rows of each row group, through all shards in the manifest's order.
+        window_rows: length of the stretches within which rows are shuffled.
+    """
+    counts = np.asarray(row_groups, np.int64)
+    groups = _permutation(len(counts), (seed, epoch), stream=0)
+    return RowOrder(groups, np.cumsum(counts[groups]), window_rows, key=(seed, epoch))
+
+
+def file_order(row_groups: Sequence[int] | NDArray[np.int64], *, window_rows: int) -> RowOrder:
+    """Every row in the order in which it is stored."""
+    counts = np.asarray(row_groups, np.int64)
+    return RowOrder(np.arange(len(counts)), np.cumsum(counts), window_rows, key=None)
+
+
+def _permutation(length: int, key: tuple[int, int], stream: int) -> NDArray[np.int64]:
+    """Made of the generator's raw words, which numpy keeps stable between versions, as it does not `permutation`."""
+    words = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, stream]).random_raw(length)
+    return np.argsort(words, kind="stable")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps that one task reads, all of one epoch and within one shuffling window."""
+
+    epoch: int
+    first_step: int  # counted from the start of the training, not of the epoch
+    stop_step: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Steps cut into micro-batches; micro-batch m of a step belongs to worker m % world_size."""
+
+    row_groups: NDArray[np.int64]  # [G] rows of each row group
+    global_batch: int  # images per step, over all workers
+    micro_batch: int  # images that a worker holds at a time
+    seed: int | None  # of the shuffle; None, for evaluation: file order, and the incomplete last step is kept
+    window_rows: int = DEFAULT_WINDOW_ROWS
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.global_batch < 1 or self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}, both > 0"
+            )
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"an epoch of {self.num_rows} images has no step of global_batch={self.global_batch}: make it smaller"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_groups.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, remainder = divmod(self.num_rows, self.global_batch)
+        return whole + (self.seed is None and remainder > 0)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step, over all workers."""
+        return self.global_batch // self.micro_batch
+
+    @property
+    def steps_per_window(self) -> int:
+        return max(1, round(self.window_rows / self.global_batch))
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one step that each of `world_size` workers goes through."""
+        count, remainder = divmod(self.micro_batches, world_size)
+        if remainder:
+            raise ValueError(
+                f"{world_size} workers cannot share the {self.micro_batches} micro-batches of a step evenly"
+                f" (global_batch={self.global_batch}, micro_batch={self.micro_batch}): change one of these, or the"
+                " number of workers"
+            )
+        return count
+
+    def epoch_order(self, epoch: int) -> RowOrder:
+        window_rows = self.steps_per_window * self.global_batch  # whole steps, so that no step needs two windows
+        if self.seed is None:
+            return file_order(self.row_groups, window_rows=window_rows)
+        return shuffled_order(self.row_groups, seed=self.seed, epoch=epoch, window_rows=window_rows)
+
+    def windows(self, start_step: int, stop_step: int) -> Iterator[Window]:
+        """Cuts steps start to stop where a window or an epoch ends."""
+        step = start_step
+        while step < stop_step:
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            window_end = step - step_of_epoch % self.steps_per_window + self.steps_per_window
+            stop = min(window_end, (epoch + 1) * self.steps_per_epoch, stop_step)
+            yield Window(epoch, step, stop)
+            step = stop
+
+    def rows(self, window: Window) -> Rows:
+        """[steps * global_batch] rows of a window's steps; fewer where evaluation's last step is incomplete."""
+        first_of_epoch = window.epoch * self.steps_per_epoch
+        start = (window.first_step - first_of_epoch) * self.global_batch
+        stop = (window.stop_step - first_of_epoch) * self.global_batch
+        return self.epoch_order(window.epoch).rows(start, min(stop, self.num_rows))

@@ -1,0 +1,103 @@
+"""One row of a shard: an encoded image with its boxes, in memory and as Parquet.
+
+Boxes are kept as they were annotated: they may reach over the edge of the image, and crowd regions stay. Training clips
+and drops them, evaluation needs them unchanged.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+SHARD_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image", pa.binary()),  # the encoded file, JPEG as a rule
+        ("boxes", pa.list_(pa.float32())),  # flat [4G], xyxy in pixels
+        ("labels", pa.list_(pa.int32())),  # [G], 0..K-1
+        ("areas", pa.list_(pa.float32())),  # [G] px^2 as annotated: that of the mask where there is one
+        ("crowd", pa.list_(pa.bool_())),  # [G], regions to ignore
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An encoded image of width x height pixels with G boxes; the arrays are those of `SHARD_SCHEMA`."""
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    image: bytes
+    boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels
+    labels: NDArray[np.int32]  # [G]
+    areas: NDArray[np.float32]  # [G] px^2
+    crowd: NDArray[np.bool_]  # [G]
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        shapes = [self.boxes.shape, self.labels.shape, self.areas.shape, self.crowd.shape]
+        if shapes != [(count, 4), (count,), (count,), (count,)]:
+            raise ValueError(
+                f"{self.file_name}: boxes, labels, areas and crowd have shapes {shapes}; expected [G, 4] and [G]"
+            )
+
+
+def table_from_records(records: Sequence[ImageRecord]) -> pa.Table:
+    """Rows of a shard, one per record, in the same order."""
+    columns = [
+        pa.array([record.image_id for record in records], pa.int64()),
+        pa.array([record.file_name for record in records], pa.string()),
+        pa.array([record.width for record in records], pa.int32()),
+        pa.array([record.height for record in records], pa.int32()),
+        pa.array([record.image for record in records], pa.binary()),
+        pa.array([record.boxes.ravel() for record in records], pa.list_(pa.float32())),
+        pa.array([record.labels for record in records], pa.list_(pa.int32())),
+        pa.array([record.areas for record in records], pa.list_(pa.float32())),
+        pa.array([record.crowd for record in records], pa.list_(pa.bool_())),
+    ]
+    return pa.Table.from_arrays(columns, schema=SHARD_SCHEMA)
+
+
+def records_from_table(table: pa.Table) -> Iterator[ImageRecord]:
+    """The rows of a shard, or of a part of it."""
+    for row in table.select(SHARD_SCHEMA.names).to_pylist():
+        yield ImageRecord(
+            image_id=row["image_id"],
+            file_name=row["file_name"],
+            width=row["width"],
+            height=row["height"],
+            image=row["image"],
+            boxes=np.asarray(row["boxes"], np.float32).reshape(-1, 4),
+            labels=np.asarray(row["labels"], np.int32),
+            areas=np.asarray(row["areas"], np.float32),
+            crowd=np.asarray(row["crowd"], np.bool_),
+        )
+
+
+class Rejection(NamedTuple):
+    """An image or a box that was left out of the shards; a row of `rejected.parquet`."""
+
+    image_id: int | None
+    file_name: str | None
+    kind: Literal["image", "box"]  # a rejected box leaves its image in
+    reason: str  # a few words, the same for all cases of one kind
+    detail: str
+
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("kind", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)

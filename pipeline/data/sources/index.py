@@ -1,0 +1,174 @@
+"""What every source turns into: an index on disk of images and boxes, without pixels.
+
+Annotation files come in any order and any size, shards need one order and little memory. So a source streams its images
+and boxes into SQLite, which sorts them on disk: memory stays the same for a thousand annotations and for thirty million
+(`benchmarks/prepare.py` measures it).
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+from pipeline.data.manifest import Category
+from pipeline.data.records import Rejection
+
+CACHE_MIB = 32  # of SQLite, and one run of its sort on disk
+
+
+class SourceError(ValueError):
+    """A source that cannot be read as what it was said to be."""
+
+
+class ImageEntry(NamedTuple):
+    """An image as its source describes it; `uri` is what `image_files.read_file` reads.
+
+    Where the source tells no size, width and height are None, and boxes and areas are fractions of the image.
+    """
+
+    image_id: int
+    uri: str
+    file_name: str
+    width: int | None
+    height: int | None
+
+
+class BoxEntry(NamedTuple):
+    """A box of an image, xyxy; `annotation_id` is that of the source, None where it has none."""
+
+    image_id: int
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    label: int
+    area: float
+    crowd: bool
+    annotation_id: int | None = None
+
+
+class AnnotationIndex:
+    """Images and boxes in a SQLite file of its own, read back in the order of the shards.
+
+    The file lies in the folder for temporary files (TMPDIR), takes about 200 bytes per image and 70 per box, twice that
+    while they are sorted, and is gone with its process.
+
+    Args:
+        seed: of the order. Images are sorted by a hash of (seed, image id), so each image finds its place by itself.
+        shuffle: False sorts them by id instead.
+    """
+
+    def __init__(self, *, seed: int = 0, shuffle: bool = True) -> None:
+        self._hash_key = seed.to_bytes(8, "little")
+        self._order = "hash, image_id" if shuffle else "image_id"
+        self._db = sqlite3.connect("", isolation_level=None)  # an empty name is SQLite's for a temporary file
+        self._db.executescript(
+            f"""
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+            PRAGMA temp_store = FILE; PRAGMA cache_size = -{CACHE_MIB * 1024};
+            CREATE TABLE images (image_id INTEGER PRIMARY KEY, uri, file_name, width, height, hash INTEGER);
+            CREATE TABLE boxes (
+                image_id INTEGER, x1 REAL, y1 REAL, x2 REAL, y2 REAL, label, area REAL, crowd, annotation_id
+            );
+            CREATE TABLE rejected (image_id, file_name, kind, reason, detail);
+            BEGIN;
+            """
+        )
+
+    def add_images(self, entries: Iterable[ImageEntry]) -> None:
+        """Raises SourceError where two images have the same id."""
+        entry: ImageEntry | None = None
+
+        def rows() -> Iterator[tuple[object, ...]]:
+            nonlocal entry
+            for entry in entries:
+                yield (*entry, self._hash(entry.image_id))
+
+        try:
+            self._db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows())
+        except sqlite3.IntegrityError:
+            assert entry is not None
+            raise SourceError(
+                f"image id {entry.image_id} occurs twice, the second time for {entry.file_name}; ids must be unique"
+            ) from None
+
+    def add_boxes(self, entries: Iterable[BoxEntry]) -> None:
+        self._db.executemany("INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
+
+    def reject(self, rejection: Rejection) -> None:
+        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", rejection)
+
+    def finish(self) -> int:
+        """Reject boxes of images that are not there; the number of images.
+
+        Raises:
+            SourceError: two annotations have the same id, which a file merged from several would show.
+        """
+        twice = "SELECT annotation_id, COUNT(*) FROM boxes WHERE annotation_id NOT NULL GROUP BY 1 HAVING COUNT(*) > 1"
+        if (repeated := self._db.execute(f"{twice} LIMIT 1").fetchone()) is not None:
+            raise SourceError(
+                f"annotation id {repeated[0]} occurs {repeated[1]} times; ids must be unique, renumber them"
+            )
+        self._db.execute(
+            """
+            INSERT INTO rejected
+            SELECT image_id, NULL, 'box', 'unknown image', 'annotation ' || IFNULL(annotation_id, '?') FROM boxes
+            WHERE image_id NOT IN (SELECT image_id FROM images)
+            """
+        )
+        return int(self._db.execute("SELECT COUNT(*) FROM images").fetchone()[0])
+
+    def rejected(self) -> Iterator[Rejection]:
+        """What was left out, with the file's name wherever the image is known."""
+        query = """
+            SELECT image_id, IFNULL(rejected.file_name, images.file_name), kind, reason, detail
+            FROM rejected LEFT JOIN images USING (image_id) ORDER BY rejected.rowid
+        """
+        return (Rejection(*row) for row in self._db.execute(query))
+
+    def sample(self, count: int) -> list[ImageEntry]:
+        """Up to `count` images, drawn evenly."""
+        query = "SELECT image_id, uri, file_name, width, height FROM images ORDER BY hash, image_id LIMIT ?"
+        return [ImageEntry(*row) for row in self._db.execute(query, (count,))]
+
+    def ordered(self) -> Iterator[tuple[ImageEntry, list[BoxEntry]]]:
+        """Every image with its boxes, in the order of the shards."""
+        images = self._db.execute(f"SELECT image_id, uri, file_name, width, height FROM images ORDER BY {self._order}")
+        boxes = self._db.execute(
+            f"SELECT boxes.* FROM boxes JOIN images USING (image_id) ORDER BY {self._order}, boxes.rowid"
+        )
+        by_image = groupby((BoxEntry(*row) for row in boxes), key=itemgetter(0))
+        next_id, group = next(by_image, (None, iter(())))
+        for row in images:
+            entry = ImageEntry(*row)
+            if entry.image_id == next_id:
+                yield entry, list(group)
+                next_id, group = next(by_image, (None, iter(())))
+            else:
+                yield entry, []
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _hash(self, image_id: int) -> int:
+        digest = hashlib.blake2b(image_id.to_bytes(8, "little", signed=True), digest_size=8, key=self._hash_key)
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A detection data set, ready to be read.
+
+    Attributes:
+        description: goes into the manifest. Equal inputs have equal descriptions wherever they lie: names and hashes of
+            what was read, no paths.
+        fill: streams images and boxes into an index and returns the categories.
+    """
+
+    description: dict[str, JsonValue]
+    fill: Callable[[AnnotationIndex], tuple[Category, ...]]

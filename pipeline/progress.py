@@ -1,0 +1,74 @@
+"""How far a long command is: a bar in a terminal, a line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LOG_SECONDS = 10.0  # between two lines in a log
+
+
+class Progress:
+    """Counts things, and shows their rate and the time left on stderr.
+
+    Args:
+        initial: things that were there before; they count as done, not towards the rate.
+        delay: seconds before anything is shown, so that short work stays silent.
+    """
+
+    def __init__(self, name: str, *, total: int, unit: str, initial: int = 0, delay: float = 0.0) -> None:
+        self._name, self._total, self._unit, self._initial = name, total, unit, initial
+        self._done, self._note = initial, ""
+        self._started_at = time.monotonic()
+        self._next_line_at = self._started_at + max(delay, LOG_SECONDS)
+        self._silent = delay > 0  # until the first line
+        self._bar = tqdm(
+            desc=name,
+            total=total,
+            initial=initial,
+            unit=unit,
+            unit_scale=unit == "B",
+            delay=delay,
+            disable=None,  # in a log
+        )
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started_at
+
+    def advance(self, count: int, note: str = "") -> None:
+        """`count` more are done; `note` stands at the end of the line."""
+        self._done += count
+        self._note = note
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(count)
+        if self._bar.disable and time.monotonic() >= self._next_line_at:
+            self._print_line()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._bar.disable and not self._silent:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._next_line_at = time.monotonic() + LOG_SECONDS
+        self._silent = False
+        line = tqdm.format_meter(
+            self._done,
+            self._total,
+            self.seconds,
+            prefix=self._name,
+            unit=self._unit,
+            unit_scale=self._unit == "B",
+            initial=self._initial,
+            postfix=self._note,
+            bar_format="{desc}: {n_fmt}/{total_fmt}, {percentage:.0f}%, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}",
+        )
+        print(line, file=sys.stderr, flush=True)
