@@ -68,6 +68,17 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
     assert batch.replaced == ()
 
 
+def test_mixing_that_was_asked_for_happens_until_the_clean_epochs() -> None:
+    records = drawn_records(4)
+    mixup = Augmentation(3, AugmentSettings(mixup_probability=1), strong_epochs=2)
+    mixed = replace(TRAINING, augmentation=mixup)
+    alone, joined = batch_of(records), batch_of(records, mixed)
+    assert len(joined.labels) > len(alone.labels)  # the boxes of both pictures count
+    assert all(a <= b for a, b in zip(alone.counts, joined.counts, strict=True))
+    assert not torch.equal(alone.images, joined.images)
+    assert torch.equal(batch_of(records, epoch=2).images, batch_of(records, mixed, epoch=2).images)
+
+
 def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> None:
     record = replace(
         drawn_records(1)[0],

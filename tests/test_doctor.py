@@ -136,15 +136,23 @@ def test_classes_sizes_and_empty_images_are_those_that_a_loop_counts(tmp_path: P
     assert "class-empty" not in serious(report)
 
 
-def test_a_flipped_byte_is_found_by_its_hash(shards: ShardSet) -> None:
-    path = Path(shards.shard_uri(1))
+def flip(path: Path, inside: bytes) -> str:
+    """Flip the highest bit of the byte in the middle of `inside`; the new SHA-256."""
     content = bytearray(path.read_bytes())
-    image = drawn_records(ROWS)[SHARD_ROWS].image
-    content[content.index(image) + len(image) // 2] ^= 1
+    content[content.index(inside) + len(inside) // 2] ^= 0x80
     path.write_bytes(content)
-    finding = only(examine([shards]), "shard-hash")
-    assert [example.shard for example in finding.examples] == ["part-00012.parquet"]
-    assert hashlib.sha256(content).hexdigest() in finding.examples[0].detail
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("column", ["image", "file_name"])
+def test_a_flipped_bit_is_found_by_its_hash(shards: ShardSet, column: str) -> None:
+    value = pq.read_table(shards.shard_uri(1))[column][0].as_py()
+    sha256 = flip(Path(shards.shard_uri(1)), value if column == "image" else value.encode())
+    report = examine([shards])
+    (example,) = only(report, "shard-hash").examples
+    assert example.shard == "part-00012.parquet"
+    assert sha256 in example.detail
+    assert report.splits[0].images_counted == ROWS  # the rows are looked at all the same
 
 
 def cut_off(row: Row) -> None:

@@ -94,6 +94,7 @@ def check_rows(rows: pa.Table, place: Place, *, num_classes: int, decode: bool) 
         rows: [I] of SHARD_SCHEMA, their values unchecked.
         decode: decode every image; otherwise only its header is read.
     """
+    rows = rows.set_column(rows.column_names.index("file_name"), "file_name", _readable(rows["file_name"]))
     found = _Found(rows, place, np.arange(len(rows)))
     incomplete = _lacks_a_value(rows)
     lengths = {name: pc.fill_null(pc.list_value_length(rows[name]), 0).to_numpy() for name in LISTS}
@@ -131,7 +132,7 @@ class _Found:
     def __init__(self, rows: pa.Table, place: Place, rows_of_group: NDArray[Any], tally: Tally | None = None) -> None:
         self.tally = tally or Tally()
         self.numbers = rows_of_group + place.first_row  # [I] in the shard
-        self.names = _file_names(rows)
+        self.names: pa.StringArray = rows["file_name"].combine_chunks()
         self._image_ids = rows["image_id"].to_pylist()
         self._place = place
 
@@ -153,20 +154,21 @@ class _Found:
         which = np.flatnonzero(where)
         if magnitude is not None:
             which = which[np.argsort(-magnitude[which], kind="stable")]
-        examples = [
-            Example(
-                split=self._place.split,
-                shard=self._place.file,
-                row=int(self.numbers[i]),
-                image_id=self._image_ids[i],
-                file_name=self.names[i].as_py(),
-                box=None if image is None else case - int(np.searchsorted(image, i)),
-                detail=detail(case),
-                magnitude=0.0 if magnitude is None else float(magnitude[case]),
+        examples = []
+        for case in which[:EXAMPLES].tolist():
+            i = case if image is None else int(image[case])
+            examples.append(
+                Example(
+                    split=self._place.split,
+                    shard=self._place.file,
+                    row=int(self.numbers[i]),
+                    image_id=self._image_ids[i],
+                    file_name=self.names[i].as_py(),
+                    box=None if image is None else case - int(np.searchsorted(image, i)),
+                    detail=detail(case),
+                    magnitude=0.0 if magnitude is None else float(magnitude[case]),
+                )
             )
-            for case in which[:EXAMPLES].tolist()
-            for i in [case if image is None else int(image[case])]
-        ]
         self.tally.add(code, examples, len(which))
 
 
@@ -182,10 +184,9 @@ def _lacks_a_value(rows: pa.Table) -> NDArray[np.bool_]:
     return lacking
 
 
-def _file_names(rows: pa.Table) -> pa.StringArray:
-    """[I]; a damaged name need not be UTF-8."""
-    encoded = rows["file_name"].cast(pa.binary()).to_pylist()
-    return pa.array([name and name.decode(errors="replace") for name in encoded], pa.string())
+def _readable(names: pa.ChunkedArray) -> pa.StringArray:
+    """A damaged name need not be UTF-8."""
+    return pa.array([name and name.decode(errors="replace") for name in names.cast("binary").to_pylist()], pa.string())
 
 
 def _check_images(rows: pa.Table, found: _Found, decode: bool) -> None:

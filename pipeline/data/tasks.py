@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.augment import AugmentSettings, Sample, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.decode import UndecodableImage
+from pipeline.data.mixing import mixed_batch
+from pipeline.data.mixing import mixed_batch
 from pipeline.data.plan import BatchPlan, Rows, Window
 from pipeline.data.reader import ROW, RowGroups, read_row_groups, take_rows
 from pipeline.data.records import ImageRecord, records_from_table
@@ -97,34 +99,39 @@ def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     """
     rows = encoded.column("rows").chunk(0).flatten()
     records = list(records_from_table(pa.Table.from_struct_array(rows)))
-    images = np.zeros((settings.micro_batch, *settings.canvas, 3), np.uint8)
-    samples: dict[int, Sample] = {}  # by place in the micro-batch
+    epoch = encoded.column("epoch")[0].as_py()
+    decoded: dict[int, Sample] = {}  # by place in the micro-batch
     failures: dict[int, str] = {}
     for place, record in enumerate(records):
         try:
-            samples[place] = _sample(record, encoded.column("epoch")[0].as_py(), settings)
+            decoded[place] = _sample(record, epoch, settings)
         except UndecodableImage as error:
             failures[place] = f"{record.file_name}: {error}"
-        else:
-            images[place] = samples[place].image
-    if failures and (settings.augmentation is None or not samples):
+    if failures and (settings.augmentation is None or not decoded):
         named = "; ".join(f"image {records[place].image_id}, {why}" for place, why in failures.items())
         raise UndecodableImage(f"{named}; `python -m jobs.doctor` lists such images, `jobs.prepare` leaves them out")
-    chosen = [_next_decoded(place, samples, len(records)) for place in range(len(records))]
-    for place in failures:
-        images[place] = images[chosen[place]]
-    padding = [identity_photometric()] * (settings.micro_batch - len(records))
+
+    places = [_next_decoded(place, decoded, len(records)) for place in range(len(records))]
+    image_ids = [records[place].image_id for place in places]
+    samples = [decoded[place] for place in places]
+    if settings.augmentation is not None:
+        seed, strength = settings.augmentation.seed, settings.augmentation.of_epoch(epoch)
+        samples = mixed_batch(samples, image_ids, seed=seed, epoch=epoch, settings=strength)
+    images = np.zeros((settings.micro_batch, *settings.canvas, 3), np.uint8)
+    for image, sample in zip(images, samples, strict=False):
+        image[:] = sample.image
+    padding = [identity_photometric()] * (settings.micro_batch - len(samples))
     return _one_row(
         DECODED_SCHEMA,
         step=encoded.column("step")[0],
         micro_batch=encoded.column("micro_batch")[0],
         images=images.reshape(-1),
-        photometric=np.concatenate([*(samples[c].photometric for c in chosen), *padding]),
-        image_id=[records[c].image_id for c in chosen],
-        orig_size=[side for c in chosen for side in (records[c].width, records[c].height)],
-        counts=[len(samples[c].labels) for c in chosen],
-        boxes=_joined([samples[c].boxes for c in chosen], np.float32),
-        labels=_joined([samples[c].labels for c in chosen], np.int64),
+        photometric=np.concatenate([*(sample.photometric for sample in samples), *padding]),
+        image_id=image_ids,
+        orig_size=[side for place in places for side in (records[place].width, records[place].height)],
+        counts=[len(sample.labels) for sample in samples],
+        boxes=_joined([sample.boxes for sample in samples], np.float32),
+        labels=_joined([sample.labels for sample in samples], np.int64),
         replaced_id=[records[place].image_id for place in failures],
         replaced_why=list(failures.values()),
     )
@@ -145,8 +152,8 @@ def _sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample
     )
 
 
-def _next_decoded(place: int, samples: dict[int, Sample], count: int) -> int:
-    return next(p % count for p in range(place, place + count) if p % count in samples)
+def _next_decoded(place: int, decoded: dict[int, Sample], count: int) -> int:
+    return next(p % count for p in range(place, place + count) if p % count in decoded)
 
 
 def _joined(arrays: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
