@@ -120,7 +120,7 @@ def _predictions(
     }
 
 
-def _draw(config: ModelConfig, targets: list[dict[str, Tensor]], generator: torch.Generator) -> DenoisingQueries | None:
+def _draw(config: ModelConfig, targets: list[dict[str, Tensor]], generator: torch.Generator) -> DenoisingQueries:
     return denoising.draw(
         Targets.pack(targets, config.num_classes, torch.device("cpu")),
         num_classes=config.num_classes,

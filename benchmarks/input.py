@@ -119,22 +119,22 @@ class MicroBatches(IterableDataset[Batch]):
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the images."""
+    """One pass over the images; the rates are those after the first batch."""
 
-    images_per_second: float  # after the first batch
-    cpu_ms_per_image: float  # of this process and all its descendants; other programs on the machine do not change it
+    images_per_second: float
+    cpu_ms_per_image: float  # of this process and its descendants; other programs on the machine change it little
     first_batch: float  # seconds
 
 
 def timed_pass(batches: Iterable[Batch], micro_batch: int) -> Pass:
-    started, cpu_started = time.perf_counter(), cpu_seconds()
-    first, count = 0.0, 0
-    for count, batch in enumerate(batches, start=1):
+    started = time.perf_counter()
+    ends, cpu = [], []
+    for batch in batches:
         batch.images.max()  # reads every pixel once, as a copy to a device would
-        first = first or time.perf_counter()
-    images = micro_batch * (count - 1)
-    cpu_ms = 1000 * (cpu_seconds() - cpu_started) / (images + micro_batch)
-    return Pass(images / (time.perf_counter() - first), cpu_ms, first - started)
+        ends.append(time.perf_counter())
+        cpu.append(cpu_seconds())
+    images = micro_batch * (len(ends) - 1)
+    return Pass(images / (ends[-1] - ends[0]), 1000 * (cpu[-1] - cpu[0]) / images, ends[0] - started)
 
 
 def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, processes: int, rounds: int) -> None:
@@ -245,12 +245,12 @@ def bytes_read() -> int:
 
 
 def print_memory(shards: ShardSet, settings: StreamSettings, images: int) -> None:
-    samples: list[tuple[float, float, float]] = []  # MiB of this process, of all processes, of the object store
-    every = max(1, images // settings.micro_batch // 20)
     stop = images // settings.micro_batch
-    for batch in training_stream(shards, settings, start_step=0, stop_step=stop):
-        if batch.step % every == 0:
-            samples.append((resident_mebibytes([os.getpid()]), resident_mebibytes(process_tree()), stored_mebibytes()))
+    samples = [
+        (resident_mebibytes([os.getpid()]), resident_mebibytes(process_tree()), stored_mebibytes())
+        for batch in training_stream(shards, settings, start_step=0, stop_step=stop)
+        if batch.step % max(1, stop // 20) == 0
+    ]
     batch_mebibytes = settings.micro_batch * 3 * CANVAS[0] * CANVAS[1] / 2**20
     halves = [np.max(half, axis=0) for half in np.array_split(np.array(samples[1:]), 2)]
     for name, first, second in zip(("this process", "all processes", "object store"), *halves, strict=True):
@@ -268,7 +268,7 @@ def resident_mebibytes(pids: Iterable[int]) -> float:
 
 
 def stored_mebibytes() -> float:
-    summary = memory_summary(stats_only=True)  # type: ignore[no-untyped-call]
+    summary = memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)  # type: ignore[no-untyped-call]
     assert "Spilled" not in summary, summary
     (mebibytes,) = re.findall(r"Plasma memory usage (\d+) MiB", summary)
     return float(mebibytes)

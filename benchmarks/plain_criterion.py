@@ -68,9 +68,9 @@ def plain_criterion(config: ModelConfig, output: DetectorOutput, targets: Sequen
             terms |= fgl_term(layer, queries.initial_boxes, union, max(1, num_pairs), config)
         for layer in decoder[:-1]:
             terms |= ddf_term(layer, decoder[-1], union, balance, config.loss)
-    if output.denoising is None:
+    if output.denoising is None or output.denoising_queries is None:
         return terms
-    groups = 0 if output.denoising_queries is None else output.denoising_queries.groups
+    groups = output.denoising_queries.groups
     return terms | denoising_terms(config, output.denoising, groups, targets, num_boxes, balance)
 
 

@@ -27,7 +27,8 @@ from pipeline.data.sources.coco import coco_source
 from pipeline.data.sources.index import AnnotationIndex
 from pipeline.data.sources.synthetic import CLASSES, synthetic_image, synthetic_scene
 
-ROUNDS = 3
+ROUNDS = 5
+FLOOR = "floor: read, hash, write"
 DISTINCT_IMAGES = 32  # drawn; the files are copies of them, which neither a hash nor a decoder makes use of
 BOXES_PER_IMAGE = 15  # as in Objects365
 IMAGES_PER_SHARD = 2000  # of Objects365 with its longest side at 640
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def measure_shards(folder: Path, images: int) -> None:
-    """Print images/s and MB/s of every way to write one shard, best of some rounds that alternate."""
+    """Print images/s and MB/s of every way to write one shard, best of alternating rounds."""
     paths = _image_files(folder / "images", images)
     annotations = _annotation_file(folder / "instances.json", images, images * BOXES_PER_IMAGE)
     total = sum(path.stat().st_size for path in paths)
@@ -64,42 +65,41 @@ def measure_shards(folder: Path, images: int) -> None:
     coco_source(str(folder / "images"), str(annotations)).fill(index)
     write_work_list(index, storage.join(out, WORK_LIST), images=images, rows_per_shard=images)
     ways: dict[str, Callable[[], object]] = {
-        "floor: read, hash, write": lambda: _copy(paths, folder / "copy"),
+        FLOOR: lambda: _copy(paths, folder / "copy"),
         "shard, --no-verify": lambda: write_shard(out, 0, PrepareOptions(verify=False), len(CLASSES)),
         "shard": lambda: write_shard(out, 0, PrepareOptions(), len(CLASSES)),
         "shard, --longest-side 320": lambda: write_shard(out, 0, PrepareOptions(longest_side=320), len(CLASSES)),
     }
-    seconds = {name: float("inf") for name in ways}
+    wall, cpu = ({name: float("inf") for name in ways} for _ in range(2))
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            started_at = time.perf_counter()
+            started_at = time.perf_counter(), time.process_time()
             way()
-            seconds[name] = min(seconds[name], time.perf_counter() - started_at)
+            wall[name] = min(wall[name], time.perf_counter() - started_at[0])
+            cpu[name] = min(cpu[name], time.process_time() - started_at[1])
     print(f"{images} images of {total / images / 1e3:.0f} kB, {BOXES_PER_IMAGE} boxes each, one process")
-    print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'ms/image':>10}{'of floor':>10}")
-    floor = next(iter(seconds.values()))
-    for name, best in seconds.items():
-        rates = f"{images / best:10.0f}{total / 1e6 / best:8.0f}{best / images * 1e3:10.2f}{floor / best:10.2f}"
-        print(f"{name:28}{rates}")
+    print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'CPU ms/image':>14}{'CPU of floor':>14}")
+    for name in ways:
+        rates = f"{images / wall[name]:10.0f}{total / 1e6 / wall[name]:8.0f}"
+        print(f"{name:28}{rates}{cpu[name] / images * 1e3:14.2f}{cpu[name] / cpu[FLOOR]:14.1f}")
 
 
 def measure_memory(folder: Path, sizes: list[int]) -> None:
-    """Print time and peak memory of turning annotation files of several sizes into work lists."""
-    print(f"{'annotations':>12}{'MB of json':>12}{'seconds':>10}{'peak MB':>10}")
+    """Print CPU time and peak memory of turning annotation files of several sizes into work lists."""
+    print(f"{'annotations':>12}{'MB of json':>12}{'CPU seconds':>13}{'peak MB':>10}")
     for annotations in sizes:
         path = _annotation_file(folder / "instances.json", annotations // BOXES_PER_IMAGE, annotations)
         command = [sys.executable, "-m", "benchmarks.prepare", "index", str(path)]
         seconds, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        print(f"{annotations:12}{path.stat().st_size / 1e6:12.0f}{float(seconds):10.1f}{float(peak):10.0f}", flush=True)
+        print(f"{annotations:12}{path.stat().st_size / 1e6:12.0f}{float(seconds):13.1f}{float(peak):10.0f}", flush=True)
 
 
 def read_index(annotations: str, folder: str) -> None:
-    started_at = time.perf_counter()
     index = AnnotationIndex()
     coco_source(folder, annotations).fill(index)
     images = index.finish()
     write_work_list(index, storage.join(folder, WORK_LIST), images=images, rows_per_shard=IMAGES_PER_SHARD)
-    print(time.perf_counter() - started_at, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+    print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
 def _image_files(folder: Path, images: int) -> list[Path]:

@@ -26,6 +26,7 @@ from pipeline.data.sources.index import Source, SourceError
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.sources.voc import voc_source
 from pipeline.data.sources.yolo import yolo_source
+from pipeline.data.storage import StorageError
 from pipeline.ray_start import start_ray
 
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         source = _source(args)
         start_ray(args.num_cpus)
         shards = prepare(source, args.out, split=args.split, options=options, strict=args.strict)
-    except (SourceError, PrepareError, ManifestError, ValidationError) as error:
+    except (SourceError, PrepareError, ManifestError, StorageError, ValidationError) as error:
         raise SystemExit(f"prepare: {error}") from None
     manifest, rejected = shards.manifest, read_rejected(shards)
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6

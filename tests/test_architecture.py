@@ -17,16 +17,8 @@ OURS = set(BELOW)
 CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the standard library
 # Modules that run inside Ray Data tasks, or that such modules import: torch there would cost seconds per worker process.
 WITHOUT_TORCH = (
-    "records",
-    "manifest",
-    "storage",
-    "plan",
-    "reader",
-    "augment",
-    "decode",
-    "mixing",
-    "prepare",
-    "shard_writer",
+    *("records", "manifest", "storage", "plan", "reader", "augment", "decode", "mixing", "tasks"),
+    *("prepare", "shard_writer", "doctor_findings", "doctor_rows", "doctor_shard"),
 )
 
 

@@ -128,7 +128,7 @@ def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "gs:///key"])
 def test_a_uri_that_means_nothing_is_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown scheme|names no bucket"):
+    with pytest.raises(storage.StorageError, match=r"unknown scheme|names no bucket"):
         storage.resolve(uri)
 
 

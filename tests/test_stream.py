@@ -46,18 +46,22 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-Seen = tuple[int, int, tuple[int, ...], int, bytes]
+Seen = tuple[int, int, list[int], int, int]
 
 
 def seen(batch: Batch) -> Seen:
     """What tells one batch from another: its place, images, pixels and boxes."""
-    ids = tuple(batch.image_id.tolist())
-    return batch.step, batch.micro_batch, ids, zlib.crc32(batch.images.numpy().tobytes()), batch.boxes.numpy().tobytes()
+    pixels, boxes = (zlib.crc32(tensor.contiguous().numpy().tobytes()) for tensor in (batch.images, batch.boxes))
+    return batch.step, batch.micro_batch, batch.image_id.tolist(), pixels, boxes
 
 
-def planned(shards: ShardSet, start_step: int, stop_step: int, settings: StreamSettings = SETTINGS) -> list[Seen]:
-    here = replace(settings, decode_in="inline")
-    return [seen(b) for b in training_stream(shards, here, start_step=start_step, stop_step=stop_step)]
+def planned_batches(shards: ShardSet, start_step: int, stop_step: int) -> list[Batch]:
+    here = replace(SETTINGS, decode_in="inline")
+    return list(training_stream(shards, here, start_step=start_step, stop_step=stop_step))
+
+
+def planned(shards: ShardSet, start_step: int, stop_step: int) -> list[Seen]:
+    return [seen(batch) for batch in planned_batches(shards, start_step, stop_step)]
 
 
 def on_workers(world_size: int, work: Callable[[int, Broadcast], T]) -> list[T]:
@@ -119,8 +123,7 @@ def test_batches_are_the_rows_of_the_plan(shards: ShardSet) -> None:
     assert [image_id for _, _, ids, *_ in batches for image_id in ids] == expected
 
 
-@pytest.mark.parametrize("decode_in", ["task", "worker"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "decode_in"), [(1, "worker"), (2, "task")])
 def test_ray_brings_each_worker_its_micro_batches_in_order(
     shards: ShardSet, cluster: None, world_size: int, decode_in: DecodeIn
 ) -> None:
@@ -133,7 +136,7 @@ def test_ray_brings_each_worker_its_micro_batches_in_order(
 
 def test_other_numbers_of_workers_continue_the_same_sequence(shards: ShardSet, cluster: None) -> None:
     steps: dict[int, list[Seen]] = {}
-    for world_size, start, stop in ((2, 0, 5), (1, 5, 9), (2, 9, 14), (4, 14, 20)):
+    for world_size, start, stop in ((2, 0, 5), (1, 5, 9), (2, 9, 20)):
         for received in streamed(shards, world_size, start, stop):
             for batch in received:
                 steps.setdefault(batch[0], []).append(batch)
@@ -145,13 +148,13 @@ def test_segments_follow_each_other_without_a_seam(
 ) -> None:
     monkeypatch.setattr(stream, "SEGMENT_MICRO_BATCHES", 32)
     monkeypatch.setattr(stream, "LOOKAHEAD", 3)
-    started: list[int] = []
+    started: list[int] = []  # windows of each
     start = stream._Run._started
     monkeypatch.setattr(
         stream._Run, "_started", lambda run, windows: started.append(len(windows)) or start(run, windows)
     )
-    assert sorted(b for received in streamed(shards, 2, 2, 40) for b in received) == planned(shards, 2, 40)
-    assert len(started) > 2 * 4
+    assert sorted(b for received in streamed(shards, 2, 2, 20) for b in received) == planned(shards, 2, 20)
+    assert started == [2, 2, 2, 2, 2, 2, 0, 0]
 
 
 def test_evaluation_has_every_image_once_and_as_many_batches_for_each_worker(shards: ShardSet, cluster: None) -> None:
@@ -207,11 +210,11 @@ def test_workers_that_cannot_share_a_step_are_refused_before_anything_starts(sha
         training_stream(shards, SETTINGS, start_step=0, stop_step=1, world_size=3)
 
 
-def test_a_broken_image_travels_as_a_replacement_and_stops_an_evaluation(tmp_path: Path, cluster: None) -> None:
+def test_a_broken_image_is_replaced_in_training_and_stops_an_evaluation(tmp_path: Path, cluster: None) -> None:
     records = drawn_records(16)
     records[5] = replace(records[5], image=b"no image at all")
     shards = write_shards(tmp_path / "train", records)
-    batches = list(training_stream(shards, SETTINGS, start_step=0, stop_step=2))
+    batches = planned_batches(shards, 0, 2)
     (replacement,) = (r for batch in batches for r in batch.replaced)
     assert replacement.image_id == records[5].image_id
     assert records[5].file_name in replacement.reason
@@ -270,7 +273,7 @@ def object_store() -> tuple[float, bool]:
     """MiB in use, and whether anything has been spilled to disk."""
     from ray._private.internal_api import memory_summary
 
-    summary = memory_summary(stats_only=True)
+    summary = memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)
     used = re.search(r"Plasma memory usage (\d+) MiB", summary)
     assert used, summary
     return float(used.group(1)), "Spilled" in summary

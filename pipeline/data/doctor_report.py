@@ -178,7 +178,8 @@ def _draw_classes(axes: Axes, report: Report) -> None:
     axes.set_ylabel("boxes")
     axes.margins(x=0.01)
     if len(table) <= MOST_CLASS_NAMES:
-        axes.set_xticks(place, [name for name, _ in table], rotation=90, fontsize=9 if len(table) < 50 else 6.5)
+        angle, size = (0, 9) if len(table) <= 12 else (90, 9 if len(table) < 50 else 6.5)
+        axes.set_xticks(place, [name for name, _ in table], rotation=angle, fontsize=size)
     else:
         axes.set_xlabel("classes, the most frequent first")
 

@@ -168,7 +168,7 @@ def _write_shards(out: str, plan: WorkPlan) -> list[Receipt]:
         if index not in receipts
     }
     kept, written = sum(receipt.images for receipt in receipts.values()), 0
-    with Progress("shards", total=plan.images, initial=kept, unit=" images") as progress:
+    with Progress("prepare", total=plan.images, initial=kept, unit=" images") as progress:
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
             receipt = receipts[running.pop(ready)] = ray.get(ready)

@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.data import storage
@@ -132,12 +133,14 @@ def _records(work: pa.Table, options: PrepareOptions, rejected: list[Rejection])
 def _record(entry: ImageEntry, row: dict[str, Any], image: EncodedImage, rejected: list[Rejection]) -> ImageRecord:
     """Boxes and areas in pixels of the stored image."""
     annotated_in = (1, 1) if entry.width is None else (image.annotated_width, image.annotated_height)
-    scale = (np.array([image.width, image.height]) / annotated_in).astype(np.float32)
-    boxes = np.array(row["boxes"], np.float32).reshape(-1, 4) * np.tile(scale, 2)
-    is_box = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    for box in boxes[~is_box]:
+    sx, sy = image.width / annotated_in[0], image.height / annotated_in[1]
+    boxes = np.array(row["boxes"], np.float32).reshape(-1, 4) * np.array([sx, sy, sx, sy], np.float32)
+    proper: NDArray[np.bool_] = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    is_box = proper & (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < (image.width, image.height)).all(1)
+    for index in np.flatnonzero(~is_box):
+        box, reason = boxes[index], "box outside the image" if proper[index] else "degenerate box"
         corners = ", ".join(f"{corner:g}" for corner in box)
-        rejected.append(Rejection(entry.image_id, entry.file_name, "box", "degenerate box", f"xyxy {corners}"))
+        rejected.append(Rejection(entry.image_id, entry.file_name, "box", reason, f"xyxy {corners}"))
     return ImageRecord(
         image_id=entry.image_id,
         file_name=entry.file_name,
@@ -146,7 +149,7 @@ def _record(entry: ImageEntry, row: dict[str, Any], image: EncodedImage, rejecte
         image=image.data,
         boxes=boxes[is_box],
         labels=np.array(row["labels"], np.int32)[is_box],
-        areas=np.array(row["areas"], np.float32)[is_box] * scale.prod(),
+        areas=np.array(row["areas"], np.float32)[is_box] * np.float32(sx * sy),
         crowd=np.array(row["crowd"], np.bool_)[is_box],
     )
 

@@ -20,11 +20,15 @@ TEMPORARY_SUFFIX = ".tmp"
 S3_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID")
 
 
+class StorageError(ValueError):
+    """A path or URI that names no place."""
+
+
 def resolve(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     """The file system of `uri` and the path on it.
 
     Raises:
-        ValueError: the scheme is unknown, or an object store's URI names no bucket.
+        StorageError: the scheme is unknown, or an object store's URI names no bucket.
     """
     text = os.fspath(uri)
     if "://" not in text:
@@ -33,10 +37,10 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     if parts.scheme == "file":
         return fs.LocalFileSystem(), os.path.abspath(unquote(parts.path))
     if parts.scheme not in ("s3", "gs"):
-        raise ValueError(f"{text}: unknown scheme {parts.scheme!r}; use a local path, file://, s3:// or gs://")
+        raise StorageError(f"{text}: unknown scheme {parts.scheme!r}; use a local path, file://, s3:// or gs://")
     path = text.split("://", 1)[1].rstrip("/")
     if not parts.netloc:
-        raise ValueError(f"{text}: names no bucket; write {parts.scheme}://BUCKET/FOLDER")
+        raise StorageError(f"{text}: names no bucket; write {parts.scheme}://BUCKET/FOLDER")
     if parts.scheme == "gs":
         return fs.GcsFileSystem(), path
     return _s3(*(os.environ.get(name) for name in S3_VARIABLES)), path

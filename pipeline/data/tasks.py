@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pipeline.data.augment import AugmentSettings, Sample, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.decode import UndecodableImage
 from pipeline.data.mixing import mixed_batch
-from pipeline.data.mixing import mixed_batch
 from pipeline.data.plan import BatchPlan, Rows, Window
 from pipeline.data.reader import ROW, RowGroups, read_row_groups, take_rows
 from pipeline.data.records import ImageRecord, records_from_table
