@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 from ray._private.internal_api import memory_summary
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info

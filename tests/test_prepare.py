@@ -195,7 +195,7 @@ def test_the_command_prepares_drawn_images_and_says_so(
 
 
 def broken_set(folder: Path) -> Path:
-    """Twelve images: five that cannot be used, and three boxes that are none on another one."""
+    """Twelve images: five that cannot be used, and four boxes that are none on another one."""
     write_coco(folder, drawn(12))
     path = folder / "instances.json"
     content = json.loads(path.read_text())
@@ -206,7 +206,7 @@ def broken_set(folder: Path) -> Path:
     content["images"][3]["width"] += 1
     Image.new("L", (200, 100)).save(files[5], "PNG")
     content["images"][4] |= {"width": 200, "height": 100}
-    boxes = [[5, 5, 0, 4], [5, 5, 4, -1], [5, 5, 1e-9, 4]]
+    boxes = [[5, 5, 0, 4], [5, 5, 4, -1], [5, 5, 1e-9, 4], [5000, 5, 4, 4]]
     content["annotations"] += [
         {"id": 900 + k, "image_id": 6, "category_id": 1, "bbox": box, "area": 1} for k, box in enumerate(boxes)
     ]
@@ -225,8 +225,9 @@ def test_what_cannot_be_used_is_listed_and_the_rest_is_written(cluster: str, tmp
         (4, "image", "size mismatch"),
         (5, "image", "too many pixels"),
         (6, "box", "degenerate box"),
+        (6, "box", "box outside the image"),
     }
-    assert shards.manifest.rejected == len(read_rejected(shards)) == 8
+    assert shards.manifest.rejected == len(read_rejected(shards)) == 9
     assert {row.file_name for row in read_rejected(shards)} == {f"{k:08d}.jpg" for k in range(6)}
     found = {record.image_id: record for record in stored(shards)}
     assert set(found) == set(range(6, 13))

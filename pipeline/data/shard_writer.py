@@ -14,7 +14,6 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.data import storage
@@ -135,7 +134,7 @@ def _record(entry: ImageEntry, row: dict[str, Any], image: EncodedImage, rejecte
     annotated_in = (1, 1) if entry.width is None else (image.annotated_width, image.annotated_height)
     sx, sy = image.width / annotated_in[0], image.height / annotated_in[1]
     boxes = np.array(row["boxes"], np.float32).reshape(-1, 4) * np.array([sx, sy, sx, sy], np.float32)
-    proper: NDArray[np.bool_] = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    proper = np.asarray(np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1))
     is_box = proper & (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < (image.width, image.height)).all(1)
     for index in np.flatnonzero(~is_box):
         box, reason = boxes[index], "box outside the image" if proper[index] else "degenerate box"
