@@ -2,11 +2,8 @@
 
 import logging
 import os
-import sys
-import traceback
 
 import ray
-from ray._private.node import Node
 
 # Ray reads these when it starts, and its workers inherit them from a local cluster. What is set already stays.
 QUIET_ENVIRONMENT = {
@@ -19,8 +16,6 @@ LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # a cluster on this machine alone; the default writes a token to the home folder
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# Ray's agent must be up in 15 seconds, which cannot be set (ray-project/ray#65983) and are few on a very busy machine.
-START_ATTEMPTS = 4
 
 
 def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
@@ -38,24 +33,13 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
         os.environ.setdefault(name, value)
     if joins:
         ray.init(logging_level=logging.WARNING)
-    else:
-        _start_here(num_cpus, dashboard)
-
-
-def _start_here(num_cpus: int | None, dashboard: bool) -> None:
-    for attempt in range(1, START_ATTEMPTS + 1):
-        try:
-            ray.init(num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
-            return
-        except Exception as error:  # Ray raises no narrower one
-            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
-                raise
-            _kill_half_started(error)
-            print(f"Ray was too slow to start; attempt {attempt + 1} of {START_ATTEMPTS}", file=sys.stderr, flush=True)
-
-
-def _kill_half_started(error: Exception) -> None:
-    """End the processes of a start that failed: Ray leaves them running, where they slow the next attempt down."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if isinstance(node := frame.f_locals.get("self"), Node):
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        return
+    try:
+        ray.init(num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises no narrower one
+        if "timed out during startup" in str(error):
+            error.add_note(
+                "Ray gives its agent 15 seconds to start, which cannot be set (ray-project/ray#65983); on a machine as busy"
+                " as this one they are too few. Run it again when there is less to do, or join a running Ray by RAY_ADDRESS."
+            )
+        raise
