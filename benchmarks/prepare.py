@@ -3,6 +3,9 @@
     python -m benchmarks.prepare shards [--images 512]
     python -m benchmarks.prepare memory [--annotations 0.25 1 2]     millions, each in a process of its own
 
+Seen: 0.24 ms of CPU for an image of 152 kB at the floor, 0.8 as a shard without verifying, 2.6 with it; 320 MB for any
+number of annotations, and 30 to 50 CPU seconds per million, in three passes over their json.
+
 Shards are compared with a floor: the same files read, hashed and written to one file by a plain loop. On a busy machine
 the ratios of one run say more than its rates.
 """

@@ -52,7 +52,7 @@ class PrepareOptions(Data):
     longest_side: PositiveInt | None = None  # px; larger images are made as small as this
     jpeg_quality: int = Field(default=75, ge=1, le=95)  # of those; 75 as in the data of the released models
     max_pixels: PositiveInt = 89_478_485  # of a file; where Pillow, too, begins to suspect a decompression bomb
-    verify: bool = True  # decode every image once
+    verify: bool = True  # decode every image once: about 2 ms more for 150 kB, and a cut-off file is found here and now
 
 
 class Receipt(Data):

@@ -1,8 +1,8 @@
 """What every source turns into: an index on disk of images and boxes, without pixels.
 
 Annotation files come in any order and any size, shards need one order and little memory. So a source streams its images
-and boxes into SQLite, which sorts them on disk: memory stays the same for a thousand annotations and for thirty million
-(`benchmarks/prepare.py` measures it).
+and boxes into SQLite, which sorts them on disk. Memory does not grow with them: the process peaked at 323, 326 and 323 MB
+for half a million, one and two million annotations, half of it imported libraries (`benchmarks/prepare.py memory`).
 """
 
 import hashlib
