@@ -132,7 +132,7 @@ def picture(detector: Detector, images: Tensor, path: Path) -> tuple[Tensor, Ten
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("demo/detections.png"))
     args = parser.parse_args(argv)
 
