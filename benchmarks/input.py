@@ -45,7 +45,7 @@ CANVAS = (640, 640)
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", nargs="?", help="path or URI of a shard set; drawn images without it")
-    parser.add_argument("--images", type=int, default=1024, help="of each timed pass, and to draw")
+    parser.add_argument("--images", type=int, default=1024, help="to draw; a timed pass goes through them twice")
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that decode")
     parser.add_argument("--rounds", type=int, default=3)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             augment=AugmentSettings(),
             window_rows=512,
         )
-        steps = min(args.images, shards.manifest.images) // args.micro_batch
+        steps = 2 * (min(args.images, shards.manifest.images) // args.micro_batch)
         bytes_per_image = sum(shard.bytes for shard in shards.manifest.shards) / shards.manifest.images
         print(f"{shards.manifest.images} images of {bytes_per_image / 1000:.0f} kB on average, to {CANVAS},", end=" ")
         print(f"micro-batches of {args.micro_batch}, {args.processes} decoding processes\n")
@@ -120,7 +120,7 @@ class MicroBatches(IterableDataset[Batch]):
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the images; the rates are those after the first batch."""
+    """One pass over the images, at least two of them; the rates are those of its second half, when all processes run."""
 
     images_per_second: float
     cpu_ms_per_image: float  # of this process and its descendants; other programs on the machine change it little
@@ -134,8 +134,9 @@ def timed_pass(batches: Iterable[Batch], micro_batch: int) -> Pass:
         batch.images.max()  # reads every pixel once, as a copy to a device would
         ends.append(time.perf_counter())
         cpu.append(cpu_seconds())
-    images = micro_batch * (len(ends) - 1)
-    return Pass(images / (ends[-1] - ends[0]), 1000 * (cpu[-1] - cpu[0]) / images, ends[0] - started)
+    half = len(ends) // 2
+    images = micro_batch * (len(ends) - 1 - half)
+    return Pass(images / (ends[-1] - ends[half]), 1000 * (cpu[-1] - cpu[half]) / images, ends[0] - started)
 
 
 def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, processes: int, rounds: int) -> None:

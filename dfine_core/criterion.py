@@ -29,7 +29,7 @@ from dfine_core import losses
 from dfine_core.boxes import cxcywh_to_xyxy, iou
 from dfine_core.config import ModelConfig
 from dfine_core.distribution import true_offsets, weighting_function
-from dfine_core.matching import ClassGroups, Pairs, match
+from dfine_core.matching import ClassGroups, Matches, Pairs, match
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions, Targets
 
 
@@ -50,8 +50,18 @@ class Criterion(nn.Module):
         bins = weighting_function(config.reg_max, config.up, config.reg_scale)
         self.register_buffer("bins", bins, persistent=False)
 
-    def forward(self, output: DetectorOutput, targets: Sequence[Mapping[str, Tensor]] | Targets) -> dict[str, Tensor]:
+    def forward(
+        self,
+        output: DetectorOutput,
+        targets: Sequence[Mapping[str, Tensor]] | Targets,
+        matches: Matches | None = None,
+        normalizers: Normalizers | None = None,
+    ) -> dict[str, Tensor]:
         """Weighted terms, whose plain sum is the loss. One device-to-host copy; the same collectives on every rank.
+
+        Args:
+            matches: of `match`, if they are known already; then nothing is copied to the host.
+            normalizers: of `count`, where a step has more images than these; else those of this batch over all workers.
 
         Raises:
             ValueError: for targets that cannot be trained on, or an output of evaluation.
@@ -59,9 +69,18 @@ class Criterion(nn.Module):
         device = output.boxes.device
         self.bins = self.bins.to(device)
         with torch.autocast(device.type, enabled=False):
-            return self._terms(output, Targets.pack(targets, self.config.num_classes, device))
+            return self._terms(output, Targets.pack(targets, self.config.num_classes, device), matches, normalizers)
 
-    def _terms(self, output: DetectorOutput, targets: Targets) -> dict[str, Tensor]:
+    def match(self, output: DetectorOutput, targets: Sequence[Mapping[str, Tensor]] | Targets) -> Matches:
+        """Which query answers for which box, in every stage and in their union."""
+        device = output.boxes.device
+        with torch.autocast(device.type, enabled=False):
+            packed = Targets.pack(targets, self.config.num_classes, device)
+            class_groups, boxes, _ = self._to_match(output, packed)
+            return match(class_groups, boxes, packed, self.config.loss)
+
+    def _to_match(self, output: DetectorOutput, targets: Targets) -> tuple[ClassGroups, Tensor, QueryPredictions]:
+        """Class logits and boxes [S, B, Q, 4] of the layers, the initial box and the encoder; what layers predict."""
         queries = output.matching
         if queries is None or output.encoder_logits is None or output.encoder_boxes is None:
             raise ValueError("the loss needs the output of a detector in training mode: call detector.train() first")
@@ -72,9 +91,14 @@ class Criterion(nn.Module):
             (logits, targets.labels),
             (encoder_logits, torch.zeros_like(targets.labels) if agnostic else targets.labels),
         ]
-        boxes = torch.cat([boxes, output.encoder_boxes[None]])
-        found = match(class_groups, boxes, targets, self.config.loss)
-        normalizers = count(targets.total, len(found.union), boxes.device)
+        return class_groups, torch.cat([boxes, output.encoder_boxes[None]]), queries
+
+    def _terms(
+        self, output: DetectorOutput, targets: Targets, matches: Matches | None, normalizers: Normalizers | None
+    ) -> dict[str, Tensor]:
+        class_groups, boxes, queries = self._to_match(output, targets)
+        found = matches or match(class_groups, boxes, targets, self.config.loss)
+        normalizers = normalizers or count(targets.total, len(found.union), boxes.device)
         balance = _balance(queries, found.union)
 
         layers = [f"_aux_{i}" for i in range(len(queries.logits) - 1)] + [""]
@@ -178,12 +202,14 @@ class Criterion(nn.Module):
         return x.float() if self.config.numerics == "float32" else x
 
 
-def count(boxes: int, pairs: int, device: torch.device) -> Normalizers:
-    """Averages of the two counts over all workers, at least 1."""
+def count(boxes: int, pairs: int, device: torch.device, micro_batches: int = 1) -> Normalizers:
+    """Averages of the two counts over all workers and their `micro_batches` of a step, at least 1."""
     counts = torch.cat([torch.full((1,), n, dtype=torch.float32, device=device) for n in (boxes, pairs)])
+    shared = micro_batches
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
-        counts /= dist.get_world_size()
+        shared *= dist.get_world_size()
+    counts /= shared
     counts = counts.clamp(min=1)
     return Normalizers(boxes=counts[0], pairs=counts[1])
 

@@ -1,17 +1,16 @@
 """Averaged weights: the model that is evaluated and shipped."""
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def ema_decay(update: int, decay: float, warmup_steps: float) -> float:
+def ema_decay(update: Tensor, decay: float, warmup_steps: float) -> Tensor:
     """Decay of the `update`-th update (from 1): rises from 0 to `decay` with time constant `warmup_steps`, so that an average
     that started from random weights forgets them early."""
-    return decay if warmup_steps <= 0 else decay * (1 - math.exp(-update / warmup_steps))
+    return decay * (1 - torch.exp(-update / warmup_steps)) if warmup_steps > 0 else torch.full_like(update, decay)
 
 
 class ExponentialMovingAverage:
@@ -21,22 +20,29 @@ class ExponentialMovingAverage:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.warmup_steps = warmup_steps
-        self.updates = 0
+        # On the model's device, so that a step which turns out not to count need not be known on the host.
+        self.updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """After an optimiser step that was really made; a skipped one must not be averaged in."""
-        self.updates += 1
-        weight = 1 - ema_decay(self.updates, self.decay, self.warmup_steps)
+    def update(self, model: nn.Module, made: Tensor | None = None) -> None:
+        """
+        Args:
+            made: [] bool, whether the optimiser step was really made; if not, nothing changes.
+        """
+        counted = torch.ones_like(self.updates) if made is None else made.to(self.updates)
+        self.updates += counted
+        weight = (counted * (1 - ema_decay(self.updates, self.decay, self.warmup_steps))).float()
         average, current = _averaged(self.module), _averaged(model)
-        torch._foreach_lerp_(average, current, weight)
+        difference = torch._foreach_sub(current, average)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(average, difference)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "updates": self.updates}
+        return {"module": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["module"])
-        self.updates = int(state["updates"])
+        self.updates.fill_(int(state["updates"]))
 
 
 def _averaged(model: nn.Module) -> list[Tensor]:

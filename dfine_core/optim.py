@@ -67,8 +67,10 @@ def _trainable(detector: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramet
                 yield module, f"{path}.{leaf}", parameter
 
 
-def make_optimizer(detector: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(detector, config), lr=config.lr, betas=config.betas, eps=1e-8)
+def make_optimizer(detector: nn.Module, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW over the named groups; fused, a step can be made to depend on a flag on the device."""
+    groups = parameter_groups(detector, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=fused)
 
 
 def learning_rate_factor(

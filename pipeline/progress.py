@@ -47,6 +47,11 @@ class Progress:
         if self._bar.disable and time.monotonic() >= self._next_line_at:
             self._print_line()
 
+    @staticmethod
+    def write(text: str) -> None:
+        """Print between the lines of progress."""
+        tqdm.write(text, file=sys.stderr)
+
     def __enter__(self) -> Self:
         return self
 

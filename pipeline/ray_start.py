@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import ray
 
@@ -11,10 +12,12 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # which would show every print of a worker twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report of a worker waits for the next one
 }
 LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # a cluster on this machine alone; the default writes a token to the home folder
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
 }
 
 

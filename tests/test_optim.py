@@ -76,8 +76,8 @@ def test_a_cosine_tail_ends_where_it_should() -> None:
 def test_the_decay_is_the_published_function_of_the_update() -> None:
     published = {1: 0.001, 1000: 0.632, 5000: 0.993}
     for update, value in published.items():
-        assert ema_decay(update, 0.9999, 1000) == pytest.approx(value, abs=5e-4)
-    assert ema_decay(1, 0.9999, 0) == 0.9999
+        assert ema_decay(torch.tensor(update).double(), 0.9999, 1000).item() == pytest.approx(value, abs=5e-4)
+    assert ema_decay(torch.tensor(1.0).double(), 0.9999, 0) == 0.9999
 
 
 def test_averages_equal_a_plain_loop_and_survive_saving() -> None:
@@ -98,6 +98,11 @@ def test_averages_equal_a_plain_loop_and_survive_saving() -> None:
     for key, value in average.module.state_dict().items():
         torch.testing.assert_close(value, expected[key])
     assert average.module.state_dict()["1.num_batches_tracked"] == 0  # counters are not averaged
+
+    before = copy.deepcopy(average.state_dict())
+    average.update(model, made=torch.tensor(False))
+    assert average.updates == before["updates"]
+    assert all(torch.equal(a, before["module"][key]) for key, a in average.module.state_dict().items())
 
     resumed = ExponentialMovingAverage(copy.deepcopy(model), decay=0.9, warmup_steps=5)
     resumed.load_state_dict(average.state_dict())

@@ -147,7 +147,6 @@ def test_segments_follow_each_other_without_a_seam(
     shards: ShardSet, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "SEGMENT_MICRO_BATCHES", 32)
-    monkeypatch.setattr(stream, "LOOKAHEAD", 3)
     started: list[int] = []  # windows of each
     start = stream._Run._started
     monkeypatch.setattr(

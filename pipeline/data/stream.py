@@ -35,7 +35,6 @@ DecodeIn = Literal["task", "worker", "inline"]
 
 MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
 SEGMENT_MICRO_BATCHES = 1000  # of one Ray Data execution, over all workers: its book-keeping grows with its blocks
-LOOKAHEAD = 16  # micro-batches that a worker has left of a segment when the next one is started
 READY_BATCHES = 3  # for each worker, beyond those that it has fetched
 
 
@@ -151,7 +150,10 @@ class _Run:
                 yield batch_from_arrow(decode_micro_batch(encoded, self.decoding), self.decoding.canvas)
 
     def _decoded_by_ray(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Segment after segment, the first started at once and each other while the one before it still runs."""
+        """Segment after segment, the first started at once and each other when half of the one before it is done.
+
+        Starting takes seconds, of which most go into new processes; until it is needed a segment holds a few batches.
+        """
         segments = self._segments(start_step, stop_step)
         first = self._started(next(segments, []))
 
@@ -160,7 +162,7 @@ class _Run:
             while upcoming is not None:
                 (length, batches), upcoming = upcoming, None
                 for number, batch in enumerate(batches):
-                    if number == max(0, length - LOOKAHEAD):
+                    if number == length // 2:
                         upcoming = self._started(next(segments, []))
                     yield batch
 

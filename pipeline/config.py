@@ -1,0 +1,365 @@
+"""What a user writes: an experiment, and the cluster it runs on. YAML in, typed values out, every problem in one error.
+
+An experiment says what is learnt and how: it defines the result. A cluster file says where, and changes nothing but speed. What
+is left out follows from the variant and the length of the run (`pipeline/training/schedule.py`); `--dry-run` prints it.
+"""
+
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from dfine_core import VARIANTS, LossConfig, ModelConfig
+from dfine_core.optim import OptimizerConfig
+from pipeline.data.augment import AugmentSettings
+from pipeline.data.plan import DEFAULT_WINDOW_ROWS
+from pipeline.data.stream import DecodeIn
+
+Share = Annotated[float, Field(ge=0, le=1)]
+C = TypeVar("C", bound="Config")
+
+
+class ConfigError(ValueError):
+    """A file or a value that cannot be taken, with every problem that was found."""
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _known_keys(*known: str) -> BeforeValidator:
+    """Refuse a mapping with other keys: a plain dataclass would take no notice of them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            problems = [_unknown(key, known) for key in value if key not in known]
+            if problems:
+                raise ValueError("; ".join(problems))
+        return value
+
+    return BeforeValidator(check)
+
+
+def _unknown(key: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(key), known, n=3)
+    return f"unknown key {key!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}")
+
+
+MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss"))
+Loss = Annotated[LossConfig, _known_keys(*(f.name for f in fields(LossConfig)))]
+Augment = Annotated[AugmentSettings, _known_keys(*(f.name for f in fields(AugmentSettings)))]
+
+
+class Data(Config):
+    train: str  # manifest, or its folder; a path or a URI
+    val: str | None = None  # evaluated on; without it a run only trains
+    decode_in: DecodeIn = "task"
+    prefetch: PositiveInt = 2  # micro-batches ready in each worker
+    window_rows: PositiveInt = DEFAULT_WINDOW_ROWS  # rows are shuffled within stretches of about this length
+
+
+class Model(Config):
+    """A published variant, and any field of `dfine_core.ModelConfig` beside it. The class count comes from the data."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    variant: Literal["n", "s", "m", "l", "x"] = "s"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_the_detector(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("variant", "s") not in VARIANTS:
+            return value
+        known = ("variant", *MODEL_KEYS)
+        problems = [_unknown(key, known) for key in value if key not in known]
+        if "num_classes" in value:
+            problems = ["num_classes comes from the data's manifest: leave it out"]
+        given = {key: v for key, v in value.items() if key in MODEL_KEYS}
+        try:
+            config = _MODEL.validate_python({**VARIANTS[value.get("variant", "s")], **given})
+        except ValidationError as error:
+            problems += [f"{_dotted(e['loc'])}{_message(e['msg'])}" for e in error.errors()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return {"variant": value.get("variant", "s"), **{key: getattr(config, key) for key in MODEL_KEYS}}
+
+    def config(self, num_classes: int, loss: LossConfig) -> ModelConfig:
+        return ModelConfig(num_classes=num_classes, loss=loss, **(self.model_extra or {}))
+
+
+_MODEL = TypeAdapter(ModelConfig)
+
+
+class Schedule(Config):
+    """How long, in what portions. `epochs` (or `steps`) is the one number to choose."""
+
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    global_batch: PositiveInt | None = None  # images per step, over all workers; by the variant if left out
+    micro_batch: PositiveInt | None = None  # images that a worker holds at a time; all of its share if left out
+    clean_epochs: NonNegativeInt | None = None  # at the end: stage two, without strong augmentation
+    warmup_steps: NonNegativeInt | None = None
+    final_factor: Share = 1.0  # of the learning rate at the end, reached by a cosine; 1 keeps it constant, as released
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.epochs is not None and self.clean_epochs is not None and self.clean_epochs > self.epochs:
+            raise ValueError(f"clean_epochs ({self.clean_epochs}) must lie in 0..epochs ({self.epochs})")
+        return self
+
+
+class Optimizer(Config):
+    """AdamW. What is left out is the variant's COCO recipe; rates are for a global batch of `reference_batch` images."""
+
+    lr: PositiveFloat | None = None
+    backbone_lr: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    decay_biases: bool | None = None
+    groups: Literal["released", "fixed"] = "released"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    reference_batch: PositiveInt | None = None
+    clip_norm: PositiveFloat = 0.1  # of the whole gradient
+
+    def config(self, variant: str, scale: float) -> OptimizerConfig:
+        """With rates multiplied by `scale`."""
+        given = self.model_dump(exclude={"reference_batch", "clip_norm"}, exclude_none=True)
+        recipe = OptimizerConfig.for_variant(variant, **given)
+        return OptimizerConfig(**{**vars(recipe), "lr": recipe.lr * scale, "backbone_lr": recipe.backbone_lr * scale})
+
+
+class AveragedWeights(Config):
+    """The exponential moving average that is evaluated and shipped; by the length of the run if left out."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    warmup_steps: NonNegativeInt | None = None
+
+
+class Numerics(Config):
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
+    tf32: bool = True  # matrix products of fp32 on CUDA
+    compile: bool = False
+    channels_last: bool = False
+    sync_batch_norm: bool = False  # batch statistics over all workers instead of each micro-batch; on CUDA alone
+
+
+class Evaluation(Config):
+    every_epochs: PositiveInt = 1
+    every_steps: PositiveInt | None = None  # instead of epochs
+    micro_batch: PositiveInt | None = None  # twice the training's if left out
+    pictures: NonNegativeInt = 6  # validation images drawn with truth and detections
+
+
+class Checkpoints(Config):
+    every_steps: PositiveInt | None = None  # besides one at every evaluation
+    keep: PositiveInt = 2  # of the latest; the best ones stay besides
+
+
+class NotFinite(Config):
+    """What happens to a loss or gradient that is NaN or infinite: the step is skipped everywhere, and counted."""
+
+    in_a_row: PositiveInt = 5  # then the run goes back to its last checkpoint; the second time it stops
+    saved: NonNegativeInt = 3  # steps whose batch is kept for `jobs.replay`
+
+
+class Tracking(Config):
+    uri: str | None = None  # MLFLOW_TRACKING_URI, or a SQLite file in `storage`
+    experiment: str = "dfine"
+    tags: dict[str, str] = {}
+    register_as: str | None = None  # name of the model version made of the best weights
+    alias: str | None = None  # given to that version
+    every_steps: PositiveInt = 10  # between two reports of losses and speed
+
+
+class Experiment(Config):
+    name: str | None = None  # of the run; the file's name if left out
+    storage: str = "runs"  # folder or URI in which runs keep their files, reachable from every node
+    seed: NonNegativeInt = 0
+    init: str | None = None  # weights to start from: a checkpoint or a released file
+    data: Data
+    model: Model = Model()
+    loss: Loss = LossConfig()
+    schedule: Schedule
+    optimizer: Optimizer = Optimizer()
+    ema: AveragedWeights = AveragedWeights()
+    augment: Augment = AugmentSettings()
+    multiscale_repeat: NonNegativeInt = 0  # how often the base size counts among the sizes of a step; 0 keeps one size
+    numerics: Numerics = Numerics()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    not_finite: NotFinite = NotFinite()
+    tracking: Tracking = Tracking()
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder_name(cls, name: str | None) -> str | None:
+        if name is not None and (not name or name.startswith(".") or any(sign in name for sign in "/\\\0 ")):
+            raise ValueError(f"{name!r} becomes a folder: letters, digits, '.', '_' and '-' alone")
+        return name
+
+    @model_validator(mode="after")
+    def _multiscale_needs_squares(self) -> Self:
+        height, width = self.model.config(1, self.loss).input_size
+        if self.multiscale_repeat and height != width:
+            raise ValueError(f"multiscale_repeat needs a square input_size, which is {height} x {width}: set it to 0")
+        return self
+
+
+class Cluster(Config):
+    """Where an experiment runs."""
+
+    address: str | None = None  # of a running Ray; RAY_ADDRESS, or a cluster of this machine's own
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None  # (least, most); one per GPU, or one
+    gpus_per_worker: NonNegativeFloat | None = None  # 1 where the cluster has GPUs
+    cpus_per_worker: NonNegativeFloat = 0.5
+    threads_per_worker: PositiveInt | None = None  # of PyTorch on the CPU; an equal share of the cores
+    resources_per_worker: dict[str, PositiveFloat] = {}
+    autoscaling: bool = False  # nodes come when they are asked for: do not refuse what the cluster does not have yet
+    accelerator_type: str | None = None
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_failures: NonNegativeInt = 3  # restarts of the workers before the run fails
+    max_preemptions: NonNegativeInt = 20
+    start_timeout_s: PositiveFloat = 120
+    collective_timeout_s: PositiveFloat = (
+        300  # a worker that waits longer for the others fails, and so restarts them all
+    )
+    silent_s: PositiveFloat = 60  # a worker that has not made a step for so long is named
+
+    @model_validator(mode="after")
+    def _least_before_most(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers {self.workers} must be (least, most)")
+        return self
+
+
+# Files and overrides
+
+
+def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """
+    Args:
+        overrides: values by dotted key, `{"schedule.epochs": 12}`.
+
+    Raises:
+        ConfigError: with every problem of the file and the overrides.
+    """
+    content = _with_overrides(read_yaml(path), overrides or {})
+    content.setdefault("name", Path(path).stem)
+    return check(Experiment, content, source=str(path))
+
+
+def load_cluster(path: str | Path | None) -> Cluster:
+    return Cluster() if path is None else check(Cluster, read_yaml(path), source=str(path))
+
+
+def check(kind: type[C], content: Mapping[str, Any], *, source: str) -> C:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(kind, e) for e in error.errors()]
+        raise ConfigError("\n  ".join([f"{source}: {len(problems)} problem(s)", *problems])) from None
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Every value as plain data, defaults included; `check` takes it back."""
+    return config.model_dump(mode="json")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`optimizer.lr=1e-4` as key and value, the value read as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set {text}: write KEY=VALUE, as in schedule.epochs=12")
+    return key, yaml.safe_load(value)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ConfigError(f"line {node.start_mark.line + 1}: {', '.join(sorted(twice))} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys with values, found {type(content).__name__}")
+    return content
+
+
+def _with_overrides(content: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    for dotted, value in overrides.items():
+        *parents, leaf = dotted.split(".")
+        place = content
+        for parent in parents:
+            below = place.setdefault(parent, {})
+            if not isinstance(below, dict):
+                raise ConfigError(f"--set {dotted}: {parent} is a value, not a section")
+            place = below
+        place[leaf] = value
+    return content
+
+
+def _problem(kind: type[Config], error: Any) -> str:
+    """One line of an error: where, what, and for an unknown key the nearest known ones."""
+    location = error["loc"]
+    if error["type"] == "extra_forbidden":
+        return _dotted(location[:-1]) + _unknown(location[-1], _keys_at(kind, location[:-1]))
+    given = error["input"]
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | list | tuple | None) else ""
+    return f"{_dotted(location)}{_message(error['msg'])}{shown if error['type'] != 'missing' else ''}"
+
+
+def _keys_at(kind: Any, location: Sequence[Any]) -> list[str]:
+    """Keys of the section at `location`."""
+    for step in location:
+        field = kind.model_fields.get(step) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        if field is None:
+            return []
+        kind = next((t for t in (*get_args(field.annotation), field.annotation) if isinstance(t, type)), None)
+    if is_dataclass(kind):
+        return [f.name for f in fields(kind)]
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _dotted(location: Sequence[Any]) -> str:
+    return ".".join(map(str, location)) + ": " if location else ""
+
+
+def _message(text: str) -> str:
+    return text.removeprefix("Value error, ")

@@ -1,0 +1,98 @@
+"""A trained detector as an MLflow model: a folder that predicts wherever MLflow and torch are, without this project.
+
+It holds the weights as safetensors, the configuration and category names as JSON, `served_detector.py` and `dfine_core`
+as source, a signature and an example. Nothing in it is pickled.
+"""
+
+import base64
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType, Array
+
+import dfine_core
+from dfine_core import ModelConfig
+from pipeline.tracking.tracker import Tracker
+
+with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
+    warnings.simplefilter("ignore")
+    import mlflow.pyfunc
+
+THRESHOLD = 0.4  # of the score, unless the caller of predict says otherwise
+REQUIREMENTS = ("torch", "torchvision", "scipy", "numpy", "pandas", "safetensors", "pillow")
+
+# One column: an image as a path, bytes, base64 text or array.
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(AnyType(), "image")]),  # type: ignore[no-untyped-call]
+    outputs=Schema(
+        [
+            ColSpec(Array(Array(DataType.double)), "boxes"),
+            ColSpec(Array(DataType.double), "scores"),
+            ColSpec(Array(DataType.long), "labels"),
+            ColSpec(Array(DataType.string), "names"),
+        ]
+    ),
+    params=ParamSchema([ParamSpec("threshold", DataType.double, THRESHOLD)]),
+)
+
+
+def save_detector(
+    folder: Path, *, config: ModelConfig, weights: Path, categories: Sequence[str], example: bytes
+) -> None:
+    """Write the MLflow model into `folder`, which must not exist. Needs no server.
+
+    Args:
+        weights: safetensors file of the detector's state dict, from before `deploy()`.
+        categories: names by label.
+        example: an encoded image that the UI and `mlflow models serve` show as input.
+    """
+    if len(categories) != config.num_classes:
+        raise ValueError(f"{len(categories)} categories for a detector of num_classes {config.num_classes}")
+    with tempfile.TemporaryDirectory() as temporary:
+        description = Path(temporary, "detector.json")
+        description.write_text(json.dumps({"config": asdict(config), "categories": list(categories)}, indent=1))
+        package = Path(temporary, "dfine_core")
+        shutil.copytree(Path(dfine_core.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(Path(__file__).with_name("served_detector.py")),
+            artifacts={"weights": str(weights), "description": str(description)},
+            code_paths=[str(package)],
+            pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={_public(name)}" for name in REQUIREMENTS],
+            signature=SIGNATURE,
+            input_example=[{"image": base64.b64encode(example).decode()}],
+        )
+
+
+def log_detector(
+    tracker: Tracker,
+    *,
+    config: ModelConfig,
+    weights: Path,
+    categories: Sequence[str],
+    metrics: Mapping[str, float],
+    example: bytes,
+    step: int,
+    name: str = "detector",
+    register_as: str | None = None,
+    alias: str | None = None,
+) -> None:
+    """Make the detector a logged model of the tracker's run; see `save_detector` and `Tracker.model`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        save_detector(folder, config=config, weights=weights, categories=categories, example=example)
+        tracker.model(folder, name=name, step=step, metrics=metrics, register_as=register_as, alias=alias)
+
+
+def _public(package: str) -> str:
+    """The version without what names one machine's build, such as +cu130."""
+    return version(package).split("+")[0]

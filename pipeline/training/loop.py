@@ -1,0 +1,525 @@
+"""A training run as one worker lives it. Collective: all workers go through it in step.
+
+    build the learner -> newest checkpoint of this run, or first weights -> step after step
+        -> every so often: losses and speed to the record, an evaluation, a checkpoint
+        -> the best weights, evaluated a last time
+
+The run knows nothing of Ray Train: a `Group` tells it who the others are, a `Console` shows what it says.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dfine_core import Criterion, Detector
+from dfine_core.ema import ExponentialMovingAverage
+from dfine_core.optim import make_optimizer
+from pipeline.config import Experiment, dump
+from pipeline.data import storage
+from pipeline.data.augment import multiscale_size
+from pipeline.data.batch import Batch
+from pipeline.data.manifest import ShardSet, load_shards
+from pipeline.data.stream import Broadcast, StreamSettings, training_stream
+from pipeline.evaluation.pictures import sample_pictures
+from pipeline.evaluation.report import EvaluationReport
+from pipeline.evaluation.run import evaluate
+from pipeline.evaluation.truth import GroundTruth, read_ground_truth
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.tracker import Tracker
+from pipeline.training import checkpoint, record
+from pipeline.training.initial import load_initial
+from pipeline.training.monitor import Console
+from pipeline.training.schedule import Schedule, derive
+from pipeline.training.stages import Standing, after_evaluation, goes_back
+from pipeline.training.step import (
+    Learner,
+    LossScale,
+    Precision,
+    RunningStatistics,
+    StepResult,
+    to_micro_batch,
+    train_step,
+)
+
+
+DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray Data takes longer than decoding them
+
+
+class NotFiniteError(RuntimeError):
+    """Losses or gradients stay NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done; plain data, the same for every worker."""
+
+    experiment: Experiment
+    run: str  # folder or URI of the run
+    tracking: TrackingSettings | None  # None: not recorded
+    tracking_folder: Path | None = None  # of the queue, on a disk
+    micro_batch: int | None = None  # of the run that is continued
+    resume: str | None = None  # checkpoint of another run, to be continued by this one
+    threads: int | None = None  # of PyTorch on the CPU
+    launched_at: float = field(default_factory=time.time)
+
+    @property
+    def checkpoints(self) -> str:
+        return storage.join(self.run, "checkpoints")
+
+
+@dataclass(frozen=True)
+class Group:
+    """This worker among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    broadcast: Broadcast  # rank 0's value to all
+    report: Callable[[dict[str, float]], None] = lambda metrics: None  # to whoever searches; collective
+
+
+@dataclass
+class Meter:
+    """Losses summed on the device and times summed on the host, from one report to the next."""
+
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    counted: Tensor | None = None  # steps that were finite
+    steps: int = 0
+    waited: float = 0.0
+    started_at: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult, waited: float) -> None:
+        values = {**result.terms, "loss": result.loss, "grad_norm": result.grad_norm}
+        for name, value in values.items():
+            finite_value = torch.where(result.finite, value, 0)
+            self.terms[name] = self.terms[name] + finite_value if name in self.terms else finite_value
+        counted = result.finite.float()
+        self.counted = counted if self.counted is None else self.counted + counted
+        self.steps += 1
+        self.waited += waited
+
+    def read(self, images_per_step: int) -> dict[str, float]:
+        """Means since the last reading, and a new start. Waits for the device."""
+        if self.counted is None:
+            return {}
+        *sums, counted = torch.stack([*self.terms.values(), self.counted]).tolist()
+        seconds = time.perf_counter() - self.started_at
+        means = {name: total / max(counted, 1) for name, total in zip(self.terms, sums, strict=True)}
+        values = {f"train/{name}": mean for name, mean in means.items()}
+        values |= {
+            "speed/images_per_s": self.steps * images_per_step / seconds,
+            "speed/step_s": seconds / self.steps,
+            "speed/data_wait_share": self.waited / seconds,
+        }
+        self.terms, self.counted, self.steps, self.waited = {}, None, 0, 0.0
+        self.started_at = time.perf_counter()
+        return values
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step whose finiteness the host has not looked at yet."""
+
+    step: int
+    batches: Sequence[Batch]
+    result: StepResult
+
+
+class Run:
+    def __init__(self, job: Job, group: Group, console: Console, tracker: Tracker | None) -> None:
+        self.job, self.group, self.console, self.tracker = job, group, console, tracker
+        self.experiment = job.experiment
+        self.shards = load_shards(self.experiment.data.train)
+        self.val = load_shards(self.experiment.data.val) if self.experiment.data.val else None
+        self.truth: GroundTruth | None = None
+        self.schedule = derive(
+            self.experiment,
+            images=self.shards.manifest.images,
+            workers=group.world_size,
+            micro_batch=job.micro_batch,
+        )
+        self.learner = make_learner(self.experiment, self.schedule, self.shards, group)
+        self.step = 0  # steps done
+        self.standing = Standing()
+        self.skipped = self.in_a_row = 0
+        self._last_images: list[int] = []  # of a step that was not finite
+        self._went_back_to: int | None = None
+        self.parent: dict[str, str] = {}
+        self.meter = Meter()
+        self._unchecked: Made | None = None
+        self._writer = (
+            checkpoint.Writer(job.checkpoints, keep=self.experiment.checkpoints.keep) if group.rank == 0 else None
+        )
+        self._first_step_said = False
+        self._entered_at = self._built_at = time.time()
+
+    # From the first step to the last
+
+    def train(self) -> EvaluationReport | None:
+        """The evaluation of the best weights, on rank 0 and if there is anything to evaluate on."""
+        self._begin()
+        if self.tracker is not None:
+            record.begin(self.tracker, self.experiment, self.schedule, self.shards, self.val, self.parent)
+        self._built_at = time.time()
+        batches = self._stream()
+        while self.step < self.schedule.steps:
+            if goes_back(self.standing, self.step, self.schedule.stage_two_step):
+                self._take_weights_of(self.standing.stage_one_step)
+            self._one_step(batches)
+            if self._reports():
+                self._report()
+            if self._stops() and not self._settle():
+                batches = self._go_back()
+                continue
+            if self.schedule.evaluates_after(self.step):
+                self._evaluate()
+            if self._saves():
+                self._save()
+        return self._end()
+
+    def _one_step(self, batches: Iterator[Batch]) -> None:
+        self.console.beat(self.step, "waiting for data")
+        asked_at = time.perf_counter()
+        taken = [next(batches) for _ in range(self.schedule.accumulation(self.group.world_size))]
+        waited = time.perf_counter() - asked_at
+        self.console.beat(self.step, "training")
+        for batch in taken:
+            for replaced in batch.replaced:
+                self.console.say(f"image {replaced.image_id} was replaced by the next one: {replaced.reason}")
+        self._set_learning_rate()
+        seed, size = self.experiment.seed, self._size()
+        micro_batches = [to_micro_batch(batch, self.learner, size=size, seed=seed) for batch in taken]
+        result = train_step(self.learner, micro_batches)
+        self._look_at_last()  # while the device works on this one
+        self._unchecked = Made(self.step, taken, result)
+        self.meter.add(result, waited)
+        self.step += 1
+        if not self._first_step_said:
+            self._first_step_said = True
+            self._say_start(waited)
+
+    def _set_learning_rate(self) -> None:
+        factor = self.schedule.learning_rate_factor(self.step)
+        for group in self.learner.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def _size(self) -> tuple[int, int]:
+        height, width = self.learner.detector.config.input_size
+        if not self.experiment.multiscale_repeat or not self.schedule.is_strong(self.step):
+            return height, width
+        side = multiscale_size(self.experiment.seed, self.step, height, self.experiment.multiscale_repeat)
+        return side, side
+
+    def _stream(self) -> Iterator[Batch]:
+        data = self.experiment.data
+        settings = StreamSettings(
+            global_batch=self.schedule.global_batch,
+            micro_batch=self.schedule.micro_batch,
+            canvas=self.learner.detector.config.input_size,
+            augment=self.experiment.augment,
+            augment_epochs=self.schedule.strong_epochs,
+            seed=self.experiment.seed,
+            window_rows=data.window_rows,
+            decode_in=data.decode_in,
+            prefetch=data.prefetch,
+        )
+        return training_stream(
+            self.shards,
+            settings,
+            start_step=self.step,
+            stop_step=self.schedule.steps,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            broadcast=self.group.broadcast,
+        )
+
+    # Where a run begins: own checkpoint, the one to resume, first weights, nothing
+
+    def _begin(self) -> None:
+        own = [
+            storage.join(self.job.checkpoints, checkpoint.folder_name(s))
+            for s in checkpoint.steps_in(self.job.checkpoints)
+        ]
+        for uri in [*reversed(self.group.broadcast(own)), *filter(None, [self.job.resume])]:
+            try:
+                self._take_over(checkpoint.restore(self.learner, uri))
+                self._say(f"continuing at step {self.step} from {uri}")
+                return
+            except checkpoint.CheckpointError as error:
+                if uri == self.job.resume:
+                    raise
+                self._say(f"{error}; trying the one before")
+        if self.experiment.init:
+            names = [category.name for category in self.shards.manifest.categories]
+            origin = load_initial(self.learner.detector, self.experiment.init, names)
+            self.learner.average.module.load_state_dict(self.learner.detector.state_dict())
+            self.parent = origin.parent
+            for text in origin.lines:
+                self._say(text)
+        else:
+            self._say("starting from scratch")
+
+    def _take_over(self, metadata: checkpoint.Metadata) -> None:
+        self.step, self.standing = metadata.step, metadata.standing
+        self.skipped, self.parent = metadata.skipped_steps, metadata.parent
+
+    def _take_weights_of(self, step: int | None) -> None:
+        """The state of an earlier step, the count of steps and the record going on."""
+        assert step is not None
+        self._wait_for_checkpoints()
+        checkpoint.restore(self.learner, storage.join(self.job.checkpoints, checkpoint.folder_name(step)))
+        self._say(f"step {self.step}: going on from the best weights of stage one, of step {step}")
+
+    # What is not finite
+
+    def _look_at_last(self) -> None:
+        """Read whether the last step was finite, and act on it."""
+        made, self._unchecked = self._unchecked, None
+        if made is None or bool(made.result.finite):
+            self.in_a_row = 0 if made is not None else self.in_a_row
+            return
+        self.skipped += 1
+        # In fp16 a scale that is too large is ordinary: the step is repeated at a smaller one by the next batch.
+        searching_scale = self.learner.loss_scale.enabled and bool(made.result.loss.isfinite())
+        if searching_scale and float(self.learner.loss_scale.scale) >= 1:
+            return
+        self.in_a_row += 1
+        self._last_images = [image_id for batch in made.batches for image_id in batch.image_id.tolist()]
+        self.console.say(
+            f"worker {self.group.rank} skipped step {made.step}: loss {float(made.result.loss):g}, gradient norm"
+            f" {float(made.result.grad_norm):g}, images {self._last_images}"
+        )
+        if self.skipped <= self.experiment.not_finite.saved:
+            uri = record.save_not_finite(self.job.run, made.step, self.group.rank, made.batches, self.learner.detector)
+            self._say(f"its batch and the weights are kept: `python -m jobs.replay {uri}` looks into them")
+
+    def _settle(self) -> bool:
+        """Before the state is kept or judged; False if the run must go back."""
+        self._look_at_last()
+        return self.in_a_row < self.experiment.not_finite.in_a_row
+
+    def _go_back(self) -> Iterator[Batch]:
+        """To the last checkpoint, after too many steps that were not finite."""
+        self._wait_for_checkpoints()
+        steps = self.group.broadcast(checkpoint.steps_in(self.job.checkpoints))
+        if not steps or steps[-1] == self._went_back_to:
+            recurs = (
+                "again after going back to the last checkpoint" if steps else "and there is no checkpoint to go back to"
+            )
+            raise NotFiniteError(
+                f"{self.in_a_row} steps in a row up to step {self.step} were not finite, {recurs}; the last images of worker"
+                f" {self.group.rank} are {self._last_images}. The first of the batches are kept in"
+                f" {storage.join(self.job.run, 'not_finite')}: `python -m jobs.replay` finds the place. A lower optimizer.lr or"
+                " numerics.precision=fp32 is the usual way out."
+            )
+        self._went_back_to = steps[-1]
+        self.in_a_row = 0
+        skipped = self.skipped
+        self._take_over(
+            checkpoint.restore(self.learner, storage.join(self.job.checkpoints, checkpoint.folder_name(steps[-1])))
+        )
+        self.skipped = skipped
+        self._say(f"going back to the checkpoint of step {self.step}")
+        return self._stream()
+
+    # Now and then
+
+    def _reports(self) -> bool:
+        return self.step % self.experiment.tracking.every_steps == 0 or self.step == self.schedule.steps
+
+    def _saves(self) -> bool:
+        every = self.experiment.checkpoints.every_steps
+        return self.schedule.evaluates_after(self.step) or (every is not None and self.step % every == 0)
+
+    def _stops(self) -> bool:
+        return self._saves() or self.in_a_row >= self.experiment.not_finite.in_a_row
+
+    def _report(self) -> None:
+        values = self.meter.read(self.schedule.global_batch)
+        groups = {g["name"]: g["lr"] for g in self.learner.optimizer.param_groups}
+        values["train/lr"] = groups.get("rest", next(iter(groups.values())))
+        values["train/lr_backbone"] = groups.get("backbone", 0.0)
+        values["train/epoch"] = self.step / self.schedule.steps_per_epoch
+        values["train/skipped_steps"] = self.skipped
+        values |= record.memory(self.group.device)
+        if self.group.rank == 0:
+            note = (
+                f"loss {values['train/loss']:.2f}, {values['speed/images_per_s']:.1f} images/s,"
+                f" data wait {values['speed/data_wait_share']:.1%}, {values['system/memory_gib']:.1f} GiB"
+            )
+            self.console.progress(self.step, note)
+            if self.tracker is not None:
+                self.tracker.metrics(values, self.step)
+
+    def _evaluate(self, *, final: bool = False) -> EvaluationReport | None:
+        if self.val is None:
+            return None
+        self.console.beat(self.step, "evaluating")
+        started_at = time.perf_counter()
+        report = self._judge(self.val, final=final)
+        ap = None if report is None else report.numbers["AP"]
+        ap = self.group.broadcast(ap)
+        if not final:
+            value = 0.0 if ap != ap else ap  # NaN: nothing to find in the validation set
+            stage_one = self.schedule.is_strong(self.step - 1)
+            self.standing, _ = after_evaluation(self.standing, ap=value, step=self.step, stage_one=stage_one)
+        self.group.report({"val/AP": ap, "step": float(self.step), "epoch": self.step / self.schedule.steps_per_epoch})
+        self.meter.started_at += time.perf_counter() - started_at
+        return report
+
+    def _judge(self, val: ShardSet, *, final: bool) -> EvaluationReport | None:
+        if self.group.rank == 0 and self.truth is None:
+            self.truth = read_ground_truth(val)
+        detector = self.learner.average.module
+        few = val.manifest.images <= DECODED_INLINE * self.group.world_size
+        report = evaluate(
+            detector,
+            val,
+            self.truth,
+            device=self.group.device,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            broadcast=self.group.broadcast,
+            micro_batch=self.experiment.evaluation.micro_batch or 2 * self.schedule.micro_batch,
+            decode_in="inline" if few else self.experiment.data.decode_in,
+            final=final,
+        )
+        if report is not None:
+            name = "final" if final else checkpoint.folder_name(self.step)
+            what = f"best weights, of step {self.standing.best_step}" if final else f"step {self.step}"
+            self._say(f"evaluation, {what}\n{report.table()}")
+            self._record(report, detector, val, name)
+        return report
+
+    def _record(self, report: EvaluationReport, detector: torch.nn.Module, val: ShardSet, name: str) -> None:
+        pictures = sample_pictures(detector, val, device=self.group.device, count=self.experiment.evaluation.pictures)
+        folder = storage.join(storage.join(self.job.run, "evaluation"), name)
+        record.keep_evaluation(report, pictures, self.tracker, folder, step=self.step, final=name == "final")
+
+    def _save(self) -> None:
+        if self._writer is None:
+            return
+        self.console.beat(self.step, "saving")
+        self._writer.write(checkpoint.take_snapshot(self.learner, self._metadata(), dump(self.experiment)))
+
+    def _metadata(self) -> checkpoint.Metadata:
+        uses = {"train": self.shards, **({"val": self.val} if self.val else {})}
+        return checkpoint.Metadata(
+            run=self.experiment.name or "",
+            step=self.step,
+            epoch=self.step // self.schedule.steps_per_epoch,
+            stage=1 if self.schedule.is_strong(self.step) else 2,
+            standing=self.standing,
+            global_batch=self.schedule.global_batch,
+            micro_batch=self.schedule.micro_batch,
+            workers=self.group.world_size,
+            skipped_steps=self.skipped,
+            model=record.plain(self.learner.detector.config),
+            categories=self.shards.manifest.categories,
+            data={use: shards.manifest.digest for use, shards in uses.items()},
+            tracking_key=self.tracker.run_key if self.tracker else None,
+            parent=self.parent,
+            versions=checkpoint.versions(),
+            commit=checkpoint.code_commit(),
+        )
+
+    def _end(self) -> EvaluationReport | None:
+        """Evaluate the best weights with the protocol's own program, and say where everything is."""
+        self._wait_for_checkpoints()
+        best = self.standing.best_step
+        if best is not None and best != self.step:
+            checkpoint.restore(self.learner, storage.join(self.job.checkpoints, checkpoint.folder_name(best)))
+        report = self._evaluate(final=True)
+        if self.group.rank == 0:
+            record.finish(self.job.run, self.tracker, report, self.standing, self.experiment, self.step)
+        return report
+
+    def _wait_for_checkpoints(self) -> None:
+        """On all workers, until rank 0 has written what it was given."""
+        if self._writer is not None:
+            self._writer.wait()
+        self.group.broadcast(None)
+
+    def _say(self, text: str) -> None:
+        if self.group.rank == 0:
+            self.console.say(text)
+
+    def _say_start(self, waited: float) -> None:
+        now = time.time()
+        parts = {
+            "starting the workers": self._entered_at - self.job.launched_at,
+            "building the model and reading the checkpoint": self._built_at - self._entered_at,
+            "waiting for the first data": waited,
+            "the step itself": now - self._built_at - waited,
+        }
+        named = ", ".join(
+            f"{name} {seconds:.1f} s" for name, seconds in sorted(parts.items(), key=lambda part: -part[1])
+        )
+        self._say(f"first step {now - self.job.launched_at:.1f} s after the launch: {named}")
+
+
+def make_learner(experiment: Experiment, schedule: Schedule, shards: ShardSet, group: Group) -> Learner:
+    numerics, device = experiment.numerics, group.device
+    torch.manual_seed(experiment.seed)
+    config = experiment.model.config(len(shards.manifest.categories), experiment.loss)
+    detector = Detector(config).to(device)
+    detector.train()
+    if numerics.channels_last:
+        detector.to(memory_format=torch.channels_last)
+    average = ExponentialMovingAverage(detector, schedule.ema_decay, schedule.ema_warmup_steps)
+    synchronised = numerics.sync_batch_norm and device.type == "cuda" and group.world_size > 1
+    if synchronised:
+        detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+    optimizer = make_optimizer(detector, schedule.optimizer, fused=True)
+    for parameters in optimizer.param_groups:
+        parameters["initial_lr"] = parameters["lr"]
+    if numerics.compile:
+        detector.backbone.compile()
+        detector.encoder.compile()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
+    model: torch.nn.Module = detector
+    if group.world_size > 1:
+        # Buffers are put together in the step, see `RunningStatistics`.
+        model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
+    precision = chosen_precision(numerics.precision, device)
+    return Learner(
+        detector=detector,
+        model=model,
+        criterion=Criterion(config).to(device),
+        optimizer=optimizer,
+        average=average,
+        loss_scale=LossScale(device, enabled=precision == "fp16"),
+        statistics=RunningStatistics(detector),
+        device=device,
+        precision=precision,
+        clip_norm=experiment.optimizer.clip_norm,
+        channels_last=numerics.channels_last,
+    )
+
+
+def chosen_precision(wanted: str, device: torch.device) -> Precision:
+    if wanted != "auto":
+        return wanted  # type: ignore[return-value]
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def train(job: Job, group: Group, console: Console) -> dict[str, Any]:
+    """The whole run on this worker; what it came to, for the driver."""
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    tracker = None
+    if group.rank == 0 and job.tracking is not None and job.tracking_folder is not None:
+        tracker = Tracker(job.tracking_folder, job.tracking)
+    with tracker or nullcontext():
+        run = Run(job, group, console, tracker)
+        report = run.train()
+        run_id = tracker.wait_for_run_id(timeout=10) if tracker is not None else None
+    outcome = {"step": run.step, "skipped_steps": run.skipped, "best_ap": run.standing.best_ap, "run_id": run_id}
+    return outcome | ({"numbers": report.numbers} if report is not None else {})

@@ -1,0 +1,138 @@
+"""Before anything is started: does the cluster have what is asked for, and can every node reach the data and the storage?"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.data import storage
+from pipeline.data.manifest import ManifestError, load_shards
+from pipeline.training.schedule import REFERENCE_BATCH
+
+DECODING_CPUS = 1.0  # the least that is left for data tasks
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a training asks of the cluster."""
+
+    least: int  # workers
+    most: int
+    gpus: float  # per worker
+    per_worker: dict[str, float]
+
+    def __str__(self) -> str:
+        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self.per_worker.items())
+        return f"{count} worker(s), each with {each}"
+
+    def micro_batch(self, experiment: Experiment) -> int | None:
+        """One that every number of workers can share; None where there is only one number.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.least == self.most or experiment.schedule.micro_batch:
+            return experiment.schedule.micro_batch
+        global_batch = experiment.schedule.global_batch or REFERENCE_BATCH[experiment.model.variant]
+        counts = range(self.least, self.most + 1)
+        fitting = [m for m in range(global_batch, 0, -1) if all(global_batch % (m * n) == 0 for n in counts)]
+        if not fitting:
+            raise ConfigError(
+                f"schedule.global_batch ({global_batch}) cannot be shared evenly by every number of workers from {self.least} to"
+                f" {self.most}: choose a multiple of all of them, or fewer numbers"
+            )
+        return fitting[0]
+
+
+def request_for(cluster: Cluster, *, decodes: bool) -> Request:
+    """
+    Args:
+        decodes: data tasks decode, and need cores of their own.
+
+    Raises:
+        ConfigError: naming everything that the cluster lacks.
+    """
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if total.get("GPU", 0) else 0.0
+    workers = cluster.workers or (max(1, int(total.get("GPU", 0) // gpus)) if gpus else 1)
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    per_worker = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker, **({"GPU": gpus} if gpus else {})}
+    request = Request(least, most, gpus, {name: amount for name, amount in per_worker.items() if amount})
+    if not cluster.autoscaling:
+        _refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes)
+    return request
+
+
+def _refuse_what_never_fits(
+    request: Request, total: dict[str, float], nodes: list[dict[str, float]], decodes: bool
+) -> None:
+    """Ray itself would wait for ever."""
+    problems = []
+    for name, amount in request.per_worker.items():
+        reserved = DECODING_CPUS if name == "CPU" and decodes else 0.0
+        needed, there = request.least * amount + reserved, total.get(name, 0.0)
+        if needed > there:
+            for_data = f" and {reserved:g} for decoding" if reserved else ""
+            problems.append(f"{name}: {request.least} x {amount:g}{for_data} are asked for, the cluster has {there:g}")
+        elif not any(node.get(name, 0.0) >= amount for node in nodes):
+            problems.append(f"{name}: a worker asks for {amount:g}, no node has so much")
+    if problems:
+        ways = "lower `workers` or what each asks for in the cluster file, or set autoscaling: true if nodes will come"
+        more = "; data.decode_in=worker needs no cores for decoding" if decodes else ""
+        raise ConfigError("\n  ".join(["the cluster is too small:", *problems, ways + more]))
+
+
+def problems_on_nodes(run: str, manifests: list[str]) -> list[str]:
+    """What nodes cannot do: see the run's folder and write to it, read the data."""
+    probe = storage.join(run, ".preflight")
+    storage.write_atomic(probe, b"")
+    uris = [storage.absolute(uri) for uri in manifests]
+    nodes = _nodes()
+    if len(nodes) == 1:
+        return []  # this one, which has just done both
+    check = ray.remote(num_cpus=0)(_problems_here)
+    tasks = [
+        check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(run, uris)
+        for node in nodes
+    ]
+    found: list[list[str]] = ray.get(tasks)
+    return [
+        f"node {node['NodeManagerHostname']}: {problem}"
+        for node, those in zip(nodes, found, strict=True)
+        for problem in those
+    ]
+
+
+def _nodes() -> list[Any]:
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _problems_here(run: str, manifests: list[str]) -> list[str]:
+    problems = []
+    try:
+        if not storage.exists(storage.join(run, ".preflight")):
+            problems.append(f"{run} is another folder there: storage must be shared by all nodes")
+        storage.write_atomic(storage.join(run, f".preflight-{os.getpid()}"), b"")
+        filesystem, path = storage.resolve(storage.join(run, f".preflight-{os.getpid()}"))
+        filesystem.delete_file(path)
+    except OSError as error:
+        problems.append(f"{run} cannot be written: {error}")
+    for uri in manifests:
+        try:
+            load_shards(uri)
+        except (ManifestError, OSError) as error:
+            problems.append(f"data cannot be read: {error}")
+    return problems
+
+
+def cpu_threads(request: Request) -> int | None:
+    """Of PyTorch in each worker, where it computes on the CPU; None leaves it to PyTorch."""
+    if request.gpus:
+        return None
+    return max(1, (os.cpu_count() or 1) // request.most)

@@ -1,0 +1,147 @@
+"""What a run leaves behind besides checkpoints: params, metrics and pictures in MLflow, reports and results in its folder."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save as tensors_to_bytes
+
+from dfine_core import Detector, ModelConfig
+from pipeline.config import Experiment, dump, flatten
+from pipeline.data import storage
+from pipeline.data.batch import Batch
+from pipeline.data.manifest import ShardSet
+from pipeline.evaluation.figures import png
+from pipeline.evaluation.report import EvaluationReport
+from pipeline.tracking.names import Scalar
+from pipeline.tracking.tracker import DatasetInput, Tracker
+from pipeline.training import checkpoint
+from pipeline.training.schedule import Schedule
+from pipeline.training.stages import Standing
+
+SOURCE = "jobs/train.py"
+RESULT = "result.json"
+
+
+def plain(config: ModelConfig) -> dict[str, Any]:
+    """As JSON has it."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return content
+
+
+def begin(
+    tracker: Tracker,
+    experiment: Experiment,
+    schedule: Schedule,
+    shards: ShardSet,
+    val: ShardSet | None,
+    parent: dict[str, str],
+) -> None:
+    params = flatten(dump(experiment))
+    params |= {f"derived.{key}": value for key, value in flatten(json.loads(json.dumps(asdict(schedule)))).items()}
+    params["model.num_classes"] = len(shards.manifest.categories)
+    tags = {
+        "variant": experiment.model.variant,
+        "data": shards.manifest.split,
+        "digest.train": shards.manifest.digest,
+        **({"digest.val": val.manifest.digest} if val else {}),
+        **{f"parent.{key}": value for key, value in parent.items()},
+        **{f"version.{key}": value for key, value in checkpoint.versions().items()},
+        **experiment.tracking.tags,
+    }
+    if commit := checkpoint.code_commit():
+        tags["mlflow.source.git.commit"] = commit
+    if job := os.environ.get("RAY_JOB_SUBMISSION_ID"):
+        tags["ray.job"] = job
+    datasets = [dataset(shards, "training"), *([dataset(val, "validation")] if val else [])]
+    tracker.begin({key: scalar(value) for key, value in params.items()}, tags, datasets, SOURCE)
+
+
+def scalar(value: Any) -> str | int | float | bool:
+    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+
+
+def dataset(shards: ShardSet, context: Any) -> DatasetInput:
+    digest = shards.manifest.digest
+    return DatasetInput(name=shards.manifest.split, digest=digest, uri=storage.absolute(shards.uri), context=context)
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Of this worker, in GiB: the device's high mark, or the process where that is the device."""
+    if device.type == "cuda":
+        used, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return {"system/memory_gib": most / 2**30, "system/memory_now_gib": used / 2**30}
+    return {"system/memory_gib": psutil.Process().memory_info().rss / 2**30}
+
+
+def keep_evaluation(
+    report: EvaluationReport,
+    pictures: Iterable[tuple[str, Figure]],
+    tracker: Tracker | None,
+    folder: str,
+    *,
+    step: int,
+    final: bool,
+) -> None:
+    """The report in the run's folder, and what people look at in MLflow."""
+    report.write(folder)
+    if tracker is not None:
+        tracker.metrics(report.metrics("final" if final else "val"), step)
+        if final:
+            for name, figure in report.figures().items():
+                tracker.figure(figure, f"evaluation/{name}.png")
+            columns: dict[str, list[Scalar]] = {
+                "class": [c.name for c in report.per_class],
+                "AP": [c.ap for c in report.per_class],
+                "boxes": [c.boxes for c in report.per_class],
+            }
+            tracker.table(columns, "evaluation/per_class.json")
+    for name, figure in pictures:
+        storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), png(figure))
+        if tracker is not None:
+            tracker.image(name, figure, step)
+
+
+def finish(
+    run: str,
+    tracker: Tracker | None,
+    report: EvaluationReport | None,
+    standing: Standing,
+    experiment: Experiment,
+    step: int,
+) -> None:
+    result = {
+        "step": step,
+        "best_step": standing.best_step,
+        "numbers": report.numbers if report else None,
+        "evaluated": standing.evaluated,
+    }
+    storage.write_atomic(storage.join(run, RESULT), json.dumps(result, indent=1).encode())
+    if tracker is not None:
+        tracker.finish("FINISHED")
+
+
+# Steps that were not finite
+
+
+def save_not_finite(run: str, step: int, rank: int, batches: Sequence[Batch], detector: Detector) -> str:
+    """A worker's micro-batches of a step, and the weights that it was made with; the folder of all workers'."""
+    folder = storage.join(storage.join(run, "not_finite"), checkpoint.folder_name(step))
+    tensors: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        named = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        named["counts"] = torch.tensor(batch.counts)
+        named["padding"] = torch.tensor(batch.padding)
+        tensors |= {f"{batch.micro_batch}/{name}": value.cpu().contiguous().clone() for name, value in named.items()}
+    storage.write_atomic(storage.join(folder, f"rank-{rank}.safetensors"), tensors_to_bytes(tensors))
+    if rank == 0:
+        weights = {name: value.detach().cpu().contiguous().clone() for name, value in detector.state_dict().items()}
+        storage.write_atomic(storage.join(folder, "model.safetensors"), tensors_to_bytes(weights))
+        about = {"step": step, "model": plain(detector.config)}
+        storage.write_atomic(storage.join(folder, "about.json"), json.dumps(about, indent=1).encode())
+    return folder

@@ -1,0 +1,33 @@
+"""A Ray Train worker: finds its place among the others and trains."""
+
+import logging
+from typing import Any
+
+import ray.train
+import ray.train.torch
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2._internal.execution import collective_impl as collectives
+from ray.train.v2._internal.execution import context as reporting
+
+from pipeline.training.loop import Group, Job, train
+from pipeline.training.monitor import WorkerConsole
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """
+    Args:
+        config: {"job": Job, "mailbox": the driver's actor}.
+    """
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # it tells of every report
+    logging.getLogger(collectives.__name__).setLevel(logging.ERROR)  # it warns of broadcasts above 1 kB
+    job: Job = config["job"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    group = Group(
+        rank=rank,
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        broadcast=broadcast_from_rank_zero,
+        report=ray.train.report,
+    )
+    return train(job, group, WorkerConsole(config["mailbox"], rank))

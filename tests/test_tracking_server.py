@@ -1,0 +1,129 @@
+"""A real tracking server that is not there at first, dies while it is written to, and comes back."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.tracker import Tracker
+
+# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; nothing of ours calls SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+PATIENCE = 90.0  # seconds
+
+
+class Server:
+    """`mlflow server` on a port of its own; its processes are one group."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.database = f"sqlite:///{folder}/mlflow.db"
+        self._command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--workers", "1", "--backend-store-uri", self.database, "--artifacts-destination", f"{folder}/artifacts"),
+        ]
+        self._log = folder / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + PATIENCE
+        while not self._answers():
+            assert time.monotonic() < deadline, self._log.read_text()[-3000:]
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow  # two starts of a server
+def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=server.uri)
+    tracker = Tracker(tmp_path / "queue", settings)
+    slowest = 0.0
+    steps = 0
+
+    def train(seconds: float) -> None:
+        nonlocal slowest, steps
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            before = time.monotonic()
+            tracker.metrics({"train/loss": steps, "train/loss_vfl": -steps}, steps)
+            slowest = max(slowest, time.monotonic() - before)
+            steps += 1
+            time.sleep(0.002)
+
+    tracker.begin({"lr": 0.1}, {"variant": "n"})
+    train(3)  # nobody there
+    assert tracker.run_id is None
+    server.start()
+    train(1)
+    assert tracker.wait_for_run_id(PATIENCE) is not None
+    tracker.artifact(b"before", "before.txt")
+    train(2)
+    while tracker.pending == 0:
+        train(0.01)
+    server.kill()
+    tracker.artifact(b"while it was dead", "dead.txt")
+    train(3)
+    assert tracker.pending > 0
+    server.start()
+    train(1)
+    tracker.finish("FINISHED")
+    assert tracker.flush(PATIENCE)
+    tracker.close()
+
+    client = MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("e")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "0.1"}
+    for key, sign in (("train/loss", 1), ("train/loss_vfl", -1)):
+        rows = client.get_metric_history(run.info.run_id, key)
+        assert [(row.step, row.value) for row in rows] == [(step, sign * step) for step in range(steps)]
+        times = [row.timestamp for row in rows]
+        assert times == sorted(times)
+    assert [info.path for info in client.list_artifacts(run.info.run_id)] == ["before.txt", "dead.txt"]
+    assert steps > 1000
+    assert slowest < 1, "the training waited for the server"
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("pipeline.tracking")]
+    assert [("fails" in message, "works again" in message) for message in messages] == [
+        *((True, False), (False, True)),  # at the start
+        *((True, False), (False, True)),  # in the middle
+    ]
