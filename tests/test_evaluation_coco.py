@@ -148,6 +148,21 @@ def test_nothing_is_an_ordinary_case(
     assert difference(result, coco_numbers(truth, table)) == 0
 
 
+def test_image_ids_can_be_any_64_bit_numbers_in_any_order() -> None:
+    truth, table = random_scene(3)
+    strange = np.array([-3, 2**62 + 1, 2**62, 5, *range(100, 96 + len(truth.image_id))])
+    renamed = replace(truth, image_id=strange)
+    result = coco_numbers(truth, table)
+    moved = replace(table, image_id=strange[np.searchsorted(truth.image_id, table.image_id)])
+    assert coco_numbers(renamed, moved).numbers == pytest.approx(result.numbers, abs=1e-3)  # ties fall otherwise
+    assert agreement(renamed, moved) < 1e-9
+
+
+def test_detections_of_another_set_are_refused() -> None:
+    with pytest.raises(ValueError, match="image 102 is not among the images"):
+        coco_numbers(truth_of([(0, BOX)], []), found((100, 0, 0.5, BOX), (102, 0, 0.5, BOX)))
+
+
 def test_an_unknown_number_differs_infinitely_from_a_known_one() -> None:
     truth, table = random_scene(0)
     result = coco_numbers(truth, table)

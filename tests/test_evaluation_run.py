@@ -188,3 +188,11 @@ def test_the_same_images_are_drawn_every_time(shards: ShardSet) -> None:
     assert model.training
     other = [name for name, _ in sample_pictures(model, shards, device=CPU, count=2, seed=1)]
     assert other != first
+
+
+def test_a_detector_that_regresses_directly_has_no_refinement_to_show(shards: ShardSet) -> None:
+    model = Detector(CONFIG.with_(regression="direct"))
+    report = evaluate(model, shards, device=CPU, micro_batch=8, decode_in="inline")
+    assert report is not None
+    assert "layers" in report.figures()
+    assert [name.split("/")[0] for name, _ in sample_pictures(model, shards, device=CPU, count=2)] == ["pictures"] * 2

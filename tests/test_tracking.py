@@ -1,28 +1,25 @@
 """The queue and its delivery, into a database without a server. `test_tracking_server.py` has the server."""
 
+import io
 import json
 import math
-import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline.tracking.event_log import EventLog
-from pipeline.tracking.names import flatten, mlflow_key, mlflow_value, redact
+from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
-from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import DatasetInput, Tracker
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +138,7 @@ def test_every_kind_of_artifact_arrives_whole_and_leaves_the_queue(storage: Path
     assert content("plots/a.txt") == "a"
     assert content("note.txt") == "secret at http://***@host/"
     assert [info.path for info in client.list_artifacts(run.info.run_id, "curves")] == ["curves/pr.png"]
-    table = client.load_table(run.info.experiment_id, "tables/per_class.json", [run.info.run_id])
+    table = pd.read_json(io.StringIO(content("tables/per_class.json")), orient="split")  # as MLflow reads it
     assert table["name"].tolist() == ["cat", "dog"]
     assert table["AP"].iloc[0] == 0.5
     assert math.isnan(table["AP"].iloc[1])
@@ -244,7 +241,7 @@ def test_a_training_killed_while_it_delivers_loses_and_doubles_nothing(storage: 
         assert rows == [(step, step + i / 100) for step in range(650)]
 
 
-def test_a_database_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = resolved(tmp_path, uri="http://user:word@127.0.0.1:9")
     tracker = Tracker(tmp_path / "queue", settings)
     started = time.monotonic()
@@ -265,14 +262,32 @@ def test_a_database_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog
     assert not any("word" in text for text in [caplog.text, repr(settings), *written])
 
 
-def test_a_lower_delivery_may_hang_while_the_next_process_writes(tmp_path: Path) -> None:
-    queue = tmp_path / "queue"
-    first = Tracker(queue, resolved(tmp_path, uri="http://127.0.0.1:9"))
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    settings = resolved(tmp_path, uri="http://127.0.0.1:9")
+    first = Tracker(tmp_path / "queue", settings)
     with pytest.raises(RuntimeError, match="another process"):
-        Tracker(queue, resolved(tmp_path, uri="http://127.0.0.1:9"))
+        Tracker(tmp_path / "queue", settings)
     first.close(0)
-    second = Tracker(queue, resolved(tmp_path, uri="http://127.0.0.1:9"))
-    second.close(0)
+    Tracker(tmp_path / "queue", settings).close(0)
+
+
+def test_a_server_that_hangs_keeps_nobody_from_going_on(storage: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hanging:  # takes connections and never answers
+        uri = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        first = Tracker(storage / "queue", resolved(storage, uri=uri))
+        first.begin({"lr": 0.1}, {})
+        first.metrics({"loss": 1.0}, 1)
+        connection, _ = hanging.accept()  # a request is under way
+        started = time.monotonic()
+        first.close(0.5)
+        second = open_tracker(storage)  # the next process, whose server works
+        second.metrics({"loss": 2.0}, 2)
+        assert time.monotonic() - started < 10
+        assert not second.flush(0.5), "two deliver at once"
+        connection.close()
+    run = delivered_run(second, storage)
+    second.close()
+    assert history(storage, run, "loss") == [(1, 1.0), (2, 2.0)]
 
 
 def test_what_the_server_refuses_is_set_aside_and_the_rest_arrives(
@@ -333,129 +348,3 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     Tracker(tmp_path / "queue", settings).close(0)
     with pytest.raises(ValueError, match="run_key one, not two"):
         Tracker(tmp_path / "queue", resolved(tmp_path, uri="http://127.0.0.1:9", run_key="two"))
-
-
-# Settings
-
-
-def test_the_default_store_is_a_database_in_the_storage() -> None:
-    settings = TrackingSettings.resolve("some/place", experiment="dfine/coco", run_name="r")
-    assert settings.uri == f"sqlite:///{Path.cwd()}/some/place/mlflow.db"
-    assert settings.artifact_location == f"file://{Path.cwd()}/some/place/mlartifacts/dfine%2Fcoco"
-
-
-def test_an_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment:5000")
-    assert TrackingSettings.resolve("s3://b/x", experiment="e", run_name="r").uri == "http://environment:5000"
-    named = TrackingSettings.resolve("s3://b/x", experiment="e", run_name="r", uri="http://argument:5000")
-    assert named.uri == "http://argument:5000"
-    assert named.artifact_location is None
-
-
-def test_remote_storage_needs_a_server() -> None:
-    with pytest.raises(ValueError, match=r"s3://b/x cannot hold.*MLFLOW_TRACKING_URI"):
-        TrackingSettings.resolve("s3://b/x", experiment="e", run_name="r")
-
-
-@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "htp://x"])
-def test_an_unusable_tracking_uri_is_refused(tmp_path: Path, uri: str) -> None:
-    with pytest.raises(ValueError, match="name a server"):
-        resolved(tmp_path, uri=uri)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("http://user:word@host:5000/path", "http://***@host:5000/path"),
-        ("failed: https://u:p@ss@host/x and more", "failed: https://***@host/x and more"),
-        ("postgresql://u:word@db/mlflow", "postgresql://***@db/mlflow"),
-        ("http://token@host/x", "http://***@host/x"),
-        ("http://host/x?at=a@b:c", "http://host/x?at=a@b:c"),
-        ("mail me@home", "mail me@home"),
-    ],
-)
-def test_passwords_are_not_shown(text: str, shown: str) -> None:
-    assert redact(text) == shown
-
-
-# Names
-
-
-@given(st.text(max_size=300))
-def test_every_name_becomes_one_that_mlflow_takes(name: str) -> None:
-    from mlflow.utils.validation import _validate_metric_name, _validate_param_name
-
-    key = mlflow_key(name)
-    _validate_metric_name(key)
-    _validate_param_name(key)
-    assert mlflow_key(key) == key
-
-
-def test_a_long_value_says_that_it_was_cut() -> None:
-    assert mlflow_value("abcdef", 4) == "abc…"
-
-
-def test_settings_are_flattened_to_dotted_keys() -> None:
-    assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": None}) == {"a.b.c": 1, "d": "[1, 2]", "e": None}
-
-
-# The file of events
-
-
-def test_a_torn_last_line_was_never_an_event(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    log = EventLog(path, 0)
-    log.append({"n": 1})
-    log.append({"n": 2})
-    log.close()
-    with path.open("ab") as file:
-        file.write(b'{"n": 3, "text": "' + b"x" * 200_000)  # longer than what is looked at in one go
-    log = EventLog(path, 0)
-    assert log.pending == 2
-    log.append({"n": 4})
-    assert [event["n"] for event, _ in log.read(10)] == [1, 2, 4]
-    log.close()
-
-
-OPERATIONS = st.one_of(
-    st.tuples(st.just("append"), st.text(max_size=5)),
-    st.tuples(st.just("read"), st.integers(1, 3)),
-    st.tuples(st.just("reopen"), st.binary(max_size=8)),  # behind a line that the bytes are the torn rest of
-)
-
-
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(OPERATIONS, max_size=12))
-def test_a_log_reads_back_what_was_written_wherever_it_was_cut_and_reopened(
-    tmp_path: Path, operations: list[tuple[str, Any]]
-) -> None:
-    path = tmp_path / "log"
-    path.unlink(missing_ok=True)
-    log, written, taken, offset = EventLog(path, 0), [], [], 0
-    for kind, value in operations:
-        if kind == "append":
-            log.append({"text": value})
-            written.append({"text": value})
-        elif kind == "read":
-            for event, offset in log.read(value):  # noqa: B007  # of the last one
-                taken.append(event)
-            log.passed(len(taken) - (len(written) - log.pending), offset)
-        else:
-            log.close()
-            with path.open("ab") as file:
-                file.write(value.replace(b"\n", b""))
-            log = EventLog(path, offset)
-        assert log.pending == len(written) - len(taken)
-    rest = [event for event, _ in log.read(100)]
-    log.close()
-    assert taken + rest == written
-
-
-def test_the_node_is_measured() -> None:
-    system_metrics()
-    metrics = system_metrics()
-    assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
-    assert 0 < metrics["system/system_memory_usage_percentage"] < 100
-    # An independent look at the same number.
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    assert metrics["system/process_memory_usage_megabytes"] == pytest.approx(resident, rel=0.1)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -20,7 +21,7 @@ from dfine_core import Detector, ModelConfig
 from dfine_core.postprocess import postprocess
 from pipeline.data.decode import decode_rgb, stretch
 from pipeline.tracking.model import log_detector, save_detector
-from pipeline.tracking.served_detector import read_image
+from pipeline.tracking.served_detector import PythonModelContext, ServedDetector, read_image
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
@@ -78,7 +79,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def weights(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_file(detector.state_dict(), path)
+    save_file({key: tensor.clone() for key, tensor in detector.state_dict().items()}, path)
     return path
 
 
@@ -91,6 +92,7 @@ def expected(detector: Detector, picture: Path) -> tuple[NDArray[np.float32], ND
     return found.boxes[0].numpy(), found.scores[0].numpy(), found.labels[0].tolist()
 
 
+@pytest.mark.slow  # another process imports MLflow and torch
 def test_a_registered_model_loads_elsewhere_and_detects_the_same(
     detector: Detector, weights: Path, picture: Path, tmp_path: Path
 ) -> None:
@@ -164,12 +166,31 @@ def fresh_deployed(detector: Detector) -> Detector:
     return copy.deploy()
 
 
-def test_a_saved_model_holds_no_pickle_and_no_foreign_path(weights: Path, picture: Path, tmp_path: Path) -> None:
-    save_detector(
-        tmp_path / "model", config=CONFIG, weights=weights, categories=CATEGORIES, example=picture.read_bytes()
-    )
-    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
-    assert (tmp_path / "model" / "code" / "dfine_core" / "detector.py") in files
+@pytest.fixture(scope="module")
+def saved(weights: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_detector(folder, config=CONFIG, weights=weights, categories=CATEGORIES, example=picture.read_bytes())
+    return folder
+
+
+def test_it_detects_what_evaluation_detects(detector: Detector, saved: Path, picture: Path) -> None:
+    artifacts = {"weights": saved / "artifacts/weights.safetensors", "description": saved / "artifacts/detector.json"}
+    context = PythonModelContext({name: str(path) for name, path in artifacts.items()}, {})
+    served = ServedDetector()
+    served.load_context(context)
+    boxes, scores, labels = expected(detector, picture)
+    for value in (str(picture), picture.read_bytes(), np.load(f"{picture}.npy")):
+        (answer,) = served.predict(context, pd.DataFrame({"image": [value]}), {"threshold": 0.0})
+        assert answer["labels"] == labels
+        np.testing.assert_allclose(answer["scores"], scores, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(answer["boxes"], boxes, rtol=0, atol=1e-5 * WIDTH)
+    (answer,) = served.predict(context, pd.DataFrame({"image": [str(picture)]}))
+    assert 0 < len(answer["scores"]) == (scores >= 0.4).sum() < len(scores)
+
+
+def test_a_saved_model_holds_no_pickle_and_no_foreign_path(saved: Path) -> None:
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    assert (saved / "code" / "dfine_core" / "detector.py") in files
     suffixes = {path.suffix for path in files}
     assert suffixes <= {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}
     project = str(Path(__file__).parent.parent)

@@ -1,5 +1,6 @@
 """A real tracking server that is not there at first, dies while it is written to, and comes back."""
 
+import io
 import os
 import signal
 import socket
@@ -8,12 +9,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
+import numpy as np
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
+from safetensors.torch import save_file
 
+from dfine_core import Detector, ModelConfig
+from pipeline.tracking.model import log_detector
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
@@ -69,9 +78,32 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
+def log_tiny_detector(tracker: Tracker, folder: Path) -> None:
+    config = ModelConfig.variant("n", num_classes=2, input_size=(64, 64), num_queries=20)
+    weights = {key: tensor.clone() for key, tensor in Detector(config).state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    example = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(example, "PNG")
+    log_detector(
+        tracker,
+        config=config,
+        weights=folder / "weights.safetensors",
+        categories=("cat", "dog"),
+        metrics={"val/AP": 0.5},
+        example=example.getvalue(),
+        step=7,
+        register_as="dfine",
+        alias="champion",
+    )
+
+
 @pytest.mark.slow  # two starts of a server
 def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=server.uri)
     tracker = Tracker(tmp_path / "queue", settings)
@@ -100,6 +132,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
         train(0.01)
     server.kill()
     tracker.artifact(b"while it was dead", "dead.txt")
+    log_tiny_detector(tracker, tmp_path)
     train(3)
     assert tracker.pending > 0
     server.start()
@@ -107,6 +140,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
     tracker.finish("FINISHED")
     assert tracker.flush(PATIENCE)
     tracker.close()
+    assert capfd.readouterr().out == "", "MLflow prints addresses, which may hold passwords"
 
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("e")
@@ -120,6 +154,16 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
         times = [row.timestamp for row in rows]
         assert times == sorted(times)
     assert [info.path for info in client.list_artifacts(run.info.run_id)] == ["before.txt", "dead.txt"]
+    version = client.get_model_version_by_alias("dfine", "champion")
+    assert (str(version.version), version.run_id) == ("1", run.info.run_id)
+    with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
+        warnings.simplefilter("ignore")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        model = mlflow.pyfunc.load_model("models:/dfine@champion")
+    assert f"models:/{model.metadata.model_id}" == tracker.model_uri("detector")
+    assert model.metadata.run_id == run.info.run_id
+    (answer,) = model.predict(pd.DataFrame({"image": [np.zeros((9, 9, 3), np.uint8)]}), params={"threshold": 0.0})
+    assert len(answer["boxes"]) == 40
     assert steps > 1000
     assert slowest < 1, "the training waited for the server"
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("pipeline.tracking")]

@@ -10,13 +10,12 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.coco import IOU_THRESHOLDS, RECALLS, CocoResult, prepared_hotcoco
+from pipeline.evaluation.coco import IOU_THRESHOLDS, RECALLS, CocoResult, prepared_hotcoco, xywh
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.truth import GroundTruth
 
 CONFUSION_SCORE = 0.25  # a detection below it would hardly be shown to anyone
 CONFUSION_IOU = 0.5
-SMALLEST_AREA = float(np.finfo(np.float32).tiny)  # px^2, so that nothing is divided by zero
 TIDE_NAMES = {
     "classification": "Cls",
     "localisation": "Loc",
@@ -96,29 +95,14 @@ def _in_crowd(truth: GroundTruth, table: DetectionTable) -> NDArray[np.bool_]:
     inside = np.zeros(len(table), np.bool_)
     by_image = np.argsort(table.image_id, kind="stable")
     ordered_ids = table.image_id[by_image]
-    for region in np.flatnonzero(truth.crowd):
-        image = truth.image[region]
-        here = by_image[slice(*np.searchsorted(ordered_ids, [truth.image_id[image], truth.image_id[image] + 1]))]
-        here = here[table.label[here] == truth.label[region]]
-        others = slice(*np.searchsorted(truth.image, [image, image + 1]))
-        boxes = truth.box[others][~truth.crowd[others]]
-        found = table.box[here]
-        areas, shared = _area(found), _intersection(found, boxes)
-        covered = _intersection(found, truth.box[region, None])[:, 0] >= CONFUSION_IOU * np.maximum(
-            areas, SMALLEST_AREA
-        )
-        ious = shared / np.maximum(areas[:, None] + _area(boxes) - shared, SMALLEST_AREA)
-        inside[here] |= covered & (ious.max(1, initial=0.0) < CONFUSION_IOU)
+    for image in np.unique(truth.image[truth.crowd]):
+        image_id = truth.image_id[image]
+        here = by_image[slice(*np.searchsorted(ordered_ids, [image_id, image_id + 1]))]
+        boxes = slice(*np.searchsorted(truth.image, [image, image + 1]))
+        crowd = truth.crowd[boxes]
+        # [n, m]: IoU, for crowd regions the share of the detection that lies in them
+        overlaps = hotcoco.primitives.bbox_iou(xywh(table.box[here]), xywh(truth.box[boxes]), crowd)
+        hit = overlaps.reshape(len(here), len(crowd)) >= CONFUSION_IOU
+        same_class = table.label[here, None] == truth.label[boxes]
+        inside[here] = (hit & crowd & same_class).any(1) & ~(hit & ~crowd).any(1)
     return inside
-
-
-def _intersection(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[n, 4] and [m, 4] xyxy to [n, m]."""
-    size = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    both: NDArray[np.float32] = size.clip(min=0).prod(-1)
-    return both
-
-
-def _area(box: NDArray[np.float32]) -> NDArray[np.float32]:
-    size: NDArray[np.float32] = (box[:, 2:] - box[:, :2]).clip(min=0).prod(1)
-    return size

@@ -3,7 +3,8 @@
 Two programs compute it from the same arrays. hotcoco is fast enough for every evaluation of a run; pycocotools is the one
 that published numbers come from, so it has the last word at the end of a run.
 
-Categories are known to both by their label, as our arrays are; ids of the source matter only in result files.
+Both know a category by its label and an image by its place among the image ids: ids of the source can be anything that fits
+into 64 bits, which is more than they take, and matter only in result files.
 """
 
 import contextlib
@@ -80,21 +81,22 @@ def prepared_hotcoco(truth: GroundTruth, table: DetectionTable) -> hotcoco.COCOe
     coco_truth = hotcoco.COCO.from_arrays(
         images=_images(truth),
         categories=_categories(truth),
-        image_ids=truth.image_id[truth.image],
+        image_ids=_places(truth, truth.image_id[truth.image]),
         category_ids=truth.label.astype(np.int64),
-        boxes=_xywh(truth.box),
+        boxes=xywh(truth.box),
         area=truth.area.astype(np.float64),
         iscrowd=truth.crowd,
     )
-    rows = np.column_stack([table.image_id, _xywh(table.box), table.score, table.label]).astype(np.float64)
+    places = _places(truth, table.image_id)
+    rows = np.column_stack([places, xywh(table.box), table.score, table.label]).astype(np.float64)
     return hotcoco.COCOeval(coco_truth, coco_truth.load_res(rows), "bbox")
 
 
 def run_pycocotools(truth: GroundTruth, table: DetectionTable) -> COCOeval:
     """The evaluator after its work. It needs a dictionary for every detection: minutes for a large set."""
-    boxes, found = _xywh(truth.box), _xywh(table.box)
+    boxes, found = xywh(truth.box), xywh(table.box)
     annotations = zip(
-        truth.image_id[truth.image].tolist(),
+        _places(truth, truth.image_id[truth.image]).tolist(),
         truth.label.tolist(),
         boxes.tolist(),
         truth.area.tolist(),
@@ -102,7 +104,7 @@ def run_pycocotools(truth: GroundTruth, table: DetectionTable) -> COCOeval:
         strict=True,
     )
     detections = zip(
-        table.image_id.tolist(),
+        _places(truth, table.image_id).tolist(),
         table.label.tolist(),
         found.tolist(),
         (found[:, 2] * found[:, 3]).tolist(),
@@ -154,14 +156,27 @@ def _nan_where_undefined(values: Any) -> NDArray[np.float64]:
     return np.where(array < 0, np.nan, array)
 
 
-def _xywh(box: NDArray[np.float32]) -> NDArray[np.float64]:
+def xywh(box: NDArray[np.float32]) -> NDArray[np.float64]:
     corners = box.astype(np.float64)
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
+def _places(truth: GroundTruth, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where ids stand in the order of all image ids, which decides between detections of equal scores."""
+    ordered = np.sort(truth.image_id)
+    places = np.searchsorted(ordered, image_ids)
+    known = np.isin(image_ids, ordered)
+    if not known.all():
+        raise ValueError(
+            f"image {image_ids[~known][0]} is not among the images of the truth: is it of another shard set?"
+        )
+    return places
+
+
 def _images(truth: GroundTruth) -> list[dict[str, Any]]:
-    sizes = zip(truth.image_id.tolist(), truth.width.tolist(), truth.height.tolist(), strict=True)
-    return [{"id": image_id, "width": width, "height": height} for image_id, width, height in sizes]
+    order = np.argsort(truth.image_id)
+    sizes = zip(truth.width[order].tolist(), truth.height[order].tolist(), strict=True)
+    return [{"id": place, "width": width, "height": height} for place, (width, height) in enumerate(sizes)]
 
 
 def _categories(truth: GroundTruth) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from matplotlib import colormaps
@@ -114,12 +113,14 @@ def layers_figure(layers: dict[str, float]) -> Figure:
     }
     drawn = {title: values for measure, title in panels.items() if (values := by_layer(layers, measure))}
     figure = Figure(figsize=(9, 6) if len(drawn) > 1 else (5, 3.4), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(*((2, 2) if len(drawn) > 1 else (1, 1)))).flat
-    for axes, (title, values) in zip(cast("Sequence[Axes]", grid), drawn.items(), strict=False):
+    places: list[Axes] = np.ravel(figure.subplots(*((2, 2) if len(drawn) > 1 else (1, 1)))).tolist()
+    for axes in places[len(drawn) :]:
+        axes.remove()
+    for axes, (title, values) in zip(places, drawn.items(), strict=False):
         axes.plot(list(values), list(values.values()), "o-", color=BLUE)
         low, high = min(values.values()), max(values.values())
-        room = 0.18 * (high - low) or 0.1
-        axes.set_ylim(max(0.0, low - room) if low >= 0 else low - room, high + room)
+        reach = 0.7 * (max(high - low, 0.1 * high) or 1)  # differences of a percent must not look like mountains
+        axes.set_ylim(max(0, (low + high) / 2 - reach), (low + high) / 2 + reach)
         for place, value in enumerate(values.values()):
             axes.annotate(f"{value:.3g}", (place, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         axes.set_title(title, fontsize=10)

@@ -129,7 +129,7 @@ def _draw_steps(
 def _draw_distributions(
     axes: Axes,
     probabilities: NDArray[np.float32],
-    offsets: NDArray[np.float32],
+    offsets: NDArray[np.floating],
     shades: NDArray[np.float64],
     wanted: float | None,
 ) -> None:

@@ -38,15 +38,11 @@ class Courier:
         self._thread = threading.Thread(target=self._work, name="mlflow-delivery", daemon=True)
         self._thread.start()
 
-    @property
-    def run_id(self) -> str | None:
-        return self._queue.delivered.run_id
-
     def wait_for_run_id(self, timeout: float) -> str | None:
         with self._progress:
             self._wake()
-            self._progress.wait_for(lambda: self.run_id is not None, timeout)
-        return self.run_id
+            self._progress.wait_for(lambda: self._queue.delivered.run_id is not None, timeout)
+        return self._queue.delivered.run_id
 
     def flush(self, timeout: float) -> bool:
         """Try at once, and wait at most `timeout` seconds; whether everything is delivered."""

@@ -7,18 +7,10 @@ took although its answer was lost, it recognises: it keeps one row per (name, st
 import getpass
 import json
 import math
-import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
-
-# Read when mlflow is imported or asks. Retrying and waiting is this package's own business, and the console is the training's.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds without a byte
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 import requests
 from mlflow import MlflowClient
@@ -141,7 +133,7 @@ class Delivery:
         return min(found, key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id if found else None
 
     def _create_run(self) -> str:
-        tags = {RUN_KEY: self._run_key, mlflow_tags.MLFLOW_USER: getpass.getuser()}
+        tags = {RUN_KEY: self._run_key, mlflow_tags.MLFLOW_USER: _user()}
         if self._settings.parent_run_id:
             tags[mlflow_tags.MLFLOW_PARENT_RUN_ID] = self._settings.parent_run_id
         run = self._client.create_run(self._experiment_id, self._started_at, tags, self._settings.run_name)
@@ -207,9 +199,9 @@ class Delivery:
             if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
                 self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, event["step"])])
             self._client.finalize_logged_model(model.model_id, "READY")
-        self.model_uris[event["name"]] = uri = f"models:/{model.model_id}"
+        self.model_uris[event["name"]] = f"models:/{model.model_id}"
         if event["register_as"]:
-            version = self._register(event["register_as"], uri, model.model_id)
+            version = self._register(event["register_as"], model)
             if event["alias"]:
                 self._client.set_registered_model_alias(event["register_as"], event["alias"], version)
 
@@ -231,17 +223,28 @@ class Delivery:
             self._client.log_batch(self._run_id, metrics=batch)
         self._last_steps = None
 
-    def _register(self, name: str, uri: str, model_id: str) -> str:
+    def _register(self, name: str, model: LoggedModel) -> str:
         """The version of the registered model `name` that is this model; made if there is none."""
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._run_id}'")
-        same = [version for version in versions if version.model_id == model_id]
-        version = same[0] if same else self._client.create_model_version(name, uri, self._run_id, model_id=model_id)
+        source = model.artifact_location  # `models:/m-...` MLflow would look up at the process's default server
+        for version in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._run_id}'"):
+            if version.source == source:
+                return str(version.version)
+        version = self._client.create_model_version(
+            name, source, self._run_id, model_id=model.model_id, await_creation_for=0
+        )
         return str(version.version)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container that runs under a number without a name
+        return "unknown"
 
 
 def _storable(value: float) -> float:
@@ -257,7 +260,7 @@ def _dataset_input(dataset: dict[str, str]) -> DatasetInput:
         Dataset(
             name=dataset["name"],
             digest=dataset["digest"].removeprefix("sha256:")[:DIGEST_LENGTH],
-            source_type={"gs": "gcs", "file": "local"}.get(scheme, scheme),
+            source_type={"gs": "gcs", "file": "local", "https": "http"}.get(scheme, scheme),
             source=json.dumps({"uri": uri}),
         ),
         [InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, dataset["context"])],

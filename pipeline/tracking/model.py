@@ -60,11 +60,13 @@ def save_detector(
     with tempfile.TemporaryDirectory() as temporary:
         description = Path(temporary, "detector.json")
         description.write_text(json.dumps({"config": asdict(config), "categories": list(categories)}, indent=1))
+        # Copied, because MLflow writes down where they were, and packs what lies beside them.
+        served = Path(shutil.copy(Path(__file__).with_name("served_detector.py"), temporary))
         package = Path(temporary, "dfine_core")
         shutil.copytree(Path(dfine_core.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
         mlflow.pyfunc.save_model(
             folder,
-            python_model=str(Path(__file__).with_name("served_detector.py")),
+            python_model=str(served),
             artifacts={"weights": str(weights), "description": str(description)},
             code_paths=[str(package)],
             pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={_public(name)}" for name in REQUIREMENTS],

@@ -5,6 +5,9 @@ records.jsonl      params, metrics, tags, status
 artifacts.jsonl    artifacts and models, whose content lies in files/ until it is delivered
 delivered.json     MLflow's run id and how far each of the two is delivered; written by the delivery
 rejected.jsonl     what the server refused for good, with its reason
+
+Two locks: one process at a time writes, and one delivers. They are apart because a delivery may hang in a request after
+its process has handed the run on, and the next one must not wait for that.
 """
 
 import fcntl

@@ -46,12 +46,17 @@ class ServedDetector(PythonModel):
         load_weights(self.detector, load_file(context.artifacts["weights"]))
         self.detector.deploy().to(self.device)
 
-    def predict(  # type: ignore[no-untyped-def]  # MLflow would check inputs against an annotation of `model_input`
-        self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Boxes are xyxy in pixels of the image as it was given; they may reach over its border."""
+        """Boxes are xyxy in pixels of the image as it was given; they may reach over its border.
+
+        Args:
+            model_input: images in the column "image".
+            params: "threshold" of the score.
+        """
         threshold = float((params or {}).get("threshold", 0.4))
-        values = list(model_input["image"] if isinstance(model_input, pd.DataFrame) else model_input)
+        values = list(model_input["image"])
         found: list[dict[str, Any]] = []
         for start in range(0, len(values), BATCH):
             found += self._detect([read_image(value) for value in values[start : start + BATCH]], threshold)

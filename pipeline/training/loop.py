@@ -12,15 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from dfine_core import Criterion, Detector
-from dfine_core.ema import ExponentialMovingAverage
-from dfine_core.optim import make_optimizer
+from dfine_core import Detector
 from pipeline.config import Experiment, dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size
@@ -32,22 +29,15 @@ from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.truth import GroundTruth, read_ground_truth
 from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, record
 from pipeline.training.initial import load_initial
+from pipeline.training.learner import make_learner
 from pipeline.training.monitor import Console
-from pipeline.training.schedule import Schedule, derive
+from pipeline.training.schedule import derive
 from pipeline.training.stages import Standing, after_evaluation, goes_back
-from pipeline.training.step import (
-    Learner,
-    LossScale,
-    Precision,
-    RunningStatistics,
-    StepResult,
-    to_micro_batch,
-    train_step,
-)
-
+from pipeline.training.step import StepResult, to_micro_batch, train_step
 
 DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray Data takes longer than decoding them
 
@@ -145,7 +135,13 @@ class Run:
             workers=group.world_size,
             micro_batch=job.micro_batch,
         )
-        self.learner = make_learner(self.experiment, self.schedule, self.shards, group)
+        self.learner = make_learner(
+            self.experiment,
+            self.schedule,
+            num_classes=len(self.shards.manifest.categories),
+            device=group.device,
+            workers=group.world_size,
+        )
         self.step = 0  # steps done
         self.standing = Standing()
         self.skipped = self.in_a_row = 0
@@ -166,7 +162,7 @@ class Run:
         """The evaluation of the best weights, on rank 0 and if there is anything to evaluate on."""
         self._begin()
         if self.tracker is not None:
-            record.begin(self.tracker, self.experiment, self.schedule, self.shards, self.val, self.parent)
+            record.begin(self.tracker, self.job.run, self.experiment, self.schedule, self.shards, self.val, self.parent)
         self._built_at = time.time()
         batches = self._stream()
         while self.step < self.schedule.steps:
@@ -356,7 +352,7 @@ class Run:
             )
             self.console.progress(self.step, note)
             if self.tracker is not None:
-                self.tracker.metrics(values, self.step)
+                self.tracker.metrics(values | system_metrics(), self.step)
 
     def _evaluate(self, *, final: bool = False) -> EvaluationReport | None:
         if self.val is None:
@@ -369,7 +365,7 @@ class Run:
         if not final:
             value = 0.0 if ap != ap else ap  # NaN: nothing to find in the validation set
             stage_one = self.schedule.is_strong(self.step - 1)
-            self.standing, _ = after_evaluation(self.standing, ap=value, step=self.step, stage_one=stage_one)
+            self.standing = after_evaluation(self.standing, ap=value, step=self.step, stage_one=stage_one)
         self.group.report({"val/AP": ap, "step": float(self.step), "epoch": self.step / self.schedule.steps_per_epoch})
         self.meter.started_at += time.perf_counter() - started_at
         return report
@@ -438,7 +434,16 @@ class Run:
             checkpoint.restore(self.learner, storage.join(self.job.checkpoints, checkpoint.folder_name(best)))
         report = self._evaluate(final=True)
         if self.group.rank == 0:
-            record.finish(self.job.run, self.tracker, report, self.standing, self.experiment, self.step)
+            record.finish(
+                self.job.run,
+                self.tracker,
+                cast(Detector, self.learner.average.module),
+                self.val or self.shards,
+                report,
+                self.standing,
+                self.experiment,
+                self.step,
+            )
         return report
 
     def _wait_for_checkpoints(self) -> None:
@@ -463,51 +468,6 @@ class Run:
             f"{name} {seconds:.1f} s" for name, seconds in sorted(parts.items(), key=lambda part: -part[1])
         )
         self._say(f"first step {now - self.job.launched_at:.1f} s after the launch: {named}")
-
-
-def make_learner(experiment: Experiment, schedule: Schedule, shards: ShardSet, group: Group) -> Learner:
-    numerics, device = experiment.numerics, group.device
-    torch.manual_seed(experiment.seed)
-    config = experiment.model.config(len(shards.manifest.categories), experiment.loss)
-    detector = Detector(config).to(device)
-    detector.train()
-    if numerics.channels_last:
-        detector.to(memory_format=torch.channels_last)
-    average = ExponentialMovingAverage(detector, schedule.ema_decay, schedule.ema_warmup_steps)
-    synchronised = numerics.sync_batch_norm and device.type == "cuda" and group.world_size > 1
-    if synchronised:
-        detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-    optimizer = make_optimizer(detector, schedule.optimizer, fused=True)
-    for parameters in optimizer.param_groups:
-        parameters["initial_lr"] = parameters["lr"]
-    if numerics.compile:
-        detector.backbone.compile()
-        detector.encoder.compile()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
-    model: torch.nn.Module = detector
-    if group.world_size > 1:
-        # Buffers are put together in the step, see `RunningStatistics`.
-        model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
-    precision = chosen_precision(numerics.precision, device)
-    return Learner(
-        detector=detector,
-        model=model,
-        criterion=Criterion(config).to(device),
-        optimizer=optimizer,
-        average=average,
-        loss_scale=LossScale(device, enabled=precision == "fp16"),
-        statistics=RunningStatistics(detector),
-        device=device,
-        precision=precision,
-        clip_norm=experiment.optimizer.clip_norm,
-        channels_last=numerics.channels_last,
-    )
-
-
-def chosen_precision(wanted: str, device: torch.device) -> Precision:
-    if wanted != "auto":
-        return wanted  # type: ignore[return-value]
-    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def train(job: Job, group: Group, console: Console) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,8 +18,10 @@ from pipeline.config import Experiment, dump, flatten
 from pipeline.data import storage
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import ShardSet
+from pipeline.data.reader import locate_row_groups, read_row_groups
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.report import EvaluationReport
+from pipeline.tracking.model import log_detector
 from pipeline.tracking.names import Scalar
 from pipeline.tracking.tracker import DatasetInput, Tracker
 from pipeline.training import checkpoint
@@ -36,6 +40,7 @@ def plain(config: ModelConfig) -> dict[str, Any]:
 
 def begin(
     tracker: Tracker,
+    run: str,
     experiment: Experiment,
     schedule: Schedule,
     shards: ShardSet,
@@ -51,6 +56,7 @@ def begin(
         "digest.train": shards.manifest.digest,
         **({"digest.val": val.manifest.digest} if val else {}),
         **{f"parent.{key}": value for key, value in parent.items()},
+        "dfine.run": run,
         **{f"version.{key}": value for key, value in checkpoint.versions().items()},
         **experiment.tracking.tags,
     }
@@ -110,11 +116,18 @@ def keep_evaluation(
 def finish(
     run: str,
     tracker: Tracker | None,
+    detector: Detector,
+    shards: ShardSet,
     report: EvaluationReport | None,
     standing: Standing,
     experiment: Experiment,
     step: int,
 ) -> None:
+    """The result, in the run's folder and in MLflow.
+
+    Args:
+        detector: the best averaged weights.
+    """
     result = {
         "step": step,
         "best_step": standing.best_step,
@@ -122,8 +135,30 @@ def finish(
         "evaluated": standing.evaluated,
     }
     storage.write_atomic(storage.join(run, RESULT), json.dumps(result, indent=1).encode())
-    if tracker is not None:
-        tracker.finish("FINISHED")
+    if tracker is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "detector.safetensors")
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in detector.state_dict().items()}
+        weights.write_bytes(tensors_to_bytes(state))
+        log_detector(
+            tracker,
+            config=detector.config,
+            weights=weights,
+            categories=[category.name for category in shards.manifest.categories],
+            metrics=report.metrics("final") if report else {},
+            example=_an_image(shards),
+            step=step,
+            register_as=experiment.tracking.register_as,
+            alias=experiment.tracking.alias,
+        )
+    tracker.finish("FINISHED")
+
+
+def _an_image(shards: ShardSet) -> bytes:
+    (group, *_) = read_row_groups(locate_row_groups(shards), [0]).values()
+    image: bytes = group.column("image")[0].as_py()
+    return image
 
 
 # Steps that were not finite

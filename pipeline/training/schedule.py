@@ -10,7 +10,7 @@ from pipeline.config import ConfigError, Experiment
 
 REFERENCE_BATCH = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # of the published recipes
 CLEAN_SHARE = 0.09  # of the epochs, at the end; the published recipes spend 0.075 to 0.17 so
-EMA_HORIZON_SHARE = 0.1  # of the run that the average looks back over at most, lest it is still the start at the end
+EMA_HORIZON_SHARE = 0.2  # of the run that the average looks back over at most, lest it is still the start at the end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,8 @@ def divided(global_batch: int, micro_batch: int | None, workers: int) -> int:
         return share
     if share % micro_batch:
         divisors = [size for size in range(1, share + 1) if share % size == 0]
-        fitting = sorted(sorted(divisors, key=lambda size: abs(size - micro_batch))[:2])
+        below = max(size for size in divisors if size < micro_batch)
+        fitting = [below, *[size for size in divisors if size > micro_batch][:1]]
         raise ConfigError(
             f"schedule.micro_batch ({micro_batch}) does not divide the {share} images of each of {workers} workers"
             f" (global_batch {global_batch}): the nearest that do are {' and '.join(map(str, fitting))}"

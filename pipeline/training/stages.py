@@ -19,20 +19,16 @@ class Standing:
     evaluated: tuple[tuple[int, float], ...] = ()  # every (step, AP) of this line of weights
 
 
-def after_evaluation(standing: Standing, *, ap: float, step: int, stage_one: bool) -> tuple[Standing, bool]:
-    """The new record, and whether to go back to the best weights of stage one."""
-    is_best = standing.best_ap is None or ap > standing.best_ap
-    improved = standing.since_restart is None or ap > standing.since_restart
+def after_evaluation(standing: Standing, *, ap: float, step: int, stage_one: bool) -> Standing:
+    """The new record; in stage two, no better than since the last restart means that there will be another one."""
     new = replace(standing, evaluated=(*standing.evaluated, (step, ap)))
-    if is_best:
+    if standing.best_ap is None or ap > standing.best_ap:
         new = replace(new, best_ap=ap, best_step=step)
         if stage_one:
             new = replace(new, stage_one_step=step)
-    if improved:
-        return replace(new, since_restart=ap), False
-    if stage_one or standing.stage_one_step is None:
-        return new, False
-    return replace(new, since_restart=None), True
+    if standing.since_restart is None or ap > standing.since_restart:
+        return replace(new, since_restart=ap)
+    return new if stage_one else replace(new, since_restart=None)
 
 
 def goes_back(standing: Standing, step: int, stage_two_step: int | None) -> bool:
