@@ -20,17 +20,7 @@ from pipeline.training.preview import preview
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", type=Path, help="YAML file, see configs/")
-    parser.add_argument("--cluster", type=Path, help="YAML file, see configs/clusters/")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace values of the experiment")
-    parser.add_argument("--name", help="of the run; the experiment file's name unless given")
-    parser.add_argument("--resume", metavar="CHECKPOINT", help="checkpoint of another run, to be continued by this one")
-    parser.add_argument(
-        "--allow-changes", action="store_true", help="continue a run although its experiment has changed"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and end")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         overrides = dict(parse_override(text) for text in args.set) | ({"name": args.name} if args.name else {})
         experiment = load_experiment(args.experiment, overrides)
@@ -42,6 +32,22 @@ def main(argv: list[str] | None = None) -> None:
     except (ConfigError, ManifestError, CheckpointError) as error:
         sys.exit(f"{error}")
     print(outcome.summary())
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("experiment", type=Path, help="YAML file, see configs/")
+    arguments.add_argument("--cluster", type=Path, help="YAML file, see configs/clusters/")
+    arguments.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace values of the experiment")
+    arguments.add_argument("--name", help="of the run; the experiment file's name unless given")
+    arguments.add_argument(
+        "--resume", metavar="CHECKPOINT", help="checkpoint of another run, to be continued by this one"
+    )
+    arguments.add_argument(
+        "--allow-changes", action="store_true", help="continue a run although its experiment has changed"
+    )
+    arguments.add_argument("--dry-run", action="store_true", help="print what would be done, and end")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from pipeline.config import (
     Experiment,
     check,
     dump,
-    flatten,
     load_cluster,
     load_experiment,
     parse_override,
 )
+from pipeline.tracking.names import flatten
 
 MINIMAL: dict[str, Any] = {"data": {"train": "somewhere"}, "schedule": {"epochs": 12}}
 

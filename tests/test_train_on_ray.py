@@ -54,10 +54,10 @@ def start(folder: Path, name: str, *, workers: int = 2) -> subprocess.Popen[str]
     ]
     environment = {**os.environ, "RAY_TMPDIR": "/tmp"}
     environment.pop("RAY_ADDRESS", None)
-    log = (folder / f"{name}.log").open("a")
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
 
 
 def finish(folder: Path, name: str, *, workers: int = 2) -> None:

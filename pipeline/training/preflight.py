@@ -65,11 +65,11 @@ def request_for(cluster: Cluster, *, decodes: bool) -> Request:
     per_worker = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker, **({"GPU": gpus} if gpus else {})}
     request = Request(least, most, gpus, {name: amount for name, amount in per_worker.items() if amount})
     if not cluster.autoscaling:
-        _refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes)
+        refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes)
     return request
 
 
-def _refuse_what_never_fits(
+def refuse_what_never_fits(
     request: Request, total: dict[str, float], nodes: list[dict[str, float]], decodes: bool
 ) -> None:
     """Ray itself would wait for ever."""

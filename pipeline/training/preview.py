@@ -6,6 +6,7 @@ import torch
 import yaml
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from dfine_core import Detector, ModelConfig, Targets
 from dfine_core.optim import parameter_groups
@@ -13,6 +14,9 @@ from pipeline.config import Cluster, Experiment, dump
 from pipeline.data.manifest import Manifest, load_shards
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.step import denoising_queries
+
+STATE_VALUES = 5  # for each parameter: itself, its gradient, two moments, its average
+FLOAT_BYTES = 4
 
 
 def preview(experiment: Experiment, cluster: Cluster) -> str:
@@ -78,21 +82,20 @@ def estimated_bytes(config: ModelConfig, micro_batch: int, boxes: int) -> tuple[
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
     targets = Targets.pack([target] * micro_batch, config.num_classes, torch.device("cpu"))
     denoising = denoising_queries(targets, config)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        detector = Detector(config).train()
-        parameters = sum(p.numel() for p in detector.parameters())
-        images = torch.rand(micro_batch, 3, *config.input_size)
-        storages: dict[int, int] = {}
-        own = {id(p.untyped_storage()) for p in detector.parameters()}
+    detector = Detector(config).train()
+    parameters = sum(p.numel() for p in detector.parameters())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    state = {name: mode.from_tensor(t) for name, t in (*detector.named_parameters(), *detector.named_buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+    kept: dict[int, tuple[Tensor, int]] = {}  # by storage, which stays alive so that its place is not taken by another
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if id(storage) not in own:
-                storages[storage._cdata] = storage.nbytes()
-            return tensor
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor, storage.nbytes()
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = detector(images, targets, denoising or False)
-        kept = sum(storages.values())
-        del output
-    return parameters * 4 * 5, kept
+    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        images = torch.empty(micro_batch, 3, *config.input_size)
+        functional_call(detector, state, (images, targets, denoising or False))
+    return parameters * STATE_VALUES * FLOAT_BYTES, sum(size for _, size in kept.values())

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save as tensors_to_bytes
 
 from dfine_core import Detector, ModelConfig
-from pipeline.config import Experiment, dump, flatten
+from pipeline.config import Experiment, dump
 from pipeline.data import storage
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import ShardSet
@@ -22,7 +22,7 @@ from pipeline.data.reader import locate_row_groups, read_row_groups
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.model import log_detector
-from pipeline.tracking.names import Scalar
+from pipeline.tracking.names import Scalar, flatten
 from pipeline.tracking.tracker import DatasetInput, Tracker
 from pipeline.training import checkpoint
 from pipeline.training.schedule import Schedule
@@ -48,11 +48,12 @@ def begin(
     parent: dict[str, str],
 ) -> None:
     params = flatten(dump(experiment))
-    params |= {f"derived.{key}": value for key, value in flatten(json.loads(json.dumps(asdict(schedule)))).items()}
+    params |= flatten({"derived": asdict(schedule)})
     params["model.num_classes"] = len(shards.manifest.categories)
     tags = {
         "variant": experiment.model.variant,
         "data": shards.manifest.split,
+        "run_folder": run,
         "digest.train": shards.manifest.digest,
         **({"digest.val": val.manifest.digest} if val else {}),
         **{f"parent.{key}": value for key, value in parent.items()},
@@ -65,11 +66,7 @@ def begin(
     if job := os.environ.get("RAY_JOB_SUBMISSION_ID"):
         tags["ray.job"] = job
     datasets = [dataset(shards, "training"), *([dataset(val, "validation")] if val else [])]
-    tracker.begin({key: scalar(value) for key, value in params.items()}, tags, datasets, SOURCE)
-
-
-def scalar(value: Any) -> str | int | float | bool:
-    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    tracker.begin(params, tags, datasets, SOURCE)
 
 
 def dataset(shards: ShardSet, context: Any) -> DatasetInput:

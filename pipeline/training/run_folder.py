@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import ConfigError, Experiment, dump, flatten
+from pipeline.config import ConfigError, Experiment, dump
 from pipeline.data import storage
 from pipeline.data.manifest import ShardSet
+from pipeline.tracking.names import flatten
 from pipeline.training import checkpoint
 from pipeline.training.record import RESULT
 
@@ -130,12 +131,14 @@ def claimed(run: str) -> Iterator[None]:
             )
     ended = threading.Event()
 
-    def beat() -> None:
-        while True:
-            storage.write_atomic(path, json.dumps({**me, "at": time.time()}).encode())
-            if ended.wait(BEAT_SECONDS):
-                return
+    def write(at: float) -> None:
+        storage.write_atomic(path, json.dumps({**me, "at": at}).encode())
 
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            write(time.time())
+
+    write(time.time())
     thread = threading.Thread(target=beat, daemon=True, name="claim")
     thread.start()
     try:
@@ -143,7 +146,7 @@ def claimed(run: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        storage.write_atomic(path, json.dumps({**me, "at": 0}).encode())
+        write(0)
 
 
 def _lives(other: dict[str, Any], me: dict[str, Any]) -> bool:

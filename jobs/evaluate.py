@@ -1,0 +1,77 @@
+"""Evaluate a trained detector on a shard set: the COCO numbers, per class, curves, errors, what the layers do.
+
+    python -m jobs.evaluate runs/mine /shards/mine/val                     the best weights of a run
+    python -m jobs.evaluate runs/mine/checkpoints/step-00001300 s3://bucket/val --out report
+    python -m jobs.evaluate runs:/RUN_ID /shards/mine/val                  as MLflow knows it, likewise models:/NAME@ALIAS
+
+The numbers are pycocotools'. --out writes the report with its figures, and detections.json in COCO's result format.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.data import storage
+from pipeline.data.manifest import ManifestError, ShardSet, load_shards
+from pipeline.evaluation.detections import to_coco_json
+from pipeline.evaluation.figures import png
+from pipeline.evaluation.pictures import sample_pictures
+from pipeline.evaluation.run import detect, judge
+from pipeline.evaluation.truth import read_ground_truth
+from pipeline.ray_start import start_ray
+from pipeline.trained import Trained, open_trained
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("detector", help="checkpoint, run folder, runs:/ID or models:/NAME@ALIAS")
+    parser.add_argument("manifest", help="of a shard set, or its folder")
+    parser.add_argument("--out", metavar="FOLDER", help="write the report, figures, pictures and detections here")
+    parser.add_argument("--micro-batch", type=int, default=16, help="images at once")
+    parser.add_argument("--pictures", type=int, default=12, help="validation images to draw, with --out")
+    args = parser.parse_args(argv)
+    try:
+        trained, shards = open_trained(args.detector), load_shards(args.manifest)
+        refuse_other_classes(trained.names, shards)
+    except (ConfigError, ManifestError) as error:
+        sys.exit(f"{error}")
+    print(f"{trained.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
+    evaluate(trained, shards, args.out, args.micro_batch, args.pictures)
+
+
+def evaluate(trained: Trained, shards: ShardSet, out: str | None, micro_batch: int, pictures: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    detector = trained.detector.to(device)
+    start_ray()
+    found = detect(detector, shards, device=device, micro_batch=micro_batch, progress=True)
+    assert found is not None
+    report = judge(found, read_ground_truth(shards), final=True)
+    print(report.table())
+    if out is None:
+        return
+    report.write(out)
+    rows = to_coco_json(found.detections, shards.manifest.categories)
+    storage.write_atomic(storage.join(out, "detections.json"), json.dumps(rows).encode())
+    for name, figure in sample_pictures(detector, shards, device=device, count=pictures):
+        storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), png(figure))
+    print(f"report, detections and pictures: {out}")
+
+
+def refuse_other_classes(names: Sequence[str], shards: ShardSet) -> None:
+    """Raises: ConfigError, unless the data's classes are the detector's, in their order."""
+    theirs = [category.name for category in shards.manifest.categories]
+    if list(names) != theirs:
+        missing, unknown = sorted(set(names) - set(theirs)), sorted(set(theirs) - set(names))
+        raise ConfigError(
+            f"the detector's {len(names)} classes are not the {len(theirs)} of {shards.uri}"
+            f" (only the detector's: {', '.join(missing[:5]) or 'none'}; only the data's: {', '.join(unknown[:5]) or 'none'}):"
+            " evaluate on data that was prepared with the same categories"
+        )
+
+
+if __name__ == "__main__":
+    main()
