@@ -17,6 +17,8 @@ QUIET_ENVIRONMENT = {
 LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # a cluster on this machine alone; the default writes a token to the home folder
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Processes that have nothing to do stay for the next stream: starting them anew takes most of its first seconds.
+    "RAY_num_workers_soft_limit": str((os.cpu_count() or 1) + 6),
     "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
 }
 

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -166,3 +168,64 @@ def test_a_taken_name_and_a_job_that_never_fits_are_refused_before_anything_star
     process = start(folder, "large", workers=1)
     assert process.wait(timeout=120) == 1
     assert "CPU: 64 x 0.5 and 1 for decoding are asked for" in (folder / "large.log").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """A head as the README starts it; the address to submit to."""
+    port = free_port()
+    command = ["ray", "start", "--head", "--num-cpus=2", f"--port={free_port()}", f"--dashboard-port={port}"]
+    command += ["--disable-usage-stats", "--block", "--ray-client-server-port", str(free_port())]
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            [str(binaries / command[0]), *command[1:]], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(lambda: answers(f"{address}/api/version"), head, tmp_path / "head.log")
+        yield address
+    finally:
+        kill_driver(head)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_job_is_submitted_as_the_readme_says(folder: Path, cluster: str) -> None:
+    binary = str(Path(sys.executable).parent / "ray")
+    submit = [
+        binary,
+        "job",
+        "submit",
+        "--working-dir",
+        ".",
+        "--",
+        "python",
+        "-m",
+        "jobs.train",
+        str(folder / "run.yaml"),
+    ]
+    submit += ["--cluster", str(folder / "2.yaml"), "--name", "submitted"]
+    environment = {**os.environ, "RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"finished at step {STEPS}" in done.stdout
+    assert len(losses_of(folder, "submitted")) == STEPS
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        (tag,) = database.execute("select value from tags where key = 'ray.job'").fetchall()
+    assert tag[0] in done.stdout

@@ -117,7 +117,8 @@ def layers_figure(layers: dict[str, float]) -> Figure:
     for axes in places[len(drawn) :]:
         axes.remove()
     for axes, (title, values) in zip(places, drawn.items(), strict=False):
-        axes.plot(list(values), list(values.values()), "o-", color=BLUE)
+        axes.plot(range(len(values)), list(values.values()), "o-", color=BLUE)
+        axes.set_xticks(range(len(values)), list(values))
         low, high = min(values.values()), max(values.values())
         reach = 0.7 * (max(high - low, 0.1 * high) or 1)  # differences of a percent must not look like mountains
         axes.set_ylim(max(0, (low + high) / 2 - reach), (low + high) / 2 + reach)

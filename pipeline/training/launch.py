@@ -1,5 +1,6 @@
 """From an experiment to workers that train it: what is asked of the cluster, what is checked before, what is known after."""
 
+import json
 import os
 import signal
 import threading
@@ -105,6 +106,7 @@ def launch(
             micro_batch=schedules[-1].micro_batch,
             resume=storage.absolute(resume) if resume else None,
             threads=cluster.threads_per_worker or cpu_threads(request),
+            ray_job=submitted_job(),
             launched_at=launched_at,
         )
         for text in (f"run {experiment.name} in {run}", f"{request}", *schedules[-1].lines()):
@@ -155,6 +157,13 @@ def _train(job: Job, cluster: Cluster, request: Request, schedule: Schedule) -> 
         tracking=job.tracking,  # type: ignore[arg-type]
         run_id=value.get("run_id"),
     )
+
+
+def submitted_job() -> str | None:
+    """Id of the job that this process is the entrypoint of; `ray job submit` tells it so."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    job: str | None = config.get("metadata", {}).get("job_submission_id")
+    return job
 
 
 def _close_record(job: Job, status: Any) -> None:

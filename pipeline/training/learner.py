@@ -1,5 +1,7 @@
 """From an experiment to what a step needs: detector, loss, optimiser, average, placed and wrapped for the workers."""
 
+import inspect
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -9,6 +11,13 @@ from dfine_core.optim import make_optimizer
 from pipeline.config import Experiment
 from pipeline.training.schedule import Schedule
 from pipeline.training.step import Learner, LossScale, Precision, RunningStatistics
+
+# The same switch before and since torch 2.14.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
 
 
 def make_learner(
@@ -36,7 +45,7 @@ def make_learner(
     model: torch.nn.Module = detector
     if workers > 1:
         # Buffers are put together in the step, see `RunningStatistics`.
-        model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(detector, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
     precision = chosen_precision(numerics.precision, device)
     return Learner(
         detector=detector,

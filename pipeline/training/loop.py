@@ -57,6 +57,7 @@ class Job:
     micro_batch: int | None = None  # of the run that is continued
     resume: str | None = None  # checkpoint of another run, to be continued by this one
     threads: int | None = None  # of PyTorch on the CPU
+    ray_job: str | None = None  # id of the submitted job
     launched_at: float = field(default_factory=time.time)
 
     @property
@@ -162,7 +163,16 @@ class Run:
         """The evaluation of the best weights, on rank 0 and if there is anything to evaluate on."""
         self._begin()
         if self.tracker is not None:
-            record.begin(self.tracker, self.job.run, self.experiment, self.schedule, self.shards, self.val, self.parent)
+            record.begin(
+                self.tracker,
+                self.job.run,
+                self.experiment,
+                self.schedule,
+                self.shards,
+                self.val,
+                self.parent,
+                self.job.ray_job,
+            )
         self._built_at = time.time()
         batches = self._stream()
         while self.step < self.schedule.steps:

@@ -85,7 +85,9 @@ def estimated_bytes(config: ModelConfig, micro_batch: int, boxes: int) -> tuple[
     detector = Detector(config).train()
     parameters = sum(p.numel() for p in detector.parameters())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state = {name: mode.from_tensor(t) for name, t in (*detector.named_parameters(), *detector.named_buffers())}
+    state: dict[str, Tensor] = {
+        name: mode.from_tensor(t) for name, t in (*detector.named_parameters(), *detector.named_buffers())
+    }
     own = {tensor.untyped_storage()._cdata for tensor in state.values()}
     kept: dict[int, tuple[Tensor, int]] = {}  # by storage, which stays alive so that its place is not taken by another
 

@@ -1,7 +1,6 @@
 """What a run leaves behind besides checkpoints: params, metrics and pictures in MLflow, reports and results in its folder."""
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -46,6 +45,7 @@ def begin(
     shards: ShardSet,
     val: ShardSet | None,
     parent: dict[str, str],
+    ray_job: str | None,
 ) -> None:
     params = flatten(dump(experiment))
     params |= flatten({"derived": asdict(schedule)})
@@ -63,8 +63,8 @@ def begin(
     }
     if commit := checkpoint.code_commit():
         tags["mlflow.source.git.commit"] = commit
-    if job := os.environ.get("RAY_JOB_SUBMISSION_ID"):
-        tags["ray.job"] = job
+    if ray_job:
+        tags["ray.job"] = ray_job
     datasets = [dataset(shards, "training"), *([dataset(val, "validation")] if val else [])]
     tracker.begin(params, tags, datasets, SOURCE)
 

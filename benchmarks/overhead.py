@@ -1,0 +1,111 @@
+"""What Ray and the record cost a step: the real command on two CPU workers against the same steps in plain PyTorch.
+
+    python -m benchmarks.overhead
+
+Both sides make the same steps on the same images with two processes and gloo. The plain side decodes in the process; it has
+no Ray, no record, no checkpoint and no console. Rounds alternate; the ratio is of medians.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.config import Cluster, Experiment, check
+from pipeline.data.prepare import prepare
+from pipeline.data.shard_writer import PrepareOptions
+from pipeline.data.sources.synthetic import synthetic_source
+from pipeline.ray_start import start_ray
+from pipeline.training import loop
+from pipeline.training.launch import launch
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        start_ray(dashboard=True)
+        source = synthetic_source(256, longest_side=args.size)
+        prepare(source, f"{folder}/train", split="train", options=PrepareOptions())
+        seconds: dict[str, list[float]] = {"Ray Train, Ray Data and MLflow": [], "plain PyTorch": []}
+        waits = []
+        for number in range(args.rounds):
+            content = {
+                "name": f"round-{number}",
+                "storage": f"{folder}/runs",
+                "data": {"train": f"{folder}/train"},
+                "model": {"variant": "n", "input_size": [args.size, args.size], "num_queries": 60},
+                "schedule": {"steps": args.steps, "global_batch": 8, "clean_epochs": 0},
+            }
+            experiment = check(Experiment, content, source="benchmark")
+            launch(experiment, Cluster(workers=2, gpus_per_worker=0, cpus_per_worker=0.5, threads_per_worker=1))
+            on_ray = recorded(f"{folder}/runs/mlflow.db", f"round-{number}")
+            seconds["Ray Train, Ray Data and MLflow"].append(statistics.median(on_ray["speed/step_s"][1:]))
+            waits.append(statistics.median(on_ray["speed/data_wait_share"][1:]))
+            seconds["plain PyTorch"].append(plain(content, folder))
+        ray.shutdown()  # type: ignore[no-untyped-call]
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        for name, value in medians.items():
+            print(f"{name:40}{1000 * value:8.0f} ms a step")
+        first, second = medians.values()
+        print(
+            f"overhead {first / second - 1:+.1%} (bar: 3 %); of the step {statistics.median(waits):.1%} waits for data (bar: 2 %)"
+        )
+
+
+def recorded(database: str, run: str) -> dict[str, list[float]]:
+    """Values of each metric of a run, in order of steps."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{database}")
+    (found,) = client.search_runs(["1"], f"attributes.run_name = '{run}'")
+    names = ("speed/step_s", "speed/data_wait_share")
+    return {name: [m.value for m in client.get_metric_history(found.info.run_id, name)] for name in names}
+
+
+def plain(content: dict[str, Any], folder: str) -> float:
+    """Median seconds of a step in two plain processes."""
+    queue: Any = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as meeting:
+        mp.spawn(plain_worker, args=(content, f"{folder}/plain", meeting, queue), nprocs=2)
+    result: float = queue.get()
+    return result
+
+
+def plain_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/point", rank=rank, world_size=2)
+    content = {**content, "storage": folder, "data": {**content["data"], "decode_in": "inline"}}
+    experiment = check(Experiment, content, source="benchmark")
+    group = loop.Group(rank, 2, torch.device("cpu"), lambda value: value)
+    run = loop.Run(loop.Job(experiment=experiment, run=f"{folder}/run", tracking=None), group, Silent(), None)
+    batches = run._stream()
+    times = []
+    for _ in range(run.schedule.steps):
+        started_at = time.perf_counter()
+        run._one_step(batches)
+        times.append(time.perf_counter() - started_at)
+    if rank == 0:
+        # As the record has it: means over ten steps, the first ten left out.
+        tens = [statistics.mean(times[i : i + 10]) for i in range(10, len(times) - 9, 10)]
+        queue.put(statistics.median(tens))
+    dist.destroy_process_group()
+
+
+class Silent:
+    def beat(self, step: int, doing: str) -> None: ...
+    def say(self, text: str) -> None: ...
+    def progress(self, step: int, note: str) -> None: ...
+
+
+if __name__ == "__main__":
+    main()
