@@ -1,5 +1,5 @@
 # make test    the test suite, in an environment made from nothing (Python 3.11 or 3.12, make, a C compiler)
-# make demo    a first look
+# make demo    a first look: pictures are drawn, trained on, evaluated and recorded; rm -r demo to do it again
 # Also: make check (format, lint, types), make test-slow (the longer proofs), make lock (new versions).
 
 PYTHON ?= python3
@@ -16,7 +16,10 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 demo: $(READY)
-	$(BIN)/python -m jobs.demo
+	$(BIN)/python -m jobs.prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
+	$(BIN)/python -m jobs.train configs/demo.yaml --cluster configs/clusters/laptop.yaml
+	@echo "pictures: demo/runs/demo/evaluation/final"
+	@echo "the record in a browser: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/demo/runs/mlflow.db"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -45,7 +45,7 @@ def make_learner(
     model: torch.nn.Module = detector
     if workers > 1:
         # Buffers are put together in the step, see `RunningStatistics`.
-        model = DistributedDataParallel(detector, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+        model = DistributedDataParallel(detector, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
     precision = chosen_precision(numerics.precision, device)
     return Learner(
         detector=detector,
