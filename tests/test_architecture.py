@@ -21,6 +21,21 @@ WITHOUT_TORCH = (
     *("prepare", "shard_writer", "doctor_findings", "doctor_rows", "doctor_shard"),
 )
 
+# Where a foreign library may be used: files below `pipeline` and `jobs`, by the beginning of their path.
+ENTRANCES = {
+    "mlflow": ("pipeline/tracking/", "pipeline/trained.py"),
+    "pycocotools": ("pipeline/evaluation/",),
+    "hotcoco": ("pipeline/evaluation/",),
+    "yaml": (
+        "pipeline/config.py",
+        "pipeline/training/checkpoint.py",
+        "pipeline/training/preview.py",
+        "pipeline/data/sources/",
+    ),
+    "ray": ("pipeline/ray_start.py", "pipeline/data/", "pipeline/training/"),
+    "pynvml": ("pipeline/tracking/",),
+}
+
 
 def imports(source: str) -> Iterator[str]:
     """Full names of everything a module imports, wherever in it."""
@@ -80,3 +95,15 @@ def test_task_modules_do_not_import_torch() -> None:
     assert len(found) == len(WITHOUT_TORCH)
     wrong = [path.name for path in found if "torch" in {name.split(".")[0] for name in imports(path.read_text())}]
     assert not wrong
+
+
+@pytest.mark.parametrize("library", list(ENTRANCES))
+def test_foreign_libraries_enter_through_named_files(library: str) -> None:
+    users = [
+        str(path.relative_to(ROOT))
+        for package in ("pipeline", "jobs")
+        for path in modules(package)
+        if library in {name.split(".")[0] for name in imports(path.read_text())}
+    ]
+    assert users
+    assert [path for path in users if not path.startswith(ENTRANCES[library])] == []

@@ -21,7 +21,7 @@ from pipeline.ray_start import start_ray
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_folder
-from pipeline.training.loop import Job
+from pipeline.training.job import Job
 from pipeline.training.monitor import Watch, start_mailbox
 from pipeline.training.preflight import Request, cpu_threads, problems_on_nodes, request_for
 from pipeline.training.schedule import Schedule, derive

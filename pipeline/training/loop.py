@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dfine_core import Detector
-from pipeline.config import Experiment, dump
+from pipeline.config import dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size
 from pipeline.data.batch import Batch
@@ -28,11 +27,11 @@ from pipeline.evaluation.pictures import sample_pictures
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.truth import GroundTruth, read_ground_truth
-from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, record
 from pipeline.training.initial import load_initial
+from pipeline.training.job import Job
 from pipeline.training.learner import make_learner
 from pipeline.training.monitor import Console
 from pipeline.training.schedule import derive
@@ -44,25 +43,6 @@ DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray 
 
 class NotFiniteError(RuntimeError):
     """Losses or gradients stay NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done; plain data, the same for every worker."""
-
-    experiment: Experiment
-    run: str  # folder or URI of the run
-    tracking: TrackingSettings | None  # None: not recorded
-    tracking_folder: Path | None = None  # of the queue, on a disk
-    micro_batch: int | None = None  # of the run that is continued
-    resume: str | None = None  # checkpoint of another run, to be continued by this one
-    threads: int | None = None  # of PyTorch on the CPU
-    ray_job: str | None = None  # id of the submitted job
-    launched_at: float = field(default_factory=time.time)
-
-    @property
-    def checkpoints(self) -> str:
-        return storage.join(self.run, "checkpoints")
 
 
 @dataclass(frozen=True)

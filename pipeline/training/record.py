@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from matplotlib.figure import Figure
 from safetensors.torch import save as tensors_to_bytes
 
@@ -67,6 +68,7 @@ def begin(
         tags["ray.job"] = ray_job
     datasets = [dataset(shards, "training"), *([dataset(val, "validation")] if val else [])]
     tracker.begin(params, tags, datasets, SOURCE)
+    tracker.text(yaml.safe_dump(dump(experiment), sort_keys=False), "experiment.yaml")
 
 
 def dataset(shards: ShardSet, context: Any) -> DatasetInput:

@@ -9,7 +9,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.execution import collective_impl as collectives
 from ray.train.v2._internal.execution import context as reporting
 
-from pipeline.training.loop import Group, Job, train
+from pipeline.training.job import Job
 from pipeline.training.monitor import WorkerConsole
 
 
@@ -18,6 +18,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     Args:
         config: {"job": Job, "mailbox": the driver's actor}.
     """
+    # Here, because Ray Train's controller imports this module too and has no use for them.
+    from pipeline.training.loop import Group, train
+
     logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # it tells of every report
     logging.getLogger(collectives.__name__).setLevel(logging.ERROR)  # it warns of broadcasts above 1 kB
     job: Job = config["job"]
