@@ -26,12 +26,7 @@ ENTRANCES = {
     "mlflow": ("pipeline/tracking/", "pipeline/trained.py"),
     "pycocotools": ("pipeline/evaluation/",),
     "hotcoco": ("pipeline/evaluation/",),
-    "yaml": (
-        "pipeline/config.py",
-        "pipeline/training/checkpoint.py",
-        "pipeline/training/preview.py",
-        "pipeline/data/sources/",
-    ),
+    "yaml": ("pipeline/config.py", "pipeline/training/", "pipeline/data/sources/"),
     "ray": ("pipeline/ray_start.py", "pipeline/data/", "pipeline/training/"),
     "pynvml": ("pipeline/tracking/",),
 }

@@ -1,5 +1,6 @@
 """The command itself, on a Ray of its own: killed as the world would, and compared with a run that was left alone."""
 
+import json
 import os
 import signal
 import socket
@@ -188,6 +189,32 @@ def test_two_workers_then_one_then_two_make_the_same_run(folder: Path) -> None:
     for (step, loss), (other_step, other) in zip(losses_of(folder, "resized"), losses_of(folder, "whole"), strict=True):
         assert step == other_step
         assert loss == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_learns_its_pictures(tmp_path: Path) -> None:
+    shards, runs = str(tmp_path / "shards"), str(tmp_path / "runs")
+    drawing = [
+        "synthetic",
+        "--images",
+        "12",
+        "--image-side",
+        "128",
+        "--max-shapes",
+        "4",
+        "--split",
+        "drawn",
+        "--out",
+        shards,
+    ]
+    settings = [f"storage={runs}", f"data.train={shards}", f"data.val={shards}"]
+    training = ["configs/demo.yaml", "--cluster", "configs/clusters/laptop.yaml", "--set", *settings]
+    for module, arguments in (("jobs.prepare", drawing), ("jobs.train", training)):
+        subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, timeout=1500)
+    result = json.loads((tmp_path / "runs" / "demo" / "result.json").read_text())
+    assert result["numbers"]["AP"] > 0.4
+    assert len(list((tmp_path / "runs" / "demo" / "evaluation" / "final").glob("pictures_*.png"))) == 4
 
 
 def free_port() -> int:
