@@ -40,7 +40,7 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
         ray.init(logging_level=logging.WARNING)
         return
     try:
-        ray.init(num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
+        ray.init("local", num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises no narrower one
         if "timed out during startup" in str(error):
             error.add_note(

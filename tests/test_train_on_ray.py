@@ -21,6 +21,8 @@ from torch import Tensor
 from pipeline.config import load_experiment
 from pipeline.training import checkpoint
 from pipeline.training.loop import Run
+from tests.test_train_step import losses_of as losses_in_process
+from tests.test_train_step import one_thread
 from tests.training_runs import ALONE, Heard, job, shard_folders
 
 ROOT = Path(__file__).parent.parent
@@ -141,11 +143,9 @@ def test_a_killed_worker_loses_nothing_and_its_name_is_taken(folder: Path) -> No
 
     setting = load_experiment(folder / "run.yaml", {"data.decode_in": "inline", "name": "alone"})
     run = Run(job(setting), ALONE, Heard(), None)
-    batches, expected = run._stream(), []
-    for step in range(1, STEPS + 1):
-        run._one_step(batches)
-        assert run._unchecked is not None
-        expected.append((step, pytest.approx(float(run._unchecked.result.loss), rel=1e-4)))
+    with one_thread():
+        losses = losses_in_process(run, STEPS)
+    expected = [(step, pytest.approx(loss, rel=1e-4)) for step, loss in enumerate(losses, start=1)]
     assert losses_of(folder, "worker-killed") == expected
 
     again = start(folder, "worker-killed")

@@ -6,6 +6,8 @@ held back only while decoding is busy, so a slow training step would let it read
 task while the blocks that it has made and that are still in use, wherever they are, reach a bound.
 """
 
+import time
+
 from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -17,6 +19,7 @@ from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.data._internal.execution.streaming_executor_state import Topology
 
 BOUNDS = "bounds_of_living_outputs"
+PAUSE_SECONDS = 0.02
 
 
 class BoundedOutputs(BackpressurePolicy):
@@ -30,7 +33,12 @@ class BoundedOutputs(BackpressurePolicy):
 
     def can_add_input(self, op: PhysicalOperator) -> bool:
         bound = self._bounds.get(op.name)
-        return bound is None or op.estimate_object_store_usage() < bound
+        if bound is None or op.estimate_object_store_usage() < bound:
+            return True
+        # With no task running there is nothing that Ray Data's scheduling loop would wait for, and it would ask again at once,
+        # for ever: most of a core. There are batches ready when an operator is held back, so nobody waits for this one.
+        time.sleep(PAUSE_SECONDS)
+        return False
 
 
 def bound_living_outputs(context: DataContext, bounds: dict[str, int]) -> None:

@@ -36,6 +36,8 @@ from pipeline.tracking.settings import TrackingSettings
 
 RUN_KEY = "dfine.run_key"  # tag: finds the run again after a crash between its creation and noting its id
 MODEL_KEY = "dfine.model_key"  # the same for a logged model
+# The UI then opens with training runs and their charts, not with traces of language models.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 # Limits of MLflow for one request.
 METRICS_PER_BATCH = 1000
@@ -115,7 +117,9 @@ class Delivery:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                created = self._client.create_experiment(name, artifact_location=self._settings.artifact_location)
+                created = self._client.create_experiment(
+                    name, artifact_location=self._settings.artifact_location, tags=EXPERIMENT_TAGS
+                )
                 return self._client.get_experiment(created)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
