@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from dfine_core.config import ModelConfig
 from dfine_core.structures import DenoisingQueries, Targets, positive_slots
 
 
@@ -61,6 +62,23 @@ def draw(
         positive_image=image,
         positive_query=query,
         positive_target=target,
+    )
+
+
+def draw_for(
+    config: ModelConfig, targets: Targets, generator: torch.Generator | None = None
+) -> DenoisingQueries | None:
+    """As a detector of this configuration draws them; None if it has denoising switched off."""
+    if config.num_denoising == 0:
+        return None
+    return draw(
+        targets,
+        num_classes=config.num_classes,
+        num_queries=config.num_queries,
+        num_denoising=config.num_denoising,
+        label_noise_ratio=config.label_noise_ratio,
+        box_noise_scale=config.box_noise_scale,
+        generator=generator,
     )
 
 

@@ -53,24 +53,11 @@ class Detector(nn.Module):
         if problems:
             raise ValueError(problems[0].replace("input_size", "images of size"))
         queries = None
-        if self.training and targets is not None and denoising is not False and self.config.num_denoising > 0:
-            queries = denoising or self._draw_denoising(targets, images.device, generator)
+        if self.training and targets is not None and denoising is not False:
+            packed = Targets.pack(targets, self.config.num_classes, images.device)
+            queries = denoising or contrastive.draw_for(self.config, packed, generator)
         output: DetectorOutput = self.decoder(self.encoder(self.backbone(images)), queries, every_layer)
         return output
-
-    def _draw_denoising(
-        self, targets: Sequence[Mapping[str, Tensor]] | Targets, device: torch.device, generator: torch.Generator | None
-    ) -> DenoisingQueries:
-        config = self.config
-        return contrastive.draw(
-            Targets.pack(targets, config.num_classes, device),
-            num_classes=config.num_classes,
-            num_queries=config.num_queries,
-            num_denoising=config.num_denoising,
-            label_noise_ratio=config.label_noise_ratio,
-            box_noise_scale=config.box_noise_scale,
-            generator=generator,
-        )
 
     def deploy(self) -> Self:
         """Fuse convolutions with their norms and drop what only training needs, in place. Cannot be undone."""

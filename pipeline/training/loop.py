@@ -36,7 +36,7 @@ from pipeline.training.learner import make_learner
 from pipeline.training.monitor import Console
 from pipeline.training.schedule import derive
 from pipeline.training.stages import Standing, after_evaluation, goes_back
-from pipeline.training.step import StepResult, to_micro_batch, train_step
+from pipeline.training.step import HostFlag, StepResult, to_micro_batch, train_step
 
 DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray Data takes longer than decoding them
 
@@ -101,6 +101,7 @@ class Made:
     step: int
     batches: Sequence[Batch]
     result: StepResult
+    finite: HostFlag
 
 
 class Run:
@@ -183,8 +184,9 @@ class Run:
         seed, size = self.experiment.seed, self._size()
         micro_batches = [to_micro_batch(batch, self.learner, size=size, seed=seed) for batch in taken]
         result = train_step(self.learner, micro_batches)
+        finite = HostFlag(result.finite)
         self._look_at_last()  # while the device works on this one
-        self._unchecked = Made(self.step, taken, result)
+        self._unchecked = Made(self.step, taken, result, finite)
         self.meter.add(result, waited)
         self.step += 1
         if not self._first_step_said:
@@ -268,8 +270,10 @@ class Run:
     def _look_at_last(self) -> None:
         """Read whether the last step was finite, and act on it."""
         made, self._unchecked = self._unchecked, None
-        if made is None or bool(made.result.finite):
-            self.in_a_row = 0 if made is not None else self.in_a_row
+        if made is None:
+            return
+        if made.finite:
+            self.in_a_row = 0
             return
         self.skipped += 1
         # In fp16 a scale that is too large is ordinary: the step is repeated at a smaller one by the next batch.

@@ -9,11 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from dfine_core import Detector, ModelConfig, Targets
+from dfine_core.denoising import draw_for
 from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment, dump
 from pipeline.data.manifest import Manifest, load_shards
 from pipeline.training.schedule import Schedule, derive
-from pipeline.training.step import denoising_queries
 
 STATE_VALUES = 5  # for each parameter: itself, its gradient, two moments, its average
 FLOAT_BYTES = 4
@@ -81,7 +81,7 @@ def estimated_bytes(config: ModelConfig, micro_batch: int, boxes: int) -> tuple[
     """
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
     targets = Targets.pack([target] * micro_batch, config.num_classes, torch.device("cpu"))
-    denoising = denoising_queries(targets, config)
+    denoising = draw_for(config, targets)
     detector = Detector(config).train()
     parameters = sum(p.numel() for p in detector.parameters())
     mode = FakeTensorMode(allow_non_fake_inputs=True)

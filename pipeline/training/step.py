@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dfine_core import Criterion, Detector, ModelConfig, Targets
+from dfine_core import Criterion, Detector, Targets
 from dfine_core.criterion import Normalizers, count
-from dfine_core.denoising import draw
+from dfine_core.denoising import draw_for
 from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.matching import Matches
 from dfine_core.structures import DenoisingQueries
@@ -73,6 +73,23 @@ class StepResult:
     finite: Tensor  # [] bool; False: nothing was changed
 
 
+class HostFlag:
+    """A flag on its way to the host: reading it later waits for the step that made it, not for what was queued since."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._value, self._arrived = flag, None
+        if flag.is_cuda:
+            self._value = torch.empty_like(flag, device="cpu", pin_memory=True)
+            self._value.copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def __bool__(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
+
+
 def to_micro_batch(batch: Batch, learner: Learner, *, size: tuple[int, int], seed: int) -> MicroBatch:
     """Onto the device, photometric part and multi-scale size included.
 
@@ -89,23 +106,7 @@ def to_micro_batch(batch: Batch, learner: Learner, *, size: tuple[int, int], see
         images = images.contiguous(memory_format=torch.channels_last)
     generator = torch.Generator(learner.device)
     generator.manual_seed(int(np.random.SeedSequence((seed, batch.step, batch.micro_batch)).generate_state(1)[0]))
-    return MicroBatch(images, targets, denoising_queries(targets, config, generator))
-
-
-def denoising_queries(
-    targets: Targets, config: ModelConfig, generator: torch.Generator | None = None
-) -> DenoisingQueries | None:
-    if config.num_denoising == 0:
-        return None
-    return draw(
-        targets,
-        num_classes=config.num_classes,
-        num_queries=config.num_queries,
-        num_denoising=config.num_denoising,
-        label_noise_ratio=config.label_noise_ratio,
-        box_noise_scale=config.box_noise_scale,
-        generator=generator,
-    )
+    return MicroBatch(images, targets, draw_for(config, targets, generator))
 
 
 def train_step(learner: Learner, micro_batches: Sequence[MicroBatch]) -> StepResult:
