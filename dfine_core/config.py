@@ -4,6 +4,7 @@ Source: D-FINE, arXiv:2410.13842, and its released configurations.
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
@@ -101,6 +102,22 @@ class ModelConfig:
                 close = difflib.get_close_matches(key, known, n=3) or known
                 raise ValueError(f"unknown setting {key!r} of the detector; did you mean {', '.join(close)}?")
         return cls(**{**VARIANTS[name], **settings})
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """From its JSON form, where tuples are lists; `dataclasses.asdict` makes it.
+
+        Raises:
+            ValueError: it has fields that this version does not know, or values that do not fit.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = [key for key in plain if key not in known]
+        if unknown:
+            raise ValueError(f"unknown settings of a detector: {', '.join(unknown)}; written by a newer version?")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        if "loss" in plain:
+            values["loss"] = LossConfig(**plain["loss"])
+        return cls(**values)
 
     def with_(self, **settings: Any) -> Self:
         """A copy with fields replaced, checked again."""

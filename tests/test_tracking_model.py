@@ -1,7 +1,5 @@
 """The logged model: what MLflow loads elsewhere detects exactly what the trained detector detects."""
 
-import base64
-import io
 import json
 import os
 import subprocess
@@ -21,7 +19,7 @@ from dfine_core import Detector, ModelConfig
 from dfine_core.postprocess import postprocess
 from pipeline.data.decode import decode_rgb, stretch
 from pipeline.tracking.model import log_detector, save_detector
-from pipeline.tracking.served_detector import PythonModelContext, ServedDetector, read_image
+from pipeline.tracking.served_detector import PythonModelContext, ServedDetector
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
@@ -200,47 +198,3 @@ def test_a_saved_model_holds_no_pickle_and_no_foreign_path(saved: Path) -> None:
 def test_categories_must_be_as_many_as_the_detector_has_classes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 categories for a detector of num_classes 3"):
         save_detector(tmp_path / "m", config=CONFIG, weights=tmp_path, categories=["cat"], example=b"")
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def test_odd_images_become_rgb_as_in_training() -> None:
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    for image, kind in (
-        (Image.fromarray(levels.astype(np.uint8)), "PNG"),
-        (Image.fromarray(levels * 257), "PNG"),
-        (Image.fromarray(levels.astype(np.uint8)).convert("P"), "GIF"),
-        (Image.merge("RGBA", [Image.fromarray(levels.astype(np.uint8))] * 4), "PNG"),
-        (Image.merge("CMYK", [Image.fromarray(levels.astype(np.uint8))] * 4), "JPEG"),
-    ):
-        data = encoded(image, kind)
-        assert np.array_equal(np.asarray(read_image(data)), decode_rgb(data, 16, 16)), (image.mode, kind)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (b"not an image", "cannot be opened"),
-        ("/nowhere/image.jpg", "neither a file here nor base64"),
-        (base64.b64encode(b"text").decode(), "cannot be opened"),
-        (encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")[:700], "broken JPEG"),
-        (np.zeros((4, 4), np.uint8), r"must be \[H, W, 3\]"),
-        (np.zeros((4, 4, 3), np.float32), "uint8"),
-        (np.full((4, 4, 3), 300), r"0\.\.255"),
-    ],
-)
-def test_what_is_no_image_is_refused_with_the_reason(value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_image(value)  # type: ignore[arg-type]
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
-def test_a_small_file_of_very_many_pixels_is_not_decoded() -> None:
-    bomb = encoded(Image.new("1", (12_000, 8_000)), "PNG")
-    assert len(bomb) < 100_000
-    with pytest.raises(ValueError, match="12000x8000 pixels exceeds the limit"):
-        read_image(bomb)

@@ -79,7 +79,7 @@ def _logged_models(tracking: TrackingSettings) -> list[object]:
 
 def test_what_is_no_detector_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ConfigError, match="not a checkpoint"):
+    with pytest.raises(ConfigError, match="no detector"):
         open_trained(str(tmp_path))
     with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
         open_trained("models:/none@champion")

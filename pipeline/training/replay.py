@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 
-from dfine_core import Criterion, Detector, Targets
+from dfine_core import Criterion, Detector, ModelConfig, Targets
 from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.data.photometric import photometric_distort
-from pipeline.trained import model_config
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def replay(folder: str, *, precision: str, device: torch.device) -> Iterator[Fin
         raise ConfigError(
             f"{folder}: not a step that a training kept; it names such folders when it skips a step"
         ) from None
-    detector = Detector(model_config(about["model"]))
+    detector = Detector(ModelConfig.from_plain(about["model"]))
     detector.load_state_dict(weights)
     detector.to(device).train()
     criterion = Criterion(detector.config)

@@ -1,0 +1,360 @@
+"""A trained detector, from wherever it lies, ready to be called with images.
+
+    detector = load("runs/mine")                       # or a checkpoint, an exported folder, an MLflow model's folder,
+    detector = load("models:/shapes@champion")         # what MLflow knows (MLFLOW_TRACKING_URI), or a released .pth
+    for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
+        print(found.boxes, found.scores, found.names)
+
+Nothing here runs code from a file. Needs safetensors for all but released files, and mlflow for what only MLflow knows;
+both are imported when they are needed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from dfine_core.class_transfer import coco_categories, objects365_names
+from dfine_core.config import VARIANTS, ModelConfig
+from dfine_core.detector import DERIVED_KEYS, Detector
+from dfine_core.images import ImageSource, listed, prepare, read_image, sizes_of
+from dfine_core.postprocess import Detections, postprocess
+from dfine_core.weights import DIRECT_OUTPUTS, load_weights, read_checkpoint
+
+KEPT = 300  # detections of an image before the threshold, as published
+DESCRIPTION = "detector.json"  # {"config": ..., "categories": [names]}, beside the weights as safetensors
+METADATA = "metadata.json"  # of a checkpoint
+RUN, MODEL = "runs:/", "models:/"
+LOGGED_NAME = "detector"  # of the model that a training logs
+
+
+class LoadError(ValueError):
+    """There is no detector, it is damaged, or something that opens it is missing."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """How files are reached: on this disk, unless a program brings other means."""
+
+    read: Callable[[str], bytes]  # FileNotFoundError if there is none
+    names: Callable[[str], Iterable[str]]  # of what lies directly in a folder; none if there is no such folder
+
+
+def _names(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+ON_DISK = Files(read=lambda path: Path(path).read_bytes(), names=_names)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was found in one image, best first; on the CPU."""
+
+    boxes: Tensor  # [K, 4] float32 xyxy in pixels of the image as it is stored; may reach over its border
+    scores: Tensor  # [K] in [0, 1]
+    labels: Tensor  # [K] int64
+    names: tuple[str, ...]  # [K]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedDetector:
+    detector: Detector  # averaged weights, in eval mode
+    names: tuple[str, ...]  # of the classes, by label
+    category_ids: tuple[int, ...]  # by label: what a COCO result file calls the class
+    origin: str  # what was really taken
+    device: torch.device
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.detector.config
+
+    def __call__(
+        self, images: "Sequence[ImageSource] | ImageSource", threshold: float = 0.4, batch: int = 8
+    ) -> list[Found]:
+        """One `Found` per image, for a single image too.
+
+        Args:
+            threshold: least score.
+            batch: images at once.
+
+        Raises:
+            ValueError: naming an image that cannot be read.
+        """
+        sources = listed(images)
+        found: list[Found] = []
+        for start in range(0, len(sources), batch):
+            opened = [_opened(number, sources[number]) for number in range(start, min(start + batch, len(sources)))]
+            detections = self.detect(prepare(opened, self.config.input_size), sizes_of(opened))
+            found += [self._of_image(detections, place, threshold) for place in range(len(opened))]
+        return found
+
+    @torch.no_grad()
+    def detect(self, pixels: Tensor, sizes: Tensor) -> Detections:
+        """All detections, on the detector's device.
+
+        Args:
+            pixels: [B, 3, H, W] uint8, see `images.prepare`.
+            sizes: [B, 2] (width, height) of the images before they were stretched.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            output = self.detector(pixels.to(self.device).float() / 255)
+        keep = min(KEPT, self.config.num_queries * self.config.num_classes)
+        return postprocess(output.logits, output.boxes, sizes.to(self.device), keep)
+
+    def deploy(self) -> Self:
+        """Fuse what can be fused, in place: faster, equal up to rounding, and no longer to be trained or looked into."""
+        self.detector.deploy()
+        return self
+
+    def _of_image(self, detections: Detections, place: int, threshold: float) -> Found:
+        scores = detections.scores[place].cpu()
+        kept = scores >= threshold
+        labels = detections.labels[place].cpu()[kept]
+        return Found(
+            boxes=detections.boxes[place].cpu()[kept].float(),
+            scores=scores[kept],
+            labels=labels,
+            names=tuple(self.names[label] for label in labels.tolist()),
+        )
+
+
+def _opened(number: int, source: ImageSource) -> Any:
+    try:
+        return read_image(source)
+    except ValueError as error:
+        raise ValueError(f"image {number}: {error}") from error
+
+
+def load(
+    source: str | os.PathLike[str], device: str | torch.device | None = None, *, files: Files = ON_DISK
+) -> LoadedDetector:
+    """
+    Args:
+        source: folder of an exported detector, of a checkpoint, of a run (its best weights) or of an MLflow model;
+            `runs:/RUN_ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; or a released `.pth` file.
+        device: a GPU if there is one, unless given.
+
+    Raises:
+        LoadError: with what was found instead, and the way out.
+    """
+    place = os.fspath(source)
+    if place.startswith((RUN, MODEL)):
+        return _from_mlflow(place, device)
+    if place.endswith((".pth", ".pt")):
+        return _from_released(place, device)
+    return _from_folder(place.rstrip("/") or place, device, files)
+
+
+def build(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    categories: Sequence[tuple[int, str]],
+    origin: str,
+    device: str | torch.device | None = None,
+) -> LoadedDetector:
+    """
+    Args:
+        categories: COCO id and name of each class, by label.
+
+    Raises:
+        LoadError: the three do not fit each other.
+    """
+    if len(categories) != config.num_classes:
+        raise LoadError(f"{origin}: {len(categories)} categories for a detector of num_classes {config.num_classes}")
+    detector = Detector(config)
+    try:
+        load_weights(detector, weights)
+    except ValueError as error:
+        raise LoadError(f"{origin}: {error}") from None
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return LoadedDetector(
+        detector=detector.eval().to(place),
+        names=tuple(name for _, name in categories),
+        category_ids=tuple(number for number, _ in categories),
+        origin=origin,
+        device=place,
+    )
+
+
+def from_description(
+    description: bytes,
+    weights: bytes,
+    origin: str,
+    device: str | torch.device | None = None,
+) -> LoadedDetector:
+    """From the content of a `detector.json` and of a safetensors file.
+
+    Without "category_ids" in the description, classes have their labels as ids.
+    """
+    try:
+        content = json.loads(description)
+        config, names = ModelConfig.from_plain(content["config"]), content["categories"]
+        ids = content.get("category_ids") or range(len(names))
+        categories = [(int(number), str(name)) for number, name in zip(ids, names, strict=True)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{origin}: its {DESCRIPTION} cannot be read: {error!r}") from None
+    return build(config, _tensors(weights, origin), categories, origin, device)
+
+
+def _from_folder(folder: str, device: str | torch.device | None, files: Files) -> LoadedDetector:
+    names = set(files.names(folder))
+    if METADATA in names:
+        return _from_checkpoint(folder, device, files)
+    if DESCRIPTION in names:
+        weights = [name for name in names if name.endswith(".safetensors")]
+        if len(weights) != 1:
+            raise LoadError(f"{folder}: {len(weights)} safetensors files beside {DESCRIPTION}, expected one")
+        description, tensors = (files.read(f"{folder}/{name}") for name in (DESCRIPTION, weights[0]))
+        return from_description(description, tensors, folder, device)
+    if "MLmodel" in names and "artifacts" in names:
+        return _from_folder(f"{folder}/artifacts", device, files)
+    if "checkpoints" in names and (best := _best_of_run(f"{folder}/checkpoints", files)):
+        return _from_checkpoint(best, device, files)
+    held = f"it holds {', '.join(sorted(names)[:6])}" if names else "it is empty or does not exist"
+    raise LoadError(
+        f"{folder}: no detector ({held}). Expected the folder of a run or of a checkpoint, of an exported detector"
+        f" ({DESCRIPTION} beside safetensors), of an MLflow model, or a released .pth file"
+    )
+
+
+def _best_of_run(folder: str, files: Files) -> str | None:
+    """The best checkpoint, the newest where nothing was evaluated; None if there is no complete one."""
+    complete = sorted(
+        name for name in files.names(folder) if name.startswith("step-") and METADATA in files.names(f"{folder}/{name}")
+    )
+    if not complete:
+        return None
+    best = _json(f"{folder}/{complete[-1]}/{METADATA}", files).get("standing", {}).get("best_step")
+    return f"{folder}/{complete[-1]}" if best is None else f"{folder}/step-{best:08d}"
+
+
+def _from_checkpoint(folder: str, device: str | torch.device | None, files: Files) -> LoadedDetector:
+    """Of the averaged weights."""
+    metadata = _json(f"{folder}/{METADATA}", files)
+    try:
+        config = ModelConfig.from_plain(metadata["model"])
+        categories = [(int(category["original_id"]), str(category["name"])) for category in metadata["categories"]]
+        written = metadata["sha256"]["ema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{folder}/{METADATA}: not of a checkpoint that this version reads: {error!r}") from None
+    path = f"{folder}/ema.safetensors"
+    try:
+        content = files.read(path)
+    except FileNotFoundError:
+        raise LoadError(f"{path}: is missing") from None
+    if hashlib.sha256(content).hexdigest() != written:
+        raise LoadError(f"{path}: is damaged: not what was written (SHA-256)")
+    return build(config, _tensors(content, path), categories, folder, device)
+
+
+def _json(path: str, files: Files) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(files.read(path))
+    except FileNotFoundError:
+        raise LoadError(f"{path}: is missing") from None
+    except ValueError as error:
+        raise LoadError(f"{path}: cannot be read: {error}") from None
+    return content
+
+
+def _tensors(content: bytes, origin: str) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load as tensors_from_bytes
+    except ImportError:
+        raise LoadError(f"{origin}: its weights are safetensors; pip install safetensors") from None
+    try:
+        return tensors_from_bytes(content)
+    except SafetensorError as error:
+        raise LoadError(f"{origin}: its weights are damaged: {error}") from None
+
+
+def _from_mlflow(source: str, device: str | torch.device | None) -> LoadedDetector:
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise LoadError(f"{source}: set MLFLOW_TRACKING_URI to the server or database that knows it")
+    try:
+        import mlflow.artifacts
+        from mlflow.exceptions import MlflowException
+    except ImportError:
+        raise LoadError(f"{source}: only MLflow knows where it is; pip install mlflow") from None
+    uri = f"{source}/{LOGGED_NAME}" if source.startswith(RUN) and "/" not in source.removeprefix(RUN) else source
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+        except (MlflowException, OSError) as error:
+            raise LoadError(f"{source}: {error}") from None
+        described = next(Path(downloaded).rglob(DESCRIPTION), None)
+        if described is None:
+            raise LoadError(f"{source}: holds no detector of this project")
+        loaded = _from_folder(str(described.parent), device, ON_DISK)
+    return LoadedDetector(loaded.detector, loaded.names, loaded.category_ids, source, loaded.device)
+
+
+def _from_released(path: str, device: str | torch.device | None) -> LoadedDetector:
+    """Variant, classes and bins from the shapes; the names are those of COCO or Objects365 if there are as many classes.
+
+    The number of queries is in no shape: it is the published one, or all positions of a smaller input.
+    """
+    try:
+        weights = read_checkpoint(path)
+    except OSError as error:
+        raise LoadError(f"{path}: {error.strerror}; a .pth file must lie on this disk") from None
+    except ValueError as error:
+        raise LoadError(f"{error}") from None
+    config = _config_of(weights, path)
+    return build(config, weights, _categories_by_count(config.num_classes), path, device)
+
+
+def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
+    try:
+        outputs = len(weights["decoder.dec_bbox_head.0.layers.2.bias"])
+        settings: dict[str, Any] = {
+            "num_classes": len(weights["decoder.denoising_class_embed.weight"]) - 1,
+            "up": round(float(weights["decoder.up"]), 6),
+            "reg_scale": round(float(weights["decoder.reg_scale"]), 6),
+        }
+    except KeyError as error:
+        raise LoadError(f"{path}: not the weights of a detector, {error} is missing") from None
+    settings |= {"regression": "direct"} if outputs == DIRECT_OUTPUTS else {"reg_max": outputs // 4 - 1}
+    shapes = {key: tensor.shape for key, tensor in weights.items() if key not in DERIVED_KEYS}
+    for variant in VARIANTS:
+        config = ModelConfig.variant(variant, **settings)
+        with torch.device("meta"):
+            expected = {key: tensor.shape for key, tensor in Detector(config).state_dict().items()}
+        if all(shapes.get(key) == shape for key, shape in expected.items()):
+            return _for_anchors(config, weights)
+    raise LoadError(
+        f"{path}: its shapes are of none of the published variants {', '.join(VARIANTS)}; build the detector's ModelConfig"
+        f" yourself and use weights.load_weights, or load a folder with its {DESCRIPTION}"
+    )
+
+
+def _for_anchors(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfig:
+    """With the input size that stored anchors were made for; neighbours in a row of the finest map are 1 / width apart."""
+    if DERIVED_KEYS[0] not in weights:
+        return config
+    boxes = weights[DERIVED_KEYS[0]][0].float().sigmoid()  # [T, 4]; 1 where an anchor is not usable
+    finest = boxes[boxes[:, 2] < 0.075]
+    apart = finest[1:, 0] - finest[:-1, 0]
+    if len(apart) == 0:
+        return config
+    columns = round(1 / float(apart[apart > 0].median()))
+    width = columns * config.strides[0]
+    height = round(len(boxes) / sum(width / stride**2 for stride in config.strides))
+    return config.with_(input_size=(height, width), num_queries=min(config.num_queries, len(boxes)))
+
+
+def _categories_by_count(count: int) -> list[tuple[int, str]]:
+    objects365 = list(enumerate(objects365_names()))
+    for known in (coco_categories(), objects365, objects365[1:]):
+        if len(known) == count:
+            return [(number, name or f"class_{number}") for number, name in known]
+    return [(label, f"class_{label}") for label in range(count)]
