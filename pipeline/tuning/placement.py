@@ -65,7 +65,8 @@ def place(
         )
     if cluster.autoscaling:
         most = max(most, sweep.together or 1)
-    together = min(most, sweep.together or most, sweep.trials or most)
+    runs = sweep.trials * sweep.seeds_per_point if sweep.trials else most
+    together = min(most, sweep.together or most, runs)
     reduced = sweep.together is not None and together < sweep.together and together == most
     message = f"{together} trial(s) at once instead of {sweep.together}: {asks}; the cluster has {has}{decoding}"
     return Placement(together, sweep.workers_per_trial, per_worker, message if reduced else None)
