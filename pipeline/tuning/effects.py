@@ -5,9 +5,10 @@ compared at the last evaluation that every one of them reached, usually the firs
 per setting of each key, ordinary least squares) separates keys that were varied together; its residual spread holds noise,
 interactions and, through the replicates, pure chance. A key that is inactive in a point counts with the experiment's own
 value. Runs of one point are not taken for independent points: where points scatter more about the model than seeds do, the
-larger spread counts. A setting under which every run collapsed is judged by itself and taken out of the comparison of all
-others. The p-values of all settings are corrected together (Holm), so that with probability 1 - alpha not one verdict is due
-to chance.
+larger spread counts. Runs that collapsed (a learning rate that is far too high) would drown every other effect: settings under
+which most runs did so are judged by themselves and taken out of the comparison of other keys; elsewhere such runs are counted
+beside the effect, not in it. The p-values of all settings are corrected together (Holm), so that with probability 1 - alpha
+not one verdict is due to chance.
 """
 
 import math
@@ -25,8 +26,8 @@ from pipeline.tuning.space import Point, Space
 
 Word = Literal["better", "worse", "not distinguishable"]
 Mode = Literal["max", "min"]
-COLLAPSED = 0.5  # of the default's result: a setting is broken if all its runs lose more
-COLLAPSED_SDS = 6.0  # and more than so many standard deviations, where these are known
+COLLAPSED = 0.5  # of the default's result: a run that loses more has collapsed
+COLLAPSED_SDS = 6.0  # if it is also more than so many standard deviations, where these are known
 LEAST_DF = 3  # of the additive model; below it keys are compared one by one
 
 
@@ -43,6 +44,7 @@ class Effect:
     runs: int
     points: int
     reference_runs: int
+    collapsed: int  # of all runs with this setting
     df: int
     p: float
     p_corrected: float  # Holm, over all settings of all keys
@@ -63,6 +65,7 @@ class _Test:
     points: int
     reference_runs: int
     note: str = ""
+    collapsed: int = 0
 
     @property
     def p(self) -> float:
@@ -91,13 +94,17 @@ def setting_effects(
     factors = factors_of(space, default, len(set(names.tolist())))
     levels = np.array([[f.level({**default, **point}[f.key]) for f in factors] for point in points], np.int64)
     levels = levels.reshape(len(points), len(factors))
-    broken = _broken(levels, values, factors, noise, mode)
+    collapsed = _collapsed(levels, values, factors, noise, mode)
+    settings = [(c, level) for c, f in enumerate(factors) for level in range(len(f.labels)) if level != f.reference]
+    broken = {place for place in settings if _share(collapsed, levels, place) > 0.5}
     tests = []
-    for column, factor in enumerate(factors):
-        for level in range(len(factor.labels)):
-            if level != factor.reference:
-                kept = _without(broken - {(column, level)}, levels)
-                tests.append(_test(factors, column, level, levels[kept], values[kept], names[kept]))
+    for column, level in settings:
+        own = levels[:, column] == level
+        kept = ~collapsed | (own if (column, level) in broken else False)
+        for other, other_level in broken - {(column, level)}:
+            kept &= levels[:, other] != other_level
+        test = _test(factors, column, level, levels[kept], values[kept], names[kept])
+        tests.append(replace(test, collapsed=int(collapsed[own].sum())))
     corrected = holm([test.p for test in tests])
     return tuple(_effect(test, p, mode, alpha) for test, p in zip(tests, corrected, strict=True))
 
@@ -112,30 +119,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _broken(
+def _collapsed(
     levels: NDArray[np.int64], values: NDArray[np.float64], factors: Sequence[Factor], noise: Noise, mode: Mode
-) -> set[tuple[int, int]]:
-    """(key, level) under which every run collapsed."""
-    sign = 1 if mode == "max" else -1
+) -> NDArray[np.bool_]:
+    """[n] whether a run lost most of what the default reaches."""
     reference = np.array([factor.reference for factor in factors])
     own = values[(levels == reference).all(1)]
     usual = float(np.median(own if len(own) else values))
     margin = max(COLLAPSED * abs(usual), COLLAPSED_SDS * noise.sd if noise.df else 0.0)
-    return {
-        (column, level)
-        for column, factor in enumerate(factors)
-        for level in range(len(factor.labels))
-        if level != factor.reference
-        and (chosen := levels[:, column] == level).any()
-        and bool((sign * (usual - values[chosen]) > margin).all())
-    }
+    return ((1 if mode == "max" else -1) * (usual - values)) > margin
 
 
-def _without(settings: set[tuple[int, int]], levels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    kept = np.ones(len(levels), bool)
-    for column, level in settings:
-        kept &= levels[:, column] != level
-    return kept
+def _share(collapsed: NDArray[np.bool_], levels: NDArray[np.int64], setting: tuple[int, int]) -> float:
+    """Of the runs with a setting, how many collapsed."""
+    chosen = collapsed[levels[:, setting[0]] == setting[1]]
+    return float(chosen.mean()) if len(chosen) else 0.0
 
 
 def _test(
@@ -152,7 +150,7 @@ def _test(
     counts = (runs, points, int(reference.sum()))
     nothing = _Test(factor, level, math.nan, math.nan, 0, *counts)
     if not runs or not reference.any():
-        return replace(nothing, note="not tried" if not runs else "the default's setting was not tried")
+        return replace(nothing, note="no run to compare" if not runs else "the default's setting was not tried")
     everyone = [(c, other) for c in range(len(factors)) for other in sorted(set(levels[:, c].tolist()))]
     for terms, note in (
         (everyone, ""),
@@ -214,6 +212,7 @@ def _effect(test: _Test, corrected: float, mode: Mode, alpha: float) -> Effect:
         runs=test.runs,
         points=test.points,
         reference_runs=test.reference_runs,
+        collapsed=test.collapsed,
         df=test.df,
         p=test.p,
         p_corrected=corrected,

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.tuning.space import Domain, Point, Space, same
 
 MOST_STRETCHES = 4  # of a range
-POINTS_PER_SETTING = 4  # that a range should have on average before it is cut into more stretches
+POINTS_PER_STRETCH = 12  # before a range is cut into more of them
 FEW_INTEGERS = 6  # of a range that are not cut but compared one by one
 
 
@@ -44,8 +44,7 @@ def factors_of(space: Space, default: Point, points: int) -> tuple[Factor, ...]:
     Args:
         points: that were tried; more of them allow finer stretches.
     """
-    ranges = sum(not domain.listed for domain in space.values())
-    stretches = points // (POINTS_PER_SETTING * max(1, ranges))
+    stretches = points // POINTS_PER_STRETCH
     return tuple(_factor(key, domain, default.get(key), stretches) for key, domain in space.items())
 
 

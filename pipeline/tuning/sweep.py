@@ -201,6 +201,11 @@ def evaluations(experiment: Experiment) -> int | None:
     return None
 
 
+def evaluations_of(sweep: Sweep) -> int | None:
+    """Of a whole trial of the experiment as it is."""
+    return evaluations(check(Experiment, sweep.base, source=sweep.experiment))
+
+
 def rungs(sweep: Sweep, total: int) -> tuple[int, ...]:
     """Evaluations after which trials are compared and stopped, out of `total`."""
     if sweep.scheduler.kind == "none":

@@ -1,0 +1,210 @@
+"""The report of a sweep: one page that holds everything, the verdict first; and the parts that MLflow shows by themselves."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import jinja2
+from matplotlib.figure import Figure
+
+from pipeline.tuning import figures
+from pipeline.tuning.factors import factors_of, point_text, shown
+from pipeline.tuning.importance import Importance, importances
+from pipeline.tuning.noise import point_name
+from pipeline.tuning.records import STATUSES, TrialRecord
+from pipeline.tuning.space import Point, as_text
+from pipeline.tuning.sweep import Sweep, default_point, evaluations_of, rungs
+from pipeline.tuning.verdict import Verdict, judge
+
+Cell = str | int | float | bool | None
+MAPPED = ("model.reg_max", "loss.ddf")  # the two keys of the map, where both are searched
+
+TITLES = {
+    "effects": "Every setting against the default",
+    "cost": "What was reached for what it cost",
+    "importance": "Which keys decide",
+    "map": "Two keys together",
+    "pareto": "Accuracy and latency",
+    "parallel": "All trials, through all keys",
+}
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    sweep: Sweep
+    records: tuple[TrialRecord, ...]  # by number
+    default: Point
+    rungs: tuple[int, ...]
+    verdict: Verdict
+    importances: tuple[Importance, ...]
+
+    @property
+    def unit(self) -> str:
+        """What costs are counted in."""
+        return "GPU" if any(record.cost.get("gpu_s") for record in self.records) else "CPU"
+
+
+def make_report(sweep: Sweep, records: Sequence[TrialRecord]) -> SweepReport:
+    """Judge the trials; also while some are still running."""
+    default = default_point(sweep)
+    verdict = judge(records, space=sweep.space, default=default, metric=sweep.metric, mode=sweep.mode)
+    total = evaluations_of(sweep) or max((len(record.curve) for record in records), default=0)
+    return SweepReport(
+        sweep=sweep,
+        records=tuple(sorted(records, key=lambda record: record.number)),
+        default=default,
+        rungs=rungs(sweep, total),
+        verdict=verdict,
+        importances=importances(records, sweep.space, sweep.metric, mode=sweep.mode),
+    )
+
+
+def draw(report: SweepReport) -> dict[str, Figure]:
+    """By name, in the order in which they are read; without what there is nothing to show of."""
+    sweep, records, verdict = report.sweep, report.records, report.verdict
+    drawn: dict[str, Figure | None] = {
+        "effects": figures.effects_figure(verdict.effects, sweep.metric),
+        "cost": figures.cost_figure(records, sweep.metric, report.rungs, report.unit),
+        "importance": figures.importance_figure(report.importances),
+    }
+    if verdict.evaluation is not None:
+        points = len({point_name(record.point, report.default) for record in records})
+        factors = {factor.key: factor for factor in factors_of(sweep.space, report.default, points)}
+        if len(factors) > 1:
+            across, up = mapped_keys(report)
+            drawn["map"] = figures.map_figure(
+                records, factors[across], factors[up], report.default, sweep.metric, verdict.evaluation
+            )
+    drawn["pareto"] = figures.pareto_figure(records, sweep.metric, verdict.final_noise)
+    if verdict.evaluation is not None:
+        drawn["parallel"] = figures.parallel_figure(
+            records, sweep.space, report.default, sweep.metric, verdict.evaluation
+        )
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def mapped_keys(report: SweepReport) -> tuple[str, str]:
+    """Bins and DDF weight; where these are not searched, the two most important keys."""
+    by_importance = [one.key for one in report.importances]
+    keys = [*by_importance, *(key for key in report.sweep.space if key not in by_importance)]
+    if set(MAPPED) <= set(keys):
+        return MAPPED
+    return keys[0], keys[1]
+
+
+def table(report: SweepReport) -> dict[str, list[Cell]]:
+    """A row for each trial, by column; for `Tracker.table` and for the page."""
+    columns: dict[str, list[Cell]] = {name: [] for name in _row(report, report.records[0])} if report.records else {}
+    for record in report.records:
+        for name, value in _row(report, record).items():
+            columns[name].append(value)
+    return columns
+
+
+def _row(report: SweepReport, record: TrialRecord) -> dict[str, Cell]:
+    metric, evaluation = report.sweep.metric, report.verdict.evaluation
+    status = record.status if record.rung is None else f"{record.status} after {record.rung}"
+    row: dict[str, Cell] = {"#": record.number, "phase": record.phase, "status": status}
+    row |= {key: _cell(record.point.get(key)) for key in report.sweep.space}
+    row["seed"] = record.seed
+    if evaluation is not None:
+        row[f"{metric} after {evaluation}"] = record.at(evaluation, metric)
+    row[f"{metric} at the end"] = record.result(metric) if record.status == "finished" else None
+    row["before training"] = record.ap_before_training
+    row["ms/image"] = record.latency_ms
+    row[f"{report.unit} s"] = round(record.cost_s)
+    row["reason"] = record.reason
+    row["trial"] = record.id
+    row["run"] = record.run_id
+    return row
+
+
+def _cell(value: object) -> Cell:
+    return value if isinstance(value, str | int | float | bool | None) else as_text(value)
+
+
+def as_html(report: SweepReport, drawn: Mapping[str, Figure] | None = None) -> str:
+    """One self-contained page.
+
+    Args:
+        drawn: the figures, if they exist already.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.tuning"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = _shown
+    environment.filters["point"] = point_text
+    drawn = draw(report) if drawn is None else drawn
+    rows = table(report)
+    return environment.get_template("sweep.html.j2").render(
+        report=report,
+        sweep=report.sweep,
+        verdict=report.verdict,
+        headline=headline(report),
+        facts=facts(report),
+        figures=[(name, TITLES[name], figures.svg(figure, name)) for name, figure in drawn.items()],
+        captions=captions(report),
+        columns=list(rows),
+        rows=list(zip([record.status for record in report.records], zip(*rows.values(), strict=True), strict=True)),
+        experiment=PurePosixPath(report.sweep.experiment).name,
+    )
+
+
+def headline(report: SweepReport) -> str:
+    """One sentence of what was found."""
+    verdict = report.verdict
+    if verdict.points:
+        words = [point.verdict for point in verdict.points]
+        counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+        return f"{len(words)} point(s) confirmed with fresh seeds against the default: {counts}."
+    return "No point was confirmed yet: what follows is how settings compare in the search."
+
+
+def facts(report: SweepReport) -> list[tuple[str, str]]:
+    """What was done, as name and value."""
+    sweep, records = report.sweep, report.records
+    counts = {status: sum(record.status == status for record in records) for status in STATUSES}
+    cost = sum(record.cost_s for record in records)
+    lost = sum(record.cost_s for record in records if record.status == "failed")
+    budget = " and ".join(
+        [f"{sweep.trials} points"] * (sweep.trials is not None) + [f"{sweep.hours} hours"] * (sweep.hours is not None)
+    )
+    at_rungs = f" at evaluations {', '.join(map(str, report.rungs))}" if report.rungs else ""
+    return [
+        ("trials", ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"),
+        ("cost", f"{cost / 3600:.2f} {report.unit}-hours" + (f", {lost / 3600:.2f} of them failed" if lost else "")),
+        ("budget", budget or "the whole grid"),
+        ("searcher", f"{sweep.searcher.kind}, for {' and '.join(sweep.objectives)}"),
+        ("scheduler", f"{sweep.scheduler.kind}{at_rungs}"),
+        ("seeds", f"{sweep.seeds_per_point} per point, {sweep.replicates} replicates of the default"),
+        ("confirmation", f"the top {sweep.confirm.top} points with {sweep.confirm.seeds} fresh seeds each"),
+        ("starts from", sweep.init or "the experiment's own weights"),
+        ("the default", point_text(report.default)),
+    ]
+
+
+def captions(report: SweepReport) -> dict[str, str]:
+    """What a reader must know to read each figure."""
+    after = f"after evaluation {report.verdict.evaluation}, the last that every trial reached"
+    return {
+        "effects": f"Taken {after}; other keys are accounted for. Grey: chance alone would do as much.",
+        "cost": "Each line is a trial. Crosses: stopped early by the scheduler; they are in all comparisons at the common"
+        " evaluation. Trials that collapsed run along the lower edge. The spread of the repeated default is what chance does.",
+        "importance": "PED-ANOVA, over the searched trials "
+        + after
+        + ". A bar that does not pass the orange mark says nothing.",
+        "map": f"The median in each cell, {after}, over whatever the other keys were. The frame marks the default.",
+        "pareto": "Finished trials. Bars: how far two single runs of equal points differ by chance (95 %). The line joins"
+        " what no other trial beats in both; numbers are those of the table.",
+        "parallel": f"Colour and last axis: the metric {after}. Listed values are spread a little, so that lines stay apart.",
+    }
+
+
+def _shown(value: Cell) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) and 0.001 <= abs(value) < 1 else shown(value)
