@@ -1,0 +1,322 @@
+"""The server on Ray Serve, asked over HTTP as a client would: answers, limits, overload, the page in a browser."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import save_file
+
+from dfine_core import Detector, LoadedDetector, ModelConfig, load
+from pipeline.delivery import serving
+from pipeline.delivery.service import ServeSettings
+
+NAMES = ["disc", "box", "ring"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported detector with weights drawn by lot."""
+    torch.manual_seed(0)
+    config = ModelConfig.variant("n", num_classes=3, input_size=(96, 128), num_queries=12)
+    detector = Detector(config)
+    with torch.no_grad():  # scores all over the range, so that thresholds cut and no two are equal
+        for head in [detector.decoder.enc_score_head, *detector.decoder.dec_score_head]:
+            head.weight.normal_(std=0.3)
+            head.bias.normal_()
+    folder = tmp_path_factory.mktemp("exported")
+    save_file(detector.state_dict(), folder / "model.safetensors")
+    (folder / "detector.json").write_text(json.dumps({"config": asdict(config), "categories": NAMES}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def direct(folder: Path) -> LoadedDetector:
+    return load(folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def port(folder: Path) -> Iterator[int]:
+    port = free_port()
+    settings = ServeSettings(
+        source=str(folder), batch=8, max_waiting=20, max_megabytes=1, max_megapixels=2, max_images=4, timeout_s=20
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        try:
+            url = serving.start(settings, host="127.0.0.1", port=port)
+            assert url == f"http://127.0.0.1:{port}"
+            yield port
+        finally:
+            serving.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def ask(
+    port: int, path: str, body: bytes | None = None, method: str | None = None, **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers with names in lower case, and the content: of JSON its value."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method or ("GET" if body is None else "POST"), path, body, named)
+        response = connection.getresponse()
+        content = response.read()
+        answered = {name.lower(): value for name, value in response.getheaders()}
+        is_json = answered.get("content-type") == "application/json"
+        return response.status, answered, json.loads(content) if is_json else content.decode()
+    finally:
+        connection.close()
+
+
+def picture(width: int, height: int, seed: int = 0, kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (max(1, height // 8), max(1, width // 8), 3), np.uint8)
+    written = io.BytesIO()
+    PIL.Image.fromarray(pixels).resize((width, height)).save(written, kind)
+    return written.getvalue()
+
+
+def assert_same(detected: dict[str, Any], direct: LoadedDetector, content: bytes, threshold: float) -> None:
+    (found,) = direct(content, threshold)
+    assert len(found.labels) > 0
+    assert detected["labels"] == found.labels.tolist()
+    assert detected["names"] == list(found.names)
+    np.testing.assert_allclose(detected["scores"], found.scores, atol=1e-5)
+    np.testing.assert_allclose(detected["boxes"], found.boxes, rtol=1e-4, atol=1e-2)
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        assert (detected["width"], detected["height"]) == image.size
+
+
+def test_every_form_of_a_request_gets_the_detections_of_a_direct_call(port: int, direct: LoadedDetector) -> None:
+    first, second = picture(100, 80, 1), picture(70, 150, 2, "JPEG")
+    form = b"".join(
+        b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + content + b"\r\n"
+        for content in (first, second)
+    )
+    option = b'--XX\r\nContent-Disposition: form-data; name="threshold"\r\n\r\n0.3\r\n--XX--\r\n'
+    as_json = {"images": [base64.b64encode(content).decode() for content in (first, second)], "threshold": 0.3}
+    for body, kind in (
+        (form + option, "multipart/form-data; boundary=XX"),
+        (json.dumps(as_json).encode(), "application/json"),
+    ):
+        status, headers, answer = ask(port, "/detect", body, Content_Type=kind)
+        assert (status, headers["x-content-type-options"]) == (200, "nosniff")
+        assert answer["model"] == direct.origin
+        assert len(answer["detections"]) == 2
+        for detected, content in zip(answer["detections"], (first, second), strict=True):
+            assert_same(detected, direct, content, 0.3)
+    _, _, answer = ask(port, "/detect?threshold=0.2&max_detections=3", first, Content_Type="image/png")
+    assert len(answer["detections"][0]["scores"]) == 3
+    assert answer["detections"][0]["scores"] == sorted(answer["detections"][0]["scores"], reverse=True)
+
+
+def test_parallel_requests_of_different_sizes_get_their_own_answers(port: int, direct: LoadedDetector) -> None:
+    pictures = [picture(40 + 13 * number, 150 - 7 * number, number) for number in range(16)]
+    before = metric(port, "detect_batch_images_count")
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(
+            pool.map(lambda content: ask(port, "/detect?threshold=0.2", content, Content_Type="image/png"), pictures)
+        )
+    assert [status for status, _, _ in answers] == [200] * 16
+    for (_, _, answer), content in zip(answers, pictures, strict=True):
+        assert_same(answer["detections"][0], direct, content, 0.2)
+    assert metric(port, "detect_batch_images_count") - before < 16  # some went together
+
+
+def test_health_and_model_say_what_is_served(port: int, direct: LoadedDetector) -> None:
+    assert ask(port, "/health")[::2] == (200, {"status": "ready"})
+    status, _, model = ask(port, "/model")
+    assert status == 200
+    assert (model["origin"], model["names"], model["input_size"]) == (direct.origin, NAMES, [96, 128])
+    assert model["limits"] == {"max_bytes": 1_000_000, "max_images": 4, "max_pixels": 2_000_000, "timeout_s": 20}
+    assert set(model["versions"]) == {"python", "torch", "ray"}
+
+
+def metric(port: int, name: str, **labels: str) -> float:
+    _, headers, text = ask(port, "/metrics")
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == name and sample.labels == labels)
+
+
+def test_metrics_count_requests_by_status_images_and_seconds(port: int) -> None:
+    names = [("detect_requests_total", {"status": "200"}), ("detect_requests_total", {"status": "415"})]
+    names += [("detect_images_total", {}), ("detect_request_seconds_count", {}), ("detect_batch_images_sum", {})]
+    before = [metric(port, name, **labels) for name, labels in names]
+    assert ask(port, "/detect", picture(30, 30), Content_Type="image/png")[0] == 200
+    assert ask(port, "/detect", b"hello", Content_Type="image/png")[0] == 415
+    after = [metric(port, name, **labels) for name, labels in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "body", "status", "field"),
+    [
+        ("/detect", "text/plain", b"x", 415, "Content-Type"),
+        ("/detect", "image/png", b"x", 415, "body"),
+        ("/detect?threshold=2", "image/png", b"x", 422, "threshold"),
+        ("/detect", "application/json", b'{"images": ["/etc/passwd"]}', 422, "images[0]"),
+        ("/detect", "image/png", picture(2000, 1001), 413, "body"),
+        ("/detect", "image/png", b"x" * 1_000_001, 413, "body"),
+        ("/nothing", "image/png", b"x", 404, None),
+        ("/health", "image/png", b"x", 405, None),
+    ],
+)
+def test_refusals_are_json_that_names_the_field(
+    port: int, path: str, kind: str, body: bytes, status: int, field: str | None
+) -> None:
+    answered, headers, answer = ask(port, path, body, Content_Type=kind)
+    assert (answered, headers["content-type"]) == (status, "application/json")
+    assert answer.get("field") == field
+    assert len(answer["error"]) > 20
+
+
+def test_a_body_that_says_it_is_too_long_is_refused_before_it_is_sent(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(
+            b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 9000000000\r\n\r\n"
+        )
+        assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_of_unsaid_length_is_refused_where_it_gets_too_long(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        head = b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.sendall(head + b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        for _ in range(15):
+            client.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_full_replica_says_come_again_and_still_tells_its_health(port: int) -> None:
+    """20 requests, whose bodies do not end, fill it."""
+    unfinished = b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900000\r\n\r\nx"
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(20)]
+    try:
+        for client in clients:
+            client.sendall(unfinished)
+        deadline = time.monotonic() + 10
+        while (answer := ask(port, "/detect", picture(30, 30), Content_Type="image/png"))[0] != 503:
+            assert time.monotonic() < deadline
+        assert answer[1]["retry-after"] == "1"
+        assert "come again" in answer[2]["error"]
+        assert ask(port, "/health")[0] == 200
+    finally:
+        for client in clients:
+            client.close()
+    deadline = time.monotonic() + 20
+    while ask(port, "/detect", picture(30, 30), Content_Type="image/png")[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_client_cannot_lift_the_time_limit(folder: Path) -> None:
+    """Ray Serve lets a header do so; the replica's own limit holds. Asked without Ray."""
+    import asyncio
+
+    from starlette.requests import Request
+
+    from pipeline.delivery.service import Service
+
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    service = Service(ServeSettings(source=str(folder), timeout_s=0.2))
+    headers = [(b"content-type", b"image/png"), (b"x-request-timeout-seconds", b"0")]
+    scope = {"type": "http", "method": "POST", "path": "/detect", "query_string": b"", "headers": headers}
+    response = asyncio.run(service.detect(Request(scope, never)))
+    assert response.status_code == 504
+    assert "not done within 0.2 s" in bytes(response.body).decode()
+    assert (service.inside, service.counts["detect_requests_total", "504"]) == (0, 1)
+
+
+def test_the_page_has_a_strict_policy(port: int) -> None:
+    status, headers, text = ask(port, "/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'sha256-")
+    assert "<canvas" in text
+
+
+def chromium() -> str:
+    found = shutil.which("chromium")
+    if not found:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("query", "state", "shows"),
+    [
+        ("?example&threshold=0.2", "done", ["example.png, 480 \u00d7 320 px", 'aria-label="Picture with', "</span>"]),
+        ("?example&threshold=1", "done", ["Nothing reaches this score."]),
+        ("", "ready", ["3 classes · 128 \u00d7 96 px · cpu"]),
+    ],
+)
+def test_the_page_works_in_a_browser(port: int, tmp_path: Path, query: str, state: str, shows: list[str]) -> None:
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=20000",
+    ]
+    url = f"http://127.0.0.1:{port}/{query}"
+    ran = subprocess.run(
+        [chromium(), *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert f'<body data-state="{state}">' in ran.stdout
+    for part in shows:
+        assert part in ran.stdout, part
+    assert "Content Security Policy" not in ran.stderr
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(folder: Path, tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "jobs.serve", str(folder), "--port", str(port), "--replicas", "2", "--cpus", "0.5"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while "serving at" not in log.read_text():
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert f"curl -F image=@picture.jpg http://127.0.0.1:{port}/detect" in log.read_text()
+        with ThreadPoolExecutor(8) as pool:
+            answers = pool.map(lambda n: ask(port, "/detect", picture(60, 50, n), Content_Type="image/png"), range(12))
+        assert [status for status, _, _ in answers] == [200] * 12
+        time.sleep(2 * serving.TOLD_EVERY_S)
+        assert [metric(port, "detect_requests_total", status="200") for _ in range(4)] == [12] * 4  # of both replicas
+    finally:
+        server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0, log.read_text()
+    assert log.read_text().rstrip().endswith("stopping")
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/health")
