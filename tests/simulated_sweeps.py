@@ -27,14 +27,13 @@ SPACE: dict[str, Any] = {
 }
 
 
-def written(folder: Path, *, experiment: dict[str, Any] | None = None, **sweep: Any) -> Path:
+def written(folder: Path, **sweep: Any) -> Path:
     """A sweep's file and its experiment's."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT | (experiment or {})))
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     content = {"experiment": "experiment.yaml", "space": SPACE, "trials": 16, **sweep}
-    (folder / "sweep.yaml").write_text(
-        yaml.safe_dump({key: value for key, value in content.items() if value is not None})
-    )
+    given = {key: value for key, value in content.items() if value is not None}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     return folder / "sweep.yaml"
 
 

@@ -96,7 +96,7 @@ def setting_effects(
     levels = levels.reshape(len(points), len(factors))
     collapsed = _collapsed(levels, values, factors, noise, mode)
     settings = [(c, level) for c, f in enumerate(factors) for level in range(len(f.labels)) if level != f.reference]
-    broken = {place for place in settings if _share(collapsed, levels, place) > 0.5}
+    broken = _broken(collapsed, levels, settings)
     tests = []
     for column, level in settings:
         own = levels[:, column] == level
@@ -130,10 +130,22 @@ def _collapsed(
     return ((1 if mode == "max" else -1) * (usual - values)) > margin
 
 
-def _share(collapsed: NDArray[np.bool_], levels: NDArray[np.int64], setting: tuple[int, int]) -> float:
-    """Of the runs with a setting, how many collapsed."""
-    chosen = collapsed[levels[:, setting[0]] == setting[1]]
-    return float(chosen.mean()) if len(chosen) else 0.0
+def _broken(
+    collapsed: NDArray[np.bool_], levels: NDArray[np.int64], settings: Sequence[tuple[int, int]]
+) -> set[tuple[int, int]]:
+    """Settings under which most runs collapsed: the one that explains most of it, then others without its runs, and so on."""
+    broken: set[tuple[int, int]] = set()
+    rest = np.ones(len(levels), bool)
+    while True:
+        excess = {
+            (column, level): int(np.where(collapsed, 1, -1)[rest & (levels[:, column] == level)].sum())
+            for column, level in settings
+        }
+        worst = max(excess, key=lambda setting: excess[setting], default=None)
+        if worst is None or excess[worst] <= 0:
+            return broken
+        broken.add(worst)
+        rest &= levels[:, worst[0]] != worst[1]
 
 
 def _test(

@@ -107,4 +107,5 @@ def _shares(study: optuna.Study, values: NDArray[np.float64], keys: Sequence[str
             target=lambda trial: float(values[trial.number]),
             normalize=False,
         )
-    return np.array([found[key] for key in keys]) / (best * (1 - best))
+    shares: NDArray[np.float64] = np.array([found[key] for key in keys]) / (best * (1 - best))
+    return np.minimum(shares, 1.0)  # densities are estimated, and may overshoot

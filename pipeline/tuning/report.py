@@ -103,7 +103,8 @@ def table(report: SweepReport) -> dict[str, list[Cell]]:
 
 def _row(report: SweepReport, record: TrialRecord) -> dict[str, Cell]:
     metric, evaluation = report.sweep.metric, report.verdict.evaluation
-    status = record.status if record.rung is None else f"{record.status} after {record.rung}"
+    pruned = record.status == "pruned" and record.rung is not None
+    status = f"pruned after {record.rung}" if pruned else record.status
     row: dict[str, Cell] = {"#": record.number, "phase": record.phase, "status": status}
     row |= {key: _cell(record.point.get(key)) for key in report.sweep.space}
     row["seed"] = record.seed
