@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -25,8 +26,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save_file
 
 from dfine_core import Detector, LoadedDetector, ModelConfig, load
-from pipeline.delivery import serving
 from pipeline.delivery.service import ServeSettings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, about Ray Serve's own code
+    from pipeline.delivery import serving
 
 NAMES = ["disc", "box", "ring"]
 
@@ -42,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             head.weight.normal_(std=0.3)
             head.bias.normal_()
     folder = tmp_path_factory.mktemp("exported")
-    save_file(detector.state_dict(), folder / "model.safetensors")
+    weights = {name: tensor.clone() for name, tensor in detector.state_dict().items()}  # some share memory
+    save_file(weights, folder / "model.safetensors")
     (folder / "detector.json").write_text(json.dumps({"config": asdict(config), "categories": NAMES}))
     return folder
 

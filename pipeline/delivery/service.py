@@ -149,8 +149,12 @@ class Service:
 
     def _forward(self, images: Sequence[Prepared]) -> list[Detections]:
         """Of one image each."""
-        started, self.failed = time.perf_counter(), True
-        found = self._detect(images)
+        started = time.perf_counter()
+        try:
+            found = self._detect(images)
+        except Exception:
+            self.failed = True
+            raise
         self.failed = False
         observe(self.counts, "detect_forward_seconds", time.perf_counter() - started)
         observe(self.counts, "detect_batch_images", len(images))

@@ -83,7 +83,7 @@ class DetectionServer:
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
-        counts = self.service.counts
+        counts = self.service.counts.copy()  # the detecting thread writes on
         if self.totals is not None:
             counts = await self.totals.told.remote(self.replica, counts)
         return Response(as_text(counts), headers=SAFE, media_type="text/plain; version=0.0.4")
@@ -104,7 +104,7 @@ class DetectionServer:
     def _tell(self) -> None:
         assert self.totals is not None
         self.will_tell = False
-        self.totals.told.remote(self.replica, self.service.counts)
+        self.totals.told.remote(self.replica, self.service.counts.copy())
 
 
 def application(settings: ServeSettings) -> serve.Application:
