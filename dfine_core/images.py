@@ -49,6 +49,8 @@ def read_image(value: "ImageSource") -> "PIL.Image.Image":
         raise ValueError(f"an image is a path, bytes, an array or a Pillow image, not {type(value).__name__}")
     try:
         image = PIL.Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        raise ValueError(f"an image cannot be opened: it is none of {', '.join(FORMATS)}") from None
     except Exception as error:  # each of Pillow's formats raises errors of its own
         raise ValueError(f"an image cannot be opened: {error}") from error
     with image:

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -108,6 +108,10 @@ class LoadedDetector:
             output = self.detector(pixels.to(self.device).float() / 255)
         keep = min(KEPT, self.config.num_queries * self.config.num_classes)
         return postprocess(output.logits, output.boxes, sizes.to(self.device), keep)
+
+    def to(self, device: str | torch.device) -> "LoadedDetector":
+        """On another device; the network itself moves, as modules do."""
+        return replace(self, detector=self.detector.to(device), device=torch.device(device))
 
     def deploy(self) -> Self:
         """Fuse what can be fused, in place: faster, equal up to rounding, and no longer to be trained or looked into."""
@@ -295,7 +299,7 @@ def _from_mlflow(source: str, device: str | torch.device | None) -> LoadedDetect
         if described is None:
             raise LoadError(f"{source}: holds no detector of this project")
         loaded = _from_folder(str(described.parent), device, ON_DISK)
-    return LoadedDetector(loaded.detector, loaded.names, loaded.category_ids, source, loaded.device)
+    return replace(loaded, origin=source)
 
 
 def _from_released(path: str, device: str | torch.device | None) -> LoadedDetector:
@@ -314,8 +318,10 @@ def _from_released(path: str, device: str | torch.device | None) -> LoadedDetect
 
 
 def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
+    """Of the published variant with as many decoder layers and as wide an encoder; what else differs, `build` will name."""
     try:
         outputs = len(weights["decoder.dec_bbox_head.0.layers.2.bias"])
+        width = len(weights["encoder.input_proj.0.conv.weight"])
         settings: dict[str, Any] = {
             "num_classes": len(weights["decoder.denoising_class_embed.weight"]) - 1,
             "up": round(float(weights["decoder.up"]), 6),
@@ -324,16 +330,15 @@ def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
     except KeyError as error:
         raise LoadError(f"{path}: not the weights of a detector, {error} is missing") from None
     settings |= {"regression": "direct"} if outputs == DIRECT_OUTPUTS else {"reg_max": outputs // 4 - 1}
-    shapes = {key: tensor.shape for key, tensor in weights.items() if key not in DERIVED_KEYS}
+    layers = sum(key.startswith("decoder.dec_bbox_head.") and key.endswith(".layers.2.bias") for key in weights)
     for variant in VARIANTS:
         config = ModelConfig.variant(variant, **settings)
-        with torch.device("meta"):
-            expected = {key: tensor.shape for key, tensor in Detector(config).state_dict().items()}
-        if all(shapes.get(key) == shape for key, shape in expected.items()):
+        if (config.num_layers, config.encoder_dim) == (layers, width):
             return _for_anchors(config, weights)
     raise LoadError(
-        f"{path}: its shapes are of none of the published variants {', '.join(VARIANTS)}; build the detector's ModelConfig"
-        f" yourself and use weights.load_weights, or load a folder with its {DESCRIPTION}"
+        f"{path}: {layers} decoder layers and an encoder of width {width} are of none of the published variants"
+        f" {', '.join(VARIANTS)}; build the detector's ModelConfig yourself and use weights.load_weights, or load a folder"
+        f" with its {DESCRIPTION}"
     )
 
 

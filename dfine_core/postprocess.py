@@ -28,15 +28,21 @@ def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int
     Raises:
         ValueError: if there are fewer than `keep` pairs.
     """
+    scores, query, labels = best_pairs(logits, keep)
+    scale = original_sizes.to(boxes.dtype).repeat(1, 2).unsqueeze(1)
+    corners = cxcywh_to_xyxy(boxes) * scale
+    return Detections(
+        labels=labels,
+        boxes=corners.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)),
+        scores=scores,
+    )
+
+
+def best_pairs(logits: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, queries and labels of the best pairs of every image, [B, keep] each; arguments as of `postprocess`."""
     _, queries, classes = logits.shape
     if queries * classes < keep:
         raise ValueError(f"keep ({keep}) exceeds the {queries} queries x {classes} classes there are: lower it")
     scores, index = logits.float().sigmoid().flatten(1).topk(keep, dim=1)
     query = torch.div(index, classes, rounding_mode="floor")
-    scale = original_sizes.to(boxes.dtype).repeat(1, 2).unsqueeze(1)
-    corners = cxcywh_to_xyxy(boxes) * scale
-    return Detections(
-        labels=index - query * classes,
-        boxes=corners.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)),
-        scores=scores,
-    )
+    return scores, query, index - query * classes

@@ -29,8 +29,20 @@ ENTRANCES = {
     "pycocotools": ("pipeline/evaluation/",),
     "hotcoco": ("pipeline/evaluation/",),
     "yaml": ("pipeline/config.py", "pipeline/training/", "pipeline/data/sources/"),
-    "ray": ("pipeline/ray_start.py", "pipeline/data/", "pipeline/training/"),
+    "ray": (
+        *("pipeline/ray_start.py", "pipeline/data/", "pipeline/training/"),
+        *("pipeline/delivery/predict.py", "pipeline/delivery/serving.py"),
+    ),
+    "fastapi": ("pipeline/delivery/serving.py",),
+    "starlette": ("pipeline/delivery/",),
     "pynvml": ("pipeline/tracking/",),
+    "onnx": ("pipeline/delivery/export.py",),
+    "onnxruntime": (
+        "pipeline/delivery/export.py",
+        "pipeline/delivery/export_gate.py",
+        "pipeline/delivery/benchmark.py",
+    ),
+    "transformers": ("pipeline/delivery/huggingface.py",),
 }
 
 

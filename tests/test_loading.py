@@ -139,7 +139,7 @@ def test_category_ids_are_the_data_s_the_published_ones_or_the_labels(sources: d
     assert load(sources["exported"], "cpu").category_ids == tuple(range(CLASSES))
 
 
-@pytest.mark.parametrize("variant", ["n", "s", "m", "l", "x"])
+@pytest.mark.parametrize("variant", ["n", "s", *(pytest.param(name, marks=pytest.mark.slow) for name in "mlx")])
 def test_a_released_file_tells_its_variant_classes_bins_and_size(variant: str, tmp_path: Path) -> None:
     config = ModelConfig.variant(variant, num_classes=366, input_size=(640, 512), reg_max=24, up=0.25)
     save_released(Detector(config).state_dict(), config, tmp_path / "released.pth")

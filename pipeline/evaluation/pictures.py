@@ -74,6 +74,8 @@ def refinement_view(
 ) -> Figure:
     """One box as FDR made it: the initial box, the box after every layer, the distributions of its four edges.
 
+    A band around each edge of the last box shows how unsure it is: one standard deviation to either side.
+
     Args:
         image: [H, W, 3] of any size, as a whole what the detector saw.
         predictions: `output.matching` of a batch, with edge distributions.
@@ -93,16 +95,22 @@ def refinement_view(
         true_box = true_box.cpu()
         wanted = 100 * distribution.true_offsets(initial, cxcywh_to_xyxy(true_box), reg_scale).numpy() / reg_scale
 
+    deviations = distribution.edge_deviations(
+        predictions.initial_boxes[index, query], predictions.edge_logits[-1, index, query], bins, reg_scale
+    )
+    pixels = deviations.cpu().numpy() * np.tile(image.shape[1::-1], 2)
+
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     grid = figure.add_gridspec(2, 4)
     shades = colormaps["plasma"](np.linspace(0.05, 0.85, len(boxes)))
     steps = figure.add_subplot(grid[:, :2])
     steps.set_title(title, fontsize=10, parse_math=False)
     _draw_steps(steps, image, boxes, shades, true_box)
+    _draw_bands(steps, cxcywh_to_xyxy(boxes[-1]).numpy() * np.tile(image.shape[1::-1], 2), pixels, shades[-1])
     for edge, name in enumerate(EDGES):
         axes = figure.add_subplot(grid[edge // 2, 2 + edge % 2])
         _draw_distributions(axes, probabilities[:, edge], offsets, shades[1:], None if wanted is None else wanted[edge])
-        axes.set_title(f"{name} edge: probability by offset", fontsize=10)
+        axes.set_title(f"{name} edge: probability by offset, ± {pixels[edge]:.1f} px", fontsize=10)
         axes.set_xlabel(f"offset outwards, % of the {'height' if edge % 2 else 'width'}", fontsize=8)
     return figure
 
@@ -124,6 +132,17 @@ def _draw_steps(
         _draw_box(axes, drawn[-1], shade, label=label, style="-" if number else ":")
     _zoom_to(axes, np.array(drawn), image.shape)
     axes.legend(loc="upper right", fontsize=8)
+
+
+def _draw_bands(
+    axes: Axes, box: NDArray[np.floating], deviations: NDArray[np.floating], colour: NDArray[np.float64]
+) -> None:
+    """One standard deviation to either side of every edge: box [4] xyxy, deviations [4], in pixels."""
+    left, top, right, bottom = box.tolist()
+    for edge, (at, deviation) in enumerate(zip(box.tolist(), deviations.tolist(), strict=True)):
+        corner = (left, at - deviation) if edge % 2 else (at - deviation, top)
+        size = (right - left, 2 * deviation) if edge % 2 else (2 * deviation, bottom - top)
+        axes.add_patch(Rectangle(corner, *size, facecolor=colour, edgecolor="none", alpha=0.25))
 
 
 def _draw_distributions(
