@@ -53,7 +53,7 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(drawn, format="svg", transparent=True, dpi=130, metadata={"Date": None})
     text = drawn.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--card)")
-    text = re.sub(r' id="[a-zA-Z0-9]+_\d+"', "", text)  # of parts that nothing refers to
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # of parts that nothing refers to
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px '[^']*'[^;\"]*", r"font: \1px system-ui, sans-serif", text)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', text, count=1)
