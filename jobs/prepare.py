@@ -74,8 +74,17 @@ def _source(args: argparse.Namespace) -> Source:
             return yolo_source(args.data_yaml, args.split)
         case _:
             return synthetic_source(
-                args.images, seed=args.draw_seed, longest_side=args.image_side, max_shapes=args.max_shapes
+                args.images,
+                seed=args.draw_seed,
+                longest_side=args.image_side,
+                max_shapes=args.max_shapes,
+                classes=dict(_renamed(text) for text in args.classes),
             )
+
+
+def _renamed(text: str) -> tuple[str, str]:
+    shape, _, name = text.partition("=")
+    return shape, name or shape
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--draw-seed", type=int, default=0, help="take another one for another split")
     synthetic.add_argument("--image-side", type=int, default=320, metavar="PX", help="the longer side")
     synthetic.add_argument("--max-shapes", type=int, default=12, metavar="N")
+    synthetic.add_argument(
+        "--classes", nargs="+", default=(), metavar="SHAPE[=NAME]", help="annotate these alone, under these names"
+    )
     _add_common(synthetic)
     return parser
 

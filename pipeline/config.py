@@ -260,9 +260,13 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
     Raises:
         ConfigError: with every problem of the file and the overrides.
     """
-    content = _with_overrides(read_yaml(path), overrides or {})
+    content = read_yaml(path)
     content.setdefault("name", Path(path).stem)
-    return check(Experiment, content, source=str(path))
+    return experiment_from(content, overrides or {}, source=str(path))
+
+
+def experiment_from(content: dict[str, Any], overrides: Mapping[str, Any], *, source: str) -> Experiment:
+    return check(Experiment, _with_overrides(content, overrides), source=source)
 
 
 def load_cluster(path: str | Path | None) -> Cluster:

@@ -1,6 +1,7 @@
 """After the training: detectors opened from where they lie, the evaluate and replay commands, a dry run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,23 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from dfine_core import Detector, ModelConfig
 from jobs import evaluate as evaluate_job
+from jobs import lineage as lineage_job
 from jobs import replay as replay_job
 from jobs import train as train_job
 from pipeline.config import Cluster, ConfigError, dump
 from pipeline.data.manifest import load_shards
+from pipeline.data.sources.synthetic import CLASSES
+from pipeline.tracking.lineage import client_of, find_run
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.trained import open_trained
 from pipeline.training import checkpoint
+from pipeline.training.budget import estimated_bytes, flops_per_image
+from pipeline.training.initial import load_initial, pinned
 from pipeline.training.loop import Run, train
-from pipeline.training.preview import estimated_bytes, preview
+from pipeline.training.preview import preview
+from pipeline.training.run_folder import begin_or_continue
 from tests.drawn_shards import drawn_records, write_shards
 from tests.training_runs import ALONE, Heard, experiment, job, shard_folders
 
@@ -153,3 +161,70 @@ def test_the_estimated_memory_is_what_the_forward_pass_keeps(data: dict[str, str
     assert twice == pytest.approx(2 * small, rel=0.2)
     shards = load_shards(data["train"])
     assert shards.manifest.statistics.most_crowded.boxes > 0
+
+
+def test_a_training_step_is_three_forward_passes_of_arithmetic() -> None:
+    published = (
+        7.17e9  # of the deployed network; in training there are denoising queries and every layer's heads besides
+    )
+    assert 3 * published < flops_per_image(ModelConfig.variant("n", num_classes=80), boxes=7) < 3 * 1.15 * published
+
+
+# Beginning with what another run made
+
+
+def test_a_run_begins_with_a_model_version_as_it_was_then(
+    tracking: TrackingSettings, folder: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = str(folder / "runs" / "begun")
+    place = pinned("models:/shapes@champion", run, tracking.uri)
+    assert place.startswith(run)
+    assert pinned("models:/shapes@champion", run, "http://127.0.0.1:1/gone") == place
+    setting = experiment(folder, data, model={"reg_max": 16}, init=place)
+    detector = Detector(setting.model.config(len(CLASSES), setting.loss))
+    origin = load_initial(detector, place, CLASSES)
+    assert origin.parent["model_version"] == "shapes/1"
+    assert any("reg_max" in line for line in origin.lines)
+    backbone = open_trained(str(folder / "runs" / "run")).detector.backbone.state_dict()
+    assert all(torch.equal(detector.backbone.state_dict()[key], tensor) for key, tensor in backbone.items())
+
+    (Path(place) / "model.safetensors").write_bytes((Path(place) / "model.safetensors").read_bytes()[:-1] + b"x")
+    with pytest.raises(ConfigError, match="damaged"):
+        load_initial(detector, place, CLASSES)
+
+
+@pytest.mark.parametrize("source", ["models:/none@champion", "runs:/0123456789abcdef0123456789abcdef"])
+def test_what_mlflow_does_not_know_is_refused(source: str, tracking: TrackingSettings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=source):
+        pinned(source, str(tmp_path / "run"), tracking.uri)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lineage_leads_from_a_run_to_its_parents_data_and_model(
+    tracking: TrackingSettings, folder: Path, data: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_version = experiment(folder, data, name="child", schedule={"steps": 1})
+    place = pinned("models:/shapes@champion", f"{from_version.storage}/child", tracking.uri)
+    from_run = experiment(folder, data, name="grandchild", schedule={"steps": 1}, init=str(folder / "runs" / "child"))
+    for setting in (from_version.model_copy(update={"init": place}), from_run):
+        own = replace(tracking, run_name=setting.name or "", run_key=None)
+        run = f"{setting.storage}/{setting.name}"
+        shards = load_shards(data["train"])
+        key = begin_or_continue(run, setting, shards, None, tracking_key=setting.name or "", allow_changes=False)
+        own = replace(own, run_key=key.tracking_key)
+        train(job(setting, tracking=own, tracking_folder=folder / f"queue-{setting.name}"), ALONE, Heard())
+    lineage_job.main([str(folder / "runs" / "grandchild")])
+    lines = capsys.readouterr().out.splitlines()
+    digest = load_shards(data["train"]).manifest.digest[:12]
+    assert lines[0].startswith("grandchild ")
+    assert sum(digest in line for line in lines) == 3
+    (child,) = (line for line in lines if "child  (" in line and "grand" not in line)
+    (first,) = (line for line in lines if "run  (" in line)
+    assert len(first) - len(first.lstrip(" │├└─")) > len(child) - len(child.lstrip(" │├└─"))
+    assert any("began with shapes/1" in line for line in lines)
+    assert any("model shapes/1" in line for line in lines)
+    assert lines[-1].endswith("began from scratch")
+    client = client_of(tracking.uri)
+    for name in ("child", "grandchild"):
+        assert len(client.get_run(find_run(client, name)).inputs.model_inputs) == 1

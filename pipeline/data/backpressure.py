@@ -19,7 +19,7 @@ from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.data._internal.execution.streaming_executor_state import Topology
 
 BOUNDS = "bounds_of_living_outputs"
-PAUSE_SECONDS = 0.02
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 0.25  # seconds
 
 
 class BoundedOutputs(BackpressurePolicy):
@@ -30,14 +30,21 @@ class BoundedOutputs(BackpressurePolicy):
         self._bounds: dict[str, int] = data_context.get_config(BOUNDS)
         if missing := self._bounds.keys() - {op.name for op in topology}:
             raise ValueError(f"there is no operator {missing} to bound, only {[op.name for op in topology]}")
+        self._pauses: dict[str, float] = {}  # the next one, by operator that is held back
 
     def can_add_input(self, op: PhysicalOperator) -> bool:
         bound = self._bounds.get(op.name)
-        if bound is None or op.estimate_object_store_usage() < bound:
+        if bound is None:
+            return True
+        if op.estimate_object_store_usage() < bound:
+            self._pauses.pop(op.name, None)
             return True
         # With no task running there is nothing that Ray Data's scheduling loop would wait for, and it would ask again at once,
-        # for ever: most of a core. There are batches ready when an operator is held back, so nobody waits for this one.
-        time.sleep(PAUSE_SECONDS)
+        # for ever: most of a core. There are batches ready when an operator is held back, so nobody waits for this one. A
+        # pause is about as long as the wait so far: what is freed every second is noticed within one.
+        pause = self._pauses.get(op.name, SHORTEST_PAUSE)
+        time.sleep(pause)
+        self._pauses[op.name] = min(2 * pause, LONGEST_PAUSE)
         return False
 
 

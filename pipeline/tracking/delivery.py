@@ -20,6 +20,7 @@ from mlflow.entities import (
     Experiment,
     InputTag,
     LoggedModel,
+    LoggedModelInput,
     LoggedModelOutput,
     Metric,
     Param,
@@ -31,11 +32,11 @@ from mlflow.models import Model
 from mlflow.utils import mlflow_tags
 
 from pipeline.tracking.event_log import Event
-from pipeline.tracking.names import MAX_PARAM, MAX_TAG, mlflow_key, mlflow_value
+from pipeline.tracking.lineage import parent_model
+from pipeline.tracking.names import MAX_PARAM, MAX_TAG, RUN_KEY, mlflow_key, mlflow_value
 from pipeline.tracking.settings import TrackingSettings
 
-RUN_KEY = "dfine.run_key"  # tag: finds the run again after a crash between its creation and noting its id
-MODEL_KEY = "dfine.model_key"  # the same for a logged model
+MODEL_KEY = "dfine.model_key"  # tag: finds a logged model again, as `RUN_KEY` a run
 # The UI then opens with training runs and their charts, not with traces of language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -150,6 +151,8 @@ class Delivery:
             self._client.log_batch(self._run_id, params=batch)
         if event["datasets"]:
             self._client.log_inputs(self._run_id, datasets=[_dataset_input(dataset) for dataset in event["datasets"]])
+        if model_id := parent_model(self._client, event.get("parent", {})):
+            self._client.log_inputs(self._run_id, models=[LoggedModelInput(model_id)])
 
     def _set_tags(self, tags: dict[str, str]) -> None:
         entities = [RunTag(mlflow_key(key), mlflow_value(value, MAX_TAG)) for key, value in tags.items()]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
+RUN_KEY = "dfine.run_key"  # tag: finds the run again after a crash between its creation and noting its id
 Scalar = str | int | float | bool | None
 
 # Limits of MLflow, in characters; longer values end in an ellipsis.

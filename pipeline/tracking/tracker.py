@@ -74,8 +74,13 @@ class Tracker:
         tags: Mapping[str, str],
         datasets: Sequence[DatasetInput] = (),
         source_name: str | None = None,
+        parent: Mapping[str, str] | None = None,
     ) -> None:
-        """Say what the run is. The first time counts; after that it only marks the run as running again."""
+        """Say what the run is. The first time counts; after that it only marks the run as running again.
+
+        Args:
+            parent: where its first weights come from: "model_id" of a logged model, or "run_key" of the run that made it.
+        """
         if self._queue.identity.begun:
             self._queue.records.append({"kind": "running"})
             return
@@ -85,6 +90,7 @@ class Tracker:
             "params": _redacted(params),
             "tags": _redacted(source | dict(tags)),
             "datasets": [_redacted(asdict(dataset)) for dataset in datasets],
+            "parent": dict(parent or {}),
         }
         self._queue.records.append(event)
         self._queue.mark_begun()

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data import storage
 from pipeline.data.manifest import Category
@@ -114,6 +114,11 @@ def restore(learner: Learner, uri: str) -> Metadata:
     learner.average.updates.copy_(optimizer.pop("ema_updates"))
     _load_optimizer(learner, optimizer, uri)
     return metadata
+
+
+def weights_as_bytes(module: nn.Module) -> bytes:
+    """The state dict as a safetensors file; tensors that the module shares among its parts are written twice."""
+    return tensors_to_bytes({key: _copied(tensor) for key, tensor in module.state_dict().items()})
 
 
 def _copied(tensor: Tensor) -> Tensor:

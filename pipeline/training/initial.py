@@ -1,9 +1,16 @@
-"""First weights of a run: another run's checkpoint, a released file, or a backbone, made to fit by names and bins."""
+"""First weights of a run: another run's, a model version's, a released file's or a backbone's, made to fit by names and bins.
+
+What only MLflow knows is copied into the run's folder by the driver (`pinned`): workers need no server, and an alias that
+moves on meanwhile does not change what the run began with.
+"""
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from safetensors.torch import load as tensors_from_bytes
@@ -11,12 +18,17 @@ from torch import Tensor
 
 from dfine_core import Detector
 from dfine_core.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
+from dfine_core.loading import DESCRIPTION, MODEL, RUN
 from dfine_core.rebinning import rebin
 from dfine_core.weights import load_weights, read_checkpoint
 from pipeline.config import ConfigError
 from pipeline.data import storage
+from pipeline.tracking.lineage import client_of, facts
+from pipeline.trained import open_trained
 from pipeline.training import checkpoint
 
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+WEIGHTS, ORIGIN = "model.safetensors", "origin.json"  # beside DESCRIPTION
 CLASS_ROWS = "decoder.denoising_class_embed.weight"  # one row per class, and one for padding
 SCALE = "decoder.reg_scale"
 
@@ -29,6 +41,41 @@ class Origin:
     parent: dict[str, str]
 
 
+def pinned(source: str, run: str, tracking_uri: str) -> str:
+    """Where workers find the weights of `init`: what MLflow knows is copied into the folder of the run, once.
+
+    Raises:
+        ConfigError: MLflow does not know it.
+    """
+    if not source.startswith((RUN, MODEL)):
+        return storage.absolute(source)
+    folder = storage.join(run, "init")
+    if storage.exists(storage.join(folder, ORIGIN)):
+        return folder
+    with _default_server(tracking_uri):
+        trained = open_trained(source)
+    weights = checkpoint.weights_as_bytes(trained.detector)
+    parent = facts(client_of(tracking_uri), source) | {"sha256": hashlib.sha256(weights).hexdigest()}
+    described = {"config": asdict(trained.config), "categories": trained.names, "category_ids": trained.category_ids}
+    storage.write_atomic(storage.join(folder, WEIGHTS), weights)
+    storage.write_atomic(storage.join(folder, DESCRIPTION), json.dumps(described, indent=1).encode())
+    storage.write_atomic(storage.join(folder, ORIGIN), json.dumps(parent, indent=1).encode())  # last: complete with it
+    return folder
+
+
+@contextmanager
+def _default_server(tracking_uri: str) -> Iterator[None]:
+    """MLflow URIs are looked up at the server of this run, unless the environment names another one."""
+    if os.environ.get(TRACKING_URI):
+        yield
+        return
+    os.environ[TRACKING_URI] = tracking_uri
+    try:
+        yield
+    finally:
+        del os.environ[TRACKING_URI]
+
+
 def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origin:
     """Load the weights at `source` into a freshly built detector.
 
@@ -39,53 +86,83 @@ def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origi
         ConfigError: for weights that are missing, damaged or cannot be made to fit.
     """
     try:
-        weights, source_names, parent = _read(source)
-        if any(key.startswith("stem.") for key in weights):
-            load_weights(detector.backbone, weights)
-            return Origin((f"backbone from {source}",), parent)
-        return _fit(detector, weights, source_names, names, source, parent)
+        found = _read(source)
+        if any(key.startswith("stem.") for key in found.weights):
+            load_weights(detector.backbone, found.weights)
+            return Origin((f"backbone from {source}",), found.parent)
+        return _fit(detector, found, names, source)
     except FileNotFoundError:
         raise ConfigError(f"init: {source} does not exist") from None
     except ValueError as error:
         raise ConfigError(f"init: {source}: {error}") from None
 
 
-def _read(source: str) -> tuple[dict[str, Tensor], Sequence[str | None] | None, dict[str, str]]:
+@dataclass(frozen=True)
+class _Source:
+    weights: dict[str, Tensor]
+    names: Sequence[str | None] | None  # of the classes; None: the file does not tell
+    parent: dict[str, str]
+
+
+def _read(source: str) -> _Source:
+    source = _best_of_run(source) or source
     if storage.exists(storage.join(source, checkpoint.METADATA)):
-        metadata = checkpoint.read_metadata(source)
-        weights = checkpoint.read_tensors(source, "ema", metadata)
-        parent = {
-            "checkpoint": source,
-            "run": metadata.run,
-            "step": str(metadata.step),
-            "sha256": metadata.sha256["ema"],
-        }
-        if metadata.tracking_key:
-            parent["run_key"] = metadata.tracking_key
-        return weights, [category.name for category in metadata.categories], parent
+        return _checkpoint(source)
+    if storage.exists(storage.join(source, DESCRIPTION)):
+        return _described(source)
     content = storage.read_bytes(source)
     parent = {"file": source, "sha256": hashlib.sha256(content).hexdigest()}
     if source.endswith(".safetensors"):
-        return tensors_from_bytes(content), None, parent
-    return read_checkpoint(io.BytesIO(content)), None, parent  # type: ignore[arg-type]
+        return _Source(tensors_from_bytes(content), None, parent)
+    return _Source(read_checkpoint(io.BytesIO(content)), None, parent)  # type: ignore[arg-type]
 
 
-def _fit(
-    detector: Detector,
-    weights: Mapping[str, Tensor],
-    source_names: Sequence[str | None] | None,
-    names: Sequence[str],
-    source: str,
-    parent: dict[str, str],
-) -> Origin:
+def _best_of_run(folder: str) -> str | None:
+    checkpoints = storage.join(folder, "checkpoints")
+    steps = checkpoint.steps_in(checkpoints)
+    if not steps:
+        return None
+    newest = storage.join(checkpoints, checkpoint.folder_name(steps[-1]))
+    best = checkpoint.read_metadata(newest).standing.best_step
+    return newest if best is None else storage.join(checkpoints, checkpoint.folder_name(best))
+
+
+def _checkpoint(folder: str) -> _Source:
+    metadata = checkpoint.read_metadata(folder)
+    parent = {
+        "checkpoint": folder,
+        "run": metadata.run,
+        "step": str(metadata.step),
+        "sha256": metadata.sha256["ema"],
+    }
+    if metadata.tracking_key:
+        parent["run_key"] = metadata.tracking_key
+    names = [category.name for category in metadata.categories]
+    return _Source(checkpoint.read_tensors(folder, "ema", metadata), names, parent)
+
+
+def _described(folder: str) -> _Source:
+    """An exported detector, or one that `pinned` has copied here."""
+    described = json.loads(storage.read_bytes(storage.join(folder, DESCRIPTION)))
+    content = storage.read_bytes(storage.join(folder, WEIGHTS))
+    sha256 = hashlib.sha256(content).hexdigest()
+    parent = {"folder": folder, "sha256": sha256}
+    if storage.exists(storage.join(folder, ORIGIN)):
+        parent = json.loads(storage.read_bytes(storage.join(folder, ORIGIN)))
+        if parent["sha256"] != sha256:
+            raise ValueError(f"{WEIGHTS} is damaged: not what was written (SHA-256)")
+    return _Source(tensors_from_bytes(content), described["categories"], parent)
+
+
+def _fit(detector: Detector, found: _Source, names: Sequence[str], source: str) -> Origin:
     config, lines = detector.config, [f"weights from {source}"]
-    fitted = dict(weights)
+    fitted: Mapping[str, Tensor] = found.weights
     if config.regression == "fdr" and SCALE in fitted:
         fitted, report = rebin(fitted, reg_max=config.reg_max, reg_scale=config.reg_scale, up=config.up)
         if report.source != report.target:
             lines.append(str(report))
     rows = len(fitted[CLASS_ROWS]) - 1 if CLASS_ROWS in fitted else 0
-    known = source_names or _names_of(rows, names)
+    known = found.names or _names_of(rows, names)
     if known is not None and list(known) != list(names):
         match = match_classes(known, names)
         fitted = transfer_classes(fitted, detector.state_dict(), match)
@@ -93,7 +170,7 @@ def _fit(
     load_weights(detector, fitted)
     if not all(torch.isfinite(p).all() for p in detector.parameters()):
         raise ValueError("holds values that are not finite")
-    return Origin(tuple(lines), parent)
+    return Origin(tuple(lines), found.parent)
 
 
 def _names_of(rows: int, names: Sequence[str]) -> Sequence[str | None] | None:

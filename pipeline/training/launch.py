@@ -7,7 +7,6 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +20,7 @@ from pipeline.ray_start import start_ray
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_folder
+from pipeline.training.initial import pinned
 from pipeline.training.job import Job
 from pipeline.training.monitor import Watch, start_mailbox
 from pipeline.training.preflight import Request, cpu_threads, problems_on_nodes, request_for
@@ -54,13 +54,19 @@ class Outcome:
 
 
 def launch(
-    experiment: Experiment, cluster: Cluster, *, resume: str | None = None, allow_changes: bool = False
+    experiment: Experiment,
+    cluster: Cluster,
+    *,
+    resume: str | None = None,
+    allow_changes: bool = False,
+    parent_run_id: str | None = None,
 ) -> Outcome:
     """Train, or go on training: the same call continues a run that was interrupted.
 
     Args:
         resume: checkpoint of another run that this one continues.
         allow_changes: continue although the experiment or its data differ from what the run began with.
+        parent_run_id: MLflow run that this one is a part of.
 
     Raises:
         ConfigError: for what cannot be, with every problem found.
@@ -97,12 +103,15 @@ def launch(
             run_name=experiment.name or "run",
             uri=experiment.tracking.uri,
             run_key=began.tracking_key,
+            parent_run_id=parent_run_id,
         )
+        if experiment.init:
+            experiment = experiment.model_copy(update={"init": pinned(experiment.init, run, tracking.uri)})
         job = Job(
             experiment=_with_absolute_data(experiment),
             run=run,
             tracking=tracking,
-            tracking_folder=_queue_folder(run, began.tracking_key),
+            tracking_folder=run_folder.queue_folder(run, began.tracking_key),
             micro_batch=schedules[-1].micro_batch,
             resume=storage.absolute(resume) if resume else None,
             threads=cluster.threads_per_worker or cpu_threads(request),
@@ -197,13 +206,4 @@ def _with_absolute_data(experiment: Experiment) -> Experiment:
     data = experiment.data
     val = storage.absolute(data.val) if data.val else None
     absolute = data.model_copy(update={"train": storage.absolute(data.train), "val": val})
-    init = experiment.init
-    init = storage.absolute(init) if init else None
-    return experiment.model_copy(update={"data": absolute, "init": init})
-
-
-def _queue_folder(run: str, key: str) -> Path:
-    """In the run's folder, or on this machine's disk where that is an object store."""
-    if "://" not in run:
-        return Path(run) / "tracking"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ray-dfine" / key
+    return experiment.model_copy(update={"data": absolute})

@@ -4,22 +4,20 @@ from collections.abc import Iterator
 
 import torch
 import yaml
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
-from dfine_core import Detector, ModelConfig, Targets
-from dfine_core.denoising import draw_for
+from dfine_core import Detector, ModelConfig
 from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment, dump
 from pipeline.data.manifest import Manifest, load_shards
+from pipeline.training.budget import budget_lines, estimated_bytes
 from pipeline.training.schedule import Schedule, derive
 
-STATE_VALUES = 5  # for each parameter: itself, its gradient, two moments, its average
-FLOAT_BYTES = 4
 
-
-def preview(experiment: Experiment, cluster: Cluster) -> str:
+def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) -> str:
+    """
+    Args:
+        measured: time a training step here, for the hours that a run would take.
+    """
     shards = load_shards(experiment.data.train)
     val = load_shards(experiment.data.val) if experiment.data.val else None
     workers = cluster.workers or max(1, torch.cuda.device_count())
@@ -33,6 +31,15 @@ def preview(experiment: Experiment, cluster: Cluster) -> str:
         f" {schedule.micro_batch} images a step": "\n".join(schedule.lines()),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
         "memory of a worker": "\n".join(_memory_lines(config, schedule, shards.manifest)),
+        "time": "\n".join(
+            budget_lines(
+                config,
+                schedule.steps * schedule.global_batch,
+                most,
+                boxes=round(shards.manifest.statistics.boxes_per_image.mean),
+                measured=measured,
+            )
+        ),
     }
     return "\n\n".join(f"# {title}\n{text.rstrip()}" for title, text in sections.items())
 
@@ -71,33 +78,3 @@ def _memory_lines(config: ModelConfig, schedule: Schedule, manifest: Manifest) -
         f"  {kept / 2**30:.2f} GiB kept from the forward pass for the backward pass; about 0.6 of it in bf16",
         "  besides: PyTorch and its libraries, batches that wait, what the losses need",
     ]
-
-
-def estimated_bytes(config: ModelConfig, micro_batch: int, boxes: int) -> tuple[int, int]:
-    """Bytes of the state, and of what the forward pass keeps, found by running it on tensors without content.
-
-    Args:
-        boxes: of every image; they set how many denoising queries there are.
-    """
-    target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
-    targets = Targets.pack([target] * micro_batch, config.num_classes, torch.device("cpu"))
-    denoising = draw_for(config, targets)
-    detector = Detector(config).train()
-    parameters = sum(p.numel() for p in detector.parameters())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state: dict[str, Tensor] = {
-        name: mode.from_tensor(t) for name, t in (*detector.named_parameters(), *detector.named_buffers())
-    }
-    own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-    kept: dict[int, tuple[Tensor, int]] = {}  # by storage, which stays alive so that its place is not taken by another
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = tensor, storage.nbytes()
-        return tensor
-
-    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        images = torch.empty(micro_batch, 3, *config.input_size)
-        functional_call(detector, state, (images, targets, denoising or False))
-    return parameters * STATE_VALUES * FLOAT_BYTES, sum(size for _, size in kept.values())

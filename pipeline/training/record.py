@@ -67,7 +67,7 @@ def begin(
     if ray_job:
         tags["ray.job"] = ray_job
     datasets = [dataset(shards, "training"), *([dataset(val, "validation")] if val else [])]
-    tracker.begin(params, tags, datasets, SOURCE)
+    tracker.begin(params, tags, datasets, SOURCE, parent)
     tracker.text(yaml.safe_dump(dump(experiment), sort_keys=False), "experiment.yaml")
 
 
@@ -138,8 +138,7 @@ def finish(
         return
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "detector.safetensors")
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in detector.state_dict().items()}
-        weights.write_bytes(tensors_to_bytes(state))
+        weights.write_bytes(checkpoint.weights_as_bytes(detector))
         log_detector(
             tracker,
             config=detector.config,
@@ -174,8 +173,7 @@ def save_not_finite(run: str, step: int, rank: int, batches: Sequence[Batch], de
         tensors |= {f"{batch.micro_batch}/{name}": value.cpu().contiguous().clone() for name, value in named.items()}
     storage.write_atomic(storage.join(folder, f"rank-{rank}.safetensors"), tensors_to_bytes(tensors))
     if rank == 0:
-        weights = {name: value.detach().cpu().contiguous().clone() for name, value in detector.state_dict().items()}
-        storage.write_atomic(storage.join(folder, "model.safetensors"), tensors_to_bytes(weights))
+        storage.write_atomic(storage.join(folder, "model.safetensors"), checkpoint.weights_as_bytes(detector))
         about = {"step": step, "model": plain(detector.config)}
         storage.write_atomic(storage.join(folder, "about.json"), json.dumps(about, indent=1).encode())
     return folder

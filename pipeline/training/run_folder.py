@@ -12,9 +12,11 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, Experiment, dump
@@ -61,10 +63,7 @@ def begin_or_continue(
     Raises:
         ConfigError: the name belongs to a finished run, or to one that began with something else.
     """
-    now = {
-        "experiment": dump(experiment),
-        "data": {"train": shards.manifest.digest, "val": val.manifest.digest if val else None},
-    }
+    now = _beginning(experiment, shards, val)
     path = storage.join(run, BEGAN)
     if not storage.exists(path):
         storage.write_atomic(path, json.dumps({**now, "tracking_key": tracking_key}, indent=1).encode())
@@ -85,6 +84,49 @@ def begin_or_continue(
     if changes:
         storage.write_atomic(path, json.dumps({**now, "tracking_key": began["tracking_key"]}, indent=1).encode())
     return Began(began["tracking_key"], micro_batch=_last_micro_batch(run))
+
+
+def result_of(run: str, experiment: Experiment, shards: ShardSet, val: ShardSet | None) -> dict[str, Any] | None:
+    """What a finished run came to; None if it is not finished.
+
+    Raises:
+        ConfigError: it is finished, and began with something else.
+    """
+    path = storage.join(run, RESULT)
+    if not storage.exists(path):
+        return None
+    began = json.loads(storage.read_bytes(storage.join(run, BEGAN)))
+    if changes := differences(began, _beginning(experiment, shards, val)):
+        listed = "".join(f"\n  {line}" for line in changes)
+        raise ConfigError(f"run {experiment.name!r} is finished, and began with something else:{listed}")
+    result: dict[str, Any] = json.loads(storage.read_bytes(path))
+    return result
+
+
+def _beginning(experiment: Experiment, shards: ShardSet, val: ShardSet | None) -> dict[str, Any]:
+    data = {"train": shards.manifest.digest, "val": val.manifest.digest if val else None}
+    return {"experiment": dump(experiment), "data": data}
+
+
+def key_made_once(folder: str) -> str:
+    """The key under which MLflow knows what this folder is of; drawn when it is first asked for."""
+    if (key := key_of(folder)) is None:
+        key = uuid.uuid4().hex
+        storage.write_atomic(storage.join(folder, BEGAN), json.dumps({"tracking_key": key}).encode())
+    return key
+
+
+def queue_folder(run: str, key: str) -> Path:
+    """Where its record waits for MLflow: in the run's folder, or on this machine's disk where that is an object store."""
+    if "://" not in run:
+        return Path(run) / "tracking"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ray-dfine" / key
+
+
+def key_of(run: str) -> str | None:
+    """Under which MLflow knows the run of this folder; None if it is no run's folder."""
+    path = storage.join(run, BEGAN)
+    return json.loads(storage.read_bytes(path))["tracking_key"] if storage.exists(path) else None
 
 
 def differences(began: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ Textured shapes of eight classes cover each other on a textured ground; some are
 empty and some hold a crowd. Image `index` is a pure function of (seed, index): any of them can be drawn alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import parse_qsl, urlencode
@@ -16,7 +17,7 @@ from pydantic import JsonValue
 
 from pipeline.data.manifest import Category
 from pipeline.data.records import ImageRecord
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
 
 SCHEME = "synthetic:"
 CLASSES = ("circle", "ring", "triangle", "square", "hexagon", "star", "cross", "bar")
@@ -162,8 +163,27 @@ def synthetic_image(
     )
 
 
-def synthetic_source(images: int, *, seed: int = 0, longest_side: int = 320, max_shapes: int = 12) -> Source:
-    """The first `images` images of a seed, as a source; they are drawn when their shard is written."""
+def synthetic_source(
+    images: int,
+    *,
+    seed: int = 0,
+    longest_side: int = 320,
+    max_shapes: int = 12,
+    classes: Mapping[str, str] | None = None,
+) -> Source:
+    """The first `images` images of a seed, as a source; they are drawn when their shard is written.
+
+    Args:
+        classes: shapes that are annotated, in the order of their labels, and the name that each goes by; the others are
+            drawn and not annotated. All of them, under their own names, if None.
+
+    Raises:
+        SourceError: for a shape that is not drawn.
+    """
+    names = dict(classes) if classes else {name: name for name in CLASSES}
+    if unknown := names.keys() - set(CLASSES):
+        raise SourceError(f"classes: {', '.join(sorted(unknown))} is not drawn; known: {', '.join(CLASSES)}")
+    labels = {CLASSES.index(name): label for label, name in enumerate(names)}  # of what is annotated, by shape
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         for number in range(images):
@@ -171,17 +191,20 @@ def synthetic_source(images: int, *, seed: int = 0, longest_side: int = 320, max
             query = urlencode({"index": number, "seed": seed, "longest_side": longest_side, "max_shapes": max_shapes})
             entry = ImageEntry(number + 1, f"{SCHEME}{query}", f"{number:08d}.jpg", scene.width, scene.height)
             index.add_images([entry])
-            columns = scene.labels.tolist(), scene.areas.tolist(), scene.is_crowd.tolist()
+            columns = scene.boxes.tolist(), scene.labels.tolist(), scene.areas.tolist(), scene.is_crowd.tolist()
             index.add_boxes(
-                BoxEntry(number + 1, *box, *rest) for box, *rest in zip(scene.boxes.tolist(), *columns, strict=True)
+                BoxEntry(number + 1, x1, y1, x2, y2, labels[shape], area, crowd)
+                for (x1, y1, x2, y2), shape, area, crowd in zip(*columns, strict=True)
+                if shape in labels
             )
-        return tuple(Category(label=label, original_id=label, name=name) for label, name in enumerate(CLASSES))
+        return tuple(Category(label=label, original_id=label, name=name) for label, name in enumerate(names.values()))
 
     description: dict[str, JsonValue] = {
         "images": images,
         "seed": seed,
         "longest_side": longest_side,
         "max_shapes": max_shapes,
+        **({"classes": [f"{shape}={name}" for shape, name in names.items()]} if classes else {}),
     }
     return Source({"kind": "synthetic", **description}, fill)
 

@@ -1,0 +1,40 @@
+"""Where a run comes from: what it began with, run before run, down to shard sets and code commits.
+
+    python -m jobs.lineage runs/mine                 the folder of a run
+    python -m jobs.lineage RUN                       MLflow's id of a run, or its name
+    python -m jobs.lineage models:/shapes@champion   the run that made a model version
+
+Asks the server of MLFLOW_TRACKING_URI; without it, for the folder of a run, the database beside that folder.
+"""
+
+import argparse
+import os
+import sys
+
+from pipeline.config import ConfigError
+from pipeline.tracking.lineage import client_of, drawn, find_run, lineage
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.training.run_folder import key_of
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a run, its id or name in MLflow, or models:/NAME@ALIAS")
+    wanted = parser.parse_args(argv).run.rstrip("/")
+    try:
+        print(_drawn(wanted))
+    except (ConfigError, ValueError) as error:
+        sys.exit(f"{error}")
+
+
+def _drawn(wanted: str) -> str:
+    key = None if wanted.startswith("models:") else key_of(wanted)
+    if key is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError(f"{wanted} is not the folder of a run: for a run's id or name set MLFLOW_TRACKING_URI")
+    settings = TrackingSettings.resolve(os.path.dirname(wanted) or ".", experiment="", run_name="")
+    client = client_of(settings.uri)
+    return drawn(lineage(client, find_run(client, key or wanted)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Pretrain, then fine-tune from the best weights: training runs after each other as one job, under one MLflow run.
+
+    python -m jobs.pretrain_finetune configs/chains/objects365_to_coco_s.yaml --cluster configs/clusters/several_nodes.yaml
+    ... --set storage=s3://bucket/runs pretrain.schedule.epochs=12    values of the chain, or of one stage's experiment
+    ray job submit --working-dir . -- python -m jobs.pretrain_finetune configs/chains/objects365_to_coco_s.yaml
+
+Each stage prepares the shard sets that are missing, trains, evaluates its best weights and registers them as a model version.
+The same command again leaves alone what is finished and continues what was interrupted. --dry-run shows the stages.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jobs import prepare
+from pipeline.config import ConfigError, load_cluster, parse_override
+from pipeline.data.manifest import ManifestError
+from pipeline.training.chain import Step, load_chain, run_chain
+from pipeline.training.checkpoint import CheckpointError
+from pipeline.training.preview import preview
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chain", type=Path, help="YAML file, see configs/chains/")
+    parser.add_argument("--cluster", type=Path, help="YAML file, for stages that do not name their own")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace values, see above")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and end")
+    args = parser.parse_args(argv)
+    try:
+        overrides = dict(parse_override(text) for text in args.set)
+        chain, steps = load_chain(args.chain, overrides, load_cluster(args.cluster))
+        if args.dry_run:
+            print("\n\n".join(_shown(step) for step in steps))
+            return
+        print(run_chain(chain, steps, prepare.main))
+    except (ConfigError, ManifestError, CheckpointError) as error:
+        sys.exit(f"{error}")
+
+
+def _shown(step: Step) -> str:
+    title = f"## {step.stage.name}: {step.experiment.name}"
+    if step.missing:
+        lines = [f"  python -m jobs.prepare {' '.join(arguments)}" for arguments in step.missing]
+        return "\n".join([title, "not known before its data is prepared:", *lines])
+    return f"{title}\n{preview(step.experiment, step.cluster)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Training runs after each other, each beginning with the best weights of the one before: pretrain, then fine-tune.
+
+One MLflow run is the parent of all of them. What is finished is left alone when the same chain is given again.
+"""
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Cluster, Config, ConfigError, Experiment, Tracking, check, dump, experiment_from, read_yaml
+from pipeline.data import storage
+from pipeline.data.manifest import MANIFEST_NAME, load_shards
+from pipeline.ray_start import start_ray
+from pipeline.tracking.names import flatten
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.tracker import Tracker
+from pipeline.training import run_folder
+from pipeline.training.launch import launch, submitted_job
+
+SOURCE = "jobs/pretrain_finetune.py"
+REACHED_WITHIN_S = 30.0  # MLflow, to give the chain's run an id that its stages can name as their parent
+
+
+class Stage(Config):
+    name: str  # of its run, behind the chain's
+    prepare: tuple[str, ...] = ()  # arguments of jobs.prepare, one line for each shard set that may be missing
+    experiment: str  # file, relative to the chain's
+    set: dict[str, Any] = Field(default_factory=dict)  # values of the experiment, by dotted key
+    cluster: str | Cluster | None = None  # file, relative to the chain's, or its values; the command's if left out
+    register_as: str | None = None  # name of the model version made of its best weights
+    alias: str | None = None  # given to that version
+
+
+class Chain(Config):
+    name: str
+    storage: str = "runs"
+    tracking: Tracking = Tracking()
+    stages: tuple[Stage, ...]
+
+    @model_validator(mode="after")
+    def _stages_have_names_of_their_own(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(
+                f"stages: {len(names)} named {', '.join(names) or '-'}; give one or more, each another name"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage with everything that it names, checked."""
+
+    stage: Stage
+    experiment: Experiment
+    cluster: Cluster
+    missing: tuple[tuple[str, ...], ...]  # arguments of jobs.prepare for shard sets that are not there yet
+
+
+def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) -> tuple[Chain, list[Step]]:
+    """The chain of a file, and its stages with the experiments that they come to.
+
+    Args:
+        overrides: values of single stages, `{"pretrain.schedule.epochs": 2}`, or of the chain, `{"storage": "s3://bucket/runs"}`.
+        cluster: where stages run that do not say it themselves.
+
+    Raises:
+        ConfigError: with every problem of the chain, its experiments and its clusters.
+    """
+    content = read_yaml(path)
+    content.setdefault("name", Path(path).stem)
+    content |= {key: value for key, value in overrides.items() if key in Chain.model_fields}
+    chain = check(Chain, content, source=str(path))
+    rest = {key: value for key, value in overrides.items() if key not in Chain.model_fields}
+    known = tuple(stage.name for stage in chain.stages)
+    problems = [
+        f"--set {key}: begin with a stage, {' or '.join(known)}" for key in rest if key.split(".")[0] not in known
+    ]
+    steps = []
+    for number, stage in enumerate(chain.stages):
+        own = {key.partition(".")[2]: value for key, value in rest.items() if key.split(".")[0] == stage.name}
+        try:
+            steps.append(_step(chain, number, Path(path).parent, own, cluster))
+        except ConfigError as error:
+            problems.append(f"{stage.name}: {error}")
+    if problems:
+        raise ConfigError("\n".join([f"{path}: {len(problems)} problem(s)", *problems]))
+    return chain, steps
+
+
+def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cluster: Cluster) -> Step:
+    stage = chain.stages[number]
+    run = f"{chain.name}-{stage.name}"
+    fixed: dict[str, Any] = {"name": run, "storage": chain.storage, "tracking": dump(chain.tracking)}
+    fixed["tracking"]["tags"] |= {"chain": chain.name, "stage": stage.name}
+    fixed["tracking"] |= {"register_as": stage.register_as, "alias": stage.alias}
+    if number:
+        fixed["init"] = storage.join(chain.storage, f"{chain.name}-{chain.stages[number - 1].name}")
+    if taken := sorted(fixed.keys() & {key.split(".")[0] for key in stage.set | overrides}):
+        raise ConfigError(f"{', '.join(taken)}: set by the chain itself")
+    content = read_yaml(folder / stage.experiment) | fixed
+    experiment = experiment_from(content, stage.set | overrides, source=stage.experiment)
+    where = (
+        check(Cluster, read_yaml(folder / stage.cluster), source=stage.cluster)
+        if isinstance(stage.cluster, str)
+        else None
+    )
+    missing = tuple(tuple(shlex.split(line)) for line in stage.prepare if not _is_there(_out(line)))
+    return Step(stage, experiment, where or (stage.cluster if isinstance(stage.cluster, Cluster) else cluster), missing)
+
+
+def _out(line: str) -> str:
+    words = shlex.split(line)
+    if "--out" not in words[:-1]:
+        raise ConfigError(f"prepare: {line!r} does not say --out")
+    return words[words.index("--out") + 1]
+
+
+def _is_there(folder: str) -> bool:
+    return storage.exists(storage.join(folder, MANIFEST_NAME))
+
+
+def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]], None]) -> str:
+    """Do what is not done yet; what came of it, for people.
+
+    Args:
+        prepare: does what `jobs.prepare` does with its arguments.
+    """
+    start_ray(dashboard=True)
+    folder = storage.absolute(storage.join(chain.storage, chain.name))
+    settings = TrackingSettings.resolve(
+        storage.absolute(chain.storage),
+        experiment=chain.tracking.experiment,
+        run_name=chain.name,
+        uri=chain.tracking.uri,
+        run_key=run_folder.key_made_once(folder),
+    )
+    with Tracker(run_folder.queue_folder(folder, settings.run_key or ""), settings) as tracker:
+        job = {"ray.job": name} if (name := submitted_job()) else {}
+        tracker.begin(flatten(dump(chain)), {"run_folder": folder, **job, **chain.tracking.tags}, (), SOURCE)
+        parent_run_id = tracker.wait_for_run_id(REACHED_WITHIN_S)
+        lines = []
+        for number, step in enumerate(steps, start=1):
+            print(f"stage {number} of {len(steps)}: {step.stage.name}", flush=True)
+            numbers = _carry_out(step, prepare, parent_run_id)
+            lines.append(
+                f"{step.stage.name}: {_said(numbers)}, {storage.join(chain.storage, step.experiment.name or '')}"
+            )
+            tracker.metrics({f"{step.stage.name}/{key}": value for key, value in (numbers or {}).items()}, step=number)
+        tracker.finish("FINISHED")
+    last = storage.join(chain.storage, steps[-1].experiment.name or "")
+    return "\n".join([*lines, f"record: {settings.shown_uri}", f"what came from where: python -m jobs.lineage {last}"])
+
+
+def _carry_out(step: Step, prepare: Callable[[list[str]], None], parent_run_id: str | None) -> dict[str, float] | None:
+    """The 12 numbers of its best weights."""
+    for arguments in step.missing:
+        if not _is_there(arguments[arguments.index("--out") + 1]):
+            prepare(list(arguments))
+    experiment = step.experiment
+    val = load_shards(experiment.data.val) if experiment.data.val else None
+    run = storage.absolute(storage.join(experiment.storage, experiment.name or ""))
+    result = run_folder.result_of(run, experiment, load_shards(experiment.data.train), val)
+    if result is not None:
+        print(f"{experiment.name} is finished: left alone", flush=True)
+        return result["numbers"]
+    started_at = time.time()
+    outcome = launch(experiment, step.cluster, parent_run_id=parent_run_id)
+    print(f"{outcome.summary()}\n{experiment.name} took {(time.time() - started_at) / 60:.1f} min", flush=True)
+    return outcome.numbers
+
+
+def _said(numbers: dict[str, float] | None) -> str:
+    return f"AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}" if numbers else "not evaluated"
