@@ -4,6 +4,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,7 +30,7 @@ WORD_COLOURS = {"better": GREEN, "worse": RED, "not distinguishable": GREY}
 MANY = 150  # trials; above it lines are drawn as pixels and thinner
 MOST_EFFECTS = 60  # in one figure
 SHADES = LinearSegmentedColormap.from_list("shades", colormaps["viridis"](np.linspace(0.08, 0.88, 64)))
-STYLE = {
+STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "font.size": 9,
     "axes.spines.top": False,

@@ -36,8 +36,8 @@ class Noise:
         """Where the true spread lies with probability 1 - alpha."""
         if self.df < 1:
             return 0.0, math.inf
-        low, high = stats.chi2.ppf([1 - alpha / 2, alpha / 2], self.df)
-        return self.sd * math.sqrt(self.df / low), self.sd * math.sqrt(self.df / high)
+        often, seldom = (float(stats.chi2.ppf(share, self.df)) for share in (alpha / 2, 1 - alpha / 2))
+        return self.sd * math.sqrt(self.df / seldom), self.sd * math.sqrt(self.df / often)
 
     def text(self) -> str:
         if self.df < 1:
