@@ -6,6 +6,7 @@ refuses it. A request waits in one place, its replica, which says how many may; 
 
 import asyncio
 import http.client
+import logging
 import os
 import socket
 import time
@@ -137,6 +138,7 @@ def start(settings: ServeSettings, *, host: str, port: int) -> str:
     start_ray()
     _refuse_too_small(settings)
     options = HTTPOptions(host=host, port=port, request_timeout_s=settings.timeout_s + PROXY_GRACE_S)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=options, logging_config=QUIET)
     serve.run(application(settings), name=NAME, route_prefix="/")
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -145,13 +147,12 @@ def start(settings: ServeSettings, *, host: str, port: int) -> str:
 
 
 def stop() -> None:
-    """Take the application away; Ray Serve too, unless it serves others, and a Ray that was started here."""
+    """Let replicas finish and take the application away; then a Ray that was started here, or a Ray Serve left with nothing."""
     if not ray.is_initialized():
         return
-    others = set(serve.status().applications) - {NAME}
-    if others:
+    if NAME in serve.status().applications:
         serve.delete(NAME)
-    else:
+    if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
         serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
 
