@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import ray
@@ -36,6 +37,10 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     joins = bool(os.environ.get("RAY_ADDRESS"))
     for name, value in (QUIET_ENVIRONMENT if joins else QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
+    if "ray.data" in sys.modules:  # it has read the variables already, when it was imported
+        from ray.data._internal.logging import configure_logging
+
+        configure_logging()
     if joins:
         ray.init(logging_level=logging.WARNING)
         return

@@ -17,10 +17,11 @@ from tests.drawn_shards import drawn_records, write_shards
 from tests.s3_server import s3_bucket
 from tests.small_detectors import small_detector
 from tests.test_train_on_ray import kill_driver, wait_for
+from tests.test_train_step import one_thread
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-IMAGES, PART = 600, 4
+IMAGES, PART = 240, 4
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,10 @@ def test_a_killed_prediction_goes_on_with_the_parts_it_has(folder: Path) -> None
     def parts() -> list[Path]:
         return sorted((out / "parts").glob("*.parquet"))
 
-    wait_for(lambda: len(parts()) >= 10, driver, log)
+    wait_for(lambda: len(parts()) >= 6, driver, log)
     kill_driver(driver)
     kept = {path: path.stat().st_mtime_ns for path in parts()}
-    assert 10 <= len(kept) < (IMAGES + 1) / PART
+    assert 6 <= len(kept) < (IMAGES + 1) / PART
     assert not (out / "detections.json").exists()
 
     driver = start(folder, str(folder / "photos"), str(out), log, *options)
@@ -72,13 +73,11 @@ def test_a_killed_prediction_goes_on_with_the_parts_it_has(folder: Path) -> None
 
     alone = folder / "alone"
     settings = PredictOptions(workers=HERE, part=PART, pictures=0, explain=1)
-    predict(small_detector(), list_inputs([str(folder / "photos")]), str(alone), settings)
+    with one_thread():
+        predict(small_detector(), list_inputs([str(folder / "photos")]), str(alone), settings)
     here, there = (pq.read_table(place / "parts").to_pylist() for place in (alone, out))
-    assert len(here) == len(there) == IMAGES + 1
-    for one, other in zip(here, there, strict=True):
-        assert (one["file_name"], one["labels"]) == (other["file_name"], other["labels"])
-        assert one["boxes"] == pytest.approx(other["boxes"], abs=1e-2)
-        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+    assert len(here) == IMAGES + 1
+    assert here == there
 
 
 def test_inputs_and_results_may_lie_in_an_object_store(folder: Path) -> None:

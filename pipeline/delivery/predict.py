@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from ray.data import ActorPoolStrategy
 
 from dfine_core.loading import LoadedDetector
 from pipeline.config import ConfigError
@@ -95,6 +96,8 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
     todo = [number for number in range(plan.parts) if part_name(number) not in there]
     done = plan.pictures - sum(stop - first for first, stop in map(plan.pictures_of, todo))
     rejected = 0
+    if todo and options.workers != HERE:
+        start_ray()
     with Progress("predict", total=plan.pictures, initial=done, unit=" images") as progress:
         for counts in _work(loaded, inputs, plan, todo, out, options.workers):
             rejected += counts.rejected
@@ -153,7 +156,6 @@ def _work(
         threads = torch.get_num_threads()
         yield from (write_part(loaded, inputs, plan, number, out, threads) for number in todo)
         return
-    start_ray()
     shared = ray.put((loaded, inputs, plan, out))
     for start in range(0, len(todo), SEGMENT):
         yield from _on_ray(shared, todo[start : start + SEGMENT], workers)
@@ -171,7 +173,7 @@ def _on_ray(shared: "ray.ObjectRef[Any]", todo: Sequence[int], workers: int | No
     results = parts.map_batches(
         PartWriter,
         batch_size=1,
-        concurrency=workers,
+        compute=ActorPoolStrategy(size=workers),
         num_cpus=cpus,
         num_gpus=min(1.0, gpus / workers),
         fn_constructor_args=([shared], cpus),  # in a list, so that Ray Data hands the reference on
