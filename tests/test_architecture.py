@@ -36,6 +36,7 @@ ENTRANCES = {
     "fastapi": ("pipeline/delivery/serving.py",),
     "starlette": ("pipeline/delivery/",),
     "pynvml": ("pipeline/tracking/",),
+    "optuna": ("pipeline/tuning/",),
     "onnx": ("pipeline/delivery/export.py",),
     "onnxruntime": (
         "pipeline/delivery/export.py",

@@ -7,11 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from pipeline.config import ConfigError
-from pipeline.tuning.figures import pareto_front, svg
+from pipeline.tuning.figures import svg
 from pipeline.tuning.records import TrialRecord, read_records, write_records
 from pipeline.tuning.report import SweepReport, as_html, draw, facts, headline, make_report, mapped_keys, table
 from pipeline.tuning.space import Point
@@ -172,17 +170,6 @@ def test_a_single_key_and_a_single_value_make_a_report(tmp_path: Path) -> None:
 def test_records_are_kept_as_they_are(records: list[TrialRecord], tmp_path: Path) -> None:
     write_records(tmp_path / "trials.json", records)
     assert read_records(tmp_path / "trials.json") == records
-
-
-def test_the_front_joins_what_nothing_else_beats_in_both() -> None:
-    costs = np.array([3.0, 1.0, 2.0, 2.0, 4.0])
-    results = np.array([0.5, 0.2, 0.4, 0.3, 0.5])
-    assert pareto_front(costs, results) == [1, 2, 0]
-
-
-def test_a_broken_sweep_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
-        loaded(tmp_path, space={"model.reg_max": {"choice": [7]}})
 
 
 @pytest.mark.slow

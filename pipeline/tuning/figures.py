@@ -23,6 +23,7 @@ from pipeline.tuning.importance import Importance
 from pipeline.tuning.noise import Noise
 from pipeline.tuning.records import TrialRecord
 from pipeline.tuning.space import Domain, Point, Space, same
+from pipeline.tuning.verdict import pareto_front
 
 INK, PAPER = "#1a1b1c", "#fdfcfb"  # stand for the page's own colours of text and of what is behind it
 BLUE, ORANGE, GREEN, RED, GREY = "#3d85c6", "#e0872d", "#2f9e68", "#cf4a3d", "#9aa3ad"
@@ -100,7 +101,7 @@ def effects_figure(effects: Sequence[Effect], metric: str) -> Figure | None:
 def _reach(effects: Sequence[Effect]) -> float:
     """Of the axis: one setting that broke everything must not make all others look like nothing."""
     sizes = [max(abs(effect.low), abs(effect.high)) for effect in effects]
-    usual = 4 * float(np.median(sizes))
+    usual = 10 * float(np.median(sizes))
     return 1.08 * max(size for size in sizes if size <= usual) or 1.0
 
 
@@ -344,12 +345,3 @@ def pareto_figure(records: Sequence[TrialRecord], metric: str, noise: Noise) -> 
         axes.grid(alpha=0.25)
         figure.legend(loc="outside upper right", ncols=4)
         return figure
-
-
-def pareto_front(costs: NDArray[np.float64], results: NDArray[np.float64]) -> list[int]:
-    """Places of those that no other beats in both, the cheapest first."""
-    front: list[int] = []
-    for place in np.lexsort((-results, costs)).tolist():
-        if not front or results[place] > results[front[-1]]:
-            front.append(place)
-    return front

@@ -26,7 +26,8 @@ from pipeline.tuning.verdict import common_evaluation
 
 BEST_SHARE = 0.25  # of the trials
 LEAST_TRIALS = 8
-DRAWS = 60  # halves, and shuffles
+DRAWS, FEWER_DRAWS = 60, 20  # halves, and shuffles; with many trials both spread less, and take longer
+MANY = 200
 CHANCE = 0.95
 
 
@@ -59,9 +60,10 @@ def importances(
     study = _study([point for point, _ in rows], space)
     generator = np.random.default_rng(seed)
     keys = [key for key in space if any(key in point for point, _ in rows)]
+    draws = DRAWS if len(rows) <= MANY else FEWER_DRAWS
     found = _shares(study, values, keys)
-    halves = np.stack([_shares(study, _half(values, generator), keys) for _ in range(DRAWS)])
-    shuffled = np.stack([_shares(study, generator.permutation(values), keys) for _ in range(DRAWS)])
+    halves = np.stack([_shares(study, _half(values, generator), keys) for _ in range(draws)])
+    shuffled = np.stack([_shares(study, generator.permutation(values), keys) for _ in range(draws)])
     chance = np.quantile(shuffled, CHANCE, axis=0)
     errors = 1.96 * halves.std(0)
     result = [

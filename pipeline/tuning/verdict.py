@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.tuning.effects import Effect, Mode, Word, holm, setting_effects, word
@@ -159,17 +160,42 @@ def _ended(record: TrialRecord, metric: str) -> float | None:
 
 
 def top_points(
-    records: Sequence[TrialRecord], default: Point, metric: str, *, count: int, mode: Mode = "max"
+    records: Sequence[TrialRecord],
+    default: Point,
+    metric: str,
+    *,
+    count: int,
+    mode: Mode = "max",
+    latency: bool = False,
 ) -> list[Point]:
-    """The searched points to be confirmed: those of the highest mean result over their seeds, among finished trials."""
-    groups: dict[str, tuple[Point, list[float]]] = {}
+    """The searched points to be confirmed: those with the highest mean over their seeds, among finished trials.
+
+    Args:
+        latency: is an objective as well: points that another one beats in both come after all others.
+    """
+    groups: dict[str, list[TrialRecord]] = {}
     for record in sorted(records, key=lambda record: record.number):
-        value = _ended(record, metric)
-        if record.phase == "search" and value is not None:
-            groups.setdefault(point_name(record.point, default), (record.point, []))[1].append(value)
-    sign = -1 if mode == "max" else 1
-    best = sorted(groups.values(), key=lambda group: sign * float(np.mean(group[1])))
-    return [point for point, _ in best[:count]]
+        if record.phase == "search" and _ended(record, metric) is not None:
+            groups.setdefault(point_name(record.point, default), []).append(record)
+    groups.pop(point_name({}, default), None)  # its replicates are its confirmation
+    runs = list(groups.values())
+    sign = 1 if mode == "max" else -1
+    means = np.array([sign * np.mean([r.final[metric] for r in group]) for group in runs])
+    ahead: set[int] = set()
+    if latency:
+        known = [[r.latency_ms for r in group if r.latency_ms is not None] for group in runs]
+        ahead = set(pareto_front(np.array([np.mean(times) if times else np.inf for times in known]), means))
+    order = sorted(range(len(runs)), key=lambda place: (place not in ahead, -means[place]))
+    return [runs[place][0].point for place in order[:count]]
+
+
+def pareto_front(costs: NDArray[np.float64], results: NDArray[np.float64]) -> list[int]:
+    """Places of those that no other beats in both, the cheapest first."""
+    front: list[int] = []
+    for place in np.lexsort((-results, costs)).tolist():
+        if not front or results[place] > results[front[-1]]:
+            front.append(place)
+    return front
 
 
 # For people
