@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         encoder_boxes = reference_logits.sigmoid()
         content, reference_logits = content.detach(), reference_logits.detach()
         if self.config.learn_query_content:
-            content = self.tgt_embed.weight.unsqueeze(0).expand(len(memory), -1, -1)
+            content = self.tgt_embed.weight.unsqueeze(0).expand(memory.shape[0], -1, -1)
 
         allowed = None
         if denoising is not None:
@@ -202,7 +202,8 @@ class Decoder(nn.Module):
             token = logits.amax(-1).topk(queries, dim=1).indices
         token = token.unsqueeze(-1)
         content = encoded.gather(1, token.expand(-1, -1, encoded.shape[-1]))
-        chosen = anchor_logits.expand(len(memory), -1, -1).gather(1, token.expand(-1, -1, 4))
+        # Not len(memory): a whole number, which would tie an exported graph to its batch.
+        chosen = anchor_logits.expand(memory.shape[0], -1, -1).gather(1, token.expand(-1, -1, 4))
         return (
             content,
             self.enc_bbox_head(content).float() + chosen,
