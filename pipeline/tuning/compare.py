@@ -23,7 +23,7 @@ Part = Literal["config", "data", "code", "versions"]
 NOT_LEARNT = (*NEUTRAL, "name", "data.train", "data.val")
 DERIVED = "derived."  # written to MLflow only
 NOTHING = "-"
-SHOWN = 60  # characters of a value in the console
+SHOWN, HASH_SHOWN = 60, 12  # characters of a value in the console, of a digest anywhere
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Difference:
     key: str
     values: tuple[str, ...]  # one for each run
     neutral: bool = False  # it changes nothing of what is learnt
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """For people: of digests and commits the beginning."""
+        if self.part not in ("data", "code"):
+            return self.values
+        pairs = [value.partition("+") for value in self.values]
+        return tuple(f"{name[:HASH_SHOWN]}{sign}{changes}" for name, sign, changes in pairs)
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def as_text(comparison: Comparison) -> str:
     for part in ("config", "data", "code", "versions"):
         found = [difference for difference in comparison.learnt if difference.part == part]
         lines += ["", f"{part}: no difference" if not found else f"{part}:"]
-        lines += [f"  {d.key}: " + "  |  ".join(map(_short, d.values)) for d in found]
+        lines += [f"  {d.key}: " + "  |  ".join(map(_short, d.texts)) for d in found]
     neutral = [difference.key for difference in comparison.differences if difference.neutral]
     if neutral:
         lines.append(f"\nalso different, without effect on what is learnt: {', '.join(neutral)}")
