@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving runs/mine --pictures 48 --side 640
 
-Every picture is a JPEG of its own size. "Direct" reads and detects in this process, one at a time. The server is the one of
-`jobs.serve`, asked by clients that each wait for their answer; once with batches and once without.
+Every picture is a JPEG of its own size. "Direct" reads and detects in this process. The server is the one of `jobs.serve`,
+asked by clients that each wait for their answer, with batches and without.
 """
 
 import argparse
@@ -16,11 +16,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # of this process and the server's: on few cores idle threads are in the way
+
 import numpy as np
 import PIL.Image
 import torch
 
-from dfine_core import load
+from dfine_core import LoadedDetector, load
 from pipeline.delivery import serving
 from pipeline.delivery.service import ServeSettings
 
@@ -37,20 +41,31 @@ def main() -> None:
     torch.set_num_threads(threads)
     random = np.random.default_rng(0)
     pictures = [picture(random, args.side) for _ in range(args.pictures)]
-    print(f"direct: {direct(args.model, pictures)}", flush=True)
+    bare = load(args.model).deploy()
     gpus = float(torch.cuda.is_available())
-    for batch in (1, 8):
-        settings = ServeSettings(
-            source=str(Path(args.model).absolute()), batch=batch, max_waiting=64, cpus=threads, gpus=gpus
-        )
+    source = str(Path(args.model).absolute())
+    for batch in (8, 1):
+        settings = ServeSettings(source=source, batch=batch, max_waiting=64, cpus=threads, gpus=gpus)
         serving.start(settings, host=HOST, port=PORT)
         try:
+            if batch > 1:
+                compare(bare, pictures)
             for clients in (1, 4, 16):
-                print(
-                    f"server, batches of at most {batch}, {clients} client(s): {served(pictures, clients)}", flush=True
-                )
+                print(f"batches of at most {batch}, {clients} client(s): {served(pictures, clients)}", flush=True)
         finally:
             serving.stop()
+
+
+def compare(bare: LoadedDetector, pictures: list[bytes]) -> None:
+    """Every picture once directly, once through the server, in turns: whatever else the machine does slows both."""
+    for call in (bare, ask, bare, ask):
+        call(pictures[0])
+    pairs = [(_seconds(bare, content), _seconds(ask, content)) for content in pictures]
+    print(f"direct: {_told([direct for direct, _ in pairs])}")
+    print(f"server: {_told([through for _, through in pairs])}")
+    print(f"median of the differences: {1e3 * statistics.median(through - direct for direct, through in pairs):.1f} ms")
+    empty = [_seconds(lambda _: fetch("/health"), b"") for _ in pictures]
+    print(f"a request for /health: {_told(empty)}", flush=True)
 
 
 def picture(random: np.random.Generator, side: int) -> bytes:
@@ -61,27 +76,36 @@ def picture(random: np.random.Generator, side: int) -> bytes:
     return written.getvalue()
 
 
-def direct(model: str, pictures: list[bytes]) -> str:
-    detector = load(model).deploy()
-    detector(pictures[:2])
-    return _told([_seconds(detector, content) for content in pictures])
-
-
 def served(pictures: list[bytes], clients: int) -> str:
+    before, started = forward(), time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(ask, pictures[:clients]))
-        started = time.perf_counter()
         seconds = list(pool.map(lambda content: _seconds(ask, content), pictures))
-        return _told(seconds, time.perf_counter() - started)
+    together = time.perf_counter() - started
+    batches, images, inside = (b - a for a, b in zip(before, forward(), strict=True))
+    each = f"{images / batches:.1f} images a batch, {1e3 * inside / images:.1f} ms of the detector for each"
+    return f"{_told(seconds, together)}; {each}"
+
+
+def forward() -> tuple[float, float, float]:
+    """Batches, images and seconds in the detector so far."""
+    values = dict(line.rsplit(" ", 1) for line in fetch("/metrics").decode().splitlines() if line[0] != "#")
+    names = ("detect_batch_images_count", "detect_batch_images_sum", "detect_forward_seconds_sum")
+    batches, images, seconds = (float(values[name]) for name in names)
+    return batches, images, seconds
 
 
 def ask(content: bytes) -> None:
+    fetch("/detect", content)
+
+
+def fetch(path: str, content: bytes | None = None) -> bytes:
     connection = http.client.HTTPConnection(HOST, PORT, timeout=120)
-    connection.request("POST", "/detect", content, {"Content-Type": "image/jpeg"})
+    connection.request("POST" if content else "GET", path, content, {"Content-Type": "image/jpeg"} if content else {})
     response = connection.getresponse()
-    assert response.status == 200, response.read()
-    response.read()
+    body = response.read()
     connection.close()
+    assert response.status == 200, body
+    return body
 
 
 def _seconds(call: Callable[[bytes], object], content: bytes) -> float:

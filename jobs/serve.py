@@ -35,16 +35,20 @@ def main(argv: list[str] | None = None) -> None:
         trained = open_trained(settings.source)  # what is no detector is told before anything starts
         print(f"{trained.origin}: {len(trained.names)} classes, starting", flush=True)
         del trained
-        url = start(settings, host=args.host, port=args.port)
+        serve(settings, args.host, args.port, detach=args.detach)
     except ConfigError as error:
-        stop()
         sys.exit(f"{error}")
+
+
+def serve(settings: ServeSettings, host: str, port: int, *, detach: bool) -> None:
+    try:
+        url = start(settings, host=host, port=port)
     except BaseException:
         stop()
         raise
-    warn_of_strangers(args.host)
+    warn_of_strangers(host)
     print(f"serving at {url}\n  curl -F image=@picture.jpg {url}/detect", flush=True)
-    if not args.detach:
+    if not detach:
         wait_for_the_end()
         stop()
 

@@ -25,11 +25,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save_file
 
 from dfine_core import Detector, LoadedDetector, ModelConfig, load
+from pipeline.config import ConfigError
 from pipeline.delivery.service import ServeSettings
 from tests.browser import Page, browser
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, about Ray Serve's own code
+    from jobs import serve as serve_job
     from pipeline.delivery import serving
 
 NAMES = ["disc", "box", "ring"]
@@ -71,6 +73,34 @@ def port(folder: Path) -> Iterator[int]:
             yield port
         finally:
             serving.stop()
+
+
+def test_what_cannot_be_served_is_told_before_anything_starts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for arguments, says in (
+        ([str(tmp_path)], "no detector"),
+        ([str(folder), "--threshold", "2"], "threshold.* less than or equal to 1"),
+        ([str(folder), "--batch", "0"], "batch.* greater than 0"),
+        ([str(folder), "--detach"], "set RAY_ADDRESS"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            serve_job.main(arguments)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings, port = ServeSettings(source=str(folder)), taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=r"cannot listen on .*choose another --port"):
+            serving.start(settings, host="127.0.0.1", port=port)
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"), [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True)]
+)
+def test_others_are_let_in_with_a_warning(host: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    serve_job.warn_of_strangers(host)
+    assert ("warning" in capsys.readouterr().out) == warned
 
 
 def free_port() -> int:
