@@ -4,6 +4,7 @@ An experiment says what is learnt and how: it defines the result. A cluster file
 is left out follows from the variant and the length of the run (`pipeline/training/schedule.py`); `--dry-run` prints it.
 """
 
+import copy
 import difflib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -165,6 +166,8 @@ class Evaluation(Config):
     every_steps: PositiveInt | None = None  # instead of epochs
     micro_batch: PositiveInt | None = None  # twice the training's if left out
     pictures: NonNegativeInt = 6  # validation images drawn with truth and detections
+    before_training: bool = False  # also evaluate the weights that it starts from
+    latency: bool = False  # at the end, time the best weights on one image
 
 
 class Checkpoints(Config):
@@ -262,11 +265,7 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
     """
     content = read_yaml(path)
     content.setdefault("name", Path(path).stem)
-    return experiment_from(content, overrides or {}, source=str(path))
-
-
-def experiment_from(content: dict[str, Any], overrides: Mapping[str, Any], *, source: str) -> Experiment:
-    return check(Experiment, _with_overrides(content, overrides), source=source)
+    return check(Experiment, with_values(content, overrides or {}), source=str(path))
 
 
 def load_cluster(path: str | Path | None) -> Cluster:
@@ -284,6 +283,10 @@ def check(kind: type[C], content: Mapping[str, Any], *, source: str) -> C:
 def dump(config: Config) -> dict[str, Any]:
     """Every value as plain data, defaults included; `check` takes it back."""
     return config.model_dump(mode="json")
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=120)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -315,17 +318,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _with_overrides(content: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    for dotted, value in overrides.items():
+def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with values put in by dotted key."""
+    changed = copy.deepcopy(dict(content))
+    for dotted, value in values.items():
         *parents, leaf = dotted.split(".")
-        place = content
+        place: Any = changed
         for parent in parents:
-            below = place.setdefault(parent, {})
-            if not isinstance(below, dict):
-                raise ConfigError(f"--set {dotted}: {parent} is a value, not a section")
-            place = below
-        place[leaf] = value
-    return content
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise ConfigError(f"{dotted}: {parent} is a value, not a section")
+        place[leaf] = _plain(value)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _problem(kind: type[Config], error: Any) -> str:

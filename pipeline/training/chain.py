@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Cluster, Config, ConfigError, Experiment, Tracking, check, dump, experiment_from, read_yaml
+from pipeline.config import Cluster, Config, ConfigError, Experiment, Tracking, check, dump, read_yaml, with_values
 from pipeline.data import storage
 from pipeline.data.manifest import MANIFEST_NAME, load_shards
 from pipeline.ray_start import start_ray
@@ -104,7 +104,7 @@ def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cl
     if taken := sorted(fixed.keys() & {key.split(".")[0] for key in stage.set | overrides}):
         raise ConfigError(f"{', '.join(taken)}: set by the chain itself")
     content = read_yaml(folder / stage.experiment) | fixed
-    experiment = experiment_from(content, stage.set | overrides, source=stage.experiment)
+    experiment = check(Experiment, with_values(content, stage.set | overrides), source=stage.experiment)
     where = (
         check(Cluster, read_yaml(folder / stage.cluster), source=stage.cluster)
         if isinstance(stage.cluster, str)

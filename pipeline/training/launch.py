@@ -6,11 +6,12 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import Cluster, ConfigError, Experiment
@@ -60,6 +61,7 @@ def launch(
     resume: str | None = None,
     allow_changes: bool = False,
     parent_run_id: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
 ) -> Outcome:
     """Train, or go on training: the same call continues a run that was interrupted.
 
@@ -67,6 +69,7 @@ def launch(
         resume: checkpoint of another run that this one continues.
         allow_changes: continue although the experiment or its data differ from what the run began with.
         parent_run_id: MLflow run that this one is a part of.
+        callbacks: of Ray Train; they hear of every evaluation.
 
     Raises:
         ConfigError: for what cannot be, with every problem found.
@@ -120,10 +123,12 @@ def launch(
         )
         for text in (f"run {experiment.name} in {run}", f"{request}", *schedules[-1].lines()):
             print(text, flush=True)
-        return _train(job, cluster, request, schedules[-1])
+        return _train(job, cluster, request, schedules[-1], callbacks)
 
 
-def _train(job: Job, cluster: Cluster, request: Request, schedule: Schedule) -> Outcome:
+def _train(
+    job: Job, cluster: Cluster, request: Request, schedule: Schedule, callbacks: Sequence[UserCallback]
+) -> Outcome:
     mailbox = start_mailbox()
     trainer = TorchTrainer(
         train_worker,
@@ -146,6 +151,7 @@ def _train(job: Job, cluster: Cluster, request: Request, schedule: Schedule) -> 
                 controller_failure_limit=CONTROLLER_FAILURES,
                 max_preemption_failures=cluster.max_preemptions,
             ),
+            callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="ERROR"),  # a worker that hangs is named by `Watch`
         ),
     )

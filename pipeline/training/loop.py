@@ -7,6 +7,7 @@
 The run knows nothing of Ray Train: a `Group` tells it who the others are, a `Console` shows what it says.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dfine_core import Detector
+from dfine_core.loading import LoadedDetector
 from pipeline.config import dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size
@@ -38,6 +40,7 @@ from pipeline.training.schedule import derive
 from pipeline.training.stages import Standing, after_evaluation, goes_back
 from pipeline.training.step import HostFlag, StepResult, to_micro_batch, train_step
 
+LATENCY_SECONDS = 3.0  # spent on finding it
 DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray Data takes longer than decoding them
 
 
@@ -154,6 +157,8 @@ class Run:
                 self.parent,
                 self.job.ray_job,
             )
+        if self.step == 0 and self.val is not None and self.experiment.evaluation.before_training:
+            self._judge(self.val, final=False)
         self._built_at = time.time()
         batches = self._stream()
         while self.step < self.schedule.steps:
@@ -360,7 +365,8 @@ class Run:
             value = 0.0 if ap != ap else ap  # NaN: nothing to find in the validation set
             stage_one = self.schedule.is_strong(self.step - 1)
             self.standing = after_evaluation(self.standing, ap=value, step=self.step, stage_one=stage_one)
-        self.group.report({"val/AP": ap, "step": float(self.step), "epoch": self.step / self.schedule.steps_per_epoch})
+            place = {"step": float(self.step), "epoch": self.step / self.schedule.steps_per_epoch}
+            self.group.report({**(report.numbers if report is not None else {}), **place})
         self.meter.started_at += time.perf_counter() - started_at
         return report
 
@@ -437,8 +443,21 @@ class Run:
                 self.standing,
                 self.experiment,
                 self.step,
+                self._latency(),
             )
         return report
+
+    def _latency(self) -> float | None:
+        """Median milliseconds of one image."""
+        if not self.experiment.evaluation.latency:
+            return None
+        from pipeline.delivery.benchmark import measure, of_detector  # here: it would lengthen every worker's start
+
+        copied = copy.deepcopy(self.learner.average.module)  # it will be deployed
+        names = tuple(category.name for category in self.shards.manifest.categories)
+        ids = tuple(category.original_id for category in self.shards.manifest.categories)
+        loaded = LoadedDetector(cast(Detector, copied).eval(), names, ids, self.job.run, self.group.device)
+        return measure(of_detector(loaded), batches=(), seconds=LATENCY_SECONDS).latency_ms["p50"]
 
     def _wait_for_checkpoints(self) -> None:
         """On all workers, until rank 0 has written what it was given."""

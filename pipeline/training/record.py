@@ -121,6 +121,7 @@ def finish(
     standing: Standing,
     experiment: Experiment,
     step: int,
+    latency_ms: float | None = None,
 ) -> None:
     """The result, in the run's folder and in MLflow.
 
@@ -132,10 +133,13 @@ def finish(
         "best_step": standing.best_step,
         "numbers": report.numbers if report else None,
         "evaluated": standing.evaluated,
+        "latency_ms": latency_ms,
     }
     storage.write_atomic(storage.join(run, RESULT), json.dumps(result, indent=1).encode())
     if tracker is None:
         return
+    if latency_ms is not None:
+        tracker.metrics({"final/latency_ms": latency_ms}, step)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "detector.safetensors")
         weights.write_bytes(checkpoint.weights_as_bytes(detector))

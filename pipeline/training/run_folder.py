@@ -36,6 +36,8 @@ NEUTRAL = (
     "tracking.",
     "checkpoints.",
     "evaluation.pictures",
+    "evaluation.before_training",
+    "evaluation.latency",
     "data.decode_in",
     "data.prefetch",
     "not_finite.",

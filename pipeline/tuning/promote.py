@@ -1,0 +1,67 @@
+"""From a sweep to what is used of it: the best confirmed point as an experiment's file, its model as a registered version."""
+
+import json
+
+from pipeline.config import ConfigError, as_yaml, check
+from pipeline.data import storage
+from pipeline.tracking.registry import register
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.training import run_folder
+from pipeline.tuning.factors import point_text
+from pipeline.tuning.ledger import RECORDS
+from pipeline.tuning.records import TrialRecord, read_records
+from pipeline.tuning.report import make_report
+from pipeline.tuning.space import as_text
+from pipeline.tuning.sweep import Sweep, experiment_of
+from pipeline.tuning.verdict import PointVerdict
+
+FILE = "promoted.yaml"
+
+
+def promote(folder: str, register_as: str | None = None) -> str:
+    """What was done, for people.
+
+    Args:
+        folder: of a sweep.
+        register_as: name of the model version; the sweep's name if left out.
+
+    Raises:
+        ConfigError: nothing was confirmed.
+    """
+    path = storage.join(folder, run_folder.BEGAN)
+    if not storage.exists(path) or not storage.exists(storage.join(folder, RECORDS)):
+        raise ConfigError(f"{folder}: not the folder of a sweep with results")
+    sweep = check(Sweep, json.loads(storage.read_bytes(path))["sweep"], source=path)
+    records = read_records(storage.join(folder, RECORDS))
+    points = make_report(sweep, records).verdict.points
+    if not points:
+        raise ConfigError(f"{folder}: no point was confirmed; finish the sweep, with confirm.top above 0")
+    sign = 1 if sweep.mode == "max" else -1
+    best = max(points, key=lambda point: sign * point.mean)
+    said = (
+        f"{point_text(best.point)}: {sweep.metric} {best.mean:.4f} over {best.runs} run(s), {best.effect:+.4f} against the"
+        f" default ({best.low:+.4f} to {best.high:+.4f}): {best.verdict}"
+    )
+    target = storage.join(folder, FILE)
+    content = {key: value for key, value in experiment_of(sweep, best.point, 0).items() if key not in ("name", "seed")}
+    head = f"# Promoted from sweep {sweep.name}: {said}.\n#     python -m jobs.train {target}\n"
+    storage.write_atomic(target, (head + as_yaml(content)).encode())
+    return "\n".join([said, f"experiment: {target}", _registered(sweep, folder, records, best, register_as)])
+
+
+def _registered(
+    sweep: Sweep, folder: str, records: list[TrialRecord], best: PointVerdict, register_as: str | None
+) -> str:
+    """The model of the middle one of the point's confirmation runs: the best of several would promise too much."""
+    runs = [r for r in records if r.phase == "confirm" and as_text(r.point) == as_text(best.point) and r.run_id]
+    if not runs:
+        return "model: not registered, MLflow does not know the runs"
+    middle = sorted(runs, key=lambda r: r.result(sweep.metric) or 0.0)[(len(runs) - 1) // 2]
+    tracking = TrackingSettings.resolve(
+        storage.absolute(folder.rstrip("/").rpartition("/")[0] or "."),
+        experiment="",
+        run_name="",
+        uri=(sweep.tracking.uri if sweep.tracking else None) or sweep.base.get("tracking", {}).get("uri"),
+    )
+    version = register(tracking.uri, str(middle.run_id), register_as or sweep.name or "sweep")
+    return f"model: models:/{version}, of trial {middle.id}"

@@ -1,0 +1,287 @@
+"""A sweep from its file to its verdict: search with early stopping, then chosen points and the default at full length.
+
+<storage>/<name>/
+    run.json      what the sweep began with
+    trials/       one record per trial, see `Ledger`
+    curves/       evaluations of each, written by the trials
+    runs/         the trials' own folders, as of any training
+    logs/         what each trial said
+    report.html   records.json   promoted.yaml
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from pipeline.config import Cluster, ConfigError, Experiment, check, dump, load_cluster
+from pipeline.data import storage
+from pipeline.data.manifest import load_shards
+from pipeline.evaluation.figures import png
+from pipeline.ray_start import start_ray
+from pipeline.tracking.names import flatten
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.tracker import Tracker
+from pipeline.training import run_folder
+from pipeline.training.launch import submitted_job
+from pipeline.training.preflight import DECODING_CPUS
+from pipeline.training.record import dataset
+from pipeline.tuning.ledger import Ledger, Watcher
+from pipeline.tuning.placement import place
+from pipeline.tuning.points import Listed, Points
+from pipeline.tuning.report import SweepReport, as_html, draw, make_report, table
+from pipeline.tuning.space import grid_size
+from pipeline.tuning.sweep import Sweep, confirm_trials, default_point, replicate_trials
+from pipeline.tuning.trial import DRIVER_CPUS, ENDED, EVALUATION, TrialSettings, evaluations_in, run_trial
+from pipeline.tuning.verdict import as_text, top_points
+
+SOURCE = "jobs/tune.py"
+REACHED_WITHIN_S = 30.0  # MLflow, to give the sweep's run an id that its trials can name as their parent
+CLOSING_S = 30.0  # given to the last processes of stopped trials
+# What may change between two starts: how long, how much beside each other, where it is recorded.
+NEUTRAL = ("storage", "trials", "hours", "together", "confirm", "replicates", "cluster", "tracking", "base.tracking")
+REPORT = "report.html"
+
+
+class Interrupted(Exception):
+    """The sweep was stopped before its end; its folder is whole."""
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    folder: str
+    report: SweepReport
+    tracking: TrackingSettings
+
+    def summary(self) -> str:
+        lines = [as_text(self.report.verdict), f"report: {storage.join(self.folder, REPORT)}"]
+        return "\n".join([*lines, f"record: {self.tracking.shown_uri}, run {self.report.sweep.name}"])
+
+
+def run_sweep(sweep: Sweep) -> SweepOutcome:
+    """Do what is not done yet.
+
+    Raises:
+        ConfigError: it cannot run, or was begun as another sweep.
+        Interrupted: by Ctrl-C or SIGTERM.
+    """
+    start_ray(dashboard=True)
+    cluster, together = placed(sweep)
+    folder = storage.absolute(storage.join(sweep.storage, sweep.name or "sweep"))
+    with run_folder.claimed(folder):
+        key = _begin_or_continue(folder, sweep)
+        tracking = TrackingSettings.resolve(
+            storage.absolute(sweep.storage),
+            experiment=_tracking(sweep).get("experiment", "dfine"),
+            run_name=sweep.name or "sweep",
+            uri=_tracking(sweep).get("uri"),
+            run_key=key,
+        )
+        with Tracker(run_folder.queue_folder(folder, key), tracking) as tracker:
+            _begin_record(tracker, sweep, folder)
+            settings = TrialSettings(
+                _with_absolute_data(sweep), folder, cluster, tracking.uri, tracker.wait_for_run_id(REACHED_WITHIN_S)
+            )
+            ledger = Ledger(settings)
+            try:
+                _search(settings, ledger, together)
+                _confirm(settings, ledger, together)
+            finally:
+                _close(ledger)
+                report = make_report(sweep, ledger.ordered())
+                _write(report, ledger, tracker)
+            tracker.finish("FINISHED")
+    return SweepOutcome(folder, report, tracking)
+
+
+def placed(sweep: Sweep) -> tuple[Cluster, int]:
+    """The cluster as one trial may use it, and how many trials run at once."""
+    cluster = load_cluster(sweep.cluster)
+    decodes = sweep.base.get("data", {}).get("decode_in", "task") == "task"
+    placement = place(
+        sweep,
+        cluster,
+        ray.cluster_resources(),  # type: ignore[no-untyped-call]
+        [node["Resources"] for node in ray.nodes() if node["Alive"]],  # type: ignore[no-untyped-call]
+        driver_cpus=DRIVER_CPUS,
+        decoding_cpus=DECODING_CPUS if decodes else 0.0,
+    )
+    if placement.message:
+        print(placement.message, flush=True)
+    of_trial = cluster.model_copy(
+        update={
+            "workers": placement.workers,
+            "cpus_per_worker": placement.per_worker.get("CPU", 0.0),
+            "gpus_per_worker": placement.per_worker.get("GPU", 0.0),
+            "threads_per_worker": cluster.threads_per_worker or _threads(placement.together * placement.workers),
+        }
+    )
+    return of_trial, placement.together
+
+
+def _threads(workers: int) -> int:
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+# Phases
+
+
+def _search(settings: TrialSettings, ledger: Ledger, together: int) -> None:
+    sweep = settings.sweep
+    known = [record for record in ledger.ordered() if record.phase == "search"]
+    ends_at = _began_at(settings.folder) + 3600 * sweep.hours if sweep.hours else float("inf")
+    searcher = Points(sweep, known, ledger.settle, ends_at)
+    points = sweep.trials or (grid_size(sweep.space) if sweep.searcher.kind == "grid" else None)
+    total = f"{points * sweep.seeds_per_point}" if points else f"{sweep.hours:g} h of trials"
+    _fit(settings, ledger, searcher, _scheduler(settings), together, f"{total} of the search")
+
+
+def _confirm(settings: TrialSettings, ledger: Ledger, together: int) -> None:
+    """The default and the points that looked best, at full length and with seeds that chose nothing."""
+    sweep = settings.sweep
+    best = top_points(ledger.ordered(), default_point(sweep), sweep.metric, count=sweep.confirm.top, mode=sweep.mode)
+    trials = [*replicate_trials(sweep), *confirm_trials(sweep, best)]
+    records = ledger.records
+    left = [trial for trial in trials if trial.id not in records or records[trial.id].status not in ENDED]
+    if left:
+        total = f"all, {len(left)} of them to confirm"
+        _fit(settings, ledger, Listed(left, ledger.settle), FIFOScheduler(), together, total)  # type: ignore[no-untyped-call]
+
+
+def _fit(
+    settings: TrialSettings,
+    ledger: Ledger,
+    searcher: Points | Listed,
+    scheduler: TrialScheduler,
+    together: int,
+    total: str,
+) -> None:
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, settings=settings), {"cpu": DRIVER_CPUS}),
+        tune_config=tune.TuneConfig(
+            metric=settings.sweep.metric,
+            mode=settings.sweep.mode,
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # until the searcher has no more
+            max_concurrent_trials=together,
+            reuse_actors=False,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),  # what is continued are the trials' own folders
+            storage_path=storage.join(settings.folder, "ray"),
+            callbacks=[Watcher(ledger, total)],
+            failure_config=tune.FailureConfig(max_failures=0),  # a training has restarts of its own
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    if ledger.interrupt() or not searcher.exhausted:
+        raise Interrupted(f"{settings.folder} is whole: give the same command again to go on")
+
+
+def _scheduler(settings: TrialSettings) -> TrialScheduler:
+    scheduler = settings.sweep.scheduler
+    experiment = check(Experiment, settings.sweep.base, source=settings.sweep.experiment)
+    total = evaluations_in(experiment, settings.cluster)
+    if scheduler.kind == "none":
+        return FIFOScheduler()  # type: ignore[no-untyped-call]
+    if scheduler.kind == "median":
+        return MedianStoppingRule(time_attr=EVALUATION, grace_period=scheduler.grace, min_samples_required=3)
+    return ASHAScheduler(
+        time_attr=EVALUATION,
+        max_t=max(total, scheduler.grace),  # reached by nobody: the last evaluation is not told
+        grace_period=scheduler.grace,
+        reduction_factor=scheduler.reduction,
+        brackets=3 if scheduler.kind == "hyperband" else 1,
+    )
+
+
+# The record
+
+
+def _begin_or_continue(folder: str, sweep: Sweep) -> str:
+    """The key under which MLflow knows the sweep.
+
+    Raises:
+        ConfigError: another sweep has this name.
+    """
+    uses = {use: sweep.base["data"][use] for use in ("train", "val")}
+    now = {"sweep": dump(sweep), "data": {use: load_shards(uri).manifest.digest for use, uri in uses.items()}}
+    path = storage.join(folder, run_folder.BEGAN)
+    if not storage.exists(path):
+        key = run_folder.key_made_once(folder)
+        storage.write_atomic(path, json.dumps({**now, "tracking_key": key, "began_at": time.time()}, indent=1).encode())
+        return key
+    began = json.loads(storage.read_bytes(path))
+    before, after = (flatten(content["sweep"]) | flatten(content["data"]) for content in (began, now))
+    places = tuple(f"base.data.{use}" for use in uses)
+    changes = [
+        f"{name}: {before.get(name)!r} before, {after.get(name)!r} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith((*NEUTRAL, *places))
+    ]
+    if changes:
+        listed = "".join(f"\n  {line}" for line in changes)
+        raise ConfigError(f"sweep {sweep.name!r} began as another one:{listed}\nGive another name: --set name=...")
+    key = began["tracking_key"]
+    return str(key)
+
+
+def _began_at(folder: str) -> float:
+    return float(json.loads(storage.read_bytes(storage.join(folder, run_folder.BEGAN)))["began_at"])
+
+
+def _begin_record(tracker: Tracker, sweep: Sweep, folder: str) -> None:
+    uses: tuple[tuple[str, Any], ...] = (("train", "training"), ("val", "validation"))
+    datasets = [dataset(load_shards(sweep.base["data"][use]), context) for use, context in uses]
+    job = {"ray.job": name} if (name := submitted_job()) else {}
+    params = flatten({name: value for name, value in dump(sweep).items() if name != "base"})
+    tracker.begin(params, {"run_folder": folder, "sweep": sweep.name or "", **job}, datasets, SOURCE)
+
+
+def _close(ledger: Ledger) -> None:
+    until = time.time() + CLOSING_S
+    ledger.tell_mlflow()
+    while ledger.untold and time.time() < until:
+        time.sleep(1)
+        ledger.tell_mlflow()
+
+
+def _write(report: SweepReport, ledger: Ledger, tracker: Tracker) -> None:
+    folder, drawn = ledger.settings.folder, draw(report)
+    page = as_html(report, drawn).encode()
+    records = storage.read_bytes(ledger.write())
+    storage.write_atomic(storage.join(folder, REPORT), page)
+    tracker.artifact(page, f"sweep/{REPORT}")
+    tracker.artifact(records, "sweep/records.json")
+    tracker.text(as_text(report.verdict), "sweep/verdict.txt")
+    for name, figure in drawn.items():
+        tracker.artifact(png(figure), f"sweep/{name}.png")
+    if report.records:
+        tracker.table(table(report), "sweep/trials.json")
+        counts = dict.fromkeys(("finished", "pruned", "failed"), 0.0)
+        for record in report.records:
+            counts[record.status] = counts.get(record.status, 0.0) + 1
+        cost = {"cost_s": sum(record.cost_s for record in report.records)}
+        tracker.metrics({f"sweep/{name}": value for name, value in (counts | cost).items()}, len(report.records))
+
+
+def _tracking(sweep: Sweep) -> dict[str, Any]:
+    return dump(sweep.tracking) if sweep.tracking is not None else sweep.base.get("tracking") or {}
+
+
+def _with_absolute_data(sweep: Sweep) -> Sweep:
+    """Trials have another working directory."""
+    data = {**sweep.base["data"], **{use: storage.absolute(sweep.base["data"][use]) for use in ("train", "val")}}
+    init = sweep.init
+    if init is not None and not init.startswith(("runs:/", "models:/")):
+        init = storage.absolute(init)
+    return sweep.model_copy(update={"base": {**sweep.base, "data": data}, "init": init})
