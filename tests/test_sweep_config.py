@@ -81,7 +81,8 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         ({"experiment": "none.yaml"}, "there is no such file"),
         ({"set": {"model.reg_max": 7}}, "experiment: model: reg_max (7) must be an even number"),
         ({"set": {"data.val": None}}, "data.val is missing"),
-        ({"set": {"seed": 3}}, "set.seed: the sweep itself decides"),
+        ({"set": {"init": "a.pth"}}, "set.init: the sweep itself decides"),
+        ({"space": {"seed": {"choice": [1, 2]}}}, "space.seed: the sweep itself decides"),
         ({"space": {"loss.ddf": {"choice": []}}}, "it is empty"),
         ({"space": {"loss.ddf": {"choice": [1, 2, 1.0]}}}, "1 is there twice"),
         ({"space": {"loss.ddf": {}}}, "give one of choice, grid"),
@@ -172,6 +173,8 @@ def test_trial_ids_are_the_same_in_every_start_and_differ_by_point_seed_and_phas
     ]
     assert len({trial.id for trial in trials}) == len(trials) == 2 + 3 + 4
     assert len({trial.seed for trial in trials}) == 2 + 3 + 2  # confirmed points share theirs; no phase another's
+    later = loaded(tmp_path, set={"seed": 5})
+    assert {trial.seed for trial in replicate_trials(later)} == {1005, 1006, 1007}
     swapped = {"loss.ddf": 1.5, "model.reg_max": 16.0}
     assert [t.id for t in search_trials(sweep, swapped)] == [t.id for t in search_trials(sweep, point)]
 

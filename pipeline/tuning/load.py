@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, Experiment, check, load_cluster, read_yaml
+from pipeline.config import ConfigError, Experiment, check, load_cluster, read_yaml, with_values
 from pipeline.training.schedule import REFERENCE_BATCH, divided
 from pipeline.tuning.space import Point, as_text, grid, grid_size, ordered, random, wanted
-from pipeline.tuning.sweep import Sweep, evaluations, experiment_of, with_values
+from pipeline.tuning.sweep import Sweep, evaluations, experiment_of
 
 MOST_GRID_POINTS = 10_000
 POINTS_TRIED = 100  # whole points that are checked besides each value on its own
@@ -155,10 +155,10 @@ def _length_problems(sweep: Sweep, base: Experiment) -> list[str]:
             f"scheduler.grace ({grace}) leaves nothing to stop: a trial has {total} evaluation(s); lower it, evaluate"
             " more often (set evaluation.every_epochs or every_steps), or take kind: none"
         )
-    for key in ("name", "storage", "seed", "init"):
-        if key in sweep.space or key in sweep.set:
-            place = "space" if key in sweep.space else "set"
-            problems.append(f"{place}.{key}: the sweep itself decides on it" + (f", see {key}" * (key != "seed")))
+    own = {"space": ("name", "storage", "init", "seed"), "set": ("name", "storage", "init")}
+    for place, keys in own.items():
+        given = [key for key in keys if key in getattr(sweep, place)]
+        problems += [f"{place}.{key}: the sweep itself decides on it, leave it out" for key in given]
     return problems
 
 

@@ -9,7 +9,6 @@
 A trial is one training: a point of the space and a seed. It is known by what it is, so the same sweep started again finds it.
 """
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import Config, ConfigError, Experiment, Tracking, check, dump
+from pipeline.config import Config, Experiment, Tracking, check, dump, with_values
 from pipeline.evaluation.coco import NUMBERS
 from pipeline.training.schedule import REFERENCE_BATCH
 from pipeline.tuning.space import Domain, Point, as_text
@@ -175,22 +174,6 @@ def value_at(content: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with values put in by dotted key."""
-    changed = copy.deepcopy(dict(content))
-    for dotted, value in values.items():
-        *parents, leaf = dotted.split(".")
-        place: Any = changed
-        for parent in parents:
-            if place.get(parent) is None:
-                place[parent] = {}
-            place = place[parent]
-            if not isinstance(place, dict):
-                raise ConfigError(f"{dotted}: {parent} is a value, not a section")
-        place[leaf] = _plain(value)
-    return changed
-
-
 def evaluations(experiment: Experiment) -> int | None:
     """Of a whole trial, where the config alone tells."""
     schedule, evaluation = experiment.schedule, experiment.evaluation
@@ -256,7 +239,3 @@ def _resource_problems(sweep: Sweep) -> list[str]:
     if not sweep.cpus_per_worker and not gpus and sweep.cpus_per_worker is not None:
         return ["a worker needs something: give cpus_per_worker or gpus_per_worker"]
     return []
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
