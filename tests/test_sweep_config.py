@@ -306,7 +306,7 @@ def test_every_shipped_sweep_is_valid_and_says_how_to_run_it() -> None:
     assert {path.stem for path in paths} >= {"fdr_golsd", "learning_rate", "small_data"}
     for path in paths:
         sweep = load_sweep(path)
-        assert sweep.replicates >= 3
+        assert sweep.replicates >= 2, "the noise would stay unknown"
         comment = path.read_text().split("experiment:")[0]
         for part in (f"python -m jobs.tune configs/sweeps/{path.name}", "Hardware:", "Cost:"):
             assert part in comment, (path, part)

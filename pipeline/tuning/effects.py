@@ -182,12 +182,14 @@ def _contrast(
     design: NDArray[np.float64], values: NDArray[np.float64], contrast: NDArray[np.float64], names: NDArray[np.str_]
 ) -> tuple[float, float, int]:
     """Estimate, standard error and degrees of freedom; df 0 where the design does not tell."""
-    inverse = np.linalg.pinv(design, rcond=1e-10)
+    gram = design.T @ design  # of counts: exact, and small however many runs there are
+    inverse = np.linalg.pinv(gram, rcond=1e-10, hermitian=True) @ design.T
     if np.abs(contrast - contrast @ inverse @ design).max() > 1e-8:
         return math.nan, math.nan, 0  # always tried together with another setting
     coefficients = inverse @ values
     residuals = values - design @ coefficients
-    variance, df = _residual_variance(residuals, len(values) - int(np.linalg.matrix_rank(design)), values, names)
+    rank = int(np.linalg.matrix_rank(gram, hermitian=True))
+    variance, df = _residual_variance(residuals, len(values) - rank, values, names)
     if df < 1:
         return math.nan, math.nan, 0
     weights = contrast @ inverse
