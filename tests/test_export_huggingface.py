@@ -42,8 +42,8 @@ def largest_differences(config: ModelConfig) -> tuple[float, float]:
     [
         config_of("n"),
         config_of("s"),
-        config_of("s", reg_max=16, reg_scale=8.0, up=0.4, sampling="discrete"),
         config_of("n", input_size=(96, 160), positional_table="grid", num_points=(4, 2)),
+        pytest.param(config_of("s", reg_max=16, reg_scale=8.0, up=0.4, sampling="discrete"), marks=pytest.mark.slow),
         *(pytest.param(config_of(variant), marks=pytest.mark.slow) for variant in "mlx"),
     ],
     ids=lambda config: f"{config.backbone} {config.input_size} {config.reg_max}",
@@ -60,6 +60,7 @@ def test_logits_and_boxes_equal_those_of_transformers(config: ModelConfig) -> No
         ({"regression": "direct"}, "boxes from distributions alone"),
         ({"query_selection": "one2many"}, "the default alone"),
         ({"learn_query_content": True}, "fails on the first image"),
+        ({"num_layers": 1}, "none to share with"),
         ({"input_size": (96, 160)}, "the table 'grid'"),
         ({"positional_temperature": 9999.5}, "whole numbers"),
     ],

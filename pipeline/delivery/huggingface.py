@@ -96,6 +96,8 @@ def refusal(config: ModelConfig) -> str | None:
         problems.append(f"query_selection={config.query_selection!r}: it has the default alone")
     if config.learn_query_content:
         problems.append("learn_query_content=True: it has the setting, but fails on the first image")
+    if config.num_layers == 1:
+        problems.append("num_layers=1: it shares heads among layers, and fails where there is none to share with")
     if config.positional_table == "released" and height != width:
         problems.append(
             f"positional_table='released' at {height}x{width}: it has the table 'grid', the same for squares"
