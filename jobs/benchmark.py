@@ -5,7 +5,7 @@
     python -m jobs.benchmark exported/detector.onnx --threads 4 --json speed.json
 
 Takes what `jobs.predict` takes, and exported .onnx and .pt2 files. Timed is the way from stretched images to detections in
-pixels, on a GPU if there is one.
+pixels, on a GPU if there is one. A .pt2 file is a program: open those that you trust.
 """
 
 import argparse

@@ -1,7 +1,11 @@
 """Speed as it is measured: against something whose speed is known, and the counts against published ones."""
 
+import io
 import json
+import os
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from dfine_core import Detector, ModelConfig
 from dfine_core.weights import save_released
 from jobs import benchmark as benchmark_job
+from pipeline.config import ConfigError
 from pipeline.delivery.benchmark import PARTS, Subject, gflops, measure, of_detector, open_subject
 from tests.small_detectors import small_detector
 
@@ -86,6 +91,40 @@ def test_exported_programs_tell_their_size_and_batch(batch: int | None, tmp_path
     assert (subject.input_size, subject.batch, subject.parameters) == ((64, 96), batch, 3)
     report = measure(subject, batches=[1, 3], calls=3, seconds=0.1)
     assert list(report.images_per_second) == ([1, 3] if batch is None else [2])
+
+
+def with_member(path: Path, name: str, content: bytes) -> Path:
+    """A copy of a .pt2 in which the member that ends in `name` is another, or which has it besides."""
+    changed = path.with_name(f"changed-{path.name}")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as new:
+        root = old.namelist()[0].split("/")[0]
+        for member in old.namelist():
+            if not member.endswith(name):
+                new.writestr(member, old.read(member))
+        new.writestr(f"{root}/{name}", content)
+    return changed
+
+
+def test_an_exported_program_that_would_unpickle_an_object_is_refused(tmp_path: Path) -> None:
+    class RunsCode:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    example = torch.zeros(2, 3, 64, 96), torch.ones(2, 2, dtype=torch.int64)
+    path = tmp_path / "m.pt2"
+    torch.export.save(torch.export.export(Mean(), example), path)
+    stream = io.BytesIO()
+    torch.save(RunsCode(), stream)
+    for name, message in (
+        ("data/sample_inputs/model.pt", "cannot be opened"),
+        ("data/constants/opaque_obj_0", "holds code"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_subject(str(with_member(path, name, stream.getvalue())), device=CPU)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(AssertionError, match="expected tuple or dict"):  # by itself torch runs it before it looks
+        torch.export.load(with_member(path, "data/sample_inputs/model.pt", stream.getvalue()))
+    assert (tmp_path / "ran").exists()
 
 
 def onnx_file(path: Path, batch: str | int = "batch") -> Path:

@@ -4,8 +4,10 @@ Reading and stretching images is not in it, nor is their way to the device, exce
 main memory. Every call is waited for.
 """
 
+import os
 import platform
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +30,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PERCENTILES = (50, 90, 99)
 PARTS = ("backbone", "encoder", "decoder")
+TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.export.load unpickles whatever there is otherwise
+CODE_IN_PT2 = ("custom_obj_", "opaque_obj_", "data/aotinductor/")  # pickled objects, compiled libraries
 WARM_CALLS, WARM_SECONDS = 5, 1.0  # both, before anything is timed
 
 
@@ -236,8 +240,32 @@ def _onnx(source: str, device: torch.device) -> Subject:
     )
 
 
+def load_program(source: str) -> torch.export.ExportedProgram:
+    """A `.pt2` file, of which nothing is unpickled but tensors. It remains a program: open those that you trust.
+
+    Raises:
+        ConfigError: it is none, or would unpickle or load code.
+    """
+    try:
+        with zipfile.ZipFile(source) as archive:
+            code = [name for name in archive.namelist() if any(part in name for part in CODE_IN_PT2)]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{source}: not a file of torch.export: {error}") from None
+    if code:
+        raise ConfigError(f"{source}: holds code beside its program ({code[0]}), which is never run here")
+    before = os.environ.get(TENSORS_ONLY)
+    os.environ[TENSORS_ONLY] = "1"
+    try:
+        return torch.export.load(source)
+    except Exception as error:  # on a broken file the reader fails in arbitrary ways
+        raise ConfigError(f"{source}: cannot be opened by torch.export: {error}") from None
+    finally:
+        os.environ.pop(TENSORS_ONLY)
+        os.environ.update({} if before is None else {TENSORS_ONLY: before})
+
+
 def _torch_export(source: str, device: torch.device) -> Subject:
-    program = torch.export.load(source)
+    program = load_program(source)
     if device.type == "cuda":
         program = move_to_device_pass(program, str(device))
     module = program.module()
