@@ -1,5 +1,6 @@
 """Speed as it is measured: against something whose speed is known, and the counts against published ones."""
 
+import contextlib
 import io
 import json
 import os
@@ -122,7 +123,7 @@ def test_an_exported_program_that_would_unpickle_an_object_is_refused(tmp_path: 
         with pytest.raises(ConfigError, match=message):
             open_subject(str(with_member(path, name, stream.getvalue())), device=CPU)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(AssertionError, match="expected tuple or dict"):  # by itself torch runs it before it looks
+    with contextlib.suppress(Exception):  # by itself torch runs it, and complains afterwards
         torch.export.load(with_member(path, "data/sample_inputs/model.pt", stream.getvalue()))
     assert (tmp_path / "ran").exists()
 
