@@ -243,10 +243,11 @@ def open_transformers(folder: Path) -> Callable[[Tensor, Tensor], Detections]:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Transformers' own progress bars, for work of a second, off."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars: Any = logging  # its functions have no types
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
