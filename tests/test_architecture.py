@@ -32,6 +32,12 @@ ENTRANCES = {
     "ray": (
         *("pipeline/ray_start.py", "pipeline/data/", "pipeline/training/"),
         *("pipeline/delivery/predict.py", "pipeline/delivery/serving.py"),
+        *(
+            "pipeline/tuning/trial.py",
+            "pipeline/tuning/points.py",
+            "pipeline/tuning/ledger.py",
+            "pipeline/tuning/run.py",
+        ),
     ),
     "fastapi": ("pipeline/delivery/serving.py",),
     "starlette": ("pipeline/delivery/",),

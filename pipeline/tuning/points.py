@@ -150,7 +150,7 @@ def _study(sweep: Sweep) -> optuna.Study:
     lowest, highest = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
     best = highest if sweep.mode == "max" else lowest
     directions = [lowest if name == LATENCY else best for name in sweep.objectives]
-    sampler = optuna.samplers.TPESampler(seed=sweep.searcher.seed, constant_liar=True, multivariate=True, group=True)
+    sampler = optuna.samplers.TPESampler(seed=sweep.searcher.seed, constant_liar=True)
     return optuna.create_study(directions=directions, sampler=sampler)
 
 

@@ -48,7 +48,7 @@ class TrialRecord:
 
     def at(self, evaluation: int, metric: str) -> float | None:
         """The metric at the first, second, ... evaluation; None if the trial did not come so far."""
-        if len(self.curve) < evaluation:
+        if not 1 <= evaluation <= len(self.curve):
             return None
         return _finite(self.curve[evaluation - 1].metrics.get(metric))
 

@@ -12,6 +12,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ from pipeline.tuning.placement import place
 from pipeline.tuning.points import Listed, Points
 from pipeline.tuning.report import SweepReport, as_html, draw, make_report, table
 from pipeline.tuning.space import grid_size
-from pipeline.tuning.sweep import Sweep, confirm_trials, default_point, replicate_trials
+from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials
 from pipeline.tuning.trial import DRIVER_CPUS, ENDED, EVALUATION, TrialSettings, evaluations_in, run_trial
 from pipeline.tuning.verdict import as_text, top_points
 
@@ -63,8 +64,11 @@ class SweepOutcome:
         return "\n".join([*lines, f"record: {self.tracking.shown_uri}, run {self.report.sweep.name}"])
 
 
-def run_sweep(sweep: Sweep) -> SweepOutcome:
+def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> SweepOutcome:
     """Do what is not done yet.
+
+    Args:
+        trainable: what a trial does; simulations put something shorter here.
 
     Raises:
         ConfigError: it cannot run, or was begun as another sweep.
@@ -89,8 +93,8 @@ def run_sweep(sweep: Sweep) -> SweepOutcome:
             )
             ledger = Ledger(settings)
             try:
-                _search(settings, ledger, together)
-                _confirm(settings, ledger, together)
+                _search(settings, ledger, together, trainable)
+                _confirm(settings, ledger, together, trainable)
             finally:
                 _close(ledger)
                 report = make_report(sweep, ledger.ordered())
@@ -131,31 +135,39 @@ def _threads(workers: int) -> int:
 # Phases
 
 
-def _search(settings: TrialSettings, ledger: Ledger, together: int) -> None:
+def _search(settings: TrialSettings, ledger: Ledger, together: int, trainable: Callable[..., None]) -> None:
     sweep = settings.sweep
     known = [record for record in ledger.ordered() if record.phase == "search"]
     ends_at = _began_at(settings.folder) + 3600 * sweep.hours if sweep.hours else float("inf")
     searcher = Points(sweep, known, ledger.settle, ends_at)
     points = sweep.trials or (grid_size(sweep.space) if sweep.searcher.kind == "grid" else None)
     total = f"{points * sweep.seeds_per_point}" if points else f"{sweep.hours:g} h of trials"
-    _fit(settings, ledger, searcher, _scheduler(settings), together, f"{total} of the search")
+    _fit(settings, ledger, trainable, searcher, _scheduler(settings), together, f"{total} of the search")
 
 
-def _confirm(settings: TrialSettings, ledger: Ledger, together: int) -> None:
+def _confirm(settings: TrialSettings, ledger: Ledger, together: int, trainable: Callable[..., None]) -> None:
     """The default and the points that looked best, at full length and with seeds that chose nothing."""
     sweep = settings.sweep
-    best = top_points(ledger.ordered(), default_point(sweep), sweep.metric, count=sweep.confirm.top, mode=sweep.mode)
+    best = top_points(
+        ledger.ordered(),
+        default_point(sweep),
+        sweep.metric,
+        count=sweep.confirm.top,
+        mode=sweep.mode,
+        latency=LATENCY in sweep.objectives,
+    )
     trials = [*replicate_trials(sweep), *confirm_trials(sweep, best)]
     records = ledger.records
     left = [trial for trial in trials if trial.id not in records or records[trial.id].status not in ENDED]
     if left:
         total = f"all, {len(left)} of them to confirm"
-        _fit(settings, ledger, Listed(left, ledger.settle), FIFOScheduler(), together, total)  # type: ignore[no-untyped-call]
+        _fit(settings, ledger, trainable, Listed(left, ledger.settle), FIFOScheduler(), together, total)  # type: ignore[no-untyped-call]
 
 
 def _fit(
     settings: TrialSettings,
     ledger: Ledger,
+    trainable: Callable[..., None],
     searcher: Points | Listed,
     scheduler: TrialScheduler,
     together: int,
@@ -163,7 +175,7 @@ def _fit(
 ) -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, settings=settings), {"cpu": DRIVER_CPUS}),
+        tune.with_resources(tune.with_parameters(trainable, settings=settings), {"cpu": DRIVER_CPUS}),
         tune_config=tune.TuneConfig(
             metric=settings.sweep.metric,
             mode=settings.sweep.mode,
