@@ -19,7 +19,7 @@ from pipeline.tuning.ledger import Ledger, summary, table
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.points import Points
 from pipeline.tuning.records import Reading, TrialRecord, read_records
-from pipeline.tuning.sweep import Sweep, Trial
+from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
 from pipeline.tuning.trial import Curve, TrialSettings, evaluations_in, experiment_of_trial, write_curve
 from tests.drawn_shards import drawn_records, write_shards
 from tests.sweep_driver import EVALUATIONS
@@ -84,7 +84,7 @@ def drawn_points(points: Points, count: int, first: int = 0) -> list[dict[str, A
 
 
 def test_a_grid_is_tried_once_and_then_the_search_is_exhausted(tmp_path: Path) -> None:
-    points = Points(load_sweep(sweep_file(tmp_path)), [], come_to(0), float("inf"))
+    points = Points(load_sweep(sweep_file(tmp_path)), [], [], come_to(0), float("inf"))
     tried = [config["trial"]["point"] for config in drawn_points(points, 6)]
     assert len({json.dumps(point) for point in tried}) == 6
     assert points.suggest("seventh") == Points.FINISHED
@@ -98,7 +98,7 @@ def test_every_seed_of_a_point_is_trained_and_the_budget_counts_points(tmp_path:
         "seeds_per_point": 3,
         "space": {"loss.ddf": {"uniform": [0, 5]}},
     }
-    points = Points(load_sweep(sweep_file(tmp_path, **changes)), [], come_to(0), float("inf"))
+    points = Points(load_sweep(sweep_file(tmp_path, **changes)), [], [], come_to(0), float("inf"))
     trials = [config["trial"] for config in drawn_points(points, 6)]
     assert points.suggest("seventh") == Points.FINISHED
     assert [trial["point"] for trial in trials[:3]] == [trials[0]["point"]] * 3
@@ -106,19 +106,27 @@ def test_every_seed_of_a_point_is_trained_and_the_budget_counts_points(tmp_path:
     assert trials[0]["point"] != trials[3]["point"]
 
 
+def test_the_default_is_trained_before_any_point(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path))
+    points = Points(sweep, replicate_trials(sweep), [], come_to(0), float("inf"))
+    phases = [config["trial"]["phase"] for config in drawn_points(points, 8)]
+    assert phases == ["replicate"] * 2 + ["search"] * 6
+    assert points.suggest("ninth") == Points.FINISHED
+
+
 def test_no_point_is_begun_after_the_time_is_over(tmp_path: Path) -> None:
-    points = Points(load_sweep(sweep_file(tmp_path)), [], come_to(0), time.time() - 1)
+    points = Points(load_sweep(sweep_file(tmp_path)), [], [], come_to(0), time.time() - 1)
     assert points.suggest("first") == Points.FINISHED
 
 
 def test_optuna_learns_also_what_earlier_starts_found(tmp_path: Path) -> None:
     changes = {"searcher": {"kind": "optuna"}, "trials": 60, "space": {"loss.ddf": {"uniform": [0, 5]}}}
     sweep = load_sweep(sweep_file(tmp_path, **changes))
-    first = Points(sweep, [], come_to(0), float("inf"))
+    first = Points(sweep, [], [], come_to(0), float("inf"))
     begun = [Trial(**config["trial"]) for config in drawn_points(first, 30)]
     known = [replace(come_to(0)(trial, False), number=n) for n, trial in enumerate(begun)]
 
-    second = Points(sweep, known, come_to(0), float("inf"))
+    second = Points(sweep, [], known, come_to(0), float("inf"))
     again = drawn_points(second, 30)
     assert [config["trial"]["point"] for config in again] == [trial.point for trial in begun]
     assert all(config["ended"] for config in again)
@@ -166,14 +174,15 @@ def test_a_trial_trains_the_point_with_its_seed_and_says_what_it_belongs_to(tmp_
 
 def start(path: Path, log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.sweep_driver", str(path)],
-        cwd=ROOT,
-        env=environment,
-        stdout=log.open("ab"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.sweep_driver", str(path)],
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def ended(folder: Path) -> int:
@@ -204,7 +213,8 @@ def test_a_stopped_sweep_goes_on_prunes_what_is_bad_and_repeats_nothing_that_end
             assert (record.status, record.reason) == ("failed", "RuntimeError: the disk is full")
         elif record.point["optimizer.lr"] == 0.1:
             assert (record.status, record.rung) == ("pruned", 1)
-    assert any(record.status == "finished" for record in search)
+    (survivor,) = (record for record in search if record.status == "finished")
+    assert survivor.point == {"optimizer.lr": 0.001, "loss.ddf": 1.5}
     phases = Counter(record.phase for record in records.values() if record.status == "finished")
     assert (phases["replicate"], phases["confirm"]) == (2, 2)
     begun = Counter(line.split()[0] for line in (folder / "begun.txt").read_text().splitlines())

@@ -50,13 +50,14 @@ class Ledger:
             return
         self._keep(replace(known, status="running", reason=""))
 
-    def settle(self, trial: Trial, failed: bool, reason: str = "") -> TrialRecord:
+    def settle(self, trial: Trial, failed: bool) -> TrialRecord:
         """What an ended trial came to. Asking again changes nothing."""
         known = self.records[trial.id]
         if known.status in ENDED:
-            return self._keep(replace(known, reason=reason)) if reason and not known.reason else known
+            return known
         record = self._with_results(known, trial)
         if failed:
+            reason = read_curve(self.settings.folder, trial).error or "its process ended"
             record = replace(record, status="failed", reason=reason)
         elif record.status != "finished":
             record = replace(record, status="pruned", rung=len(record.curve))
@@ -158,7 +159,7 @@ class Watcher(Callback):
         self._show(now=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self._ledger.settle(_ours(trial), failed=True, reason=_last_line(trial))
+        record = self._ledger.settle(_ours(trial), failed=True)
         print(f"{record.id} failed: {record.reason}; see logs/{record.id}.log", flush=True)
         self._ledger.tell_mlflow()
         self._show(now=True)
@@ -209,11 +210,6 @@ def _best(record: TrialRecord, metric: str) -> float | None:
 
 def _ours(trial: Any) -> Trial:
     return Trial(**trial.config["trial"])
-
-
-def _last_line(trial: Any) -> str:
-    lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no reason is known"
 
 
 def _json(path: str) -> dict[str, Any] | None:

@@ -21,18 +21,27 @@ SettleTrial = Callable[[Trial, bool], TrialRecord]  # what a trial came to; the 
 class Points(Searcher):
     """
     Args:
+        first: trials before any point is drawn: the default, so that what is searched is compared with it from the beginning.
         known: trials of the search in earlier starts.
         settle: asked when a trial has ended.
         ends_at: no point is begun later; seconds since 1970.
     """
 
-    def __init__(self, sweep: Sweep, known: Sequence[TrialRecord], settle: SettleTrial, ends_at: float) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        first: Sequence[Trial],
+        known: Sequence[TrialRecord],
+        settle: SettleTrial,
+        ends_at: float,
+    ) -> None:
         super().__init__(metric=sweep.metric, mode=sweep.mode)
         self._sweep, self._settle, self._ends_at = sweep, settle, ends_at
         self.exhausted = False  # nothing is left to begin
         self._status = {record.id: record.status for record in known}
-        self._known_points = list({as_text(r.point): r.point for r in sorted(known, key=lambda r: r.number)}.values())
-        self._waiting: list[Trial] = []
+        searched = sorted((record for record in known if record.phase == "search"), key=lambda record: record.number)
+        self._known_points = list({as_text(record.point): record.point for record in searched}.values())
+        self._waiting = list(first)
         self._running: dict[str, Trial] = {}  # by Tune's id
         self._ended: dict[str, list[TrialRecord]] = {}  # by point
         self._asked: dict[str, optuna.Trial] = {}  # by point
@@ -57,9 +66,12 @@ class Points(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._running.pop(trial_id)
+        record = self._settle(trial, error)
+        if trial.phase != "search":
+            return
         name = as_text(trial.point)
         records = self._ended.setdefault(name, [])
-        records.append(self._settle(trial, error))
+        records.append(record)
         if len(records) == self._sweep.seeds_per_point and self._study is not None:
             self._tell(trial.point, records, self._asked.pop(name, None))
 

@@ -1,4 +1,4 @@
-"""A sweep from its file to its verdict: search with early stopping, then chosen points and the default at full length.
+"""A sweep from its file to its verdict: the default, a search that stops what is bad, then chosen points at full length.
 
 <storage>/<name>/
     run.json      what the sweep began with
@@ -38,7 +38,7 @@ from pipeline.tuning.points import Listed, Points
 from pipeline.tuning.report import SweepReport, as_html, draw, make_report, table
 from pipeline.tuning.space import grid_size
 from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials
-from pipeline.tuning.trial import DRIVER_CPUS, ENDED, EVALUATION, TrialSettings, evaluations_in, run_trial
+from pipeline.tuning.trial import DRIVER_CPUS, ENDED, EVALUATION, TrialSettings, evaluations_in, run_trial, saying_why
 from pipeline.tuning.verdict import as_text, top_points
 
 SOURCE = "jobs/tune.py"
@@ -137,12 +137,12 @@ def _threads(workers: int) -> int:
 
 def _search(settings: TrialSettings, ledger: Ledger, together: int, trainable: Callable[..., None]) -> None:
     sweep = settings.sweep
-    known = [record for record in ledger.ordered() if record.phase == "search"]
     ends_at = _began_at(settings.folder) + 3600 * sweep.hours if sweep.hours else float("inf")
-    searcher = Points(sweep, known, ledger.settle, ends_at)
+    default = replicate_trials(sweep)[:1]  # one is enough to compare with; several would crowd points out of the rungs
+    searcher = Points(sweep, default, ledger.ordered(), ledger.settle, ends_at)
     points = sweep.trials or (grid_size(sweep.space) if sweep.searcher.kind == "grid" else None)
-    total = f"{points * sweep.seeds_per_point}" if points else f"{sweep.hours:g} h of trials"
-    _fit(settings, ledger, trainable, searcher, _scheduler(settings), together, f"{total} of the search")
+    total = f"{points * sweep.seeds_per_point + len(default)}" if points else f"{sweep.hours:g} h of trials"
+    _fit(settings, ledger, trainable, searcher, _scheduler(settings), together, f"{total} before confirmation")
 
 
 def _confirm(settings: TrialSettings, ledger: Ledger, together: int, trainable: Callable[..., None]) -> None:
@@ -156,11 +156,14 @@ def _confirm(settings: TrialSettings, ledger: Ledger, together: int, trainable: 
         mode=sweep.mode,
         latency=LATENCY in sweep.objectives,
     )
-    trials = [*replicate_trials(sweep), *confirm_trials(sweep, best)]
     records = ledger.records
-    left = [trial for trial in trials if trial.id not in records or records[trial.id].status not in ENDED]
+    left = [
+        trial
+        for trial in [*replicate_trials(sweep), *confirm_trials(sweep, best)]
+        if trial.id not in records or records[trial.id].status not in ENDED
+    ]
     if left:
-        total = f"all, {len(left)} of them to confirm"
+        total = f"{len(ledger.records) + len(left)}"
         _fit(settings, ledger, trainable, Listed(left, ledger.settle), FIFOScheduler(), together, total)  # type: ignore[no-untyped-call]
 
 
@@ -175,7 +178,7 @@ def _fit(
 ) -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trainable, settings=settings), {"cpu": DRIVER_CPUS}),
+        tune.with_resources(tune.with_parameters(saying_why, work=trainable, settings=settings), {"cpu": DRIVER_CPUS}),
         tune_config=tune.TuneConfig(
             metric=settings.sweep.metric,
             mode=settings.sweep.mode,
@@ -206,14 +209,32 @@ def _scheduler(settings: TrialSettings) -> TrialScheduler:
     if scheduler.kind == "none":
         return FIFOScheduler()  # type: ignore[no-untyped-call]
     if scheduler.kind == "median":
-        return MedianStoppingRule(time_attr=EVALUATION, grace_period=scheduler.grace, min_samples_required=3)
-    return ASHAScheduler(
+        return SparingMedian(time_attr=EVALUATION, grace_period=scheduler.grace, min_samples_required=3)
+    return SparingASHA(
         time_attr=EVALUATION,
         max_t=max(total, scheduler.grace),  # reached by nobody: the last evaluation is not told
         grace_period=scheduler.grace,
         reduction_factor=scheduler.reduction,
         brackets=3 if scheduler.kind == "hyperband" else 1,
     )
+
+
+class SparingASHA(ASHAScheduler):
+    """Replicates of the default are compared with, and never stopped."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return _spared(trial, super().on_trial_result(tune_controller, trial, result))
+
+
+class SparingMedian(MedianStoppingRule):
+    """Likewise."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return _spared(trial, super().on_trial_result(tune_controller, trial, result))
+
+
+def _spared(trial: Any, action: str) -> str:
+    return TrialScheduler.CONTINUE if trial.config["trial"]["phase"] == "replicate" else action
 
 
 # The record

@@ -8,8 +8,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray import tune
@@ -45,6 +45,19 @@ class Curve:
 
     readings: tuple[Reading, ...] = ()
     seconds: float = 0.0  # spent in all starts
+    error: str = ""  # that ended it
+
+
+def saying_why(config: dict[str, Any], work: Callable[..., None], settings: TrialSettings) -> None:
+    """Keep the reason of a failure where the driver finds it."""
+    try:
+        work(config, settings=settings)
+    except Exception as error:
+        trial = Trial(**config["trial"])
+        said = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {said[0]}"
+        write_curve(settings.folder, trial, replace(read_curve(settings.folder, trial), error=reason[:500]))
+        raise
 
 
 def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
@@ -135,7 +148,8 @@ def read_curve(folder: str, trial: Trial) -> Curve:
     if not storage.exists(path):
         return Curve()
     content: Mapping[str, Any] = json.loads(storage.read_bytes(path))
-    return Curve(tuple(Reading(**reading) for reading in content["readings"]), content["seconds"])
+    readings = tuple(Reading(**reading) for reading in content["readings"])
+    return Curve(readings, content["seconds"], content.get("error", ""))
 
 
 def write_curve(folder: str, trial: Trial, curve: Curve) -> None:
