@@ -16,7 +16,7 @@ from tests.drawn_shards import drawn_records, write_shards
 
 ROOT = Path(__file__).parent.parent
 CHAINS = sorted((ROOT / "configs" / "chains").glob("*.yaml"))
-MARGIN = 0.05  # of AP: fine-tuned from pretrained weights against the same steps from scratch
+MARGIN = 0.4  # of AP: fine-tuned from pretrained weights against the same steps from scratch
 
 
 def chain_file(folder: Path, **changes: Any) -> Path:
