@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,7 +24,6 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -35,6 +35,15 @@ from pipeline.data.stream import DecodeIn
 
 Share = Annotated[float, Field(ge=0, le=1)]
 C = TypeVar("C", bound="Config")
+
+
+def _a_folder_name(name: str) -> str:
+    if not name or name.startswith(".") or any(sign in name for sign in "/\\\0 "):
+        raise ValueError(f"{name!r} becomes a folder: letters, digits, '.', '_' and '-' alone")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_a_folder_name)]
 
 
 class ConfigError(ValueError):
@@ -192,7 +201,7 @@ class Tracking(Config):
 
 
 class Experiment(Config):
-    name: str | None = None  # of the run; the file's name if left out
+    name: FolderName | None = None  # of the run; the file's name if left out
     storage: str = "runs"  # folder or URI in which runs keep their files, reachable from every node
     seed: NonNegativeInt = 0
     init: str | None = None  # weights to start from: a checkpoint or a released file
@@ -209,13 +218,6 @@ class Experiment(Config):
     checkpoints: Checkpoints = Checkpoints()
     not_finite: NotFinite = NotFinite()
     tracking: Tracking = Tracking()
-
-    @field_validator("name")
-    @classmethod
-    def _a_folder_name(cls, name: str | None) -> str | None:
-        if name is not None and (not name or name.startswith(".") or any(sign in name for sign in "/\\\0 ")):
-            raise ValueError(f"{name!r} becomes a folder: letters, digits, '.', '_' and '-' alone")
-        return name
 
     @model_validator(mode="after")
     def _multiscale_needs_squares(self) -> Self:

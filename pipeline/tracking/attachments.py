@@ -83,7 +83,9 @@ def attach(
         )
         if target.name and target.version:
             for name, value in tags.items():
-                client.set_model_version_tag(target.name, target.version, mlflow_key(name), mlflow_value(value, MAX_TAG))
+                client.set_model_version_tag(
+                    target.name, target.version, mlflow_key(name), mlflow_value(value, MAX_TAG)
+                )
     except mlflow.MlflowException as error:
         raise AttachError(f"{target}: {error.message}") from None
 

@@ -12,7 +12,18 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Cluster, Config, ConfigError, Experiment, Tracking, check, dump, read_yaml, with_values
+from pipeline.config import (
+    Cluster,
+    Config,
+    ConfigError,
+    Experiment,
+    FolderName,
+    Tracking,
+    check,
+    dump,
+    read_yaml,
+    with_values,
+)
 from pipeline.data import storage
 from pipeline.data.manifest import MANIFEST_NAME, load_shards
 from pipeline.ray_start import start_ray
@@ -27,7 +38,7 @@ REACHED_WITHIN_S = 30.0  # MLflow, to give the chain's run an id that its stages
 
 
 class Stage(Config):
-    name: str  # of its run, behind the chain's
+    name: FolderName  # of its run, behind the chain's
     prepare: tuple[str, ...] = ()  # arguments of jobs.prepare, one line for each shard set that may be missing
     experiment: str  # file, relative to the chain's
     set: dict[str, Any] = Field(default_factory=dict)  # values of the experiment, by dotted key
@@ -37,7 +48,7 @@ class Stage(Config):
 
 
 class Chain(Config):
-    name: str
+    name: FolderName
     storage: str = "runs"
     tracking: Tracking = Tracking()
     stages: tuple[Stage, ...]

@@ -52,6 +52,8 @@ class Ledger:
 
     def settle(self, trial: Trial, failed: bool) -> TrialRecord:
         """What an ended trial came to. Asking again changes nothing."""
+        if trial.id not in self.records:
+            self.begin(trial)  # its process never started
         known = self.records[trial.id]
         if known.status in ENDED:
             return known

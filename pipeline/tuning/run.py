@@ -10,6 +10,7 @@
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ CLOSING_S = 30.0  # given to the last processes of stopped trials
 # What may change between two starts: how long, how much beside each other, where it is recorded.
 NEUTRAL = ("storage", "trials", "hours", "together", "confirm", "replicates", "cluster", "tracking", "base.tracking")
 REPORT = "report.html"
+QUIET_TUNE = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}  # the ledger keeps and shows
 
 
 class Interrupted(Exception):
@@ -176,7 +178,8 @@ def _fit(
     together: int,
     total: str,
 ) -> None:
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ.update(QUIET_TUNE)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(saying_why, work=trainable, settings=settings), {"cpu": DRIVER_CPUS}),
         tune_config=tune.TuneConfig(

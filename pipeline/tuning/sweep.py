@@ -20,11 +20,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
-from pipeline.config import Config, Experiment, Tracking, check, dump, with_values
+from pipeline.config import Config, Experiment, FolderName, Tracking, check, dump, with_values
 from pipeline.evaluation.coco import NUMBERS
 from pipeline.training.schedule import REFERENCE_BATCH
 from pipeline.tuning.space import Domain, Point, as_text
@@ -63,7 +62,7 @@ class Confirm(Config):
 class Sweep(Config):
     """Paths stand in the file relative to it, and are absolute here. `pipeline.tuning.load` makes one."""
 
-    name: str | None = None  # of the folder and the parent run; the file's name if left out
+    name: FolderName | None = None  # of the folder and the parent run; the file's name if left out
     storage: str = "runs"  # folder or URI, reachable from every node
     experiment: str
     cluster: str | None = None
@@ -87,13 +86,6 @@ class Sweep(Config):
     base: dict[str, Any] = Field(
         default_factory=dict
     )  # the experiment's file with `set` applied: filled in, not written
-
-    @field_validator("name")
-    @classmethod
-    def _a_folder_name(cls, name: str | None) -> str | None:
-        if name is not None and (not name or name.startswith(".") or any(sign in name for sign in "/\\\0 ")):
-            raise ValueError(f"{name!r} becomes a folder: letters, digits, '.', '_' and '-' alone")
-        return name
 
     @model_validator(mode="after")
     def _says_what_to_look_for_and_how_long(self) -> Self:
