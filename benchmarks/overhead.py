@@ -23,6 +23,7 @@ from pipeline.data.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.ray_start import start_ray
 from pipeline.training import loop
+from pipeline.training.group import Group
 from pipeline.training.job import Job
 from pipeline.training.launch import launch
 
@@ -87,7 +88,7 @@ def plain_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, 
     dist.init_process_group("gloo", init_method=f"file://{meeting}/point", rank=rank, world_size=2)
     content = {**content, "storage": folder, "data": {**content["data"], "decode_in": "inline"}}
     experiment = check(Experiment, content, source="benchmark")
-    group = loop.Group(rank, 2, torch.device("cpu"), lambda value: value)
+    group = Group(rank, 2, torch.device("cpu"), lambda value: value)
     run = loop.Run(Job(experiment=experiment, run=f"{folder}/run", tracking=None), group, Silent(), None)
     batches = run._stream()
     times = []

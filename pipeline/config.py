@@ -175,6 +175,7 @@ class Evaluation(Config):
     every_steps: PositiveInt | None = None  # instead of epochs
     micro_batch: PositiveInt | None = None  # twice the training's if left out
     pictures: NonNegativeInt = 6  # validation images drawn with truth and detections
+    beside: bool = False  # in stage one on other resources, while the training goes on; see `Cluster`
     before_training: bool = False  # also evaluate the weights that it starts from
     latency: bool = False  # at the end, time the best weights on one image
 
@@ -237,6 +238,8 @@ class Cluster(Config):
     threads_per_worker: PositiveInt | None = None  # of PyTorch on the CPU; an equal share of the cores
     resources_per_worker: dict[str, PositiveFloat] = {}
     autoscaling: bool = False  # nodes come when they are asked for: do not refuse what the cluster does not have yet
+    evaluation_cpus: NonNegativeFloat = 1.0  # of an evaluation beside the training
+    evaluation_gpus: NonNegativeFloat = 0.0
     accelerator_type: str | None = None
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: NonNegativeInt = 3  # restarts of the workers before the run fails

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dfine_core.criterion import Normalizers
 from pipeline.data.manifest import load_shards
+from pipeline.training.group import Group
 from pipeline.training.learner import make_learner
-from pipeline.training.loop import Group, Run
+from pipeline.training.loop import Run
 from pipeline.training.step import LossScale, RunningStatistics, to_micro_batch, train_step
 from tests.training_runs import ALONE, Heard, experiment, job, shard_folders
 

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.training import checkpoint, loop
+from pipeline.training.beside import Answer, Order, carry_out
+from pipeline.training.group import Group
 from pipeline.training.loop import NotFiniteError, Run, train
 from pipeline.training.step import StepResult
 from tests.training_runs import ALONE, Heard, experiment, job, shard_folders
@@ -233,3 +238,51 @@ def test_a_meter_gives_means_of_finite_steps_and_starts_anew() -> None:
     values = meter.read(images_per_step=8)
     assert values["train/loss_vfl"] == values["train/loss"] == 2.0
     assert meter.read(images_per_step=8) == {}
+
+
+# Evaluations beside the training
+
+
+def beside(submit: Callable[[Order], "Future[Answer]"]) -> Group:
+    return replace(ALONE, submit=submit)
+
+
+def result_of(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "runs" / name / "result.json").read_text())
+    return content
+
+
+def test_evaluations_beside_the_training_come_to_what_those_within_it_do(data: dict[str, str], tmp_path: Path) -> None:
+    within = experiment(tmp_path, data, name="within", evaluation={"every_steps": 2, "pictures": 1})
+    train(job(within), ALONE, Heard())
+    away = experiment(tmp_path, data, name="away", evaluation={"every_steps": 2, "pictures": 1, "beside": True})
+    heard = Heard()
+    with ThreadPoolExecutor(1) as elsewhere:
+        train(job(away), beside(lambda order: elsewhere.submit(carry_out, order)), heard)
+    assert len(heard.about("beside the training")) == 3
+    assert result_of(tmp_path, "away") == result_of(tmp_path, "within")
+    assert [step for step, _ in result_of(tmp_path, "away")["evaluated"]] == [2, 4, 6]
+    expected, found = (tensors_of(f"{tmp_path}/runs/{name}/checkpoints", 6) for name in ("within", "away"))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    pictures = {path.parent.name for path in (tmp_path / "runs" / "away" / "evaluation").rglob("pictures_*.png")}
+    assert pictures == {"step-00000002", "step-00000004", "step-00000006", "final"}
+
+
+def test_an_evaluation_that_was_under_way_is_done_again_after_a_kill(data: dict[str, str], tmp_path: Path) -> None:
+    setting = experiment(tmp_path, data, evaluation={"every_steps": 2, "pictures": 0, "beside": True})
+    never: Future[Answer] = Future()
+    run_and_kill(Run(job(setting), beside(lambda order: never), Heard(), None), after=3)
+    with ThreadPoolExecutor(1) as elsewhere:
+        train(job(setting), beside(lambda order: elsewhere.submit(carry_out, order)), Heard())
+    assert [step for step, _ in result_of(tmp_path, "run")["evaluated"]] == [2, 4, 6]
+
+
+def test_an_evaluation_that_fails_elsewhere_does_not_end_the_training(data: dict[str, str], tmp_path: Path) -> None:
+    setting = experiment(tmp_path, data, evaluation={"every_steps": 3, "pictures": 0, "beside": True})
+    failed: Future[Answer] = Future()
+    failed.set_exception(MemoryError("no room there"))
+    heard = Heard()
+    train(job(setting), beside(lambda order: failed), heard)
+    assert heard.about("the evaluation of step 3 failed: MemoryError: no room there")
+    assert result_of(tmp_path, "run")["evaluated"] == []
+    assert result_of(tmp_path, "run")["numbers"] is not None

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from pipeline.config import Experiment, check
+from pipeline.training.group import Group
 from pipeline.training.job import Job
-from pipeline.training.loop import Group
 from tests.drawn_shards import drawn_records, write_shards
 
 

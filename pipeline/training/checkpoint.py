@@ -196,6 +196,19 @@ def read_experiment(uri: str) -> dict[str, Any]:
 
 
 def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
+    content = read_file(uri, file, metadata)
+    try:
+        return tensors_from_bytes(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{uri}: {file} is damaged: {error}") from None
+
+
+def read_file(uri: str, file: str, metadata: Metadata) -> bytes:
+    """The safetensors file of this name, as it was written.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     path = storage.join(uri, f"{file}.safetensors")
     try:
         content = storage.read_bytes(path)
@@ -203,10 +216,7 @@ def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: is missing") from None
     if hashlib.sha256(content).hexdigest() != metadata.sha256.get(file):
         raise CheckpointError(f"{path}: is damaged: not what was written (SHA-256)")
-    try:
-        return tensors_from_bytes(content)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: is damaged: {error}") from None
+    return content
 
 
 def steps_in(folder: str) -> list[int]:
@@ -221,9 +231,9 @@ def steps_in(folder: str) -> list[int]:
 
 
 def remove_superseded(folder: str, *, keep: int, standing: Standing) -> None:
-    """Leave the last `keep` checkpoints and the best ones of both stages."""
+    """Leave the last `keep` checkpoints, the best ones of both stages, and the one that is being evaluated."""
     steps = steps_in(folder)
-    kept = {*steps[-keep:], standing.best_step, standing.stage_one_step}
+    kept = {*steps[-keep:], standing.best_step, standing.stage_one_step, standing.pending_step}
     for step in steps:
         if step not in kept:
             storage.remove_folder(storage.join(folder, folder_name(step)))

@@ -20,6 +20,7 @@ class Job:
     micro_batch: int | None = None  # of the run that is continued
     resume: str | None = None  # checkpoint of another run, to be continued by this one
     threads: int | None = None  # of PyTorch on the CPU
+    evaluation_resources: dict[str, float] = field(default_factory=dict)  # CPU and GPU, of an evaluation beside
     ray_job: str | None = None  # id of the submitted job
     launched_at: float = field(default_factory=time.time)
 

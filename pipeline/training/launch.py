@@ -83,7 +83,9 @@ def launch(
     if cluster.address:
         os.environ["RAY_ADDRESS"] = cluster.address
     start_ray(dashboard=True)
-    request = request_for(cluster, decodes=experiment.data.decode_in == "task")
+    request = request_for(
+        cluster, decodes=experiment.data.decode_in == "task", evaluates_beside=experiment.evaluation.beside
+    )
     with run_folder.claimed(run):
         began = run_folder.begin_or_continue(
             run, experiment, shards, val, tracking_key=uuid.uuid4().hex, allow_changes=allow_changes
@@ -118,6 +120,7 @@ def launch(
             micro_batch=schedules[-1].micro_batch,
             resume=storage.absolute(resume) if resume else None,
             threads=cluster.threads_per_worker or cpu_threads(request),
+            evaluation_resources={"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus},
             ray_job=submitted_job(),
             launched_at=launched_at,
         )

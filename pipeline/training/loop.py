@@ -9,9 +9,9 @@ The run knows nothing of Ray Train: a `Group` tells it who the others are, a `Co
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -23,15 +23,14 @@ from pipeline.config import dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size
 from pipeline.data.batch import Batch
-from pipeline.data.manifest import ShardSet, load_shards
-from pipeline.data.stream import Broadcast, StreamSettings, training_stream
-from pipeline.evaluation.pictures import sample_pictures
+from pipeline.data.manifest import load_shards
+from pipeline.data.stream import StreamSettings, training_stream
 from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.run import evaluate
-from pipeline.evaluation.truth import GroundTruth, read_ground_truth
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, record
+from pipeline.training.evaluations import Evaluations
+from pipeline.training.group import Group
 from pipeline.training.initial import load_initial
 from pipeline.training.job import Job
 from pipeline.training.learner import make_learner
@@ -41,22 +40,10 @@ from pipeline.training.stages import Standing, after_evaluation, goes_back
 from pipeline.training.step import HostFlag, StepResult, to_micro_batch, train_step
 
 LATENCY_SECONDS = 3.0  # spent on finding it
-DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray Data takes longer than decoding them
 
 
 class NotFiniteError(RuntimeError):
     """Losses or gradients stay NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """This worker among all of them."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    broadcast: Broadcast  # rank 0's value to all
-    report: Callable[[dict[str, float]], None] = lambda metrics: None  # to whoever searches; collective
 
 
 @dataclass
@@ -113,7 +100,6 @@ class Run:
         self.experiment = job.experiment
         self.shards = load_shards(self.experiment.data.train)
         self.val = load_shards(self.experiment.data.val) if self.experiment.data.val else None
-        self.truth: GroundTruth | None = None
         self.schedule = derive(
             self.experiment,
             images=self.shards.manifest.images,
@@ -135,6 +121,9 @@ class Run:
         self.parent: dict[str, str] = {}
         self.meter = Meter()
         self._unchecked: Made | None = None
+        self.evaluations = None
+        if self.val is not None:
+            self.evaluations = Evaluations(job, group, console, tracker, self.val, self.schedule)
         self._writer = (
             checkpoint.Writer(job.checkpoints, keep=self.experiment.checkpoints.keep) if group.rank == 0 else None
         )
@@ -157,23 +146,30 @@ class Run:
                 self.parent,
                 self.job.ray_job,
             )
-        if self.step == 0 and self.val is not None and self.experiment.evaluation.before_training:
-            self._judge(self.val, final=False)
+        if self.step == 0 and self.evaluations is not None and self.experiment.evaluation.before_training:
+            self.evaluations.here(self.learner.average.module, self.step)
         self._built_at = time.time()
         batches = self._stream()
         while self.step < self.schedule.steps:
+            if self.step == self.schedule.stage_two_step:
+                self._hear_evaluation(wait=True)
             if goes_back(self.standing, self.step, self.schedule.stage_two_step):
                 self._take_weights_of(self.standing.stage_one_step)
             self._one_step(batches)
             if self._reports():
                 self._report()
+                self._hear_evaluation(wait=False)
             if self._stops() and not self._settle():
                 batches = self._go_back()
                 continue
             if self.schedule.evaluates_after(self.step):
-                self._evaluate()
+                if self.experiment.evaluation.beside and self.schedule.is_strong(self.step - 1):
+                    self._evaluate_beside()
+                else:
+                    self._evaluate()
             if self._saves():
                 self._save()
+        self._hear_evaluation(wait=True)
         return self._end()
 
     def _one_step(self, batches: Iterator[Batch]) -> None:
@@ -244,6 +240,7 @@ class Run:
             try:
                 self._take_over(checkpoint.restore(self.learner, uri))
                 self._say(f"continuing at step {self.step} from {uri}")
+                self._evaluate_again()
                 return
             except checkpoint.CheckpointError as error:
                 if uri == self.job.resume:
@@ -321,6 +318,7 @@ class Run:
             checkpoint.restore(self.learner, storage.join(self.job.checkpoints, checkpoint.folder_name(steps[-1])))
         )
         self.skipped = skipped
+        self._evaluate_again()
         self._say(f"going back to the checkpoint of step {self.step}")
         return self._stream()
 
@@ -354,50 +352,51 @@ class Run:
                 self.tracker.metrics(values | system_metrics(), self.step)
 
     def _evaluate(self, *, final: bool = False) -> EvaluationReport | None:
-        if self.val is None:
+        if self.evaluations is None:
             return None
         self.console.beat(self.step, "evaluating")
         started_at = time.perf_counter()
-        report = self._judge(self.val, final=final)
-        ap = None if report is None else report.numbers["AP"]
-        ap = self.group.broadcast(ap)
+        best = self.standing.best_step if final else None
+        ap, report = self.evaluations.here(self.learner.average.module, self.step, best_step=best, final=final)
         if not final:
-            value = 0.0 if ap != ap else ap  # NaN: nothing to find in the validation set
-            stage_one = self.schedule.is_strong(self.step - 1)
-            self.standing = after_evaluation(self.standing, ap=value, step=self.step, stage_one=stage_one)
-            place = {"step": float(self.step), "epoch": self.step / self.schedule.steps_per_epoch}
-            self.group.report({**(report.numbers if report is not None else {}), **place})
+            self._judged(ap, self.step, report)
         self.meter.started_at += time.perf_counter() - started_at
         return report
 
-    def _judge(self, val: ShardSet, *, final: bool) -> EvaluationReport | None:
-        if self.group.rank == 0 and self.truth is None:
-            self.truth = read_ground_truth(val)
-        detector = self.learner.average.module
-        few = val.manifest.images <= DECODED_INLINE * self.group.world_size
-        report = evaluate(
-            detector,
-            val,
-            self.truth,
-            device=self.group.device,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
-            broadcast=self.group.broadcast,
-            micro_batch=self.experiment.evaluation.micro_batch or 2 * self.schedule.micro_batch,
-            decode_in="inline" if few else self.experiment.data.decode_in,
-            final=final,
-        )
-        if report is not None:
-            name = "final" if final else checkpoint.folder_name(self.step)
-            what = f"best weights, of step {self.standing.best_step}" if final else f"step {self.step}"
-            self._say(f"evaluation, {what}\n{report.table()}")
-            self._record(report, detector, val, name)
-        return report
+    def _judged(self, ap: float, step: int, report: EvaluationReport | None) -> None:
+        """Into the standing, and to whoever searches."""
+        value = 0.0 if ap != ap else ap  # NaN: nothing to find in the validation set
+        stage_one = self.schedule.is_strong(step - 1)
+        self.standing = after_evaluation(self.standing, ap=value, step=step, stage_one=stage_one)
+        place = {"step": float(step), "epoch": step / self.schedule.steps_per_epoch}
+        self.group.report({**(report.numbers if report is not None else {}), **place})
 
-    def _record(self, report: EvaluationReport, detector: torch.nn.Module, val: ShardSet, name: str) -> None:
-        pictures = sample_pictures(detector, val, device=self.group.device, count=self.experiment.evaluation.pictures)
-        folder = storage.join(storage.join(self.job.run, "evaluation"), name)
-        record.keep_evaluation(report, pictures, self.tracker, folder, step=self.step, final=name == "final")
+    def _evaluate_beside(self) -> None:
+        """Stage one decides nothing on the answer, so it may come later."""
+        self._hear_evaluation(wait=True)
+        self.standing = replace(self.standing, pending_step=self.step)
+        if self.evaluations is not None and self.group.rank == 0:
+            self.evaluations.hand_over(self.learner, checkpoint.weights_as_bytes(self.learner.average.module))
+
+    def _evaluate_again(self) -> None:
+        """What was under way when the run was interrupted."""
+        step = self.standing.pending_step
+        if step is not None and self.evaluations is not None and self.group.rank == 0:
+            uri = storage.join(self.job.checkpoints, checkpoint.folder_name(step))
+            weights = checkpoint.read_file(uri, "ema", checkpoint.read_metadata(uri))
+            self.evaluations.hand_over(self.learner, weights)
+
+    def _hear_evaluation(self, *, wait: bool) -> None:
+        """The answer of an evaluation beside the training, if one is awaited and there."""
+        step = self.standing.pending_step
+        if step is None or self.evaluations is None:
+            return
+        outcome = self.evaluations.answer(step, wait=wait)
+        if outcome is None:
+            return
+        self.standing = replace(self.standing, pending_step=None)
+        if outcome.ap is not None:
+            self._judged(outcome.ap, step, outcome.answer.report if outcome.answer else None)
 
     def _save(self) -> None:
         if self._writer is None:

@@ -1,6 +1,7 @@
 """Before anything is started: does the cluster have what is asked for, and can every node reach the data and the storage?"""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +49,11 @@ class Request:
         return fitting[0]
 
 
-def request_for(cluster: Cluster, *, decodes: bool) -> Request:
+def request_for(cluster: Cluster, *, decodes: bool, evaluates_beside: bool = False) -> Request:
     """
     Args:
         decodes: data tasks decode, and need cores of their own.
+        evaluates_beside: so do evaluations beside the training.
 
     Raises:
         ConfigError: naming everything that the cluster lacks.
@@ -65,20 +67,31 @@ def request_for(cluster: Cluster, *, decodes: bool) -> Request:
     per_worker = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker, **({"GPU": gpus} if gpus else {})}
     request = Request(least, most, gpus, {name: amount for name, amount in per_worker.items() if amount})
     if not cluster.autoscaling:
-        refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes)
+        beside = {"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus} if evaluates_beside else {}
+        refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes, beside)
     return request
 
 
 def refuse_what_never_fits(
-    request: Request, total: dict[str, float], nodes: list[dict[str, float]], decodes: bool
+    request: Request,
+    total: dict[str, float],
+    nodes: list[dict[str, float]],
+    decodes: bool,
+    beside: Mapping[str, float] | None = None,
 ) -> None:
-    """Ray itself would wait for ever."""
+    """Ray itself would wait for ever.
+
+    Args:
+        beside: what an evaluation beside the training asks for.
+    """
     problems = []
     for name, amount in request.per_worker.items():
         reserved = DECODING_CPUS if name == "CPU" and decodes else 0.0
-        needed, there = request.least * amount + reserved, total.get(name, 0.0)
+        evaluating = (beside or {}).get(name, 0.0)
+        needed, there = request.least * amount + reserved + evaluating, total.get(name, 0.0)
         if needed > there:
             for_data = f" and {reserved:g} for decoding" if reserved else ""
+            for_data += f" and {evaluating:g} for evaluation beside" if evaluating else ""
             problems.append(f"{name}: {request.least} x {amount:g}{for_data} are asked for, the cluster has {there:g}")
         elif not any(node.get(name, 0.0) >= amount for node in nodes):
             problems.append(f"{name}: a worker asks for {amount:g}, no node has so much")

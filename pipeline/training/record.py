@@ -1,5 +1,6 @@
 """What a run leaves behind besides checkpoints: params, metrics and pictures in MLflow, reports and results in its folder."""
 
+import io
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import save as tensors_to_bytes
 
 from dfine_core import Detector, ModelConfig
@@ -19,7 +20,6 @@ from pipeline.data import storage
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import ShardSet
 from pipeline.data.reader import locate_row_groups, read_row_groups
-from pipeline.evaluation.figures import png
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.model import log_detector
 from pipeline.tracking.names import Scalar, flatten
@@ -86,14 +86,18 @@ def memory(device: torch.device) -> dict[str, float]:
 
 def keep_evaluation(
     report: EvaluationReport,
-    pictures: Iterable[tuple[str, Figure]],
+    pictures: Iterable[tuple[str, bytes]],
     tracker: Tracker | None,
     folder: str,
     *,
     step: int,
     final: bool,
 ) -> None:
-    """The report in the run's folder, and what people look at in MLflow."""
+    """The report in the run's folder, and what people look at in MLflow.
+
+    Args:
+        pictures: PNG by name.
+    """
     report.write(folder)
     if tracker is not None:
         tracker.metrics(report.metrics("final" if final else "val"), step)
@@ -106,10 +110,10 @@ def keep_evaluation(
                 "boxes": [c.boxes for c in report.per_class],
             }
             tracker.table(columns, "evaluation/per_class.json")
-    for name, figure in pictures:
-        storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), png(figure))
+    for name, picture in pictures:
+        storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), picture)
         if tracker is not None:
-            tracker.image(name, figure, step)
+            tracker.image(name, Image.open(io.BytesIO(picture)), step)
 
 
 def finish(

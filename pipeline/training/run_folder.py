@@ -37,6 +37,7 @@ NEUTRAL = (
     "checkpoints.",
     "evaluation.pictures",
     "evaluation.before_training",
+    "evaluation.beside",
     "evaluation.latency",
     "data.decode_in",
     "data.prefetch",

@@ -17,6 +17,7 @@ class Standing:
     stage_one_step: int | None = None  # of the best evaluation of stage one
     since_restart: float | None = None  # best AP since the last restart; None directly after one
     evaluated: tuple[tuple[int, float], ...] = ()  # every (step, AP) of this line of weights
+    pending_step: int | None = None  # of weights that are being evaluated beside the training
 
 
 def after_evaluation(standing: Standing, *, ap: float, step: int, stage_one: bool) -> Standing:

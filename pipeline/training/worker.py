@@ -19,7 +19,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         config: {"job": Job, "mailbox": the driver's actor}.
     """
     # Here, because Ray Train's controller imports this module too and has no use for them.
-    from pipeline.training.loop import Group, train
+    from pipeline.training.beside import on_ray
+    from pipeline.training.group import Group
+    from pipeline.training.loop import train
 
     logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # it tells of every report
     logging.getLogger(collectives.__name__).setLevel(logging.ERROR)  # it warns of broadcasts above 1 kB
@@ -32,5 +34,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         device=ray.train.torch.get_device(),
         broadcast=broadcast_from_rank_zero,
         report=ray.train.report,
+        submit=on_ray(job.evaluation_resources) if rank == 0 and job.experiment.evaluation.beside else None,
     )
     return train(job, group, WorkerConsole(config["mailbox"], rank))
