@@ -61,7 +61,7 @@ def test_every_layer_can_be_asked_for_in_evaluation() -> None:
     assert full.matching.boxes.shape == (3, 1, 300, 4)
 
 
-@pytest.mark.parametrize("sampling", ["default", "discrete"])
+@pytest.mark.parametrize("sampling", ["default", pytest.param("discrete", marks=pytest.mark.slow)])
 def test_compiled_and_exported_detectors_say_the_same(sampling: str) -> None:
     config = ModelConfig.variant(
         "n", num_classes=2, input_size=(64, 64), num_queries=20, num_layers=2, sampling=sampling

@@ -27,6 +27,7 @@ from tests.drawn_shards import drawn_records, write_shards
 from tests.varied_detectors import loaded, small
 
 PICTURES = 7
+traced = pytest.mark.slow  # tracing takes half a minute
 QUICK = ["onnx", "onnx-fp16", "released", "safetensors"]  # of one layer, which Transformers cannot have
 
 
@@ -46,6 +47,7 @@ def exported(model: LoadedDetector, folder: Path) -> Export:
     return export(model, QUICK, folder, drawn(PICTURES, longest_side=96))
 
 
+@traced
 def test_what_is_exported_is_accepted_on_pictures(exported: Export, folder: Path) -> None:
     print(exported.table())
     assert [result.verdict.reason for result in exported.results] == [None] * len(QUICK)
@@ -56,6 +58,7 @@ def test_what_is_exported_is_accepted_on_pictures(exported: Export, folder: Path
         assert result.verdict.measured["detections"] == PICTURES * 20
 
 
+@traced
 def test_the_report_names_source_versions_differences_and_digests(
     exported: Export, folder: Path, model: LoadedDetector
 ) -> None:
@@ -85,6 +88,7 @@ def check_batches(model: LoadedDetector, name: str, path: Path) -> None:
         torch.testing.assert_close(found.scores[:, :5], expected.scores[:, :5], rtol=0, atol=TOLERANCES[name].score)
 
 
+@traced
 @pytest.mark.parametrize("name", ["onnx", "onnx-fp16"])
 def test_one_file_takes_one_two_or_three_images(
     exported: Export, folder: Path, model: LoadedDetector, name: str
@@ -100,6 +104,7 @@ def test_every_format_is_accepted_and_a_torch_program_takes_one_two_or_three_ima
     check_batches(model, "torch-export", tmp_path / "detector.pt2")
 
 
+@traced
 def test_an_onnx_file_says_what_it_is(exported: Export, folder: Path, model: LoadedDetector) -> None:
     for name in ("onnx", "onnx-fp16"):
         session = onnxruntime.InferenceSession(folder / FORMATS[name].file, providers=["CPUExecutionProvider"])
@@ -120,11 +125,13 @@ def test_an_onnx_file_says_what_it_is(exported: Export, folder: Path, model: Loa
         assert onnx.load(folder / FORMATS[name].file).opset_import[0].version >= 17
 
 
+@traced
 def test_half_precision_takes_half_the_space(exported: Export, folder: Path) -> None:
     whole, half = ((folder / FORMATS[name].file).stat().st_size for name in ("onnx", "onnx-fp16"))
     assert half < 0.65 * whole
 
 
+@traced
 def test_a_released_file_and_a_folder_hold_the_very_weights(
     exported: Export, folder: Path, model: LoadedDetector
 ) -> None:
@@ -148,6 +155,7 @@ def changed_initializer(path: Path, target: Path) -> Path:
     return target
 
 
+@traced
 def test_a_file_with_tampered_weights_is_refused(
     exported: Export, folder: Path, model: LoadedDetector, tmp_path: Path
 ) -> None:
@@ -156,6 +164,7 @@ def test_a_file_with_tampered_weights_is_refused(
     assert "of its detections agree" in str(verdict.reason)
 
 
+@traced
 def test_a_file_that_is_cut_short_is_refused(
     exported: Export, folder: Path, model: LoadedDetector, tmp_path: Path
 ) -> None:

@@ -261,8 +261,9 @@ def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
 def test_reading_and_decoding_stay_two_operators_with_one_block_per_micro_batch(
     shards: ShardSet, cluster: None
 ) -> None:
-    executed = pipeline_of(shards, SETTINGS).materialize()
-    stats = executed.stats()
+    dataset = pipeline_of(shards, SETTINGS)
+    assert sum(1 for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow")) == 72
+    stats = dataset.stats()
     assert re.search(r"MapBatches\(read_window\): (\d+) tasks executed, 72 blocks produced", stats), stats
     assert re.search(r"MapBatches\(decode_micro_batch\): 72 tasks executed, 72 blocks produced", stats), stats
     assert "->" not in stats

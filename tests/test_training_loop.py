@@ -252,6 +252,7 @@ def result_of(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_evaluations_beside_the_training_come_to_what_those_within_it_do(data: dict[str, str], tmp_path: Path) -> None:
     within = experiment(tmp_path, data, name="within", evaluation={"every_steps": 2, "pictures": 1})
     train(job(within), ALONE, Heard())
