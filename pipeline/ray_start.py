@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import ray
@@ -44,6 +45,9 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     if joins:
         ray.init(logging_level=logging.WARNING)
         return
+    # The place that the user named, also when this process or its parent has started a cluster before.
+    base = os.environ.setdefault("RAY_DFINE_TMPDIR", os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    os.environ["RAY_TMPDIR"] = folder = tempfile.mkdtemp(prefix="ray-", dir=base)
     try:
         ray.init("local", num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises no narrower one
@@ -53,3 +57,6 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
                 " as this one they are too few. Run it again when there is less to do, or join a running Ray by RAY_ADDRESS."
             )
         raise
+    # Parts of Ray look for "the" cluster of this machine, such as what frees the places of a stopped trial, and take whichever
+    # was noted last; in a folder of its own each cluster finds itself.
+    Path(folder, "ray", "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)

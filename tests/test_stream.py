@@ -1,6 +1,10 @@
 """The stream against the plan: the same batches in the same order, whoever decodes them and for however many workers."""
 
+import os
 import re
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -267,6 +271,27 @@ def test_reading_and_decoding_stay_two_operators_with_one_block_per_micro_batch(
     assert re.search(r"MapBatches\(read_window\): (\d+) tasks executed, 72 blocks produced", stats), stats
     assert re.search(r"MapBatches\(decode_micro_batch\): 72 tasks executed, 72 blocks produced", stats), stats
     assert "->" not in stats
+
+
+def test_whoever_looks_for_the_cluster_from_within_finds_this_one(cluster: None) -> None:
+    """Also while others run on the machine, or have left their address behind."""
+
+    def found() -> str:
+        from ray._private.services import canonicalize_bootstrap_address_or_die
+
+        address: str = canonicalize_bootstrap_address_or_die(None)
+        return address
+
+    other = "import ray, time; ray.init('local', num_cpus=1, include_dashboard=False); print('up', flush=True); time.sleep(99)"
+    environment = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="other-")}
+    with subprocess.Popen([sys.executable, "-c", other], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != b"up":
+            assert process.poll() is None
+        try:
+            assert ray.get(ray.remote(num_cpus=0)(found).remote()) == ray.get_runtime_context().gcs_address
+        finally:
+            process.terminate()
 
 
 def object_store() -> tuple[float, bool]:

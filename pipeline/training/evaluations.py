@@ -16,9 +16,9 @@ from pipeline.training import checkpoint, record
 from pipeline.training.beside import Beside, Order, Outcome
 from pipeline.training.group import Group
 from pipeline.training.job import Job
-from pipeline.training.step import Learner
 from pipeline.training.monitor import Console
 from pipeline.training.schedule import Schedule
+from pipeline.training.step import Learner
 
 DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray Data takes longer than decoding them
 
