@@ -7,6 +7,7 @@ A run names what its first weights came from in its tags `parent.*`: the MLflow 
 under which that run was recorded, or a file that MLflow never knew.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -149,7 +150,8 @@ def _described(parent: Mapping[str, str]) -> str:
 def _data_lines(run: Run) -> Iterator[str]:
     for given in run.inputs.dataset_inputs if run.inputs else []:
         use = next((tag.value for tag in given.tags if tag.key == "mlflow.data.context"), "data")
-        yield f"{use}: {given.dataset.name}, digest {given.dataset.digest[:12]}, {given.dataset.source}"
+        place = json.loads(given.dataset.source).get("uri", "")
+        yield f"{use}: {given.dataset.name}, digest {given.dataset.digest[:12]}, {place}"
 
 
 def _lines(run: Ancestor) -> list[str]:

@@ -142,7 +142,6 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
     Args:
         prepare: does what `jobs.prepare` does with its arguments.
     """
-    start_ray(dashboard=True)
     folder = storage.absolute(storage.join(chain.storage, chain.name))
     settings = TrackingSettings.resolve(
         storage.absolute(chain.storage),
@@ -170,6 +169,8 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
 
 def _carry_out(step: Step, prepare: Callable[[list[str]], None], parent_run_id: str | None) -> dict[str, float] | None:
     """The 12 numbers of its best weights."""
+    if step.missing:
+        start_ray(dashboard=True)  # as the training will need it
     for arguments in step.missing:
         if not _is_there(arguments[arguments.index("--out") + 1]):
             prepare(list(arguments))
