@@ -220,7 +220,7 @@ def _from_folder(folder: str, device: str | torch.device | None, files: Files) -
         return from_description(description, tensors, folder, device)
     if "MLmodel" in names and "artifacts" in names:
         return _from_folder(f"{folder}/artifacts", device, files)
-    if "checkpoints" in names and (best := _best_of_run(f"{folder}/checkpoints", files)):
+    if "checkpoints" in names and (best := best_of_run(f"{folder}/checkpoints", files)):
         return _from_checkpoint(best, device, files)
     held = f"it holds {', '.join(sorted(names)[:6])}" if names else "it is empty or does not exist"
     raise LoadError(
@@ -229,7 +229,7 @@ def _from_folder(folder: str, device: str | torch.device | None, files: Files) -
     )
 
 
-def _best_of_run(folder: str, files: Files) -> str | None:
+def best_of_run(folder: str, files: Files) -> str | None:
     """The best checkpoint, the newest where nothing was evaluated; None if there is no complete one."""
     complete = sorted(
         name for name in files.names(folder) if name.startswith("step-") and METADATA in files.names(f"{folder}/{name}")

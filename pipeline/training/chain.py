@@ -157,7 +157,11 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
         lines = []
         for number, step in enumerate(steps, start=1):
             print(f"stage {number} of {len(steps)}: {step.stage.name}", flush=True)
-            numbers = _carry_out(step, prepare, parent_run_id)
+            try:
+                numbers = _carry_out(step, prepare, parent_run_id)
+            except BaseException as error:
+                tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+                raise
             lines.append(
                 f"{step.stage.name}: {_said(numbers)}, {storage.join(chain.storage, step.experiment.name or '')}"
             )

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dfine_core import Detector
 from dfine_core.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
-from dfine_core.loading import DESCRIPTION, MODEL, RUN
+from dfine_core.loading import DESCRIPTION, MODEL, RUN, best_of_run
 from dfine_core.rebinning import rebin
 from dfine_core.weights import load_weights, read_checkpoint
 from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.tracking.lineage import client_of, facts
-from pipeline.trained import open_trained
+from pipeline.trained import STORED, open_trained
 from pipeline.training import checkpoint
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
@@ -105,7 +105,7 @@ class _Source:
 
 
 def _read(source: str) -> _Source:
-    source = _best_of_run(source) or source
+    source = best_of_run(storage.join(source, "checkpoints"), STORED) or source
     if storage.exists(storage.join(source, checkpoint.METADATA)):
         return _checkpoint(source)
     if storage.exists(storage.join(source, DESCRIPTION)):
@@ -115,16 +115,6 @@ def _read(source: str) -> _Source:
     if source.endswith(".safetensors"):
         return _Source(tensors_from_bytes(content), None, parent)
     return _Source(read_checkpoint(io.BytesIO(content)), None, parent)  # type: ignore[arg-type]
-
-
-def _best_of_run(folder: str) -> str | None:
-    checkpoints = storage.join(folder, "checkpoints")
-    steps = checkpoint.steps_in(checkpoints)
-    if not steps:
-        return None
-    newest = storage.join(checkpoints, checkpoint.folder_name(steps[-1]))
-    best = checkpoint.read_metadata(newest).standing.best_step
-    return newest if best is None else storage.join(checkpoints, checkpoint.folder_name(best))
 
 
 def _checkpoint(folder: str) -> _Source:

@@ -97,6 +97,9 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
             try:
                 _search(settings, ledger, together, trainable)
                 _confirm(settings, ledger, together, trainable)
+            except BaseException as error:
+                tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
+                raise
             finally:
                 _close(ledger)
                 report = make_report(sweep, ledger.ordered())

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ray import tune
@@ -35,7 +35,7 @@ class TrialSettings:
     sweep: Sweep
     folder: str  # of the sweep
     cluster: Cluster  # of one trial
-    tracking_uri: str  # not in the experiment: it may hold a password
+    tracking_uri: str = field(repr=False)  # not in the experiment either: it may hold a password
     parent_run_id: str | None
 
 
