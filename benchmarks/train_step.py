@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.criterion import Clock, random_targets
 from dfine_core import Criterion, Detector, ModelConfig
-from dfine_core.config import VARIANTS
+from dfine_core.config import VARIANTS, OptimizerConfig
 from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.matching import match
-from dfine_core.optim import OptimizerConfig, make_optimizer
+from dfine_core.optim import make_optimizer
 from dfine_core.structures import DetectorOutput, Targets
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,10 +1,14 @@
 """D-FINE, the detector: plain PyTorch, tensors in, tensors out."""
 
-from dfine_core.config import VARIANTS, LossConfig, ModelConfig
-from dfine_core.criterion import Criterion
-from dfine_core.detector import Detector
-from dfine_core.loading import Found, LoadedDetector, load
-from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dfine_core.config import VARIANTS, LossConfig, ModelConfig
+    from dfine_core.criterion import Criterion
+    from dfine_core.detector import Detector
+    from dfine_core.loading import Found, LoadedDetector, load
+    from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
 
 __all__ = [
     "VARIANTS",
@@ -19,3 +23,19 @@ __all__ = [
     "Targets",
     "load",
 ]
+
+# Imported at the first use of a name: who only reads `dfine_core.config` does not wait for PyTorch.
+_HOMES = {
+    "config": ("VARIANTS", "LossConfig", "ModelConfig"),
+    "criterion": ("Criterion",),
+    "detector": ("Detector",),
+    "loading": ("Found", "LoadedDetector", "load"),
+    "structures": ("DenoisingQueries", "DetectorOutput", "Targets"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,6 +37,30 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as released. `released` groups decay the backbone's norms and affine scalars; `fixed` groups do not."""
+
+    lr: float = 2e-4
+    backbone_lr: float = 1e-4
+    weight_decay: float = 1e-4
+    decay_biases: bool = False  # of encoder and decoder; the released l and x decay them
+    groups: Literal["released", "fixed"] = "released"
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    @classmethod
+    def for_variant(cls, name: str, **settings: Any) -> "OptimizerConfig":
+        """The COCO recipe of a published variant (n, s, m, l, x)."""
+        recipes: dict[str, dict[str, Any]] = {
+            "n": {"lr": 8e-4, "backbone_lr": 4e-4},
+            "s": {"lr": 2e-4, "backbone_lr": 1e-4},
+            "m": {"lr": 2e-4, "backbone_lr": 2e-5},
+            "l": {"lr": 2.5e-4, "backbone_lr": 1.25e-5, "weight_decay": 1.25e-4, "decay_biases": True},
+            "x": {"lr": 2.5e-4, "backbone_lr": 2.5e-6, "weight_decay": 1.25e-4, "decay_biases": True},
+        }
+        return cls(**{**recipes[name], **settings})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One detector. Build it with `ModelConfig.variant("s", num_classes=9, ...)`; any field can be given by name.
 

@@ -27,11 +27,9 @@ from pydantic import (
     model_validator,
 )
 
-from dfine_core import VARIANTS, LossConfig, ModelConfig
-from dfine_core.optim import OptimizerConfig
+from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from pipeline.data.augment import AugmentSettings
-from pipeline.data.plan import DEFAULT_WINDOW_ROWS
-from pipeline.data.stream import DecodeIn
+from pipeline.data.plan import DEFAULT_WINDOW_ROWS, DecodeIn
 
 Share = Annotated[float, Field(ge=0, le=1)]
 C = TypeVar("C", bound="Config")

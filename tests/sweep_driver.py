@@ -11,11 +11,11 @@ from typing import Any
 from ray import tune
 
 from pipeline.data import storage
+from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.records import Reading
 from pipeline.tuning.run import Interrupted, run_sweep
 from pipeline.tuning.sweep import Trial
-from pipeline.tuning.trial import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
 
 EVALUATIONS = 4
 SECONDS = 0.3  # of an evaluation

@@ -23,8 +23,9 @@ from pipeline.data import stream
 from pipeline.data.augment import AugmentSettings
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import ShardSet
+from pipeline.data.plan import DecodeIn
 from pipeline.data.reader import locate_row_groups, read_annotations
-from pipeline.data.stream import Broadcast, DecodeIn, StreamSettings, evaluation_stream, training_plan, training_stream
+from pipeline.data.stream import Broadcast, StreamSettings, evaluation_stream, training_plan, training_stream
 from pipeline.ray_start import start_ray
 from tests.drawn_shards import drawn_records, stored_rows, write_shards
 

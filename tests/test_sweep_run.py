@@ -15,12 +15,13 @@ import pytest
 import yaml
 
 from pipeline.config import Cluster
+from pipeline.tuning.curves import Curve, TrialSettings, write_curve
 from pipeline.tuning.ledger import Ledger, summary, table
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.points import Points
 from pipeline.tuning.records import Reading, TrialRecord, read_records
 from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
-from pipeline.tuning.trial import Curve, TrialSettings, evaluations_in, experiment_of_trial, write_curve
+from pipeline.tuning.trial import evaluations_in, experiment_of_trial
 from tests.drawn_shards import drawn_records, write_shards
 from tests.sweep_driver import EVALUATIONS
 

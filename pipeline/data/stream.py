@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ray
@@ -23,15 +23,12 @@ from pipeline.data.augment import AugmentSettings
 from pipeline.data.backpressure import bound_living_outputs
 from pipeline.data.batch import Batch, batch_from_arrow
 from pipeline.data.manifest import ShardSet
-from pipeline.data.plan import DEFAULT_WINDOW_ROWS, BatchPlan, Window
+from pipeline.data.plan import DEFAULT_WINDOW_ROWS, BatchPlan, DecodeIn, Window
 from pipeline.data.reader import RowGroups, locate_row_groups
 from pipeline.data.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
 
 T = TypeVar("T")
 Broadcast = Callable[[Any], Any]  # rank 0's value on every rank: `ray.train.collective.broadcast_from_rank_zero`
-# Where pixels are decoded: in data tasks, on any node; in threads of the training worker; or in its own thread and without
-# Ray, for one process, a debugger, a test.
-DecodeIn = Literal["task", "worker", "inline"]
 
 MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
 SEGMENT_MICRO_BATCHES = 1000  # of one Ray Data execution, over all workers: its book-keeping grows with its blocks

@@ -10,7 +10,7 @@ into 64 bits, which is more than they take, and matter only in result files.
 import contextlib
 import io
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import hotcoco
 import numpy as np
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.truth import GroundTruth
+
+if TYPE_CHECKING:  # what needs the numbers' names alone does without PyTorch
+    from pipeline.evaluation.detections import DetectionTable
 
 Evaluator = Literal["hotcoco", "pycocotools"]
 
@@ -50,13 +52,13 @@ class CocoResult:
     precision: NDArray[np.float64]  # [10, 101, K] at `IOU_THRESHOLDS` and `RECALLS`; NaN for classes without truth
 
 
-def coco_numbers(truth: GroundTruth, table: DetectionTable, *, evaluator: Evaluator = "hotcoco") -> CocoResult:
+def coco_numbers(truth: GroundTruth, table: "DetectionTable", *, evaluator: Evaluator = "hotcoco") -> CocoResult:
     """Score the detections, at most the 100 best of every image and class; areas are those that were annotated."""
     run = run_hotcoco(truth, table) if evaluator == "hotcoco" else run_pycocotools(truth, table)
     return result_of(run, truth)
 
 
-def agreement(truth: GroundTruth, table: DetectionTable) -> float:
+def agreement(truth: GroundTruth, table: "DetectionTable") -> float:
     """Largest difference between what the two programs say."""
     return difference(*(coco_numbers(truth, table, evaluator=name) for name in ("hotcoco", "pycocotools")))
 
@@ -69,7 +71,7 @@ def difference(one: CocoResult, other: CocoResult) -> float:
     return float(np.nanmax(np.abs(a - b), initial=0.0))
 
 
-def run_hotcoco(truth: GroundTruth, table: DetectionTable) -> hotcoco.COCOeval:
+def run_hotcoco(truth: GroundTruth, table: "DetectionTable") -> hotcoco.COCOeval:
     """The evaluator after its work; error analysis builds on it."""
     run = prepared_hotcoco(truth, table)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -77,7 +79,7 @@ def run_hotcoco(truth: GroundTruth, table: DetectionTable) -> hotcoco.COCOeval:
     return run
 
 
-def prepared_hotcoco(truth: GroundTruth, table: DetectionTable) -> hotcoco.COCOeval:
+def prepared_hotcoco(truth: GroundTruth, table: "DetectionTable") -> hotcoco.COCOeval:
     coco_truth = hotcoco.COCO.from_arrays(
         images=_images(truth),
         categories=_categories(truth),
@@ -92,7 +94,7 @@ def prepared_hotcoco(truth: GroundTruth, table: DetectionTable) -> hotcoco.COCOe
     return hotcoco.COCOeval(coco_truth, coco_truth.load_res(rows), "bbox")
 
 
-def run_pycocotools(truth: GroundTruth, table: DetectionTable) -> COCOeval:
+def run_pycocotools(truth: GroundTruth, table: "DetectionTable") -> COCOeval:
     """The evaluator after its work. It needs a dictionary for every detection: minutes for a large set."""
     boxes, found = xywh(truth.box), xywh(table.box)
     annotations = zip(

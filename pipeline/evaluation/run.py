@@ -16,7 +16,8 @@ from dfine_core.postprocess import postprocess
 from dfine_core.structures import DetectorOutput, Targets
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import ShardSet
-from pipeline.data.stream import Broadcast, DecodeIn, evaluation_stream
+from pipeline.data.plan import DecodeIn
+from pipeline.data.stream import Broadcast, evaluation_stream
 from pipeline.evaluation.analysis import confusion, precision_recall, tide_errors
 from pipeline.evaluation.coco import EQUAL, coco_numbers, difference, result_of, run_hotcoco
 from pipeline.evaluation.detections import DetectionTable, concatenate, gather

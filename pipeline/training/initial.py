@@ -23,7 +23,6 @@ from dfine_core.rebinning import rebin
 from dfine_core.weights import load_weights, read_checkpoint
 from pipeline.config import ConfigError
 from pipeline.data import storage
-from pipeline.tracking.lineage import client_of, facts
 from pipeline.trained import STORED, open_trained
 from pipeline.training import checkpoint
 
@@ -52,6 +51,8 @@ def pinned(source: str, run: str, tracking_uri: str) -> str:
     folder = storage.join(run, "init")
     if storage.exists(storage.join(folder, ORIGIN)):
         return folder
+    from pipeline.tracking.lineage import client_of, facts  # MLflow, where it is asked and nowhere else
+
     with _default_server(tracking_uri):
         trained = open_trained(source)
     weights = checkpoint.weights_as_bytes(trained.detector)

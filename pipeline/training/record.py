@@ -25,11 +25,11 @@ from pipeline.tracking.model import log_detector
 from pipeline.tracking.names import Scalar, flatten
 from pipeline.tracking.tracker import DatasetInput, Tracker
 from pipeline.training import checkpoint
+from pipeline.training.run_folder import RESULT
 from pipeline.training.schedule import Schedule
 from pipeline.training.stages import Standing
 
 SOURCE = "jobs/train.py"
-RESULT = "result.json"
 
 
 def plain(config: ModelConfig) -> dict[str, Any]:

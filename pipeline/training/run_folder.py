@@ -24,10 +24,10 @@ from pipeline.data import storage
 from pipeline.data.manifest import ShardSet
 from pipeline.tracking.names import flatten
 from pipeline.training import checkpoint
-from pipeline.training.record import RESULT
 
 BEGAN = "run.json"
 DRIVER = "driver.json"
+RESULT = "result.json"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0  # a driver on another machine that has not been heard of for so long is gone
 # What may change without changing what is learnt.

@@ -5,7 +5,8 @@ A user says how long (`schedule.epochs`) and how large the batch is; the rest sc
 
 from dataclasses import dataclass
 
-from dfine_core.optim import OptimizerConfig, learning_rate_factor
+from dfine_core.config import OptimizerConfig
+from dfine_core.learning_rate import learning_rate_factor
 from pipeline.config import ConfigError, Experiment
 
 REFERENCE_BATCH = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # of the published recipes

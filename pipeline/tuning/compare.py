@@ -14,8 +14,7 @@ from pipeline.evaluation.coco import NUMBERS
 from pipeline.tracking.lookup import RunFacts, Runs
 from pipeline.tracking.names import MAX_PARAM, RUN_KEY, flatten, mlflow_value
 from pipeline.training import checkpoint
-from pipeline.training.record import RESULT
-from pipeline.training.run_folder import BEGAN, NEUTRAL
+from pipeline.training.run_folder import BEGAN, NEUTRAL, RESULT
 from pipeline.tuning.noise import Noise, pooled
 
 Part = Literal["config", "data", "code", "versions"]

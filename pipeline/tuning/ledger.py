@@ -13,11 +13,11 @@ from pipeline.data import storage
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_folder
-from pipeline.training.record import RESULT
+from pipeline.training.run_folder import RESULT
+from pipeline.tuning.curves import ENDED, TrialSettings, costs_per_second, read_curve, runs_folder
 from pipeline.tuning.factors import point_text
 from pipeline.tuning.records import STATUSES, Status, TrialRecord, record_of, write_records
 from pipeline.tuning.sweep import Trial
-from pipeline.tuning.trial import ENDED, TrialSettings, costs_per_second, read_curve, runs_folder
 
 LINE_SECONDS = 30.0  # between two lines of a job's log
 RECORDS = "records.json"

@@ -10,10 +10,10 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
+from pipeline.tuning.curves import ENDED
 from pipeline.tuning.records import TrialRecord
 from pipeline.tuning.space import Point, active, as_text, category, distribution, grid, ordered, random, suggest
 from pipeline.tuning.sweep import LATENCY, Sweep, Trial, search_trials
-from pipeline.tuning.trial import ENDED
 
 SettleTrial = Callable[[Trial, bool], TrialRecord]  # what a trial came to; the second says whether Tune saw it fail
 

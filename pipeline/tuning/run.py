@@ -33,13 +33,14 @@ from pipeline.training import run_folder
 from pipeline.training.launch import submitted_job
 from pipeline.training.preflight import DECODING_CPUS
 from pipeline.training.record import dataset
+from pipeline.tuning.curves import ENDED, EVALUATION, TrialSettings, saying_why
 from pipeline.tuning.ledger import Ledger, Watcher
 from pipeline.tuning.placement import place
 from pipeline.tuning.points import Listed, Points
 from pipeline.tuning.report import SweepReport, as_html, draw, make_report, table
 from pipeline.tuning.space import grid_size
 from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials
-from pipeline.tuning.trial import DRIVER_CPUS, ENDED, EVALUATION, TrialSettings, evaluations_in, run_trial, saying_why
+from pipeline.tuning.trial import DRIVER_CPUS, evaluations_in, run_trial
 from pipeline.tuning.verdict import as_text, top_points
 
 SOURCE = "jobs/tune.py"

@@ -5,59 +5,31 @@ tells again what it told then, in no time: so scheduler and searcher learn what 
 """
 
 import contextlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
 from typing import Any
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline.config import Cluster, Experiment, check, with_values
-from pipeline.data import storage
 from pipeline.data.manifest import load_shards
 from pipeline.training.launch import launch
 from pipeline.training.schedule import derive
+from pipeline.tuning.curves import (
+    EVALUATION,
+    Curve,
+    TrialSettings,
+    costs_per_second,
+    read_curve,
+    runs_folder,
+    write_curve,
+)
 from pipeline.tuning.records import Reading
-from pipeline.tuning.sweep import LATENCY, Sweep, Trial, experiment_of
+from pipeline.tuning.sweep import LATENCY, Trial, experiment_of
 
-EVALUATION = "evaluation"  # what Tune's schedulers count
 DRIVER_CPUS = 0.01  # of the process that drives a trial; Tune takes no zero
-ENDED = ("finished", "pruned", "failed")
-
-
-@dataclass(frozen=True)
-class TrialSettings:
-    """The same for all trials of a sweep; plain data."""
-
-    sweep: Sweep
-    folder: str  # of the sweep
-    cluster: Cluster  # of one trial
-    tracking_uri: str = field(repr=False)  # not in the experiment either: it may hold a password
-    parent_run_id: str | None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a trial has come to so far, as its own process keeps it."""
-
-    readings: tuple[Reading, ...] = ()
-    seconds: float = 0.0  # spent in all starts
-    error: str = ""  # that ended it
-
-
-def saying_why(config: dict[str, Any], work: Callable[..., None], settings: TrialSettings) -> None:
-    """Keep the reason of a failure where the driver finds it."""
-    try:
-        work(config, settings=settings)
-    except Exception as error:
-        trial = Trial(**config["trial"])
-        said = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {said[0]}"
-        write_curve(settings.folder, trial, replace(read_curve(settings.folder, trial), error=reason[:500]))
-        raise
 
 
 def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
@@ -108,14 +80,6 @@ class Report(TuneReportCallback):
             super().after_report(run_context, [{**numbers, EVALUATION: len(readings)}], checkpoint)
 
 
-def costs_per_second(cluster: Cluster) -> dict[str, float]:
-    """What a second of a trial costs: GPU-seconds where it has GPUs, else CPU-seconds."""
-    workers = cluster.workers if isinstance(cluster.workers, int) else 1
-    if cluster.gpus_per_worker:
-        return {"gpu_s": workers * cluster.gpus_per_worker}
-    return {"cpu_s": workers * cluster.cpus_per_worker}
-
-
 def experiment_of_trial(settings: TrialSettings, trial: Trial) -> Experiment:
     sweep = settings.sweep
     content = experiment_of(sweep, trial.point, trial.seed)
@@ -137,27 +101,6 @@ def evaluations_in(experiment: Experiment, cluster: Cluster) -> int:
     workers = cluster.workers if isinstance(cluster.workers, int) else 1
     schedule = derive(experiment, images=load_shards(experiment.data.train).manifest.images, workers=workers)
     return -(-schedule.steps // schedule.evaluation_steps)
-
-
-def runs_folder(folder: str) -> str:
-    return storage.join(folder, "runs")
-
-
-def read_curve(folder: str, trial: Trial) -> Curve:
-    path = _curve_path(folder, trial)
-    if not storage.exists(path):
-        return Curve()
-    content: Mapping[str, Any] = json.loads(storage.read_bytes(path))
-    readings = tuple(Reading(**reading) for reading in content["readings"])
-    return Curve(readings, content["seconds"], content.get("error", ""))
-
-
-def write_curve(folder: str, trial: Trial, curve: Curve) -> None:
-    storage.write_atomic(_curve_path(folder, trial), json.dumps(asdict(curve), indent=1).encode())
-
-
-def _curve_path(folder: str, trial: Trial) -> str:
-    return storage.join(folder, f"curves/{trial.id}.json")
 
 
 @contextlib.contextmanager
