@@ -35,7 +35,7 @@ ENTRANCES = {
         *(
             "pipeline/tuning/trial.py",
             "pipeline/tuning/points.py",
-            "pipeline/tuning/ledger.py",
+            "pipeline/tuning/watcher.py",
             "pipeline/tuning/run.py",
         ),
     ),

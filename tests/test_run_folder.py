@@ -119,6 +119,15 @@ def test_a_worker_that_stays_where_it_is_is_named_once() -> None:
     assert silent_workers(mailbox.news(), 60, named) == []
 
 
+def test_workers_that_start_again_learn_when_those_before_were_last_heard_of() -> None:
+    mailbox = Mailbox()
+    assert mailbox.start() is None
+    mailbox.beat(0, 13, "training")
+    mailbox._beats[0] = Beat(13, "training", 1000.0)
+    assert mailbox.start() == 1000.0
+    assert silent_workers(mailbox.news(), 60, {}) == []  # those before are not missed
+
+
 def test_news_are_told_once() -> None:
     mailbox = Mailbox()
     mailbox.say("one")

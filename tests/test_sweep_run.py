@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,15 +14,19 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from pipeline.config import Cluster
+from pipeline.training import run_folder
+from pipeline.tuning.closing import Closing
 from pipeline.tuning.curves import Curve, TrialSettings, write_curve
-from pipeline.tuning.ledger import Ledger, summary, table
+from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.points import Points
 from pipeline.tuning.records import Reading, TrialRecord, read_records
 from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
 from pipeline.tuning.trial import evaluations_in, experiment_of_trial
+from pipeline.tuning.watcher import summary, table
 from tests.drawn_shards import drawn_records, write_shards
 from tests.sweep_driver import EVALUATIONS
 
@@ -158,6 +163,53 @@ def test_a_ledger_knows_after_a_restart_what_ended_and_what_was_interrupted(tmp_
     assert again.settle(trials[1], failed=True).status == "pruned"  # what has ended stays
     assert "1 finished, 1 pruned, 1 failed" in summary(again.ordered(), "AP", "4", 60)
     assert len(table(again.ordered(), "AP")) == 4
+
+
+def ended_trials(settings: TrialSettings, count: int) -> Ledger:
+    """Pruned after one evaluation, each with a run of its own."""
+    ledger = Ledger(settings)
+    for number in range(count):
+        trial = Trial(number, "search", {"loss.ddf": float(number)}, seed=0)
+        ledger.begin(trial)
+        write_curve(settings.folder, trial, Curve((Reading(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0))
+        run_folder.key_made_once(f"{settings.folder}/runs/{trial.id}")
+        ledger.settle(trial, failed=False)
+    return ledger
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+def test_mlflow_hears_how_trials_ended_those_of_an_earlier_start_too(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = replace(settings_of(load_sweep(sweep_file(tmp_path)), tmp_path), tracking_uri=uri)
+    ended_trials(settings, 2)  # and nobody was told
+    again = Ledger(settings)
+    closing = Closing(again)
+    closing.tell(again.ordered()[0].id)
+    assert closing.finish(timeout=120) == 0
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("dfine").experiment_id])
+    assert {run.info.run_name: run.info.status for run in runs} == dict.fromkeys(again.records, "KILLED")
+    assert {run.data.tags["trial.rung"] for run in runs} == {"1"}
+    assert {record.run_id for record in Ledger(settings).ordered()} == {run.info.run_id for run in runs}
+
+
+def test_a_server_that_is_down_holds_no_trial_up(tmp_path: Path) -> None:
+    settings = replace(
+        settings_of(load_sweep(sweep_file(tmp_path)), tmp_path), tracking_uri=f"http://127.0.0.1:{closed_port()}"
+    )
+    ledger = ended_trials(settings, 20)
+    began = time.monotonic()
+    closing = Closing(ledger)
+    for record in ledger.ordered():
+        closing.tell(record.id)
+    assert closing.finish(timeout=0.5) == 20
+    assert time.monotonic() - began < 5
+
+
+def closed_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def test_a_trial_trains_the_point_with_its_seed_and_says_what_it_belongs_to(tmp_path: Path) -> None:

@@ -139,7 +139,10 @@ def test_a_killed_worker_loses_nothing_and_its_name_is_taken(folder: Path) -> No
     kill_one_worker(driver)
     log = folder / "worker-killed.log"
     assert driver.wait(timeout=400) == 0, log.read_text()[-4000:]
-    assert "continuing at step" in log.read_text()
+    said = log.read_text()
+    assert "continuing at step" in said
+    assert "after the launch" in said.partition("continuing")[0]
+    assert "after the workers were last heard of" in said.partition("continuing")[2]
 
     setting = load_experiment(folder / "run.yaml", {"data.decode_in": "inline", "name": "alone"})
     run = Run(job(setting), ALONE, Heard(), None)

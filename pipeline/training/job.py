@@ -22,7 +22,8 @@ class Job:
     threads: int | None = None  # of PyTorch on the CPU
     evaluation_resources: dict[str, float] = field(default_factory=dict)  # CPU and GPU, of an evaluation beside
     ray_job: str | None = None  # id of the submitted job
-    launched_at: float = field(default_factory=time.time)
+    launched_at: float = field(default_factory=time.time)  # or, restarted, when the workers before were last heard of
+    restarted: bool = False  # by Ray, after a worker died
 
     @property
     def checkpoints(self) -> str:

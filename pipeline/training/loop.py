@@ -479,7 +479,8 @@ class Run:
         named = ", ".join(
             f"{name} {seconds:.1f} s" for name, seconds in sorted(parts.items(), key=lambda part: -part[1])
         )
-        self._say(f"first step {now - self.job.launched_at:.1f} s after the launch: {named}")
+        since = "workers were last heard of" if self.job.restarted else "launch"
+        self._say(f"first step {now - self.job.launched_at:.1f} s after the {since}: {named}")
 
 
 def train(job: Job, group: Group, console: Console) -> dict[str, Any]:

@@ -66,9 +66,11 @@ class Mailbox:
     def progress(self, step: int, note: str) -> None:
         self._step, self._note = step, note
 
-    def restart(self) -> None:
-        """The workers start anew."""
+    def start(self) -> float | None:
+        """The workers start: when those before them were last heard of, if there were any."""
+        last = self._beats.get(0)
         self._beats.clear()
+        return last.at if last else None
 
     def news(self) -> News:
         news = News(tuple(self._said), self._step, self._note, dict(self._beats), time.time())

@@ -1,8 +1,10 @@
 """A Ray Train worker: finds its place among the others and trains."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 from ray.train.collective import broadcast_from_rank_zero
@@ -28,6 +30,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job: Job = config["job"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    if rank == 0 and (stopped_at := ray.get(config["mailbox"].start.remote())) is not None:
+        job = replace(job, launched_at=stopped_at, restarted=True)
     group = Group(
         rank=rank,
         world_size=context.get_world_size(),

@@ -33,8 +33,9 @@ from pipeline.training import run_folder
 from pipeline.training.launch import submitted_job
 from pipeline.training.preflight import DECODING_CPUS
 from pipeline.training.record import dataset
+from pipeline.tuning.closing import Closing
 from pipeline.tuning.curves import ENDED, EVALUATION, TrialSettings, saying_why
-from pipeline.tuning.ledger import Ledger, Watcher
+from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.placement import place
 from pipeline.tuning.points import Listed, Points
 from pipeline.tuning.report import SweepReport, as_html, draw, make_report, table
@@ -42,10 +43,11 @@ from pipeline.tuning.space import grid_size
 from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials
 from pipeline.tuning.trial import DRIVER_CPUS, evaluations_in, run_trial
 from pipeline.tuning.verdict import as_text, top_points
+from pipeline.tuning.watcher import Watcher
 
 SOURCE = "jobs/tune.py"
 REACHED_WITHIN_S = 30.0  # MLflow, to give the sweep's run an id that its trials can name as their parent
-CLOSING_S = 30.0  # given to the last processes of stopped trials
+CLOSING_S = 30.0  # given to the last processes of stopped trials, and to MLflow to hear of them
 # What may change between two starts: how long, how much beside each other, where it is recorded.
 NEUTRAL = ("storage", "trials", "hours", "together", "confirm", "replicates", "cluster", "tracking", "base.tracking")
 REPORT = "report.html"
@@ -95,14 +97,15 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
                 _with_absolute_data(sweep), folder, cluster, tracking.uri, tracker.wait_for_run_id(REACHED_WITHIN_S)
             )
             ledger = Ledger(settings)
+            closing = Closing(ledger)
             try:
-                _search(settings, ledger, together, trainable)
-                _confirm(settings, ledger, together, trainable)
+                _search(settings, ledger, closing, together, trainable)
+                _confirm(settings, ledger, closing, together, trainable)
             except BaseException as error:
                 tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
                 raise
             finally:
-                _close(ledger)
+                closing.finish(CLOSING_S)
                 report = make_report(sweep, ledger.ordered())
                 _write(report, ledger, tracker)
             tracker.finish("FINISHED")
@@ -141,17 +144,21 @@ def _threads(workers: int) -> int:
 # Phases
 
 
-def _search(settings: TrialSettings, ledger: Ledger, together: int, trainable: Callable[..., None]) -> None:
+def _search(
+    settings: TrialSettings, ledger: Ledger, closing: Closing, together: int, trainable: Callable[..., None]
+) -> None:
     sweep = settings.sweep
     ends_at = _began_at(settings.folder) + 3600 * sweep.hours if sweep.hours else float("inf")
     default = replicate_trials(sweep)[:1]  # one is enough to compare with; several would crowd points out of the rungs
     searcher = Points(sweep, default, ledger.ordered(), ledger.settle, ends_at)
     points = sweep.trials or (grid_size(sweep.space) if sweep.searcher.kind == "grid" else None)
     total = f"{points * sweep.seeds_per_point + len(default)}" if points else f"{sweep.hours:g} h of trials"
-    _fit(settings, ledger, trainable, searcher, _scheduler(settings), together, f"{total} before confirmation")
+    _fit(settings, ledger, closing, trainable, searcher, _scheduler(settings), together, f"{total} before confirmation")
 
 
-def _confirm(settings: TrialSettings, ledger: Ledger, together: int, trainable: Callable[..., None]) -> None:
+def _confirm(
+    settings: TrialSettings, ledger: Ledger, closing: Closing, together: int, trainable: Callable[..., None]
+) -> None:
     """The default and the points that looked best, at full length and with seeds that chose nothing."""
     sweep = settings.sweep
     best = top_points(
@@ -170,12 +177,13 @@ def _confirm(settings: TrialSettings, ledger: Ledger, together: int, trainable: 
     ]
     if left:
         total = f"{len(ledger.records) + len(left)}"
-        _fit(settings, ledger, trainable, Listed(left, ledger.settle), FIFOScheduler(), together, total)  # type: ignore[no-untyped-call]
+        _fit(settings, ledger, closing, trainable, Listed(left, ledger.settle), FIFOScheduler(), together, total)  # type: ignore[no-untyped-call]
 
 
 def _fit(
     settings: TrialSettings,
     ledger: Ledger,
+    closing: Closing,
     trainable: Callable[..., None],
     searcher: Points | Listed,
     scheduler: TrialScheduler,
@@ -199,7 +207,7 @@ def _fit(
         run_config=tune.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),  # what is continued are the trials' own folders
             storage_path=storage.join(settings.folder, "ray"),
-            callbacks=[Watcher(ledger, total)],
+            callbacks=[Watcher(ledger, closing, total)],
             failure_config=tune.FailureConfig(max_failures=0),  # a training has restarts of its own
             verbose=0,
         ),
@@ -285,14 +293,6 @@ def _begin_record(tracker: Tracker, sweep: Sweep, folder: str) -> None:
     job = {"ray.job": name} if (name := submitted_job()) else {}
     params = flatten({name: value for name, value in dump(sweep).items() if name != "base"})
     tracker.begin(params, {"run_folder": folder, "sweep": sweep.name or "", **job}, datasets, SOURCE)
-
-
-def _close(ledger: Ledger) -> None:
-    until = time.time() + CLOSING_S
-    ledger.tell_mlflow()
-    while ledger.untold and time.time() < until:
-        time.sleep(1)
-        ledger.tell_mlflow()
 
 
 def _write(report: SweepReport, ledger: Ledger, tracker: Tracker) -> None:
