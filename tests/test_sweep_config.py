@@ -263,13 +263,14 @@ def test_exponents_as_people_write_them_are_numbers() -> None:
 
 # Placement
 
-LAPTOP = {"CPU": 2.0}
-GPU_NODE = {"CPU": 32.0, "GPU": 4.0}
+LAPTOP = {"CPU": 2.0, "memory": 4.0 * 2**30}
+GPU_NODE = {"CPU": 32.0, "GPU": 4.0, "memory": 64.0 * 2**30}
+DRIVER = {"CPU": 0.01, "memory": 1.0 * 2**30}
 
 
 def placed(sweep: Sweep, nodes: list[dict[str, float]], cluster: Cluster | None = None) -> Any:
     total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-    return place(sweep, cluster or Cluster(), total, nodes, driver_cpus=0.01, decoding_cpus=1.0)
+    return place(sweep, cluster or Cluster(), total, nodes, driver=DRIVER, decoding_cpus=1.0)
 
 
 def test_two_trials_share_a_laptop_and_more_are_reduced_with_a_message(tmp_path: Path) -> None:
@@ -283,7 +284,9 @@ def test_two_trials_share_a_laptop_and_more_are_reduced_with_a_message(tmp_path:
 
 def test_what_never_fits_is_refused_with_what_there_is(tmp_path: Path) -> None:
     wide = loaded(tmp_path, cpus_per_worker=1.5)
-    with pytest.raises(ConfigError, match=r"no trial would ever start.*1.5 CPU.*the cluster has 2 CPU on 1 node"):
+    with pytest.raises(
+        ConfigError, match=r"no trial would ever start.*1.5 CPU.*the cluster has 2 CPU, 4 GiB on 1 node"
+    ):
         placed(wide, [LAPTOP])
     with pytest.raises(ConfigError, match="no trial would ever start"):
         placed(loaded(tmp_path, gpus_per_worker=1), [LAPTOP])
@@ -296,6 +299,13 @@ def test_a_worker_lies_on_one_node_so_rests_of_several_do_not_add_up(tmp_path: P
     halves = loaded(tmp_path, gpus_per_worker=0.5, workers_per_trial=2, set={"schedule.global_batch": 8}, trials=100)
     assert placed(halves, [GPU_NODE] * 4).together == 16
     assert placed(halves.model_copy(update={"trials": 5}), [GPU_NODE] * 4).together == 5
+
+
+def test_processes_that_drive_trials_need_memory(tmp_path: Path) -> None:
+    small = {**GPU_NODE, "memory": 2.5 * 2**30}
+    sweep = loaded(tmp_path, gpus_per_worker=0.5, trials=100, together=16)
+    assert placed(sweep, [small, small]).together == 4
+    assert "0.01 CPU with 1 GiB beside them" in placed(sweep, [small, small]).message
 
 
 # What is shipped

@@ -34,14 +34,14 @@ def place(
     total: Resources,
     nodes: Sequence[Resources],
     *,
-    driver_cpus: float,
+    driver: Resources,
     decoding_cpus: float,
 ) -> Placement:
     """
     Args:
         total: of the cluster, "CPU", "GPU" and others.
         nodes: the same of each node.
-        driver_cpus: of the process that leads a trial.
+        driver: "CPU" and "memory" in bytes of what leads a trial, on one node.
         decoding_cpus: left for data tasks of all trials together; 0 where workers decode.
 
     Raises:
@@ -49,14 +49,19 @@ def place(
     """
     per_worker = worker_resources(sweep, cluster, total)
     per_trial = {name: sweep.workers_per_trial * amount for name, amount in per_worker.items()}
-    per_trial["CPU"] = per_trial.get("CPU", 0.0) + driver_cpus
+    per_trial["CPU"] = per_trial.get("CPU", 0.0) + driver["CPU"]
     free = {**total, "CPU": total.get("CPU", 0.0) - decoding_cpus}
     fitting = {name: int(free.get(name, 0.0) / amount + NEARLY) for name, amount in per_trial.items() if amount}
     fitting["workers"] = sum(_workers_on(node, per_worker) for node in nodes) // sweep.workers_per_trial
+    fitting["drivers"] = sum(int(node["memory"] / driver["memory"]) for node in nodes)
     most = min(fitting.values())
     each = ", ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
-    asks = f"a trial asks for {sweep.workers_per_trial} worker(s) with {each}, and {driver_cpus:g} CPU beside them"
+    asks = (
+        f"a trial asks for {sweep.workers_per_trial} worker(s) with {each}, and {driver['CPU']:g} CPU with"
+        f" {driver['memory'] / 2**30:g} GiB beside them"
+    )
     has = ", ".join(f"{total.get(name, 0):g} {name}" for name in sorted({"CPU", *per_worker}))
+    has += f", {sum(node['memory'] for node in nodes) / 2**30:.3g} GiB"
     decoding = f", of which {decoding_cpus:g} CPU decode" if decoding_cpus else ""
     if most < 1 and not cluster.autoscaling:
         raise ConfigError(

@@ -41,7 +41,7 @@ from pipeline.tuning.points import Listed, Points
 from pipeline.tuning.report import SweepReport, as_html, draw, make_report, table
 from pipeline.tuning.space import grid_size
 from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials
-from pipeline.tuning.trial import DRIVER_CPUS, evaluations_in, run_trial
+from pipeline.tuning.trial import DRIVER, evaluations_in, run_trial
 from pipeline.tuning.verdict import as_text, top_points
 from pipeline.tuning.watcher import Watcher
 
@@ -121,7 +121,7 @@ def placed(sweep: Sweep) -> tuple[Cluster, int]:
         cluster,
         ray.cluster_resources(),  # type: ignore[no-untyped-call]
         [node["Resources"] for node in ray.nodes() if node["Alive"]],  # type: ignore[no-untyped-call]
-        driver_cpus=DRIVER_CPUS,
+        driver=DRIVER,
         decoding_cpus=DECODING_CPUS if decodes else 0.0,
     )
     if placement.message:
@@ -193,7 +193,7 @@ def _fit(
     os.environ.update(QUIET_TUNE)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(saying_why, work=trainable, settings=settings), {"cpu": DRIVER_CPUS}),
+        tune.with_resources(tune.with_parameters(saying_why, work=trainable, settings=settings), DRIVER),
         tune_config=tune.TuneConfig(
             metric=settings.sweep.metric,
             mode=settings.sweep.mode,

@@ -29,7 +29,9 @@ from pipeline.tuning.curves import (
 from pipeline.tuning.records import Reading
 from pipeline.tuning.sweep import LATENCY, Trial, experiment_of
 
-DRIVER_CPUS = 0.01  # of the process that drives a trial; Tune takes no zero
+# Of the process that drives a trial and of Ray Train's controller, which stays beside it. Tune takes no zero; without the memory
+# Ray would put all of them on one node.
+DRIVER = {"CPU": 0.01, "memory": 1.0 * 2**30}
 
 
 def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
