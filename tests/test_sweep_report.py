@@ -132,7 +132,7 @@ def test_every_trial_is_a_row_with_its_config_status_and_cost(report: SweepRepor
     assert rows["status"].count("failed") == 1
     assert rows["status"].count("running") == 1
     assert sum(str(status).startswith("pruned after") for status in rows["status"]) > 10
-    assert rows["before training"][0] == 0.0123
+    assert rows["AP before training"][0] == 0.0123
     assert rows["loss.ddf_temperature"].count(None) > 0  # where it was inactive
     assert rows["GPU s"][0] == round(records[0].cost_s)
 
@@ -170,6 +170,25 @@ def test_a_single_key_and_a_single_value_make_a_report(tmp_path: Path) -> None:
 def test_records_are_kept_as_they_are(records: list[TrialRecord], tmp_path: Path) -> None:
     write_records(tmp_path / "trials.json", records)
     assert read_records(tmp_path / "trials.json") == records
+
+
+def test_what_re_binning_costs_is_told_beside_what_the_source_reaches(tmp_path: Path) -> None:
+    space = {"model.reg_max": {"choice": [8, 16, 32]}}
+    sweep = loaded(tmp_path, init="pretrained", space=space, searcher={"kind": "grid"}, trials=None)
+    before = {8: 0.25, 16: 0.35, 32: 0.4}
+    known = [
+        changed(record, ap_before_training=before[record.point["model.reg_max"]])
+        for record in simulated(sweep, lambda point: 0.4)
+    ]
+    bins = {"reg_max": 32, "reg_scale": 4.0, "up": 0.5}
+    told = make_report(sweep, known, bins)
+    assert dict(facts(told))["starts from"] == "pretrained, AP 0.4000 here before any training"
+    rows = table(told)
+    lost = dict(zip(rows["model.reg_max"], rows["lost by re-binning"], strict=True))
+    assert lost == pytest.approx({8: 0.15, 16: 0.05, 32: 0.0})
+    others = make_report(sweep, known, {**bins, "reg_max": 64})
+    assert "is not known" in dict(facts(others))["starts from"]
+    assert make_report(sweep, known).source_ap is None
 
 
 @pytest.mark.slow

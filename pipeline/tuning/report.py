@@ -7,16 +7,18 @@ from pathlib import PurePosixPath
 import jinja2
 from matplotlib.figure import Figure
 
+from pipeline.config import Experiment, check, dump
 from pipeline.tuning import figures
 from pipeline.tuning.factors import factors_of, point_text, shown
 from pipeline.tuning.importance import Importance, importances
 from pipeline.tuning.noise import point_name
 from pipeline.tuning.records import STATUSES, TrialRecord
 from pipeline.tuning.space import Point, as_text
-from pipeline.tuning.sweep import Sweep, default_point, evaluations_of, rungs
+from pipeline.tuning.sweep import Sweep, default_point, evaluations_of, rungs, value_at
 from pipeline.tuning.verdict import Verdict, judge
 
 Cell = str | int | float | bool | None
+BINS = ("reg_max", "reg_scale", "up")  # of the model: with others its heads are re-binned
 MAPPED = ("model.reg_max", "loss.ddf")  # the two keys of the map, where both are searched
 
 TITLES = {
@@ -37,6 +39,7 @@ class SweepReport:
     rungs: tuple[int, ...]
     verdict: Verdict
     importances: tuple[Importance, ...]
+    source_ap: float | None  # of the detector that all trials start from, on their validation set
 
     @property
     def unit(self) -> str:
@@ -44,8 +47,14 @@ class SweepReport:
         return "GPU" if any(record.cost.get("gpu_s") for record in self.records) else "CPU"
 
 
-def make_report(sweep: Sweep, records: Sequence[TrialRecord]) -> SweepReport:
-    """Judge the trials; also while some are still running."""
+def make_report(
+    sweep: Sweep, records: Sequence[TrialRecord], source_bins: Mapping[str, float] | None = None
+) -> SweepReport:
+    """Judge the trials; also while some are still running.
+
+    Args:
+        source_bins: `BINS` of the detector that all trials start from.
+    """
     default = default_point(sweep)
     verdict = judge(records, space=sweep.space, default=default, metric=sweep.metric, mode=sweep.mode)
     total = evaluations_of(sweep) or max((len(record.curve) for record in records), default=0)
@@ -56,7 +65,20 @@ def make_report(sweep: Sweep, records: Sequence[TrialRecord]) -> SweepReport:
         rungs=rungs(sweep, total),
         verdict=verdict,
         importances=importances(records, sweep.space, sweep.metric, mode=sweep.mode),
+        source_ap=source_ap(sweep, records, source_bins),
     )
+
+
+def source_ap(sweep: Sweep, records: Sequence[TrialRecord], bins: Mapping[str, float] | None) -> float | None:
+    """What trials begin with whose heads need no re-binning: that is the source itself."""
+    if bins is None:
+        return None
+    experiment = dump(check(Experiment, sweep.base, source=sweep.experiment))
+    for record in records:
+        own = {name: record.point.get(f"model.{name}", value_at(experiment, f"model.{name}")) for name in BINS}
+        if record.ap_before_training is not None and own == bins:
+            return record.ap_before_training
+    return None
 
 
 def draw(report: SweepReport) -> dict[str, Figure]:
@@ -111,7 +133,9 @@ def _row(report: SweepReport, record: TrialRecord) -> dict[str, Cell]:
     if evaluation is not None:
         row[f"{metric} after {evaluation}"] = record.at(evaluation, metric)
     row[f"{metric} at the end"] = record.result(metric) if record.status == "finished" else None
-    row["before training"] = record.ap_before_training
+    row["AP before training"] = before = record.ap_before_training
+    if report.source_ap is not None:
+        row["lost by re-binning"] = None if before is None else report.source_ap - before
     row["ms/image"] = record.latency_ms
     row[f"{report.unit} s"] = round(record.cost_s)
     row["reason"] = record.reason
@@ -183,9 +207,18 @@ def facts(report: SweepReport) -> list[tuple[str, str]]:
         ("scheduler", f"{sweep.scheduler.kind}{at_rungs}"),
         ("seeds", f"{sweep.seeds_per_point} per point, {sweep.replicates} replicates of the default"),
         ("confirmation", f"the top {sweep.confirm.top} points with {sweep.confirm.seeds} fresh seeds each"),
-        ("starts from", sweep.init or "the experiment's own weights"),
+        ("starts from", _source(report)),
         ("the default", point_text(report.default)),
     ]
+
+
+def _source(report: SweepReport) -> str:
+    sweep = report.sweep
+    if sweep.init is None:
+        return "the experiment's own weights"
+    if report.source_ap is None:
+        return f"{sweep.init}; no trial has its bins, so its own AP here is not known"
+    return f"{sweep.init}, AP {report.source_ap:.4f} here before any training"
 
 
 def captions(report: SweepReport) -> dict[str, str]:

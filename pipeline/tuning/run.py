@@ -29,7 +29,9 @@ from pipeline.ray_start import start_ray
 from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
+from pipeline.trained import open_trained
 from pipeline.training import run_folder
+from pipeline.training.initial import pinned
 from pipeline.training.launch import submitted_job
 from pipeline.training.preflight import DECODING_CPUS
 from pipeline.training.record import dataset
@@ -38,7 +40,7 @@ from pipeline.tuning.curves import ENDED, EVALUATION, TrialSettings, saying_why
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.placement import place
 from pipeline.tuning.points import Listed, Points
-from pipeline.tuning.report import SweepReport, as_html, draw, make_report, table
+from pipeline.tuning.report import BINS, SweepReport, as_html, draw, make_report, table
 from pipeline.tuning.space import grid_size
 from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials
 from pipeline.tuning.trial import DRIVER, evaluations_in, run_trial
@@ -93,9 +95,10 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
         )
         with Tracker(run_folder.queue_folder(folder, key), tracking) as tracker:
             _begin_record(tracker, sweep, folder)
-            settings = TrialSettings(
-                _with_absolute_data(sweep), folder, cluster, tracking.uri, tracker.wait_for_run_id(REACHED_WITHIN_S)
-            )
+            begun = _with_absolute_data(sweep)
+            if sweep.init is not None:
+                begun = begun.model_copy(update={"init": pinned(sweep.init, folder, tracking.uri)})
+            settings = TrialSettings(begun, folder, cluster, tracking.uri, tracker.wait_for_run_id(REACHED_WITHIN_S))
             ledger = Ledger(settings)
             closing = Closing(ledger)
             try:
@@ -106,7 +109,7 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
                 raise
             finally:
                 closing.finish(CLOSING_S)
-                report = make_report(sweep, ledger.ordered())
+                report = make_report(sweep, ledger.ordered(), _bins(begun.init))
                 _write(report, ledger, tracker)
             tracker.finish("FINISHED")
     return SweepOutcome(folder, report, tracking)
@@ -321,7 +324,15 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
 def _with_absolute_data(sweep: Sweep) -> Sweep:
     """Trials have another working directory."""
     data = {**sweep.base["data"], **{use: storage.absolute(sweep.base["data"][use]) for use in ("train", "val")}}
-    init = sweep.init
-    if init is not None and not init.startswith(("runs:/", "models:/")):
-        init = storage.absolute(init)
-    return sweep.model_copy(update={"base": {**sweep.base, "data": data}, "init": init})
+    return sweep.model_copy(update={"base": {**sweep.base, "data": data}})
+
+
+def _bins(init: str | None) -> dict[str, float] | None:
+    """Of the detector that all trials start from, if it is one."""
+    if init is None:
+        return None
+    try:
+        config = open_trained(init).config
+    except ConfigError:  # a backbone alone
+        return None
+    return {name: getattr(config, name) for name in BINS}
