@@ -26,6 +26,7 @@ from dfine_core.config import VARIANTS, ModelConfig
 from dfine_core.detector import DERIVED_KEYS, Detector
 from dfine_core.images import ImageSource, listed, prepare, read_image, sizes_of
 from dfine_core.postprocess import Detections, postprocess
+from dfine_core.redaction import redact
 from dfine_core.weights import DIRECT_OUTPUTS, load_weights, read_checkpoint
 
 KEPT = 300  # detections of an image before the threshold, as published
@@ -294,7 +295,7 @@ def _from_mlflow(source: str, device: str | torch.device | None) -> LoadedDetect
         try:
             downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
         except (MlflowException, OSError) as error:
-            raise LoadError(f"{source}: {error}") from None
+            raise LoadError(f"{source}: {redact(str(error))}") from None
         described = next(Path(downloaded).rglob(DESCRIPTION), None)
         if described is None:
             raise LoadError(f"{source}: holds no detector of this project")

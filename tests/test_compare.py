@@ -142,7 +142,7 @@ def test_runs_that_differ_in_more_than_their_seed_are_no_replicates(folder: Path
 
 
 def test_a_run_that_is_not_there_or_not_alone_is_refused(folder: Path, tmp_path: Path) -> None:
-    for named, said in (("none", "0 runs"), ("0" * 32, "no run of this id"), ("o'clock", "give the id")):
+    for named, said in (("none", "0 runs"), ("0" * 32, "not found"), ("o'clock", "give the id")):
         with pytest.raises(LookupFailed, match=said):
             opened(folder, "first", named)
     with pytest.raises(LookupFailed, match="there is no database"):

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from dfine_core import Detector
 from dfine_core.loading import DESCRIPTION, KEPT, LoadedDetector
 from dfine_core.postprocess import postprocess
+from dfine_core.redaction import redact
 from dfine_core.weights import save_released
-from pipeline.tracking.names import redact
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 
+from pipeline.tracking.asking import asking
 from pipeline.tracking.names import MAX_TAG, mlflow_key, mlflow_value
 from pipeline.tracking.queue_folder import milliseconds
 
@@ -46,10 +46,8 @@ def find_target(source: str) -> Target:
         raise AttachError(
             f"{source}: name a run (runs:/RUN_ID) or a model version (models:/NAME/VERSION, models:/NAME@ALIAS)"
         )
-    try:
+    with asking(source, AttachError):
         return _find(source, _client(source))
-    except mlflow.MlflowException as error:
-        raise AttachError(f"{source}: {error.message}") from None
 
 
 def attach(
@@ -69,7 +67,7 @@ def attach(
         AttachError: the server does not take it.
     """
     client = _client(str(target))
-    try:
+    with asking(str(target), AttachError):
         for path in files:
             if path.is_dir():
                 client.log_artifacts(target.run_id, str(path), f"{folder}/{path.name}")
@@ -86,8 +84,6 @@ def attach(
                 client.set_model_version_tag(
                     target.name, target.version, mlflow_key(name), mlflow_value(value, MAX_TAG)
                 )
-    except mlflow.MlflowException as error:
-        raise AttachError(f"{target}: {error.message}") from None
 
 
 def _client(source: str) -> MlflowClient:

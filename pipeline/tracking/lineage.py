@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
-from mlflow.exceptions import MlflowException
 
+from dfine_core.redaction import redact
 from pipeline.config import ConfigError
-from pipeline.tracking.names import RUN_KEY, redact
+from pipeline.tracking.asking import asking
+from pipeline.tracking.names import RUN_KEY
 
 RUN, MODEL = "runs:/", "models:/"
 PARENT = "parent."
@@ -43,7 +44,16 @@ def client_of(tracking_uri: str) -> MlflowClient:
 
 
 def facts(client: MlflowClient, source: str) -> dict[str, str]:
-    """What MLflow knows about `runs:/RUN_ID` or `models:/NAME@ALIAS`, as of now: an alias may move on."""
+    """What MLflow knows about `runs:/RUN_ID` or `models:/NAME@ALIAS`, as of now: an alias may move on.
+
+    Raises:
+        ConfigError: it knows nothing of it.
+    """
+    with asking(source):
+        return _facts(client, source)
+
+
+def _facts(client: MlflowClient, source: str) -> dict[str, str]:
     known = {"source": source}
     if source.startswith(RUN):
         return known | _of_run(client, source.removeprefix(RUN).split("/")[0])
@@ -72,9 +82,10 @@ def lineage(client: MlflowClient, run_id: str, seen: frozenset[str] = frozenset(
     """The run and all that it comes from.
 
     Raises:
-        mlflow.MlflowException: there is no such run.
+        ConfigError: there is no such run.
     """
-    run = client.get_run(run_id)
+    with asking(run_id):
+        run = client.get_run(run_id)
     tags = run.data.tags
     parent = {key.removeprefix(PARENT): value for key, value in tags.items() if key.startswith(PARENT)}
     before = _parent_run(client, parent)
@@ -103,7 +114,7 @@ def find_run(client: MlflowClient, wanted: str) -> str:
     Raises:
         ConfigError: there is none, or there are several of that name.
     """
-    try:
+    with asking(wanted):
         if wanted.startswith(MODEL):
             return facts(client, wanted)["run_id"]
         for what in ("attributes.run_id", "attributes.run_name", f"tags.`{RUN_KEY}`"):
@@ -113,8 +124,6 @@ def find_run(client: MlflowClient, wanted: str) -> str:
             if found:
                 ids = ", ".join(run.info.run_id for run in found)
                 raise ConfigError(f"{len(found)} runs are named {wanted!r}: give one of their ids, {ids}")
-    except MlflowException as error:
-        raise ConfigError(f"{wanted}: {error}") from None
     raise ConfigError(f"MLflow at {redact(client.tracking_uri)} knows no run {wanted!r}")
 
 

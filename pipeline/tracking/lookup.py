@@ -7,10 +7,11 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
-from pipeline.tracking.names import RUN_KEY, redact
+from dfine_core.redaction import redact
+from pipeline.tracking.asking import asking
+from pipeline.tracking.names import RUN_KEY
 from pipeline.tracking.settings import TrackingSettings
 
 RUNS = "runs:/"
@@ -66,10 +67,8 @@ class Runs:
         """
         wanted = named.removeprefix(RUNS)
         if _ID.fullmatch(wanted):
-            try:
+            with asking(f"{named} at {self.shown_uri}", LookupFailed):
                 return facts_of(self._client.get_run(wanted))
-            except MlflowException:
-                raise LookupFailed(f"{named}: {self.shown_uri} knows no run of this id") from None
         found = self._search(f"attributes.run_name = '{_quoted(wanted)}'")
         if len(found) != 1:
             several = ", ".join(run.info.run_id for run in found[:5])
@@ -89,11 +88,13 @@ class Runs:
 
     def log_text(self, run_id: str, text: str, path: str) -> None:
         """As the run's artifact `path`."""
-        self._client.log_text(run_id, text, path)
+        with asking(f"{path} for run {run_id}", LookupFailed):
+            self._client.log_text(run_id, text, path)
 
     def _search(self, condition: str) -> list[Run]:
-        experiments = [experiment.experiment_id for experiment in self._client.search_experiments()]
-        return list(self._pages(experiments, condition)) if experiments else []
+        with asking(self.shown_uri, LookupFailed):
+            experiments = [experiment.experiment_id for experiment in self._client.search_experiments()]
+            return list(self._pages(experiments, condition)) if experiments else []
 
     def _pages(self, experiments: Sequence[str], condition: str) -> Iterator[Run]:
         token: str | None = None

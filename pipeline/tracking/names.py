@@ -1,4 +1,4 @@
-"""What MLflow takes as a name and as a value, and what must not leave this process."""
+"""What MLflow takes as a name and as a value."""
 
 import posixpath
 import re
@@ -14,12 +14,6 @@ MAX_PARAM = 6000
 MAX_TAG = 8000
 
 _ILLEGAL = re.compile(r"[^/\w.\- :]")
-_USER = re.compile(r"(?<=://)[^/\s?#]*@")
-
-
-def redact(text: str) -> str:
-    """The text with user names and passwords of URIs replaced: `http://***@host/path`."""
-    return _USER.sub("***@", text)
 
 
 @lru_cache(maxsize=65536)

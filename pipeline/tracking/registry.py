@@ -1,8 +1,10 @@
 """Model versions made after the fact, of runs that have logged their model."""
 
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.config import ConfigError
+from pipeline.tracking.asking import asking
 from pipeline.tracking.lineage import client_of
 
 
@@ -10,9 +12,13 @@ def register(tracking_uri: str, run_id: str, name: str, alias: str | None = None
     """The version of the registered model `name` that is the run's detector, as NAME/VERSION; made if there is none.
 
     Raises:
-        ConfigError: the run has logged no model.
+        ConfigError: the run has logged no model, or MLflow does not take it.
     """
-    client = client_of(tracking_uri)
+    with asking(f"registering {name}"):
+        return _register(client_of(tracking_uri), run_id, name, alias)
+
+
+def _register(client: MlflowClient, run_id: str, name: str, alias: str | None) -> str:
     outputs = client.get_run(run_id).outputs
     if outputs is None or not outputs.model_outputs:
         raise ConfigError(f"run {run_id} has logged no model")

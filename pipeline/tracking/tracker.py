@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dfine_core.redaction import redact
 from pipeline.tracking.courier import Courier
 from pipeline.tracking.event_log import Event
-from pipeline.tracking.names import Scalar, redact
+from pipeline.tracking.names import Scalar
 from pipeline.tracking.queue_folder import QueueFolder, milliseconds
 from pipeline.tracking.settings import TrackingSettings
 

@@ -1,0 +1,75 @@
+"""A password in the tracking server's address is told to nobody, also when the server does not answer."""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.benchmark
+import jobs.compare
+import jobs.evaluate
+import jobs.export
+import jobs.lineage
+import jobs.predict
+from dfine_core import load
+from pipeline.tracking.lineage import client_of, facts
+from pipeline.tracking.registry import register
+from pipeline.training.initial import pinned
+from tests.drawn_shards import drawn_records, write_shards
+
+PASSWORD = "hunter2"
+MODEL = "models:/shapes@champion"
+Call = Callable[[Path], Any]
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of a server that refuses every connection."""
+    with socket.socket() as listening:  # bound, but not listening
+        listening.bind(("127.0.0.1", 0))
+        uri = f"http://bob:{PASSWORD}@127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        yield uri
+
+
+COMMANDS: dict[str, Call] = {
+    "lineage": lambda folder: jobs.lineage.main(["mine"]),
+    "compare": lambda folder: jobs.compare.main(["one", "other"]),
+    "export": lambda folder: jobs.export.main([MODEL, "--to", "safetensors", "--out", str(folder / "out")]),
+    "benchmark": lambda folder: jobs.benchmark.main([MODEL]),
+    "evaluate": lambda folder: jobs.evaluate.main([MODEL, str(folder / "shards")]),
+    "predict": lambda folder: jobs.predict.main([MODEL, str(folder / "shards"), "--out", str(folder / "out")]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_tell_no_password(
+    name: str, address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path / "shards", drawn_records(2))
+    with pytest.raises(SystemExit) as ended:
+        COMMANDS[name](tmp_path)
+    said = "".join(capfd.readouterr()) + caplog.text + str(ended.value)
+    assert PASSWORD not in said
+    assert "bob" not in said
+    assert "***@127.0.0.1" in said
+    assert ended.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda address, folder: load(MODEL),
+        lambda address, folder: facts(client_of(address), MODEL),
+        lambda address, folder: register(address, "0" * 32, "shapes"),
+        lambda address, folder: pinned(MODEL, str(folder / "run"), address),
+    ],
+    ids=["load", "facts", "register", "pinned"],
+)
+def test_errors_hold_no_password(call: Callable[[str, Path], Any], address: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\*\*\*@127\.0\.0\.1") as error:
+        call(address, tmp_path)
+    assert PASSWORD not in str(error.value)
