@@ -128,6 +128,9 @@ def test_every_shipped_experiment_and_cluster_is_valid() -> None:
     for path in experiments:
         experiment = load_experiment(path)
         assert path.stem.startswith(f"dfine_{experiment.model.variant}"), path
+    for path in configs.glob("*.yaml"):
+        assert f"configs/{path.name}" in path.read_text() or "make" in path.read_text(), "no command to run it"
+        load_experiment(path)
     ours = [
         path for path in clusters if "apiVersion" not in path.read_text() and "cluster_name" not in path.read_text()
     ]
