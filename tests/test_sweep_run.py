@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from mlflow import MlflowClient
+from ray import cloudpickle
 
 from pipeline.config import Cluster
 from pipeline.training import run_folder
@@ -26,7 +27,7 @@ from pipeline.tuning.points import Points
 from pipeline.tuning.records import Reading, TrialRecord, read_records
 from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
 from pipeline.tuning.trial import evaluations_in, experiment_of_trial
-from pipeline.tuning.watcher import summary, table
+from pipeline.tuning.watcher import Watcher, summary, table
 from tests.drawn_shards import drawn_records, write_shards
 from tests.sweep_driver import EVALUATIONS
 
@@ -202,6 +203,7 @@ def test_a_server_that_is_down_holds_no_trial_up(tmp_path: Path) -> None:
     closing = Closing(ledger)
     for record in ledger.ordered():
         closing.tell(record.id)
+    cloudpickle.dumps(Watcher(ledger, closing, total="20"))  # as Tune does before it begins
     assert closing.finish(timeout=0.5) == 20
     assert time.monotonic() - began < 5
 

@@ -24,6 +24,10 @@ class Watcher(Callback):
         self._shown_at, self._lines = 0.0, 0
         self._began_at = time.time()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes down everything that it is given, and a sweep goes on from its own files."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ledger.begin(_ours(trial))
         self._show()
