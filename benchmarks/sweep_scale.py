@@ -48,7 +48,8 @@ def main() -> None:
     os.environ.update(QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {SECONDS: str(args.seconds)})
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        ray.init("local", num_cpus=2 * args.gpus, num_gpus=args.gpus, include_dashboard=True, log_to_driver=False)
+        memory = args.gpus * 2**30
+        ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
         sweep = load_sweep(sweep_file(folder, args.trials, args.gpus_per_trial))
         began = time.time()
@@ -89,7 +90,7 @@ def sweep_file(folder: Path, trials: int, gpus: int) -> Path:
         "trials": trials,
         "workers_per_trial": gpus,
         "gpus_per_worker": 1,
-        "cpus_per_worker": 1,
+        "cpus_per_worker": 0,
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     return folder / "sweep.yaml"
