@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayError
 
 from pipeline.progress import Progress
 
 POLL_SECONDS = 1.0
+ANSWER_SECONDS = 10.0
 BEAT_SECONDS = 1.0  # at most one message of a worker in this time
 
 
@@ -77,6 +79,15 @@ class Mailbox:
         self._said.clear()
         self._step = None
         return news
+
+
+def stopped_before(mailbox: Any) -> float | None:
+    """When workers before these were last heard of; None also if nobody knows. Called by rank 0 as it starts."""
+    try:
+        at: float | None = ray.get(mailbox.start.remote(), timeout=ANSWER_SECONDS)
+    except RayError:
+        return None
+    return at
 
 
 def start_mailbox() -> Any:

@@ -4,7 +4,6 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 from ray.train.collective import broadcast_from_rank_zero
@@ -12,7 +11,7 @@ from ray.train.v2._internal.execution import collective_impl as collectives
 from ray.train.v2._internal.execution import context as reporting
 
 from pipeline.training.job import Job
-from pipeline.training.monitor import WorkerConsole
+from pipeline.training.monitor import WorkerConsole, stopped_before
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job: Job = config["job"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    if rank == 0 and (stopped_at := ray.get(config["mailbox"].start.remote())) is not None:
+    if rank == 0 and (stopped_at := stopped_before(config["mailbox"])) is not None:
         job = replace(job, launched_at=stopped_at, restarted=True)
     group = Group(
         rank=rank,

@@ -1,4 +1,4 @@
-"""What the driver of a sweep knows of its trials, kept so that the next start knows it too; and what it shows of them."""
+"""What the driver of a sweep knows of its trials, kept so that the next start knows it too."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,7 +10,6 @@ from pipeline.tuning.curves import ENDED, TrialSettings, costs_per_second, read_
 from pipeline.tuning.records import Status, TrialRecord, record_of, write_records
 from pipeline.tuning.sweep import Trial
 
-LINE_SECONDS = 30.0  # between two lines of a job's log
 RECORDS = "records.json"
 
 

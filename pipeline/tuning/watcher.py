@@ -8,6 +8,7 @@ from typing import Any
 from ray.tune import Callback
 
 from pipeline.tuning.closing import Closing
+from pipeline.tuning.curves import ENDED
 from pipeline.tuning.factors import point_text
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.records import STATUSES, TrialRecord
@@ -21,6 +22,7 @@ class Watcher(Callback):
 
     def __init__(self, ledger: Ledger, closing: Closing, total: str) -> None:
         self._ledger, self._closing, self._total = ledger, closing, total
+        self._before = {record.id for record in ledger.ordered() if record.status in ENDED}  # in earlier starts
         self._shown_at, self._lines = 0.0, 0
         self._began_at = time.time()
 
@@ -37,15 +39,17 @@ class Watcher(Callback):
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self._ledger.settle(_ours(trial), failed=False)
-        self._closing.tell(record.id)
-        self._show(now=True)
+        self._end(self._ledger.settle(_ours(trial), failed=False))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self._ledger.settle(_ours(trial), failed=True)
         print(f"{record.id} failed: {record.reason}; see logs/{record.id}.log", flush=True)
-        self._closing.tell(record.id)
-        self._show(now=True)
+        self._end(record)
+
+    def _end(self, record: TrialRecord) -> None:
+        if record.id not in self._before:
+            self._closing.tell(record.id)
+            self._show(now=True)
 
     def _show(self, now: bool = False) -> None:
         """In a terminal the whole table in its place; in a log a line now and then."""
