@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from pipeline.data.prepare import prepare
 from pipeline.data.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.ray_start import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
-from pipeline.training import run_folder
+from pipeline.training.run_folder import BEGAN, RESULT
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.records import Reading
-from pipeline.tuning.run import run_sweep
+from pipeline.tuning.run import Interrupted, run_sweep
 from pipeline.tuning.sweep import Trial
 
 EVALUATIONS = 9
@@ -53,13 +54,15 @@ def main() -> None:
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
         sweep = load_sweep(sweep_file(folder, args.trials, args.gpus_per_trial))
         began = time.time()
-        outcome = run_sweep(sweep, sleeping)
+        try:
+            print(run_sweep(sweep, sleeping).summary())
+        except Interrupted:
+            print("interrupted: numbers of what was done")
         ended = time.time()
         spent = cpu_seconds()
         ray.shutdown()  # type: ignore[no-untyped-call]
         times = [json.loads(path.read_text()) for path in (folder / "runs/sweep/times").iterdir()]
         places = args.gpus // args.gpus_per_trial
-        print(outcome.summary())
         for line in (
             *of_places(times, places),
             *of_the_driver(spent, len(times)),
@@ -100,7 +103,9 @@ def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
     """AP that grows to what the rate allows, with noise of 0.01."""
     trial = Trial(**config["trial"])
     run = storage.join(runs_folder(settings.folder), trial.id)
-    run_folder.key_made_once(run)  # for MLflow
+    storage.write_atomic(
+        storage.join(run, BEGAN), json.dumps({"tracking_key": uuid.uuid4().hex}).encode()
+    )  # for MLflow
     times: dict[str, Any] = {
         "process": psutil.Process().create_time(),
         "began": time.time(),
@@ -119,7 +124,7 @@ def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
         if number < EVALUATIONS:
             tune.report({"AP": reading.metrics["AP"], EVALUATION: number})
     result = {"numbers": readings[-1].metrics, "latency_ms": 5.0}
-    storage.write_atomic(storage.join(run, run_folder.RESULT), json.dumps(result).encode())
+    storage.write_atomic(storage.join(run, RESULT), json.dumps(result).encode())
 
 
 def of_places(times: list[dict[str, float]], places: int) -> list[str]:
