@@ -1,190 +1,148 @@
-"""A thousand trials on 256 GPUs, on one machine: what the driver of a sweep takes, and how long a free place waits.
+"""A thousand trials on 256 GPUs: what the one driver of a sweep does for them, event by event.
 
-    python -m benchmarks.sweep_scale --trials 1000 --gpus 256 --gpus-per-trial 8 --seconds 40
+    python -m benchmarks.sweep_scale --trials 1000 --places 256
 
-Trials sleep instead of training; the rest is a sweep as it is: Optuna, ASHA, Tune's loop, a process per trial, records, MLflow,
-verdict, report. GPUs are only numbers to Ray here. The processes of trials, which on a cluster are spread over its nodes, share
-this machine's cores: so their starting is told apart from what the one driver does.
+Time is simulated, so that only what the driver does takes any: Optuna's next point, ASHA's decisions, records, the console,
+MLflow, verdict and report, each as it is in a sweep. Trials and their processes are not there: `benchmarks.sweep_processes`.
 """
 
 import argparse
+import heapq
 import json
-import os
 import tempfile
 import time
 import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
-import psutil
-import ray
-import yaml
 from mlflow import MlflowClient
-from ray import tune
+from ray.tune.schedulers import TrialScheduler
 
+from benchmarks.sweep_processes import EVALUATIONS, sweep_file
+from pipeline.config import Cluster
 from pipeline.data import storage
 from pipeline.data.prepare import prepare
 from pipeline.data.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.ray_start import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
 from pipeline.training.run_folder import BEGAN, RESULT
+from pipeline.tuning.closing import Closing
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
+from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.load import load_sweep
+from pipeline.tuning.points import Points
 from pipeline.tuning.records import Reading
-from pipeline.tuning.run import Interrupted, run_sweep
-from pipeline.tuning.sweep import Trial
-
-EVALUATIONS = 9
-SECONDS = "SWEEP_SCALE_SECONDS"  # of a whole trial
+from pipeline.tuning.report import as_html, draw, make_report
+from pipeline.tuning.run import scheduler_of
+from pipeline.tuning.sweep import Trial, replicate_trials
+from pipeline.tuning.watcher import Watcher
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--gpus", type=int, default=256)
-    parser.add_argument("--gpus-per-trial", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of a whole trial")
+    parser.add_argument("--places", type=int, default=256, help="trials at once")
     args = parser.parse_args()
-    os.environ.update(QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {SECONDS: str(args.seconds)})
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        memory = args.gpus * 2**30
-        ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
-        sweep = load_sweep(sweep_file(folder, args.trials, args.gpus_per_trial))
-        began = time.time()
-        try:
-            print(run_sweep(sweep, sleeping).summary())
-        except Interrupted:
-            print("interrupted: numbers of what was done")
-        ended = time.time()
-        spent = cpu_seconds()
-        ray.shutdown()  # type: ignore[no-untyped-call]
-        times = [json.loads(path.read_text()) for path in (folder / "runs/sweep/times").iterdir()]
-        places = args.gpus // args.gpus_per_trial
-        for line in (
-            *of_places(times, places),
-            *of_the_driver(spent, len(times)),
-            *of_the_record(folder, times, ended),
-        ):
-            print(line)
-        print(f"{'the whole sweep':48}{(ended - began) / 60:9.1f} min")
+        sweep = load_sweep(sweep_file(folder, args.trials, gpus=1))
+        store = f"sqlite:///{folder}/mlflow.db"
+        settings = TrialSettings(sweep, str(folder / "sweep"), Cluster(workers=1, gpus_per_worker=1), store, None)
+        ledger = Ledger(settings)
+        closing = Closing(ledger)
+        clock = Clock()
+        simulate(settings, ledger, closing, args.places, clock)
+        with clock.timed("MLflow is told what is left"):
+            left = closing.finish(timeout=1800)
+        with clock.timed("report: verdict"):
+            report = make_report(sweep, ledger.ordered())
+        with clock.timed("report: figures and page"):
+            page = as_html(report, draw(report))
+        client = MlflowClient(store, registry_uri=store)
+        with clock.timed("MLflow lists all runs"):
+            runs = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=50_000)
+        for name, seconds in clock.seconds.items():
+            print(
+                f"{name:34}{len(seconds):7} times{1000 * np.median(seconds):9.1f} ms{1000 * max(seconds):10.1f} ms at most"
+                f"{sum(seconds):9.1f} s in all"
+            )
+        print(
+            f"{len(ledger.records)} trials, {len(runs)} runs in MLflow, {left} not told, report {len(page) / 1e6:.1f} MB"
+        )
 
 
-def sweep_file(folder: Path, trials: int, gpus: int) -> Path:
-    data = str(folder / "data")
-    experiment = {
-        "data": {"train": data, "val": data, "decode_in": "worker"},
-        "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20},
-        "schedule": {"steps": EVALUATIONS, "global_batch": 8},
-        "evaluation": {"every_steps": 1},
-    }
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))
-    sweep = {
-        "name": "sweep",
-        "storage": str(folder / "runs"),
-        "experiment": "experiment.yaml",
-        "space": {
-            "model.reg_max": {"integer": [8, 64, 2]},
-            "loss.ddf": {"uniform": [0, 5]},
-            "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
-        },
-        "trials": trials,
-        "workers_per_trial": gpus,
-        "gpus_per_worker": 1,
-        "cpus_per_worker": 0,
-    }
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    return folder / "sweep.yaml"
+class Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started_at = time.perf_counter()
+        yield
+        self.seconds[name].append(time.perf_counter() - started_at)
 
 
-def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
-    """AP that grows to what the rate allows, with noise of 0.01."""
-    trial = Trial(**config["trial"])
-    run = storage.join(runs_folder(settings.folder), trial.id)
-    storage.write_atomic(
-        storage.join(run, BEGAN), json.dumps({"tracking_key": uuid.uuid4().hex}).encode()
-    )  # for MLflow
-    times: dict[str, Any] = {
-        "process": psutil.Process().create_time(),
-        "began": time.time(),
-        "cpu": time.process_time(),
-    }
-    luck = np.random.default_rng([trial.seed, trial.index])
-    most = 0.5 - 0.1 * abs(np.log10(trial.point["optimizer.lr"] / 1e-3)) + 0.01 * luck.standard_normal()
-    each = float(os.environ[SECONDS]) / EVALUATIONS * luck.uniform(0.8, 1.2)
-    for number in range(1, EVALUATIONS + 1):
-        time.sleep(each)
-        reading = Reading(number, float(number), {"AP": float(most * (1 - 0.5**number))}, each * number)
-        readings = (*read_curve(settings.folder, trial).readings, reading)
-        write_curve(settings.folder, trial, Curve(readings, each * number))
-        times |= {"ended": time.time(), "memory": psutil.Process().memory_full_info().uss}
-        storage.write_atomic(storage.join(settings.folder, f"times/{trial.id}.json"), json.dumps(times).encode())
-        if number < EVALUATIONS:
-            tune.report({"AP": reading.metrics["AP"], EVALUATION: number})
-    result = {"numbers": readings[-1].metrics, "latency_ms": 5.0}
-    storage.write_atomic(storage.join(run, RESULT), json.dumps(result).encode())
+def simulate(settings: TrialSettings, ledger: Ledger, closing: Closing, places: int, clock: Clock) -> None:
+    """The search, with Tune's loop replaced by a queue of what happens next."""
+    points = Points(settings.sweep, replicate_trials(settings.sweep)[:1], [], ledger.settle, float("inf"))
+    scheduler = scheduler_of(settings)
+    scheduler.set_search_properties(settings.sweep.metric, settings.sweep.mode)
+    watcher = Watcher(ledger, closing, str(settings.sweep.trials))
+    waiting: list[tuple[float, str, SimpleNamespace]] = []  # when a trial evaluates next
 
+    def begin(now: float) -> None:
+        name = uuid.uuid4().hex[:8]
+        with clock.timed("next point"):
+            config = points.suggest(name)
+        if not isinstance(config, dict):
+            return
+        trial = SimpleNamespace(trial_id=name, config=config, evaluations=0)
+        with clock.timed("a trial begins"):
+            scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+            watcher.on_trial_start(0, [], trial)
+        heapq.heappush(waiting, (now + 1, name, trial))
 
-def of_places(times: list[dict[str, float]], places: int) -> list[str]:
-    """How long places of trials were empty between the first begin and the last begin: later there is nothing to begin."""
-    begins = np.sort([trial["began"] for trial in times])
-    ends = np.sort([trial["ended"] for trial in times])
-    until = begins[-1]
-    worked = sum(min(trial["ended"], until) - trial["began"] for trial in times)
-    empty = places * (until - begins[0]) - worked
-    starting = np.array([trial["began"] - trial["process"] for trial in times])
-    waits = (
-        begins[places:] - ends[: len(begins) - places]
-    )  # the k-th to begin after the first takes the k-th place that is left
-    return [
-        f"{'trials':48}{len(times):9}",
-        f"{'at once':48}{places:9}",
-        f"{'a free place waits, median':48}{np.median(waits):9.1f} s",
-        f"{'  95 %':48}{np.quantile(waits, 0.95):9.1f} s",
-        f"{'a process starts and imports, median':48}{np.median(starting):9.1f} s",
-        f"{'CPU of a process before it trains, median':48}{np.median([trial['cpu'] for trial in times]):9.1f} s",
-        f"{'memory of a process alone, median':48}{np.median([trial['memory'] for trial in times]) / 2**20:9.0f} MiB",
-        f"{'places empty':48}{100 * empty / (places * (until - begins[0])):9.1f} % of the time",
-    ]
-
-
-def cpu_seconds() -> dict[str, float]:
-    """Of processes that a cluster has one of; they live still."""
-    mine = psutil.Process()
-    spent = {"driver": sum(mine.cpu_times()[:2])}
-    for process in mine.children(recursive=True):
-        try:
-            name, used = process.name(), sum(process.cpu_times()[:2])
-        except psutil.Error:
+    for _ in range(places):
+        begin(0.0)
+    while waiting:
+        now, name, trial = heapq.heappop(waiting)
+        trial.evaluations += 1
+        ap = trained(settings, Trial(**trial.config["trial"]), trial.evaluations)
+        goes_on = trial.evaluations < EVALUATIONS
+        if goes_on:
+            result = {"AP": ap, EVALUATION: trial.evaluations, "training_iteration": trial.evaluations}
+            with clock.timed("an evaluation"):
+                watcher.on_trial_result(0, [], trial, result)
+                goes_on = scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE  # type: ignore[arg-type]
+        if goes_on:
+            heapq.heappush(waiting, (now + np.random.default_rng(len(waiting)).uniform(0.8, 1.2), name, trial))
             continue
-        if name in ("gcs_server", "raylet"):
-            spent[name] = spent.get(name, 0.0) + used
-    return spent
+        with clock.timed("a trial ends"):
+            points.on_trial_complete(name)
+            watcher.on_trial_complete(0, [], trial)
+        begin(now)
 
 
-def of_the_driver(spent: dict[str, float], trials: int) -> list[str]:
-    return [
-        f"{f'CPU of {name}':48}{used:9.1f} s, {1000 * used / trials:.0f} ms a trial" for name, used in spent.items()
-    ]
-
-
-def of_the_record(folder: Path, times: list[dict[str, float]], ended: float) -> list[str]:
-    store = f"sqlite:///{folder}/runs/mlflow.db"
-    client = MlflowClient(store, registry_uri=store)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    started = time.time()
-    runs = client.search_runs(experiments, max_results=50_000)
-    searched = time.time() - started
-    closed = sum(run.info.status != "RUNNING" for run in runs)
-    last = max(trial["ended"] for trial in times)
-    return [
-        f"{'runs in MLflow, of which closed':48}{len(runs):9} {closed}",
-        f"{'MLflow lists all runs in':48}{searched:9.1f} s",
-        f"{'from the last trial to the report':48}{ended - last:9.1f} s",
-        f"{'size of the report':48}{(folder / 'runs/sweep/report.html').stat().st_size / 2**20:9.1f} MiB",
-    ]
+def trained(settings: TrialSettings, trial: Trial, evaluation: int) -> float:
+    """AP that grows to what the rate allows, with noise of 0.01, in the files that a training would have written."""
+    luck = np.random.default_rng([trial.seed, trial.index]).standard_normal()
+    most = 0.5 - 0.1 * abs(np.log10(trial.point["optimizer.lr"] / 1e-3)) + 0.01 * luck
+    ap = float(most * (1 - 0.5**evaluation))
+    reading = Reading(evaluation, float(evaluation), {"AP": ap}, float(evaluation))
+    write_curve(
+        settings.folder, trial, Curve((*read_curve(settings.folder, trial).readings, reading), float(evaluation))
+    )
+    run = storage.join(runs_folder(settings.folder), trial.id)
+    if evaluation == 1:
+        storage.write_atomic(storage.join(run, BEGAN), json.dumps({"tracking_key": uuid.uuid4().hex}).encode())
+    if evaluation == EVALUATIONS:
+        result = {"numbers": reading.metrics, "latency_ms": 5.0}
+        storage.write_atomic(storage.join(run, RESULT), json.dumps(result).encode())
+    return ap
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ def test_a_killed_worker_loses_nothing_and_its_name_is_taken(folder: Path) -> No
     assert "run 'worker-killed' is finished" in log.read_text()
 
 
+@pytest.mark.slow  # `test_run_folder` has the same without starting Ray
 def test_a_job_that_never_fits_is_refused_before_anything_starts(folder: Path) -> None:
     (folder / "64.yaml").write_text(yaml.safe_dump({"workers": 64, "gpus_per_worker": 0}))
     process = start(folder, "large", workers=64)

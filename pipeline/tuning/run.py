@@ -156,7 +156,9 @@ def _search(
     searcher = Points(sweep, default, ledger.ordered(), ledger.settle, ends_at)
     points = sweep.trials or (grid_size(sweep.space) if sweep.searcher.kind == "grid" else None)
     total = f"{points * sweep.seeds_per_point + len(default)}" if points else f"{sweep.hours:g} h of trials"
-    _fit(settings, ledger, closing, trainable, searcher, _scheduler(settings), together, f"{total} before confirmation")
+    _fit(
+        settings, ledger, closing, trainable, searcher, scheduler_of(settings), together, f"{total} before confirmation"
+    )
 
 
 def _confirm(
@@ -220,7 +222,7 @@ def _fit(
         raise Interrupted(f"{settings.folder} is whole: give the same command again to go on")
 
 
-def _scheduler(settings: TrialSettings) -> TrialScheduler:
+def scheduler_of(settings: TrialSettings) -> TrialScheduler:
     scheduler = settings.sweep.scheduler
     experiment = check(Experiment, settings.sweep.base, source=settings.sweep.experiment)
     total = evaluations_in(experiment, settings.cluster)

@@ -1,0 +1,191 @@
+"""A sweep of many trials that sleep instead of training: what starting them costs, and how long a free place waits.
+
+    python -m benchmarks.sweep_processes --trials 200 --gpus 256 --gpus-per-trial 8 --seconds 20
+
+All but the training is a sweep as it is: Optuna, ASHA, Tune's loop, a process per trial, records, MLflow, verdict, report. GPUs
+are only numbers to Ray here. The processes of trials, which on a cluster are spread over its nodes, share this machine's
+cores: so their starting is told apart from what the one driver does. `benchmarks.sweep_scale` has the driver alone.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+import yaml
+from mlflow import MlflowClient
+from ray import tune
+
+from pipeline.data import storage
+from pipeline.data.prepare import prepare
+from pipeline.data.shard_writer import PrepareOptions
+from pipeline.data.sources.synthetic import synthetic_source
+from pipeline.ray_start import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
+from pipeline.training.run_folder import BEGAN, RESULT
+from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
+from pipeline.tuning.load import load_sweep
+from pipeline.tuning.records import Reading
+from pipeline.tuning.run import Interrupted, run_sweep
+from pipeline.tuning.sweep import Trial
+
+EVALUATIONS = 9
+SECONDS = "SWEEP_SCALE_SECONDS"  # of a whole trial
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--gpus", type=int, default=256)
+    parser.add_argument("--gpus-per-trial", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of a whole trial")
+    args = parser.parse_args()
+    os.environ.update(QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {SECONDS: str(args.seconds)})
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        memory = args.gpus * 2**30
+        ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
+        prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
+        sweep = load_sweep(sweep_file(folder, args.trials, args.gpus_per_trial))
+        began = time.time()
+        try:
+            print(run_sweep(sweep, sleeping).summary())
+        except Interrupted:
+            print("interrupted: numbers of what was done")
+        ended = time.time()
+        spent = cpu_seconds()
+        ray.shutdown()  # type: ignore[no-untyped-call]
+        times = [json.loads(path.read_text()) for path in (folder / "runs/sweep/times").iterdir()]
+        places = args.gpus // args.gpus_per_trial
+        for line in (
+            *of_places(times, places),
+            *of_the_driver(spent, len(times)),
+            *of_the_record(folder, times, ended),
+        ):
+            print(line)
+        print(f"{'the whole sweep':48}{(ended - began) / 60:9.1f} min")
+
+
+def sweep_file(folder: Path, trials: int, gpus: int) -> Path:
+    data = str(folder / "data")
+    experiment = {
+        "data": {"train": data, "val": data, "decode_in": "worker"},
+        "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20},
+        "schedule": {"steps": EVALUATIONS, "global_batch": 8},
+        "evaluation": {"every_steps": 1},
+    }
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    sweep = {
+        "name": "sweep",
+        "storage": str(folder / "runs"),
+        "experiment": "experiment.yaml",
+        "space": {
+            "model.reg_max": {"integer": [8, 64, 2]},
+            "loss.ddf": {"uniform": [0, 5]},
+            "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
+        },
+        "trials": trials,
+        "workers_per_trial": gpus,
+        "gpus_per_worker": 1,
+        "cpus_per_worker": 0,
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    return folder / "sweep.yaml"
+
+
+def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
+    """AP that grows to what the rate allows, with noise of 0.01."""
+    trial = Trial(**config["trial"])
+    run = storage.join(runs_folder(settings.folder), trial.id)
+    storage.write_atomic(
+        storage.join(run, BEGAN), json.dumps({"tracking_key": uuid.uuid4().hex}).encode()
+    )  # for MLflow
+    times: dict[str, Any] = {
+        "process": psutil.Process().create_time(),
+        "began": time.time(),
+        "cpu": time.process_time(),
+    }
+    luck = np.random.default_rng([trial.seed, trial.index])
+    most = 0.5 - 0.1 * abs(np.log10(trial.point["optimizer.lr"] / 1e-3)) + 0.01 * luck.standard_normal()
+    each = float(os.environ[SECONDS]) / EVALUATIONS * luck.uniform(0.8, 1.2)
+    for number in range(1, EVALUATIONS + 1):
+        time.sleep(each)
+        reading = Reading(number, float(number), {"AP": float(most * (1 - 0.5**number))}, each * number)
+        readings = (*read_curve(settings.folder, trial).readings, reading)
+        write_curve(settings.folder, trial, Curve(readings, each * number))
+        times |= {"ended": time.time(), "memory": psutil.Process().memory_full_info().uss}
+        storage.write_atomic(storage.join(settings.folder, f"times/{trial.id}.json"), json.dumps(times).encode())
+        if number < EVALUATIONS:
+            tune.report({"AP": reading.metrics["AP"], EVALUATION: number})
+    result = {"numbers": readings[-1].metrics, "latency_ms": 5.0}
+    storage.write_atomic(storage.join(run, RESULT), json.dumps(result).encode())
+
+
+def of_places(times: list[dict[str, float]], places: int) -> list[str]:
+    """How long places of trials were empty between the first begin and the last begin: later there is nothing to begin."""
+    begins = np.sort([trial["began"] for trial in times])
+    ends = np.sort([trial["ended"] for trial in times])
+    until = begins[-1]
+    worked = sum(min(trial["ended"], until) - trial["began"] for trial in times)
+    empty = places * (until - begins[0]) - worked
+    starting = np.array([trial["began"] - trial["process"] for trial in times])
+    waits = (
+        begins[places:] - ends[: len(begins) - places]
+    )  # the k-th to begin after the first takes the k-th place that is left
+    return [
+        f"{'trials':48}{len(times):9}",
+        f"{'at once':48}{places:9}",
+        f"{'a free place waits, median':48}{np.median(waits):9.1f} s",
+        f"{'  95 %':48}{np.quantile(waits, 0.95):9.1f} s",
+        f"{'a process starts and imports, median':48}{np.median(starting):9.1f} s",
+        f"{'CPU of a process before it trains, median':48}{np.median([trial['cpu'] for trial in times]):9.1f} s",
+        f"{'memory of a process alone, median':48}{np.median([trial['memory'] for trial in times]) / 2**20:9.0f} MiB",
+        f"{'places empty':48}{100 * empty / (places * (until - begins[0])):9.1f} % of the time",
+    ]
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Of processes that a cluster has one of; they live still."""
+    mine = psutil.Process()
+    spent = {"driver": sum(mine.cpu_times()[:2])}
+    for process in mine.children(recursive=True):
+        try:
+            name, used = process.name(), sum(process.cpu_times()[:2])
+        except psutil.Error:
+            continue
+        if name in ("gcs_server", "raylet"):
+            spent[name] = spent.get(name, 0.0) + used
+    return spent
+
+
+def of_the_driver(spent: dict[str, float], trials: int) -> list[str]:
+    return [
+        f"{f'CPU of {name}':48}{used:9.1f} s, {1000 * used / trials:.0f} ms a trial" for name, used in spent.items()
+    ]
+
+
+def of_the_record(folder: Path, times: list[dict[str, float]], ended: float) -> list[str]:
+    store = f"sqlite:///{folder}/runs/mlflow.db"
+    client = MlflowClient(store, registry_uri=store)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    started = time.time()
+    runs = client.search_runs(experiments, max_results=50_000)
+    searched = time.time() - started
+    closed = sum(run.info.status != "RUNNING" for run in runs)
+    last = max(trial["ended"] for trial in times)
+    return [
+        f"{'runs in MLflow, of which closed':48}{len(runs):9} {closed}",
+        f"{'MLflow lists all runs in':48}{searched:9.1f} s",
+        f"{'from the last trial to the report':48}{ended - last:9.1f} s",
+        f"{'size of the report':48}{(folder / 'runs/sweep/report.html').stat().st_size / 2**20:9.1f} MiB",
+    ]
+
+
+if __name__ == "__main__":
+    main()
