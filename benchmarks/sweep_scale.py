@@ -28,6 +28,7 @@ from pipeline.data import storage
 from pipeline.data.prepare import prepare
 from pipeline.data.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
+from pipeline.ray_start import start_ray
 from pipeline.training.run_folder import BEGAN, RESULT
 from pipeline.tuning.closing import Closing
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--places", type=int, default=256, help="trials at once")
     args = parser.parse_args()
+    start_ray()  # for parts of Tune that ask for a cluster
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
