@@ -181,14 +181,15 @@ def ended_trials(settings: TrialSettings, count: int) -> Ledger:
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 def test_mlflow_hears_how_trials_ended_those_of_an_earlier_start_too(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    settings = replace(settings_of(load_sweep(sweep_file(tmp_path)), tmp_path), tracking_uri=uri)
+    sweep = load_sweep(sweep_file(tmp_path, tracking={"experiment": "searches"}))
+    settings = replace(settings_of(sweep, tmp_path), tracking_uri=uri)
     ended_trials(settings, 2)  # and nobody was told
     again = Ledger(settings)
     closing = Closing(again)
     closing.tell(again.ordered()[0].id)
     assert closing.finish(timeout=120) == 0
     client = MlflowClient(uri)
-    runs = client.search_runs([client.get_experiment_by_name("dfine").experiment_id])
+    runs = client.search_runs([client.get_experiment_by_name("searches").experiment_id])
     assert {run.info.run_name: run.info.status for run in runs} == dict.fromkeys(again.records, "KILLED")
     assert {run.data.tags["trial.rung"] for run in runs} == {"1"}
     assert {record.run_id for record in Ledger(settings).ordered()} == {run.info.run_id for run in runs}

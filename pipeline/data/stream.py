@@ -183,7 +183,7 @@ class _Run:
             return None
         splits = self._dataset(windows).streaming_split(self.world_size, equal=True) if self.rank == 0 else None
         split: DataIterator = self.broadcast(splits)[self.rank]
-        to_batch = _ToBatch(self.decoding, decode=self.decode_in == "worker", pin=torch.cuda.is_available())
+        to_batch = _ToBatch(self.decoding, decode=self.decode_in == "worker", pin=self._feeds_gpu)
         batches = split.iter_torch_batches(
             batch_size=None, prefetch_batches=self.prefetch, collate_fn=to_batch, device="cpu"
         )
@@ -225,6 +225,11 @@ class _Run:
             in_workers = self.world_size * (self.prefetch + READY_BATCHES)
             bounds["MapBatches(decode_micro_batch)"] = in_workers * self.plan.micro_batch * height * width * 3
         bound_living_outputs(context, bounds)
+
+    @property
+    def _feeds_gpu(self) -> bool:
+        """Of this worker; one without a GPU of its own may still see those of its node."""
+        return torch.cuda.is_available() and bool(ray.get_gpu_ids())
 
     @property
     def _reads(self) -> int:

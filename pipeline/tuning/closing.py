@@ -11,6 +11,7 @@ from pipeline.training import run_folder
 from pipeline.tuning.curves import ENDED, TrialSettings, runs_folder
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.records import TrialRecord
+from pipeline.tuning.sweep import tracking_of
 
 AGAIN_S = 5.0  # between two looks at trials whose last process is still ending
 DELIVERED_WITHIN_S = 10.0  # to a server that answers
@@ -77,7 +78,7 @@ def _told(ledger: Ledger, trial_id: str) -> bool:
         if key is None:
             return True  # it ended before it was a run
         run_id = _close_run(ledger.settings, run, key, ledger.records[trial_id])
-    except (RuntimeError, OSError):  # its last process is still ending
+    except (RuntimeError, OSError, ValueError):  # its last process is still ending, or has left half a file
         return False
     if run_id is not None:
         ledger.told(trial_id, run_id)
@@ -87,7 +88,7 @@ def _told(ledger: Ledger, trial_id: str) -> bool:
 def _close_run(settings: TrialSettings, run: str, key: str, record: TrialRecord) -> str | None:
     tracking = TrackingSettings.resolve(
         settings.folder,
-        experiment=settings.sweep.base.get("tracking", {}).get("experiment", "dfine"),
+        experiment=tracking_of(settings.sweep).experiment,
         run_name=record.id,
         uri=settings.tracking_uri,
         run_key=key,

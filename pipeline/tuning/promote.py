@@ -12,7 +12,7 @@ from pipeline.tuning.ledger import RECORDS
 from pipeline.tuning.records import TrialRecord, read_records
 from pipeline.tuning.report import make_report
 from pipeline.tuning.space import as_text
-from pipeline.tuning.sweep import Sweep, experiment_of
+from pipeline.tuning.sweep import Sweep, experiment_of, tracking_of
 from pipeline.tuning.verdict import PointVerdict
 
 FILE = "promoted.yaml"
@@ -61,7 +61,7 @@ def _registered(
         storage.absolute(folder.rstrip("/").rpartition("/")[0] or "."),
         experiment="",
         run_name="",
-        uri=(sweep.tracking.uri if sweep.tracking else None) or sweep.base.get("tracking", {}).get("uri"),
+        uri=tracking_of(sweep).uri,
     )
     version = register(tracking.uri, str(middle.run_id), register_as or sweep.name or "sweep")
     return f"model: models:/{version}, of trial {middle.id}"

@@ -42,7 +42,7 @@ from pipeline.tuning.placement import place
 from pipeline.tuning.points import Listed, Points
 from pipeline.tuning.report import BINS, SweepReport, as_html, draw, make_report, table
 from pipeline.tuning.space import grid_size
-from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials
+from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials, tracking_of
 from pipeline.tuning.trial import DRIVER, evaluations_in, run_trial
 from pipeline.tuning.verdict import as_text, top_points
 from pipeline.tuning.watcher import Watcher
@@ -88,9 +88,9 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
         key = _begin_or_continue(folder, sweep)
         tracking = TrackingSettings.resolve(
             storage.absolute(sweep.storage),
-            experiment=_tracking(sweep).get("experiment", "dfine"),
+            experiment=tracking_of(sweep).experiment,
             run_name=sweep.name or "sweep",
-            uri=_tracking(sweep).get("uri"),
+            uri=tracking_of(sweep).uri,
             run_key=key,
         )
         with Tracker(run_folder.queue_folder(folder, key), tracking) as tracker:
@@ -317,10 +317,6 @@ def _write(report: SweepReport, ledger: Ledger, tracker: Tracker) -> None:
             counts[record.status] = counts.get(record.status, 0.0) + 1
         cost = {"cost_s": sum(record.cost_s for record in report.records)}
         tracker.metrics({f"sweep/{name}": value for name, value in (counts | cost).items()}, len(report.records))
-
-
-def _tracking(sweep: Sweep) -> dict[str, Any]:
-    return dump(sweep.tracking) if sweep.tracking is not None else sweep.base.get("tracking") or {}
 
 
 def _with_absolute_data(sweep: Sweep) -> Sweep:

@@ -148,6 +148,11 @@ def experiment_of(sweep: Sweep, point: Point, seed: int) -> dict[str, Any]:
     return content
 
 
+def tracking_of(sweep: Sweep) -> Tracking:
+    """Where the sweep and its trials are recorded: the sweep's own section, else the experiment's."""
+    return sweep.tracking or Tracking(**(sweep.base.get("tracking") or {}))
+
+
 def default_point(sweep: Sweep) -> Point:
     """The experiment's own values of the searched keys; None where a value follows from the length of the run."""
     experiment = check(Experiment, sweep.base, source=sweep.experiment)
