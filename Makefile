@@ -12,7 +12,7 @@ READY := .venv/installed
 .PHONY: test test-slow demo demo-chain demo-sweep check format lock clean
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -46,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
 def plan(sweep: Sweep) -> str:
     """What the sweep would do, for people."""
     total = evaluations_of(sweep)
+    halts = rungs(sweep, total) if total else ()
     budget = f"{sweep.trials} points" if sweep.trials else f"{sweep.hours:g} hours" if sweep.hours else "the whole grid"
-    stops = f", stopped early after evaluations {', '.join(map(str, rungs(sweep, total)))}" if total else ""
+    stops = f", bad ones stopped after evaluation {', '.join(map(str, halts))} of {total}" if halts else ""
     return (
         f"sweep {sweep.name}: {budget} of {', '.join(sweep.space)}, {sweep.seeds_per_point} seed(s) each{stops};\n"
         f"then {sweep.replicates} replicates of the default and the top {sweep.confirm.top} points with {sweep.confirm.seeds}"

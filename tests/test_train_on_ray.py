@@ -132,7 +132,7 @@ def losses_of(folder: Path, name: str) -> list[tuple[int, float]]:
         return database.execute(query, (run[0],)).fetchall()
 
 
-def test_a_killed_worker_loses_nothing_and_its_name_is_taken(folder: Path) -> None:
+def test_a_killed_worker_loses_nothing(folder: Path) -> None:
     """Against the same steps in this process: one worker that accumulates, no Ray, nothing killed."""
     driver = start(folder, "worker-killed")
     wait_for_step(folder, "worker-killed", 2, driver)
@@ -150,10 +150,6 @@ def test_a_killed_worker_loses_nothing_and_its_name_is_taken(folder: Path) -> No
         losses = losses_in_process(run, STEPS)
     expected = [(step, pytest.approx(loss, rel=1e-4)) for step, loss in enumerate(losses, start=1)]
     assert losses_of(folder, "worker-killed") == expected
-
-    again = start(folder, "worker-killed")
-    assert again.wait(timeout=120) == 1
-    assert "run 'worker-killed' is finished" in log.read_text()
 
 
 @pytest.mark.slow  # `test_run_folder` has the same without starting Ray
@@ -179,6 +175,10 @@ def test_killed_worker_and_killed_driver_give_the_same_bits(folder: Path) -> Non
     assert [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])] == []
     assert losses_of(folder, "killed") == losses_of(folder, "whole")
     assert [step for step, _ in losses_of(folder, "killed")] == list(range(1, STEPS + 1))
+
+    again = start(folder, "whole")
+    assert again.wait(timeout=120) == 1
+    assert "run 'whole' is finished" in (folder / "whole.log").read_text()
 
 
 @pytest.mark.slow

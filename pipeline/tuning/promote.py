@@ -11,6 +11,7 @@ from pipeline.tuning.factors import point_text
 from pipeline.tuning.ledger import RECORDS
 from pipeline.tuning.records import TrialRecord, read_records
 from pipeline.tuning.report import make_report
+from pipeline.tuning.run import as_trials_see_it
 from pipeline.tuning.space import as_text
 from pipeline.tuning.sweep import Sweep, experiment_of, tracking_of
 from pipeline.tuning.verdict import PointVerdict
@@ -28,6 +29,7 @@ def promote(folder: str, register_as: str | None = None) -> str:
     Raises:
         ConfigError: nothing was confirmed.
     """
+    folder = storage.absolute(folder.rstrip("/"))
     path = storage.join(folder, run_folder.BEGAN)
     if not storage.exists(path) or not storage.exists(storage.join(folder, RECORDS)):
         raise ConfigError(f"{folder}: not the folder of a sweep with results")
@@ -42,26 +44,29 @@ def promote(folder: str, register_as: str | None = None) -> str:
         f"{point_text(best.point)}: {sweep.metric} {best.mean:.4f} over {best.runs} run(s), {best.effect:+.4f} against the"
         f" default ({best.low:+.4f} to {best.high:+.4f}): {best.verdict}"
     )
+    tracking = TrackingSettings.resolve(
+        folder.rpartition("/")[0], experiment="", run_name="", uri=tracking_of(sweep).uri
+    )
     target = storage.join(folder, FILE)
-    content = {key: value for key, value in experiment_of(sweep, best.point, 0).items() if key not in ("name", "seed")}
+    content = experiment_of(as_trials_see_it(sweep, folder, tracking.uri), best.point, 0)
+    content |= {"name": f"{sweep.name}-promoted"}
+    del content["seed"]
     head = f"# Promoted from sweep {sweep.name}: {said}.\n#     python -m jobs.train {target}\n"
     storage.write_atomic(target, (head + as_yaml(content)).encode())
-    return "\n".join([said, f"experiment: {target}", _registered(sweep, folder, records, best, register_as)])
+    return "\n".join([said, f"experiment: {target}", _registered(tracking.uri, sweep, records, best, register_as)])
 
 
 def _registered(
-    sweep: Sweep, folder: str, records: list[TrialRecord], best: PointVerdict, register_as: str | None
+    uri: str, sweep: Sweep, records: list[TrialRecord], best: PointVerdict, register_as: str | None
 ) -> str:
     """The model of the middle one of the point's confirmation runs: the best of several would promise too much."""
-    runs = [r for r in records if r.phase == "confirm" and as_text(r.point) == as_text(best.point) and r.run_id]
+    runs = [
+        (value, record.id, record.run_id)
+        for record in records
+        if record.phase == "confirm" and as_text(record.point) == as_text(best.point) and record.run_id
+        if (value := record.result(sweep.metric)) is not None
+    ]
     if not runs:
         return "model: not registered, MLflow does not know the runs"
-    middle = sorted(runs, key=lambda r: r.result(sweep.metric) or 0.0)[(len(runs) - 1) // 2]
-    tracking = TrackingSettings.resolve(
-        storage.absolute(folder.rstrip("/").rpartition("/")[0] or "."),
-        experiment="",
-        run_name="",
-        uri=tracking_of(sweep).uri,
-    )
-    version = register(tracking.uri, str(middle.run_id), register_as or sweep.name or "sweep")
-    return f"model: models:/{version}, of trial {middle.id}"
+    _, trial, run_id = sorted(runs)[(len(runs) - 1) // 2]
+    return f"model: models:/{register(uri, run_id, register_as or sweep.name or 'sweep')}, of trial {trial}"

@@ -95,9 +95,7 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
         )
         with Tracker(run_folder.queue_folder(folder, key), tracking) as tracker:
             _begin_record(tracker, sweep, folder)
-            begun = _with_absolute_data(sweep)
-            if sweep.init is not None:
-                begun = begun.model_copy(update={"init": pinned(sweep.init, folder, tracking.uri)})
+            begun = as_trials_see_it(sweep, folder, tracking.uri)
             settings = TrialSettings(begun, folder, cluster, tracking.uri, tracker.wait_for_run_id(REACHED_WITHIN_S))
             ledger = Ledger(settings)
             closing = Closing(ledger)
@@ -319,10 +317,11 @@ def _write(report: SweepReport, ledger: Ledger, tracker: Tracker) -> None:
         tracker.metrics({f"sweep/{name}": value for name, value in (counts | cost).items()}, len(report.records))
 
 
-def _with_absolute_data(sweep: Sweep) -> Sweep:
-    """Trials have another working directory."""
+def as_trials_see_it(sweep: Sweep, folder: str, tracking_uri: str) -> Sweep:
+    """The same from every working directory, and the same tomorrow: aliases move, so what MLflow knows is copied once."""
     data = {**sweep.base["data"], **{use: storage.absolute(sweep.base["data"][use]) for use in ("train", "val")}}
-    return sweep.model_copy(update={"base": {**sweep.base, "data": data}})
+    init = sweep.init and pinned(sweep.init, folder, tracking_uri)
+    return sweep.model_copy(update={"base": {**sweep.base, "data": data}, "init": init})
 
 
 def _bins(init: str | None) -> dict[str, float] | None:
