@@ -29,9 +29,9 @@ from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
 from pipeline.tuning.trial import evaluations_in, experiment_of_trial
 from pipeline.tuning.watcher import Watcher, summary, table
 from tests.drawn_shards import drawn_records, write_shards
-from tests.sweep_driver import EVALUATIONS
 
 ROOT = Path(__file__).parent.parent
+EVALUATIONS = 4
 
 
 def sweep_file(folder: Path, **changes: Any) -> Path:
@@ -277,3 +277,27 @@ def test_a_stopped_sweep_goes_on_prunes_what_is_bad_and_repeats_nothing_that_end
     assert max(begun.values()) <= 2
     assert sum(count - 1 for count in begun.values()) <= 2  # only what ran when it was stopped
     assert "<html" in (folder / "report.html").read_text()[:200]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_with_one_evaluation_end_and_more_of_them_are_added_later(tmp_path: Path) -> None:
+    """Tune hears of no metric from them, nor of one that failed before its first."""
+    changes = {
+        "set": {"schedule.steps": 1},
+        "space": {"loss.ddf": {"grid": [0.0, 1.5, 3.0]}},
+        "scheduler": {"kind": "none"},
+    }
+    log, folder = tmp_path / "log.txt", tmp_path / "runs" / "sweep"
+    for seeds in (1, 2):
+        path = sweep_file(tmp_path, **changes, confirm={"top": 1, "seeds": seeds})
+        assert start(path, log).wait(timeout=250) == 0, log.read_text()[-3000:]
+        ended = Counter((r.phase, r.status) for r in read_records(folder / "records.json"))
+        assert ended == {
+            ("replicate", "finished"): 2,
+            ("search", "finished"): 2,
+            ("search", "failed"): 1,
+            ("confirm", "finished"): seeds,
+        }
+    begun = [line.split()[0] for line in (folder / "begun.txt").read_text().splitlines()]
+    assert len(begun) == len(set(begun))  # what ended did not run again

@@ -56,9 +56,7 @@ def promote(folder: str, register_as: str | None = None) -> str:
     return "\n".join([said, f"experiment: {target}", _registered(tracking.uri, sweep, records, best, register_as)])
 
 
-def _registered(
-    uri: str, sweep: Sweep, records: list[TrialRecord], best: PointVerdict, register_as: str | None
-) -> str:
+def _registered(uri: str, sweep: Sweep, records: list[TrialRecord], best: PointVerdict, register_as: str | None) -> str:
     """The model of the middle one of the point's confirmation runs: the best of several would promise too much."""
     runs = [
         (value, record.id, record.run_id)
