@@ -142,6 +142,12 @@ def test_optuna_learns_also_what_earlier_starts_found(tmp_path: Path) -> None:
     assert second.suggest("end") == Points.FINISHED
 
 
+def write_result(settings: TrialSettings, trial: Trial) -> None:
+    path = Path(settings.folder) / "runs" / trial.id / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"numbers": {"AP": 0.5}, "latency_ms": None}))
+
+
 def test_a_ledger_knows_after_a_restart_what_ended_and_what_was_interrupted(tmp_path: Path) -> None:
     settings = settings_of(load_sweep(sweep_file(tmp_path)), tmp_path)
     trials = [Trial(n, "search", {"loss.ddf": float(n)}, seed=0) for n in range(4)]
@@ -149,9 +155,7 @@ def test_a_ledger_knows_after_a_restart_what_ended_and_what_was_interrupted(tmp_
     for trial in trials:
         ledger.begin(trial)
         write_curve(settings.folder, trial, Curve((Reading(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0))
-    result = Path(settings.folder) / "runs" / trials[0].id / "result.json"
-    result.parent.mkdir(parents=True)
-    result.write_text(json.dumps({"numbers": {"AP": 0.5}, "latency_ms": None}))
+    write_result(settings, trials[0])
     assert [ledger.settle(trials[n], failed).status for n, failed in ((0, False), (1, False), (2, True))] == [
         "finished",
         "pruned",
@@ -164,6 +168,21 @@ def test_a_ledger_knows_after_a_restart_what_ended_and_what_was_interrupted(tmp_
     assert again.settle(trials[1], failed=True).status == "pruned"  # what has ended stays
     assert "1 finished, 1 pruned, 1 failed" in summary(again.ordered(), "AP", "4", 60)
     assert len(table(again.ordered(), "AP")) == 4
+
+
+def test_a_training_that_came_to_its_end_is_finished_whatever_its_process_died_of(tmp_path: Path) -> None:
+    settings = settings_of(load_sweep(sweep_file(tmp_path)), tmp_path)
+    ledger = Ledger(settings)
+    trials = [Trial(n, "search", {"loss.ddf": float(n)}, seed=0) for n in range(2)]
+    for trial in trials:
+        ledger.begin(trial)
+        write_curve(settings.folder, trial, Curve((Reading(1, 0.5, {"AP": 0.5}, 3.0),), seconds=3.0))
+        write_result(settings, trial)
+    assert ledger.settle(trials[0], failed=True).status == "finished"
+    again = Ledger(settings)  # killed before the second was noted
+    assert [(record.status, record.final) for record in again.ordered()] == [("finished", {"AP": 0.5})] * 2
+    assert [record.status for record in Ledger(settings).ordered()] == ["finished"] * 2
+    assert again.records[trials[1].id].cost == {"cpu_s": 3.0 * 2 * 0.5}
 
 
 def ended_trials(settings: TrialSettings, count: int) -> Ledger:

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.data import storage
 from pipeline.training.run_folder import RESULT
 from pipeline.tuning.curves import ENDED, TrialSettings, costs_per_second, read_curve, runs_folder
-from pipeline.tuning.records import Status, TrialRecord, record_of, write_records
+from pipeline.tuning.records import TrialRecord, record_of, write_records
 from pipeline.tuning.sweep import Trial
 
 RECORDS = "records.json"
@@ -21,8 +21,7 @@ class Ledger:
         self._path = storage.join(settings.folder, "trials")
         self.records: dict[str, TrialRecord] = {}
         for record in self._read():
-            status: Status = "interrupted" if record.status == "running" else record.status
-            self.records[record.id] = replace(record, status=status)
+            self.records[record.id] = record if record.status in ENDED else self._left_by_an_earlier_start(record)
 
     def ordered(self) -> list[TrialRecord]:
         return sorted(self.records.values(), key=lambda record: record.number)
@@ -46,7 +45,7 @@ class Ledger:
         if known.status in ENDED:
             return known
         record = self._with_results(known, trial)
-        if failed:
+        if failed and record.status != "finished":  # a process may die of its own end
             reason = read_curve(self.settings.folder, trial).error or "its process ended"
             record = replace(record, status="failed", reason=reason)
         elif record.status != "finished":
@@ -72,6 +71,12 @@ class Ledger:
         path = storage.join(self.settings.folder, RECORDS)
         write_records(path, self.ordered())
         return path
+
+    def _left_by_an_earlier_start(self, record: TrialRecord) -> TrialRecord:
+        """Interrupted, unless its training came to its end and nobody was there to note it."""
+        trial = Trial(0, record.phase, record.point, record.seed)
+        known = self._with_results(replace(record, status="interrupted"), trial)
+        return self._keep(known) if known.status == "finished" else known
 
     def _with_curve(self, record: TrialRecord, trial: Trial) -> TrialRecord:
         curve = read_curve(self.settings.folder, trial)
