@@ -32,7 +32,7 @@ from pipeline.training.run_folder import BEGAN, RESULT
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.records import Reading
-from pipeline.tuning.run import Interrupted, run_sweep
+from pipeline.tuning.run import SweepInterruptedError, run_sweep
 from pipeline.tuning.sweep import Trial
 
 EVALUATIONS = 9
@@ -56,7 +56,7 @@ def main() -> None:
         began = time.time()
         try:
             print(run_sweep(sweep, sleeping).summary())
-        except Interrupted:
+        except SweepInterruptedError:
             print("interrupted: numbers of what was done")
         ended = time.time()
         spent = cpu_seconds()

@@ -10,18 +10,20 @@ pixels, on a GPU if there is one. A .pt2 file is a program: open those that you 
 
 import argparse
 import json
-import sys
 
 import torch
 
-from pipeline.config import ConfigError
+from jobs.command import location, user_errors
 from pipeline.data import storage
 from pipeline.delivery.benchmark import measure, open_subject
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("detector", help="run or checkpoint folder, .pth, runs:/ID, models:/NAME@ALIAS, .onnx, .pt2")
+    parser.add_argument(
+        "detector", type=location, help="run or checkpoint folder, .pth, runs:/ID, models:/NAME@ALIAS, .onnx, .pt2"
+    )
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast, not of exported files"
@@ -30,17 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: torch's")
     parser.add_argument("--calls", type=int, default=200, metavar="N", help="timed one by one")
     parser.add_argument("--seconds", type=float, default=10.0, help="at most, for the latency and each batch size")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers here, path or URI")
+    parser.add_argument("--json", type=location, metavar="FILE", help="write the numbers here, path or URI")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batches = args.batches or [1, 4, 16, *([64] if device.type == "cuda" else [])]
-    try:
-        subject = open_subject(args.detector, device=device, precision=args.precision)
-        report = measure(subject, batches=batches, calls=args.calls, seconds=args.seconds)
-    except ConfigError as error:
-        sys.exit(f"{error}")
+    subject = open_subject(args.detector, device=device, precision=args.precision)
+    report = measure(subject, batches=batches, calls=args.calls, seconds=args.seconds)
     print(report.table())
     if args.json:
         storage.write_atomic(args.json, json.dumps(report.plain(), indent=1).encode())

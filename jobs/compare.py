@@ -9,15 +9,15 @@ it with the first run in MLflow.
 """
 
 import argparse
-import sys
 
-from pipeline.config import ConfigError
+from jobs.command import location, user_errors
 from pipeline.data import storage
-from pipeline.tracking.lookup import LookupFailed, RunFacts, Runs
+from pipeline.tracking.lookup import RunFacts, RunLookupError, Runs
 from pipeline.tracking.names import RUN_KEY
 from pipeline.tuning.compare import Comparison, as_html, as_text, compare, open_runs
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, MLflow id or name")
@@ -28,29 +28,26 @@ def main(argv: list[str] | None = None) -> None:
         "--tracking", metavar="URI", help="MLflow's server or database; MLFLOW_TRACKING_URI unless given"
     )
     parser.add_argument("--storage", default="runs", help="whose database is read where no server is named")
-    parser.add_argument("--html", metavar="FILE", help="write a page here")
+    parser.add_argument("--html", type=location, metavar="FILE", help="write a page here")
     parser.add_argument("--log", action="store_true", help="keep the page with the first run in MLflow")
     args = parser.parse_args(argv)
-    try:
-        comparison = compare(*open_runs(args.runs, args.noise, tracking=args.tracking, storage_uri=args.storage))
-        print(as_text(comparison))
-        if args.html:
-            storage.write_atomic(args.html, as_html(comparison).encode())
-        if args.log:
-            log(comparison, Runs(args.tracking, args.storage))
-    except (ConfigError, LookupFailed) as error:
-        sys.exit(f"{error}")
+    comparison = compare(*open_runs(args.runs, args.noise, tracking=args.tracking, storage_uri=args.storage))
+    print(as_text(comparison))
+    if args.html:
+        storage.write_atomic(args.html, as_html(comparison).encode())
+    if args.log:
+        log(comparison, Runs(args.tracking, args.storage))
 
 
 def log(comparison: Comparison, known: Runs) -> None:
-    """Raises: LookupFailed, if MLflow does not know the first run."""
+    """Raises: RunLookupError, if MLflow does not know the first run."""
     first, *others = comparison.runs
     path = "compare/" + "_".join(name_of(run) for run in others) + ".html"
     run_id = first.run_id
     if run_id is None:
         found = known.by_key(first.tags.get(RUN_KEY, ""))
         if found is None:
-            raise LookupFailed(f"{first.title}: {known.shown_uri} does not know this run, so nothing is logged")
+            raise RunLookupError(f"{first.title}: {known.shown_uri} does not know this run, so nothing is logged")
         run_id = found.run_id
     assert run_id is not None
     known.log_text(run_id, as_html(comparison), path)

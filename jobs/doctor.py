@@ -12,24 +12,24 @@ nothing to check; warnings and notes do not change it.
 import argparse
 import sys
 
+from jobs.command import location, user_errors
+from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.data.doctor import examine
 from pipeline.data.doctor_report import as_html, as_text
 from pipeline.data.manifest import load_shards
 from pipeline.ray_start import start_ray
 
+NOTHING_CHECKED = 2  # exit code
 
+
+@user_errors(exit_code=NOTHING_CHECKED)
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     args = _parser().parse_args(argv)
-    try:
-        shard_sets = [load_shards(uri) for uri in args.manifests]
-    except (ValueError, OSError) as error:
-        print(f"doctor: {error}", file=sys.stderr)
-        return 2
+    shard_sets = [load_shards(uri) for uri in args.manifests]
     if len({storage.absolute(shards.uri) for shards in shard_sets}) < len(shard_sets):
-        print("doctor: a shard set is named twice; name each split once", file=sys.stderr)
-        return 2
+        raise ConfigError("a shard set is named twice; name each split once")
     start_ray(args.num_cpus)
     report = examine(shard_sets, decode=args.decode)
     print(report.model_dump_json() if args.json else as_text(report))
@@ -43,10 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     keep_lines = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     parser.add_argument(
-        "manifests", nargs="+", metavar="MANIFEST", help="manifest.json or its folder: path, s3:// or gs://"
+        "manifests",
+        nargs="+",
+        type=location,
+        metavar="MANIFEST",
+        help="manifest.json or its folder: path, s3:// or gs://",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--html", metavar="FILE", help="also write a page with plots and pictures")
+    parser.add_argument("--html", type=location, metavar="FILE", help="also write a page with plots and pictures")
     parser.add_argument(
         "--decode", action=argparse.BooleanOptionalAction, default=True, help="decode every image, not only its header"
     )

@@ -9,14 +9,14 @@ The numbers are pycocotools'. --out writes the report with its figures, and dete
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 import torch
 
+from jobs.command import location, user_errors
 from pipeline.config import ConfigError
 from pipeline.data import storage
-from pipeline.data.manifest import ManifestError, ShardSet, load_shards
+from pipeline.data.manifest import ShardSet, load_shards
 from pipeline.evaluation.detections import to_coco_json
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.pictures import sample_pictures
@@ -26,19 +26,19 @@ from pipeline.ray_start import start_ray
 from pipeline.trained import Trained, open_trained
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("detector", help="checkpoint, run folder, runs:/ID or models:/NAME@ALIAS")
-    parser.add_argument("manifest", help="of a shard set, or its folder")
-    parser.add_argument("--out", metavar="FOLDER", help="write the report, figures, pictures and detections here")
+    parser.add_argument("detector", type=location, help="checkpoint, run folder, runs:/ID or models:/NAME@ALIAS")
+    parser.add_argument("manifest", type=location, help="of a shard set, or its folder")
+    parser.add_argument(
+        "--out", type=location, metavar="FOLDER", help="write the report, figures, pictures and detections here"
+    )
     parser.add_argument("--micro-batch", type=int, default=16, help="images at once")
     parser.add_argument("--pictures", type=int, default=12, help="validation images to draw, with --out")
     args = parser.parse_args(argv)
-    try:
-        trained, shards = open_trained(args.detector), load_shards(args.manifest)
-        refuse_other_classes(trained.names, shards)
-    except (ConfigError, ManifestError) as error:
-        sys.exit(f"{error}")
+    trained, shards = open_trained(args.detector), load_shards(args.manifest)
+    refuse_other_classes(trained.names, shards)
     print(f"{trained.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
     evaluate(trained, shards, args.out, args.micro_batch, args.pictures)
 

@@ -20,38 +20,43 @@ import argparse
 import sys
 from pathlib import Path
 
+from jobs.command import local_path, location, user_errors
 from jobs.evaluate import refuse_other_classes
 from pipeline.config import ConfigError
-from pipeline.data.manifest import ManifestError, load_shards
+from pipeline.data.manifest import load_shards
 from pipeline.delivery.export import FORMATS, at_input_size
 from pipeline.delivery.export_pictures import CheckSet, drawn, from_files, from_shards
 from pipeline.delivery.export_run import Export, export
-from pipeline.tracking.attachments import MODEL, RUN, AttachError, Target, attach, find_target
+from pipeline.tracking.attachments import MODEL, RUN, Target, attach, find_target
 from pipeline.trained import Trained, open_trained
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="checkpoint, run folder, runs:/ID, models:/NAME@ALIAS, exported folder or .pth")
+    parser.add_argument(
+        "model", type=location, help="checkpoint, run folder, runs:/ID, models:/NAME@ALIAS, exported folder or .pth"
+    )
     parser.add_argument("--to", nargs="+", required=True, choices=FORMATS, metavar="FORMAT", help="formats, see above")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="on this machine's disk")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="on this machine's disk")
     parser.add_argument("--input-size", type=int, nargs="+", metavar="PX", help="side, or height and width; as trained")
     pictures = parser.add_mutually_exclusive_group()
-    pictures.add_argument("--check", metavar="SHARDS", help="shard set to compare on, by detections and by AP")
-    pictures.add_argument("--images-from", type=Path, nargs="+", metavar="PATH", help="images or folders to compare on")
+    pictures.add_argument(
+        "--check", type=location, metavar="SHARDS", help="shard set to compare on, by detections and by AP"
+    )
+    pictures.add_argument(
+        "--images-from", type=local_path, nargs="+", metavar="PATH", help="images or folders to compare on"
+    )
     parser.add_argument("--images", type=int, default=50, metavar="N", help="how many of them (%(default)s)")
     parser.add_argument("--attach", metavar="MODEL", help="runs:/ID or models:/NAME/VERSION; where the model came from")
     args = parser.parse_args(argv)
-    try:
-        named = args.attach or (args.model if args.model.startswith((RUN, MODEL)) else None)
-        target = find_target(named) if named else None
-        model = _sized(open_trained(args.model), args.input_size)
-        done = export(model, args.to, args.out, _check_set(args, model))
-        print(f"{model.origin}, compared on {done.checked.what}\n{done.table()}")
-        if target is not None:
-            _attach(target, done, args.out)
-    except (ConfigError, ManifestError, AttachError) as error:
-        sys.exit(f"{error}")
+    named = args.attach or (args.model if args.model.startswith((RUN, MODEL)) else None)
+    target = find_target(named) if named else None
+    model = _sized(open_trained(args.model), args.input_size)
+    done = export(model, args.to, args.out, _check_set(args, model))
+    print(f"{model.origin}, compared on {done.checked.what}\n{done.table()}")
+    if target is not None:
+        _attach(target, done, args.out)
     if not done.accepted:
         sys.exit(1)
 
@@ -75,10 +80,7 @@ def _check_set(args: argparse.Namespace, model: Trained) -> CheckSet:
         refuse_other_classes(model.names, shards)
         return from_shards(shards, args.images)
     if args.images_from:
-        try:
-            return from_files(args.images_from, args.images)
-        except ValueError as error:
-            raise ConfigError(f"--images-from: {error}") from None
+        return from_files(args.images_from, args.images)
     return drawn(args.images, longest_side=max(model.config.input_size))
 
 

@@ -9,22 +9,20 @@ Asks the server of MLFLOW_TRACKING_URI; without it, for the folder of a run, the
 
 import argparse
 import os
-import sys
 
+from jobs.command import user_errors
 from pipeline.config import ConfigError
 from pipeline.tracking.lineage import client_of, drawn, find_run, lineage
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.run_folder import key_of
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run, its id or name in MLflow, or models:/NAME@ALIAS")
     wanted = parser.parse_args(argv).run.rstrip("/")
-    try:
-        print(_drawn(wanted))
-    except (ConfigError, ValueError) as error:
-        sys.exit(f"{error}")
+    print(_drawn(wanted))
 
 
 def _drawn(wanted: str) -> str:

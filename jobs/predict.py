@@ -11,36 +11,32 @@ listed with the reason in rejected.parquet. Paths must be readable from every no
 """
 
 import argparse
-import sys
 from functools import partial
 
 import torch
 
-from pipeline.config import ConfigError
-from pipeline.data.storage import StorageError
+from jobs.command import location, user_errors
 from pipeline.delivery.inputs import list_inputs
 from pipeline.delivery.predict import HERE, PredictOptions, predict
 from pipeline.trained import open_trained
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    try:
-        here = args.workers == HERE and torch.cuda.is_available()
-        loaded = open_trained(args.detector, "cuda" if here else "cpu")
-        inputs = list_inputs(args.inputs, every=args.every)
-        print(f"{loaded.origin} on {inputs}", flush=True)
-        options = PredictOptions(
-            threshold=args.threshold,
-            part=args.part,
-            batch=args.batch,
-            workers=args.workers,
-            pictures=args.pictures,
-            explain=args.explain,
-        )
-        print(predict(loaded, inputs, args.out, options).summary())
-    except (ConfigError, StorageError) as error:
-        sys.exit(f"{error}")
+    here = args.workers == HERE and torch.cuda.is_available()
+    loaded = open_trained(args.detector, "cuda" if here else "cpu")
+    inputs = list_inputs(args.inputs, every=args.every)
+    print(f"{loaded.origin} on {inputs}", flush=True)
+    options = PredictOptions(
+        threshold=args.threshold,
+        part=args.part,
+        batch=args.batch,
+        workers=args.workers,
+        pictures=args.pictures,
+        explain=args.explain,
+    )
+    print(predict(loaded, inputs, args.out, options).summary())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,12 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     number = partial(_at_least, 1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "detector", help="run or checkpoint folder, exported folder, .pth, runs:/ID or models:/NAME@ALIAS"
+        "detector",
+        type=location,
+        help="run or checkpoint folder, exported folder, .pth, runs:/ID or models:/NAME@ALIAS",
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="image, video, folder, pattern, shard set; path or URI"
+        "inputs",
+        nargs="+",
+        type=location,
+        metavar="INPUT",
+        help="image, video, folder, pattern, shard set; path or URI",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="path, s3:// or gs://")
+    parser.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, help="least score; 0 for all, as COCO's AP wants them"
     )

@@ -13,12 +13,9 @@ job started alone starts Ray on this machine, one submitted with `ray job submit
 """
 
 import argparse
-from pathlib import Path
 
-from pydantic import ValidationError
-
-from pipeline.data.manifest import ManifestError
-from pipeline.data.prepare import PrepareError, prepare, read_rejected, reasons
+from jobs.command import local_path, location, user_errors
+from pipeline.data.prepare import prepare, read_rejected, reasons
 from pipeline.data.shard_writer import PrepareOptions
 from pipeline.data.sources import objects365
 from pipeline.data.sources.coco import coco_source
@@ -26,28 +23,28 @@ from pipeline.data.sources.index import Source, SourceError
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.sources.voc import voc_source
 from pipeline.data.sources.yolo import yolo_source
-from pipeline.data.storage import StorageError
 from pipeline.ray_start import start_ray
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
-    try:
-        options = PrepareOptions(
-            shard_mib=args.shard_mib,
-            row_group_rows=args.row_group_rows,
-            shuffle=args.shuffle,
-            seed=args.seed,
-            longest_side=args.longest_side or None,
-            jpeg_quality=args.jpeg_quality,
-            max_pixels=args.max_pixels,
-            verify=args.verify,
-        )
-        source = _source(args)
-        start_ray(args.num_cpus)
-        shards = prepare(source, args.out, split=args.split, options=options, strict=args.strict)
-    except (SourceError, PrepareError, ManifestError, StorageError, ValidationError) as error:
-        raise SystemExit(f"prepare: {error}") from None
+    prepare_shards(parser().parse_args(argv))
+
+
+def prepare_shards(args: argparse.Namespace) -> None:
+    options = PrepareOptions(
+        shard_mib=args.shard_mib,
+        row_group_rows=args.row_group_rows,
+        shuffle=args.shuffle,
+        seed=args.seed,
+        longest_side=args.longest_side or None,
+        jpeg_quality=args.jpeg_quality,
+        max_pixels=args.max_pixels,
+        verify=args.verify,
+    )
+    source = _source(args)
+    start_ray(args.num_cpus)
+    shards = prepare(source, args.out, split=args.split, options=options, strict=args.strict)
     manifest, rejected = shards.manifest, read_rejected(shards)
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
@@ -87,28 +84,32 @@ def _renamed(text: str) -> tuple[str, str]:
     return shape, name or shape
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     keep_lines = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     coco = sources.add_parser("coco", help="a folder of images and an instances json")
-    coco.add_argument("root", nargs="?", help="folder with SPLIT/ and annotations/instances_SPLIT.json")
-    coco.add_argument("--images", metavar="DIR", help="instead: the folder of the images")
-    coco.add_argument("--annotations", metavar="FILE", help="and their json")
+    coco.add_argument("root", nargs="?", type=location, help="folder with SPLIT/ and annotations/instances_SPLIT.json")
+    coco.add_argument("--images", type=location, metavar="DIR", help="instead: the folder of the images")
+    coco.add_argument("--annotations", type=location, metavar="FILE", help="and their json")
     _add_common(coco)
 
     o365 = sources.add_parser("objects365", help="the patchN folders and the released json files")
-    o365.add_argument("root", help="folder of the data set; --split is train or val")
-    o365.add_argument("--train-json", metavar="FILE", help="default ROOT/annotations/zhiyuan_objv2_train.json")
-    o365.add_argument("--val-json", metavar="FILE", help="default ROOT/annotations/zhiyuan_objv2_val.json")
+    o365.add_argument("root", type=location, help="folder of the data set; --split is train or val")
+    o365.add_argument(
+        "--train-json", type=location, metavar="FILE", help="default ROOT/annotations/zhiyuan_objv2_train.json"
+    )
+    o365.add_argument(
+        "--val-json", type=location, metavar="FILE", help="default ROOT/annotations/zhiyuan_objv2_val.json"
+    )
     o365.add_argument(
         "--val-images", type=int, default=objects365.VAL_IMAGES, metavar="N", help="others are trained on"
     )
     _add_common(o365, longest_side=objects365.LONGEST_SIDE)
 
     voc = sources.add_parser("voc", help="Annotations/*.xml, ImageSets/Main and JPEGImages")
-    voc.add_argument("root", type=Path)
+    voc.add_argument("root", type=local_path)
     voc.add_argument(
         "--classes", nargs="+", default=(), metavar="NAME", help="in order; default: all that occur, sorted"
     )
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(voc)
 
     yolo = sources.add_parser("yolo", help="a data.yaml with images and txt labels")
-    yolo.add_argument("data_yaml", type=Path)
+    yolo.add_argument("data_yaml", type=local_path)
     _add_common(yolo)
 
     synthetic = sources.add_parser("synthetic", help="drawn shapes, no files needed")
@@ -135,7 +136,9 @@ def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0) -> None:
     """Options of every source; not a parent parser, since subparsers would share its defaults."""
     defaults = PrepareOptions()
     yes_or_no = argparse.BooleanOptionalAction
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards: path, s3:// or gs://")
+    parser.add_argument(
+        "--out", type=location, required=True, metavar="DIR", help="folder of the shards: path, s3:// or gs://"
+    )
     parser.add_argument("--split", required=True, help="what to prepare, by the source's name for it")
     parser.add_argument("--strict", action="store_true", help="fail if anything is rejected")
     parser.add_argument("--shard-mib", type=float, default=defaults.shard_mib, metavar="MIB")

@@ -9,33 +9,28 @@ The same command again leaves alone what is finished and continues what was inte
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from jobs import prepare
-from pipeline.config import ConfigError, load_cluster, parse_override
-from pipeline.data.manifest import ManifestError
+from jobs.command import add_set, user_errors
+from pipeline.config import load_cluster, parse_overrides
 from pipeline.training.chain import Step, load_chain, run_chain
-from pipeline.training.checkpoint import CheckpointError
 from pipeline.training.preview import preview
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chain", type=Path, help="YAML file, see configs/chains/")
     parser.add_argument("--cluster", type=Path, help="YAML file, for stages that do not name their own")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace values, see above")
+    add_set(parser, help="replace values, see above")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and end")
     args = parser.parse_args(argv)
-    try:
-        overrides = dict(parse_override(text) for text in args.set)
-        chain, steps = load_chain(args.chain, overrides, load_cluster(args.cluster))
-        if args.dry_run:
-            print("\n\n".join(_shown(step) for step in steps))
-            return
-        print(run_chain(chain, steps, prepare.main))
-    except (ConfigError, ManifestError, CheckpointError) as error:
-        sys.exit(f"{error}")
+    chain, steps = load_chain(args.chain, parse_overrides(args.set), load_cluster(args.cluster))
+    if args.dry_run:
+        print("\n\n".join(_shown(step) for step in steps))
+        return
+    print(run_chain(chain, steps, lambda arguments: prepare.prepare_shards(prepare.parser().parse_args(arguments))))
 
 
 def _shown(step: Step) -> str:

@@ -8,27 +8,24 @@ loss, in which module first. Try fp32 as well as the precision of the training: 
 """
 
 import argparse
-import sys
 
 import torch
 
-from pipeline.config import ConfigError
+from jobs.command import location, user_errors
 from pipeline.training.replay import replay
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="that the training named when it skipped the step")
+    parser.add_argument("folder", type=location, help="that the training named when it skipped the step")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bad = total = 0
-    try:
-        for finding in replay(args.folder, precision=args.precision, device=device):
-            print(f"worker {finding.rank}, micro-batch {finding.micro_batch}, {finding}", flush=True)
-            bad, total = bad + (not finding.finite), total + 1
-    except ConfigError as error:
-        sys.exit(f"{error}")
+    for finding in replay(args.folder, precision=args.precision, device=device):
+        print(f"worker {finding.rank}, micro-batch {finding.micro_batch}, {finding}", flush=True)
+        bad, total = bad + (not finding.finite), total + 1
     print(f"{bad} of {total} images are not finite on their own in {args.precision}")
     if not bad:
         print(

@@ -13,12 +13,12 @@ import argparse
 import ipaddress
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
 import torch
 
+from jobs.command import location, user_errors
 from pipeline.config import ConfigError, check
 from pipeline.data import storage
 from pipeline.delivery.service import ServeSettings
@@ -26,18 +26,16 @@ from pipeline.delivery.serving import start, stop
 from pipeline.trained import open_trained
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    try:
-        settings = settings_of(args)
-        if args.detach and not os.environ.get("RAY_ADDRESS"):
-            raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
-        trained = open_trained(settings.source)  # what is no detector is told before anything starts
-        print(f"{trained.origin}: {len(trained.names)} classes, starting", flush=True)
-        del trained
-        serve(settings, args.host, args.port, detach=args.detach)
-    except ConfigError as error:
-        sys.exit(f"{error}")
+    settings = settings_of(args)
+    if args.detach and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
+    trained = open_trained(settings.source)  # a wrong path fails before anything starts
+    print(f"{trained.origin}: {len(trained.names)} classes, starting", flush=True)
+    del trained
+    serve(settings, args.host, args.port, detach=args.detach)
 
 
 def serve(settings: ServeSettings, host: str, port: int, *, detach: bool) -> None:
@@ -94,7 +92,7 @@ def wait_for_the_end() -> None:
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument(
-        "source", metavar="MODEL", help="checkpoint, run or exported folder, runs:/, models:/ or .pth"
+        "source", type=location, metavar="MODEL", help="checkpoint, run or exported folder, runs:/, models:/ or .pth"
     )
     arguments.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     arguments.add_argument("--port", type=int, default=8000)

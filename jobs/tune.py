@@ -10,37 +10,31 @@ what was running continues from its checkpoint. Ctrl-C leaves everything whole.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from pipeline.config import ConfigError, parse_override
-from pipeline.data.manifest import ManifestError
+from jobs.command import add_set, location, user_errors
+from pipeline.config import ConfigError, parse_overrides
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.promote import promote
-from pipeline.tuning.run import Interrupted, run_sweep
+from pipeline.tuning.run import run_sweep
 from pipeline.tuning.sweep import Sweep, evaluations_of, rungs
 
 
+@user_errors()
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    try:
-        if args.promote:
-            print(promote(args.promote, args.register_as))
-            return
-        if args.sweep is None:
-            raise ConfigError("name a sweep file, see configs/sweeps/")
-        overrides = dict(parse_override(text) for text in args.set)
-        if args.cluster is not None:
-            overrides["cluster"] = str(args.cluster.absolute())
-        sweep = load_sweep(args.sweep, overrides)
-        print(plan(sweep), flush=True)
-        if not args.check:
-            print(run_sweep(sweep).summary())
-    except (ConfigError, ManifestError) as error:
-        sys.exit(f"{error}")
-    except Interrupted as stopped:
-        print(stopped)
-        sys.exit(130)
+    if args.promote:
+        print(promote(args.promote, args.register_as))
+        return
+    if args.sweep is None:
+        raise ConfigError("name a sweep file, see configs/sweeps/")
+    overrides = parse_overrides(args.set)
+    if args.cluster is not None:
+        overrides["cluster"] = str(args.cluster.absolute())
+    sweep = load_sweep(args.sweep, overrides)
+    print(plan(sweep), flush=True)
+    if not args.check:
+        print(run_sweep(sweep).summary())
 
 
 def plan(sweep: Sweep) -> str:
@@ -60,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("sweep", type=Path, nargs="?", help="YAML file, see configs/sweeps/")
     arguments.add_argument("--cluster", type=Path, help="YAML file, see configs/clusters/")
-    arguments.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace values")
+    add_set(arguments, help="replace values")
     arguments.add_argument("--check", action="store_true", help="check the file, and end")
-    arguments.add_argument("--promote", metavar="FOLDER", help="of a finished sweep")
+    arguments.add_argument("--promote", type=location, metavar="FOLDER", help="of a finished sweep")
     arguments.add_argument("--register-as", metavar="NAME", help="with --promote: name of the model version")
     return arguments
 

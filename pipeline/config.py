@@ -30,6 +30,8 @@ from pydantic import (
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from pipeline.data.augment import AugmentSettings
 from pipeline.data.plan import DEFAULT_WINDOW_ROWS, DecodeIn
+from pipeline.errors import UserError
+from pipeline.ray_job import lasting
 
 Share = Annotated[float, Field(ge=0, le=1)]
 C = TypeVar("C", bound="Config")
@@ -42,9 +44,10 @@ def _a_folder_name(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
+Location = Annotated[str, AfterValidator(lasting)]  # path or URI; absolute in a submitted job
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A file or a value that cannot be taken, with every problem that was found."""
 
 
@@ -76,8 +79,8 @@ Augment = Annotated[AugmentSettings, _known_keys(*(f.name for f in fields(Augmen
 
 
 class Data(Config):
-    train: str  # manifest, or its folder; a path or a URI
-    val: str | None = None  # evaluated on; without it a run only trains
+    train: Location  # manifest, or its folder; a path or a URI
+    val: Location | None = None  # evaluated on; without it a run only trains
     decode_in: DecodeIn = "task"
     prefetch: PositiveInt = 2  # micro-batches ready in each worker
     window_rows: PositiveInt = DEFAULT_WINDOW_ROWS  # rows are shuffled within stretches of about this length
@@ -201,9 +204,10 @@ class Tracking(Config):
 
 class Experiment(Config):
     name: FolderName | None = None  # of the run; the file's name if left out
-    storage: str = "runs"  # folder or URI in which runs keep their files, reachable from every node
+    # Folder or URI in which runs keep their files, reachable from every node.
+    storage: Location = Field(default="runs", validate_default=True)
     seed: NonNegativeInt = 0
-    init: str | None = None  # weights to start from: a checkpoint or a released file
+    init: Location | None = None  # weights to start from: a checkpoint or a released file
     data: Data
     model: Model = Model()
     loss: Loss = LossConfig()
@@ -295,9 +299,25 @@ def as_yaml(content: Mapping[str, Any]) -> str:
 def parse_override(text: str) -> tuple[str, Any]:
     """`optimizer.lr=1e-4` as key and value, the value read as YAML."""
     key, sign, value = text.partition("=")
-    if not sign or not key:
+    if not sign or not all(key.split(".")):
         raise ConfigError(f"--set {text}: write KEY=VALUE, as in schedule.epochs=12")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.load(value, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """All `KEY=VALUE` of a command line, in their order.
+
+    Raises:
+        ConfigError: a key is given twice, or a text is not KEY=VALUE.
+    """
+    pairs = [parse_override(text) for text in texts]
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"--set {', '.join(twice)}: given twice; give each key once")
+    return dict(pairs)
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -14,7 +14,7 @@ from pipeline.data import storage
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.records import Reading
-from pipeline.tuning.run import Interrupted, run_sweep
+from pipeline.tuning.run import SweepInterruptedError, run_sweep
 from pipeline.tuning.sweep import Trial, evaluations_of
 
 SECONDS = 0.3  # of an evaluation
@@ -53,6 +53,6 @@ def pretended(config: dict[str, Any], settings: TrialSettings) -> None:
 if __name__ == "__main__":
     try:
         print(run_sweep(load_sweep(sys.argv[1]), pretended).summary())
-    except Interrupted as stopped:
+    except SweepInterruptedError as stopped:
         print(stopped)
         sys.exit(130)

@@ -33,7 +33,7 @@ from pipeline.data.augment import (
     multiscale_size,
     plain_sample,
 )
-from pipeline.data.decode import Rectangle, UndecodableImage, View
+from pipeline.data.decode import Rectangle, UndecodableImageError, View
 
 RELEASED = AugmentSettings()
 CANVAS = (640, 640)
@@ -181,7 +181,7 @@ def test_an_evaluation_sample_is_the_released_one() -> None:
 
 
 def test_an_undecodable_image_says_why() -> None:
-    with pytest.raises(UndecodableImage, match="not a readable image"):
+    with pytest.raises(UndecodableImageError, match="not a readable image"):
         sample_of(b"no image", NO_BOXES, width=4, height=3)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.data.augment import AugmentSettings, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.batch import Batch, Replacement, batch_from_arrow
-from pipeline.data.decode import UndecodableImage
+from pipeline.data.decode import UndecodableImageError
 from pipeline.data.records import SHARD_SCHEMA, ImageRecord, table_from_records
 from pipeline.data.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_micro_batch
 from tests.drawn_shards import drawn_records
@@ -131,14 +131,14 @@ def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_na
 
 def test_a_micro_batch_of_which_nothing_can_be_decoded_is_an_error_that_names_every_image() -> None:
     records = [broken(record) for record in drawn_records(4)]
-    with pytest.raises(UndecodableImage) as error:
+    with pytest.raises(UndecodableImageError) as error:
         batch_of(records)
     assert all(record.file_name in str(error.value) for record in records)
 
 
 def test_evaluation_does_not_replace_images() -> None:
     records = drawn_records(4)
-    with pytest.raises(UndecodableImage, match=f"image {records[2].image_id}, {records[2].file_name}"):
+    with pytest.raises(UndecodableImageError, match=f"image {records[2].image_id}, {records[2].file_name}"):
         batch_of([*records[:2], broken(records[2]), records[3]], EVALUATION)
 
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from jobs import compare as compare_job
 from pipeline.config import ConfigError, Experiment
 from pipeline.data.manifest import ShardSet, load_shards
-from pipeline.tracking.lookup import LookupFailed, RunFacts, Runs
+from pipeline.tracking.lookup import RunFacts, RunLookupError, Runs
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import record, run_folder
@@ -143,11 +143,11 @@ def test_runs_that_differ_in_more_than_their_seed_are_no_replicates(folder: Path
 
 def test_a_run_that_is_not_there_or_not_alone_is_refused(folder: Path, tmp_path: Path) -> None:
     for named, said in (("none", "0 runs"), ("0" * 32, "not found"), ("o'clock", "give the id")):
-        with pytest.raises(LookupFailed, match=said):
+        with pytest.raises(RunLookupError, match=said):
             opened(folder, "first", named)
-    with pytest.raises(LookupFailed, match="there is no database"):
+    with pytest.raises(RunLookupError, match="there is no database"):
         opened(tmp_path, "first", "second")
-    with pytest.raises(LookupFailed, match="name a server"):
+    with pytest.raises(RunLookupError, match="name a server"):
         Runs("./mlruns", "runs")
     with pytest.raises(ConfigError, match="two runs or more"):
         opened(folder, "first")

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from pipeline.data.decode import (
     PIXEL_LIMIT,
     Rectangle,
-    UndecodableImage,
+    UndecodableImageError,
     View,
     crop_and_place,
     decode_rgb,
@@ -100,7 +100,7 @@ def test_sixteen_bit_levels_keep_their_upper_byte() -> None:
 
 def test_levels_of_unknown_range_are_refused() -> None:
     encoded = encode(Image.fromarray(np.ones((4, 5), np.float32)), "TIFF")
-    with pytest.raises(UndecodableImage, match="mode F, levels of unknown range"):
+    with pytest.raises(UndecodableImageError, match="mode F, levels of unknown range"):
         decode_rgb(encoded, 5, 4)
 
 
@@ -109,13 +109,13 @@ def test_exif_orientation_is_ignored_and_named_where_it_confuses() -> None:
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     encoded = encode(Image.fromarray(photograph(40, 30)), "JPEG", exif=exif)
     assert decode_rgb(encoded, 40, 30).shape == (30, 40, 3)
-    with pytest.raises(UndecodableImage, match=r"stored as 40x30 but annotated as 30x40.*EXIF"):
+    with pytest.raises(UndecodableImageError, match=r"stored as 40x30 but annotated as 30x40.*EXIF"):
         decode_rgb(encoded, 30, 40)
 
 
 def test_an_image_of_another_size_than_annotated_is_refused() -> None:
     encoded = encode(Image.fromarray(photograph(40, 30)), "PNG")
-    with pytest.raises(UndecodableImage, match=r"stored as 40x30 but annotated as 41x30$"):
+    with pytest.raises(UndecodableImageError, match=r"stored as 40x30 but annotated as 41x30$"):
         decode_rgb(encoded, 41, 30)
 
 
@@ -123,7 +123,7 @@ def test_an_image_of_another_size_than_annotated_is_refused() -> None:
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.9])
 def test_a_truncated_image_is_refused(kind: str, kept: float) -> None:
     encoded = encode(Image.fromarray(photograph(80, 60)), kind)
-    with pytest.raises(UndecodableImage, match=r"truncated|cannot identify|Truncated|broken"):
+    with pytest.raises(UndecodableImageError, match=r"truncated|cannot identify|Truncated|broken"):
         decode_rgb(encoded[: int(kept * len(encoded))], 80, 60)
 
 
@@ -145,7 +145,7 @@ def test_damage_is_refused_by_one_error_or_does_no_harm(kind: str, data: st.Data
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
         decoded = decode_rgb(bytes(damaged), 24, 18)
-    except UndecodableImage:
+    except UndecodableImageError:
         return
     assert decoded.shape == (18, 24, 3)
     assert decoded.dtype == np.uint8
@@ -155,12 +155,12 @@ def test_a_decompression_bomb_is_refused_from_its_header() -> None:
     jpeg = bytearray(encode(Image.fromarray(photograph(40, 30)), "JPEG"))
     frame = jpeg.index(b"\xff\xc0")  # marker, length 2, precision 1, height 2, width 2
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 40_000, 50_000)
-    with pytest.raises(UndecodableImage, match=f"50000x40000 pixels exceed the limit of {PIXEL_LIMIT}"):
+    with pytest.raises(UndecodableImageError, match=f"50000x40000 pixels exceed the limit of {PIXEL_LIMIT}"):
         decode_rgb(bytes(jpeg), 50_000, 40_000)
 
     header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 40_000, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    with pytest.raises(UndecodableImage, match="exceeds limit"):
+    with pytest.raises(UndecodableImageError, match="exceeds limit"):
         image_size(png + encode(Image.fromarray(photograph(4, 3)), "PNG")[33:])
 
 

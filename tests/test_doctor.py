@@ -422,7 +422,9 @@ def test_the_exit_code_tells_errors(shards: ShardSet, tmp_path: Path, capsys: py
     assert main([shards.uri, "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
     assert "shard-missing" in {finding["code"] for finding in printed["findings"]}
-    assert main([str(tmp_path / "nowhere")]) == 2
+    with pytest.raises(SystemExit) as nothing_to_check:
+        main([str(tmp_path / "nowhere")])
+    assert nothing_to_check.value.code == 2
     assert "jobs.prepare" in capsys.readouterr().err
     with pytest.raises(SystemExit) as bad_usage:
         main(["--no-such-option"])
@@ -430,7 +432,9 @@ def test_the_exit_code_tells_errors(shards: ShardSet, tmp_path: Path, capsys: py
 
 
 def test_the_same_set_twice_is_bad_usage(shards: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([shards.uri, f"{shards.uri}/{MANIFEST_NAME}"]) == 2
+    with pytest.raises(SystemExit) as bad_usage:
+        main([shards.uri, f"{shards.uri}/{MANIFEST_NAME}"])
+    assert bad_usage.value.code == 2
     assert "twice" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from jobs.prepare import main as prepare_main
 from pipeline.data import storage
-from pipeline.data.image_files import BadImage, checked_image
+from pipeline.data.image_files import BadImageError, checked_image
 from pipeline.data.manifest import ShardSet, load_shards
 from pipeline.data.prepare import PrepareError, prepare, read_rejected
 from pipeline.data.records import SHARD_SCHEMA, ImageRecord, records_from_table
@@ -289,13 +289,13 @@ def test_unusual_jpegs_stay_as_they_are(mode: str) -> None:
 def test_a_cut_off_file_is_found_only_by_decoding_it() -> None:
     whole = jpeg((64, 64))
     cut = whole[:-100]
-    with pytest.raises(BadImage, match="undecodable"):
+    with pytest.raises(BadImageError, match="undecodable"):
         check(cut, (64, 64))
     assert check(cut, (64, 64), verify=False).data == cut
 
 
 def test_pixels_are_counted_before_anything_is_decoded() -> None:
-    with pytest.raises(BadImage, match="too many pixels: 200 x 100 are more than 10000"):
+    with pytest.raises(BadImageError, match="too many pixels: 200 x 100 are more than 10000"):
         check(jpeg((200, 100))[:700], None)
 
 

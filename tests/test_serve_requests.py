@@ -23,7 +23,7 @@ from pipeline.delivery.batching import Batcher
 from pipeline.delivery.body_limit import BodyLimit
 from pipeline.delivery.counts import SECONDS, Counts, Totals, as_text, observe
 from pipeline.delivery.page import page
-from pipeline.delivery.requests import Asked, Encoded, Limits, Refused, decode, parse, read_body
+from pipeline.delivery.requests import Asked, Encoded, Limits, RequestError, decode, parse, read_body
 
 LIMITS = Limits(max_bytes=100_000, max_images=3, max_pixels=10_000)
 FORM = "multipart/form-data; boundary=XX"
@@ -132,14 +132,14 @@ def test_options_have_defaults_and_the_body_wins_over_the_query() -> None:
 def test_a_wrong_request_is_refused_with_its_field_and_a_way_out(
     content_type: str, body: bytes, query: dict[str, str], status: int, field: str | None, says: str
 ) -> None:
-    with pytest.raises(Refused, match=says) as refused:
+    with pytest.raises(RequestError, match=says) as refused:
         asked(content_type, body, **query)
     assert (refused.value.status, refused.value.field) == (status, field)
 
 
 def test_a_body_that_says_it_is_too_long_is_refused_unread() -> None:
     assert read(b"ab", b"cd", content_length="4") == (b"abcd", 2)
-    with pytest.raises(Refused, match="exceeds 100 bytes") as refused:
+    with pytest.raises(RequestError, match="exceeds 100 bytes") as refused:
         read(b"x" * 101, content_length="101")
     assert refused.value.status == 413
 
@@ -153,13 +153,13 @@ def test_a_body_of_unsaid_length_is_read_no_further_than_allowed() -> None:
             taken += 1
             yield b"x" * 30
 
-    with pytest.raises(Refused, match="exceeds 100 bytes"):
+    with pytest.raises(RequestError, match="exceeds 100 bytes"):
         asyncio.run(read_body(endless(), {}, 100))
     assert taken == 4
 
 
 def test_a_compressed_body_is_refused() -> None:
-    with pytest.raises(Refused, match="not be compressed") as refused:
+    with pytest.raises(RequestError, match="not be compressed") as refused:
         read(b"x", content_encoding="gzip")
     assert refused.value.status == 415
 
@@ -177,10 +177,10 @@ def test_pixels_are_counted_before_any_is_decoded() -> None:
     header = bytearray(picture())
     header[16:24] = (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big")
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         decode([Encoded("images[0]", picture()), Encoded("images[1]", bytes(header))], 10_000)
     assert (refused.value.status, refused.value.field) == (413, "images[1]")
-    with pytest.raises(Refused, match=r"with those before it, 100 x 60 pixels exceed the 10,000") as refused:
+    with pytest.raises(RequestError, match=r"with those before it, 100 x 60 pixels exceed the 10,000") as refused:
         decode([Encoded("images[0]", picture(100, 60)), Encoded("images[1]", picture(100, 60))], 10_000)
     assert (refused.value.status, refused.value.field) == (413, "images[1]")
 
@@ -189,20 +189,20 @@ def test_pixels_are_counted_before_any_is_decoded() -> None:
     "content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"/etc/passwd"]
 )
 def test_what_is_no_picture_is_refused(content: bytes) -> None:
-    with pytest.raises(Refused, match="no picture that can be read: send one of JPEG, PNG") as refused:
+    with pytest.raises(RequestError, match="no picture that can be read: send one of JPEG, PNG") as refused:
         decode([Encoded("image[0]", content)], 10_000)
     assert (refused.value.status, refused.value.field) == (415, "image[0]")
 
 
 def test_a_path_given_as_bytes_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
-    with pytest.raises(Refused, match="no picture"):
+    with pytest.raises(RequestError, match="no picture"):
         decode([Encoded("body", str(tmp_path / "a.png").encode())], 10_000)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_broken_picture_is_refused(kind: str) -> None:
-    with pytest.raises(Refused, match="save it anew") as refused:
+    with pytest.raises(RequestError, match="save it anew") as refused:
         decode([Encoded("image[0]", picture(90, 90, kind)[:-900])], 10_000)
     assert (refused.value.status, refused.value.field) == (422, "image[0]")
 

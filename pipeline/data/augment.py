@@ -128,7 +128,7 @@ def augmented_sample(
         canvas: height and width of the sample.
 
     Raises:
-        UndecodableImage: with the reason.
+        UndecodableImageError: with the reason.
     """
     generator = keyed_generator("image", seed, epoch, image_id)
     boxes, labels = _within_image(boxes, labels, width, height)

@@ -16,13 +16,15 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.errors import UserError
+
 # Images are decoded in many tasks or threads at once; OpenCV's own threads would only compete with them.
 cv2.setNumThreads(1)
 
 PIXEL_LIMIT = 89_478_485  # Pillow's own: 256 MiB as RGB. Read from the header, so before any pixel is decoded
 
 
-class UndecodableImage(ValueError):
+class UndecodableImageError(UserError, ValueError):
     """An image that cannot be used: broken, too large, of an unknown kind, or not of its annotated size."""
 
 
@@ -69,11 +71,11 @@ def image_size(encoded: bytes) -> tuple[int, int]:
     """Width and height in stored pixels, read from the header.
 
     Raises:
-        UndecodableImage: not an image, or more than `PIXEL_LIMIT` pixels.
+        UndecodableImageError: not an image, or more than `PIXEL_LIMIT` pixels.
     """
     width, height = _jpeg_size(encoded) or _opened(encoded).size
     if width * height > PIXEL_LIMIT:
-        raise UndecodableImage(f"{width}x{height} pixels exceed the limit of {PIXEL_LIMIT}; shrink it beforehand")
+        raise UndecodableImageError(f"{width}x{height} pixels exceed the limit of {PIXEL_LIMIT}; shrink it beforehand")
     return width, height
 
 
@@ -89,12 +91,12 @@ def decode_rgb(encoded: bytes, width: int, height: int, divisor: int = 1) -> NDA
         [ceil(height / divisor), ceil(width / divisor), 3]
 
     Raises:
-        UndecodableImage: with the reason.
+        UndecodableImageError: with the reason.
     """
     stored = image_size(encoded)
     if stored != (width, height):
         hint = " (EXIF orientation is not applied)" if stored == (height, width) else ""
-        raise UndecodableImage(f"stored as {stored[0]}x{stored[1]} but annotated as {width}x{height}{hint}")
+        raise UndecodableImageError(f"stored as {stored[0]}x{stored[1]} but annotated as {width}x{height}{hint}")
     if _jpeg_size(encoded):
         try:
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
@@ -173,13 +175,15 @@ def _opened(encoded: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded))
     except Exception as error:  # each of Pillow's formats raises errors of its own
-        raise UndecodableImage(f"not a readable image: {error}") from error
+        raise UndecodableImageError(f"not a readable image: {error}") from error
 
 
 def _decoded_by_pillow(encoded: bytes, divisor: int) -> NDArray[np.uint8]:
     image = _opened(encoded)
     if image.mode in ("I", "F"):
-        raise UndecodableImage(f"{image.format} of mode {image.mode}, levels of unknown range; convert to 8 or 16 bits")
+        raise UndecodableImageError(
+            f"{image.format} of mode {image.mode}, levels of unknown range; convert to 8 or 16 bits"
+        )
     try:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -187,4 +191,4 @@ def _decoded_by_pillow(encoded: bytes, divisor: int) -> NDArray[np.uint8]:
             image = image.convert("RGBA")  # Pillow warns when a palette loses its transparency on the way to RGB
         return np.asarray(image.convert("RGB").reduce(divisor))
     except Exception as error:
-        raise UndecodableImage(f"broken {image.format}: {error}") from error
+        raise UndecodableImageError(f"broken {image.format}: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.data.decode import UndecodableImage, decode_rgb, image_size
+from pipeline.data.decode import UndecodableImageError, decode_rgb, image_size
 from pipeline.data.doctor_shard import READ_ERRORS
 from pipeline.data.manifest import ShardSet
 from pipeline.data.reader import locate_row_groups, read_row_groups
@@ -87,7 +87,7 @@ def picture(shards: ShardSet, shard: int, row: int, marked: Iterable[int | None]
     try:
         width, height = image_size(record.image)
         source = _data_uri(decode_rgb(record.image, width, height))
-    except UndecodableImage:
+    except UndecodableImageError:
         width, height, source = max(1, record.width), max(1, record.height), None
     return Picture(
         caption=f"{shards.manifest.split} {record.image_id}: {record.file_name}, {width} x {height}",

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.data.decode import UndecodableImage, decode_rgb, image_size
+from pipeline.data.decode import UndecodableImageError, decode_rgb, image_size
 from pipeline.data.doctor_findings import EDGE_TOLERANCE_PX, EXAMPLES, QUERIES, Example, Tally
 from pipeline.data.manifest import Statistics
 from pipeline.data.records import SHARD_SCHEMA
@@ -198,7 +198,7 @@ def _check_images(rows: pa.Table, found: _Found, decode: bool) -> None:
             stored = image_size(encoded)
             if decode:
                 decode_rgb(encoded, *stored, divisor=8)  # reads all of the file, for less than half the time
-        except UndecodableImage as error:
+        except UndecodableImageError as error:
             trouble["image-undecodable"][i] = str(error)
         else:
             if stored != size:

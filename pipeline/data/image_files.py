@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from pipeline.data import storage
 from pipeline.data.sources import synthetic
+from pipeline.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of Pillow, some of whose others start programs
 EXIF_ORIENTATION = 0x0112
@@ -22,7 +23,7 @@ UPRIGHT_QUALITY = 95  # of images written again only to turn them
 T = TypeVar("T")
 
 
-class BadImage(ValueError):
+class BadImageError(UserError, ValueError):
     """An image that cannot go into a shard: a reason in a few words, the same for all of its kind, and the details."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -46,7 +47,7 @@ def read_file(uri: str) -> bytes:
     """The bytes of an image by path or URI; a synthetic one is drawn.
 
     Raises:
-        BadImage: there is no such file. Any other failure is the storage's and raised as it is.
+        BadImageError: there is no such file. Any other failure is the storage's and raised as it is.
     """
     try:
         if uri.startswith(synthetic.SCHEME):
@@ -56,7 +57,7 @@ def read_file(uri: str) -> bytes:
                 return file.read()
         return storage.read_bytes(uri)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise BadImage("missing file", uri) from None
+        raise BadImageError("missing file", uri) from None
 
 
 def checked_image(
@@ -78,15 +79,17 @@ def checked_image(
         verify: decode every image, to find those that are cut off.
 
     Raises:
-        BadImage: it is no image, too large, broken, or not of the annotated size.
+        BadImageError: it is no image, too large, broken, or not of the annotated size.
     """
     width, height = _size(data)
     if width * height > max_pixels:
-        raise BadImage("too many pixels", f"{width} x {height} are more than {max_pixels}")
+        raise BadImageError("too many pixels", f"{width} x {height} are more than {max_pixels}")
     turned = annotated_size in (None, (height, width)) and annotated_size != (width, height) and _is_marked_lying(data)
     upright_size = (height, width) if turned else (width, height)
     if annotated_size not in (None, upright_size):
-        raise BadImage("size mismatch", f"annotated as {annotated_size}, the file is {(width, height)} (width, height)")
+        raise BadImageError(
+            "size mismatch", f"annotated as {annotated_size}, the file is {(width, height)} (width, height)"
+        )
     if longest_side is not None and max(upright_size) > longest_side:
         return _written_again(data, upright_size, turned, longest_side, quality)
     if turned:
@@ -150,6 +153,6 @@ def _with_pillow(data: bytes, use: Callable[[Image.Image], T]) -> T:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return use(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("too many pixels", str(error)) from None
+        raise BadImageError("too many pixels", str(error)) from None
     except (OSError, ValueError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
-        raise BadImage("undecodable", str(error) or type(error).__name__) from None
+        raise BadImageError("undecodable", str(error) or type(error).__name__) from None

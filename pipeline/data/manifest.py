@@ -15,12 +15,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, NonNegati
 from pydantic import ValidationError as PydanticError
 
 from pipeline.data import storage
+from pipeline.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Final = 1
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError, ValueError):
     """A manifest that is missing, unreadable or at odds with itself."""
 
 

@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UserError
+
 DEFAULT_WINDOW_ROWS = 2048
 # Where pixels are decoded: in data tasks, on any node; in threads of the training worker; or in its own thread and without
 # Ray, for one process, a debugger, a test.
@@ -97,6 +99,10 @@ class Window:
     stop_step: int
 
 
+class PlanError(UserError, ValueError):
+    """Batch sizes that the images or the workers cannot be divided into."""
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Steps cut into micro-batches; micro-batch m of a step belongs to worker m % world_size."""
@@ -109,13 +115,13 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.global_batch < 1 or self.global_batch % self.micro_batch:
-            raise ValueError(
+            raise PlanError(
                 f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}, both > 0"
             )
         if self.seed is not None and self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+            raise PlanError(f"seed={self.seed} must not be negative")
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise PlanError(
                 f"an epoch of {self.num_rows} images has no step of global_batch={self.global_batch}: make it smaller"
             )
 
@@ -141,7 +147,7 @@ class BatchPlan:
         """Micro-batches of one step that each of `world_size` workers goes through."""
         count, remainder = divmod(self.micro_batches, world_size)
         if remainder:
-            raise ValueError(
+            raise PlanError(
                 f"{world_size} workers cannot share the {self.micro_batches} micro-batches of a step evenly"
                 f" (global_batch={self.global_batch}, micro_batch={self.micro_batch}): change one of these, or the"
                 " number of workers"

@@ -21,7 +21,7 @@ import ray
 from pydantic import JsonValue, PositiveInt
 
 from pipeline.data import storage
-from pipeline.data.image_files import BadImage, read_file
+from pipeline.data.image_files import BadImageError, read_file
 from pipeline.data.manifest import MANIFEST_NAME, Category, Data, Manifest, ShardSet, load_shards
 from pipeline.data.records import REJECTED_SCHEMA, Rejection
 from pipeline.data.shard_writer import (
@@ -37,6 +37,7 @@ from pipeline.data.shard_writer import (
 )
 from pipeline.data.sources.index import AnnotationIndex, ImageEntry, Source
 from pipeline.data.statistics import add_up
+from pipeline.errors import UserError
 from pipeline.progress import Progress
 
 REJECTED_NAME = "rejected.parquet"
@@ -46,7 +47,7 @@ SAMPLE_IMAGES = 128  # read to learn how large a row is
 SHOWN = 20  # rejected rows in an error
 
 
-class PrepareError(RuntimeError):
+class PrepareError(UserError, RuntimeError):
     """Data that cannot become a shard set, or not in this folder."""
 
 
@@ -153,7 +154,7 @@ def _try_images(sample: Sequence[ImageEntry], options: PrepareOptions) -> tuple[
     for entry in sample:
         try:
             sizes.append(len(encoded_image(entry, read_file(entry.uri), options).data))
-        except BadImage as bad:
+        except BadImageError as bad:
             problems.append(str(bad))
     return sizes, problems
 

@@ -15,10 +15,15 @@ from pipeline.data import storage
 from pipeline.data.manifest import ShardSet
 from pipeline.data.plan import Rows
 from pipeline.data.records import SHARD_SCHEMA
+from pipeline.errors import UserError
 
 ROW = pa.struct(list(SHARD_SCHEMA))
 ANNOTATION_COLUMNS = tuple(name for name in SHARD_SCHEMA.names if name != "image")
 PARALLEL_READS = 8  # requests under way at once: object storage answers slowly, but side by side
+
+
+class ShardError(UserError, ValueError):
+    """Shard files that are not those of their manifest."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def locate_row_groups(shards: ShardSet) -> RowGroups:
     """As the manifest has it: no file is opened."""
     described = shards.manifest.shards
     if not described:
-        raise ValueError(f"{shards.uri}: the shard set is empty")
+        raise ShardError(f"{shards.uri}: the shard set is empty")
     return RowGroups(
         folder=shards.uri,
         files=tuple(shard.file for shard in described),
@@ -56,7 +61,7 @@ def read_row_groups(
     """The rows of each of `groups`.
 
     Raises:
-        ValueError: a shard is not the one that the manifest describes.
+        ShardError: a shard is not the one that the manifest describes.
     """
     filesystem, folder = _resolve(source.folder)
 
@@ -65,7 +70,7 @@ def read_row_groups(
         path = storage.join(folder, source.files[shard])
         footer = _footer(source.folder, source.files[shard], source.sha256[shard])
         if index >= footer.num_row_groups or footer.row_group(index).num_rows != source.rows[group]:
-            raise ValueError(
+            raise ShardError(
                 f"{path}: row group {index} does not have the {source.rows[group]} rows that the manifest says; the"
                 " file changed after its manifest was written: prepare the shard set again"
             )

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.data import storage
-from pipeline.data.image_files import BadImage, EncodedImage, checked_image, read_file
+from pipeline.data.image_files import BadImageError, EncodedImage, checked_image, read_file
 from pipeline.data.manifest import Data, Shard, Statistics
 from pipeline.data.records import SHARD_SCHEMA, ImageRecord, Rejection, table_from_records
 from pipeline.data.sources.index import BoxEntry, ImageEntry
@@ -104,7 +104,7 @@ def write_shard(out: str, index: int, options: PrepareOptions, num_classes: int)
 
 
 def encoded_image(entry: ImageEntry, data: bytes, options: PrepareOptions) -> EncodedImage:
-    """The image of an entry as its shard stores it; raises BadImage."""
+    """The image of an entry as its shard stores it; raises BadImageError."""
     size = None if entry.width is None or entry.height is None else (entry.width, entry.height)
     return checked_image(
         data,
@@ -123,7 +123,7 @@ def _records(work: pa.Table, options: PrepareOptions, rejected: list[Rejection])
         entry = ImageEntry(**{name: row[name] for name in ImageEntry._fields})
         try:
             image = encoded_image(entry, file.result(), options)
-        except BadImage as bad:
+        except BadImageError as bad:
             rejected.append(Rejection(entry.image_id, entry.file_name, "image", bad.reason, bad.detail))
             continue
         yield _record(entry, row, image, rejected)

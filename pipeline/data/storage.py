@@ -16,11 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
+from pipeline.errors import UserError
+
 TEMPORARY_SUFFIX = ".tmp"
 S3_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID")
 
 
-class StorageError(ValueError):
+class StorageError(UserError, ValueError):
     """A path or URI that names no place."""
 
 

@@ -103,7 +103,7 @@ def evaluation_stream(
     """Every image once, over all workers, unaugmented; each worker gets equally many batches, the last ones padded.
 
     Raises:
-        UndecodableImage: naming the image. Left out, it would change the result without a word.
+        UndecodableImageError: naming the image. Left out, it would change the result without a word.
     """
     source = locate_row_groups(shards)
     plan = BatchPlan(source.rows, global_batch=micro_batch * world_size, micro_batch=micro_batch, seed=None)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.augment import AugmentSettings, Sample, augmented_sample, identity_photometric, plain_sample
-from pipeline.data.decode import UndecodableImage
+from pipeline.data.decode import UndecodableImageError
 from pipeline.data.mixing import mixed_batch
 from pipeline.data.plan import BatchPlan, Rows, Window
 from pipeline.data.reader import ROW, RowGroups, read_row_groups, take_rows
@@ -94,7 +94,7 @@ def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     In training an image that cannot be decoded is replaced by the next of its micro-batch that can, and named.
 
     Raises:
-        UndecodableImage: in training if no image of the micro-batch can be decoded, in evaluation if any cannot.
+        UndecodableImageError: in training if no image of the micro-batch can be decoded, in evaluation if any cannot.
     """
     rows = encoded.column("rows").chunk(0).flatten()
     records = list(records_from_table(pa.Table.from_struct_array(rows)))
@@ -104,11 +104,13 @@ def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     for place, record in enumerate(records):
         try:
             decoded[place] = _sample(record, epoch, settings)
-        except UndecodableImage as error:
+        except UndecodableImageError as error:
             failures[place] = f"{record.file_name}: {error}"
     if failures and (settings.augmentation is None or not decoded):
         named = "; ".join(f"image {records[place].image_id}, {why}" for place, why in failures.items())
-        raise UndecodableImage(f"{named}; `python -m jobs.doctor` lists such images, `jobs.prepare` leaves them out")
+        raise UndecodableImageError(
+            f"{named}; `python -m jobs.doctor` lists such images, `jobs.prepare` leaves them out"
+        )
 
     places = [_next_decoded(place, decoded, len(records)) for place in range(len(records))]
     image_ids = [records[place].image_id for place in places]

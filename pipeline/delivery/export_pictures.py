@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfine_core.images import prepare, read_image, sizes_of
+from pipeline.config import ConfigError
 from pipeline.data.manifest import ShardSet
 from pipeline.data.sources.synthetic import synthetic_image
 from pipeline.data.stream import evaluation_stream
@@ -61,11 +62,11 @@ def from_files(paths: Sequence[Path], images: int) -> CheckSet:
     """Image files, and those in folders.
 
     Raises:
-        ValueError: there is none.
+        ConfigError: there is none.
     """
     found = [file for path in paths for file in (_images_in(path) if path.is_dir() else [path])][:images]
     if not found:
-        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
+        raise ConfigError(f"--images-from: no images ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
 
     def batches(input_size: tuple[int, int]) -> Iterator[Pictures]:
         return _opened([file.read_bytes for file in found], input_size)

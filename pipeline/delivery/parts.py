@@ -22,7 +22,7 @@ from dfine_core.loading import KEPT, LoadedDetector
 from dfine_core.postprocess import Detections, best_pairs, postprocess
 from pipeline.config import ConfigError
 from pipeline.data import storage
-from pipeline.data.image_files import BadImage, read_file
+from pipeline.data.image_files import BadImageError, read_file
 from pipeline.data.manifest import Data
 from pipeline.delivery.inputs import Inputs, Picture, Unreadable, read_pictures
 
@@ -161,7 +161,7 @@ def _open(picture: Picture | Unreadable, input_size: tuple[int, int]) -> _Opened
     try:
         content = read_file(picture.content) if isinstance(picture.content, str) else picture.content
         image = read_image(content)
-    except (BadImage, PermissionError, ValueError) as error:
+    except (BadImageError, PermissionError, ValueError) as error:
         return _Opened(row | {"rejected": f"{error}"}, None)
     row |= {"seconds": picture.seconds, "width": image.width, "height": image.height}
     return _Opened(row, prepare([image], input_size))

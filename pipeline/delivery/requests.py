@@ -17,6 +17,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from dfine_core.images import FORMATS, read_image
 from dfine_core.loading import KEPT
+from pipeline.errors import UserError
 
 OPTIONS = ("threshold", "max_detections")
 FORMS = (
@@ -27,7 +28,7 @@ FORMS = (
 M = TypeVar("M", bound=BaseModel)
 
 
-class Refused(Exception):
+class RequestError(UserError):
     """A request that is not answered, and why: a sentence with the way out.
 
     Args:
@@ -85,8 +86,8 @@ async def read_body(chunks: AsyncIterable[bytes], headers: Mapping[str, str], ma
         headers: with names in lower case.
     """
     if headers.get("content-encoding", "identity") != "identity":
-        raise Refused(415, "the body must not be compressed: send it as it is", field="Content-Encoding")
-    too_long = Refused(413, f"the body exceeds {max_bytes:,} bytes: send fewer or smaller pictures", field="body")
+        raise RequestError(415, "the body must not be compressed: send it as it is", field="Content-Encoding")
+    too_long = RequestError(413, f"the body exceeds {max_bytes:,} bytes: send fewer or smaller pictures", field="body")
     if int(headers.get("content-length", 0)) > max_bytes:
         raise too_long
     body = bytearray()
@@ -103,7 +104,7 @@ async def parse(
     """Options stand in the query, or beside the pictures in a form or JSON; there they win.
 
     Raises:
-        Refused: 415 for another type of content, 422 for a wrong value, 413 for too many pictures.
+        RequestError: 415 for another type of content, 422 for a wrong value, 413 for too many pictures.
     """
     kind = parse_options_header(content_type)[0].decode("latin-1").lower()
     options: Mapping[str, Any] = query
@@ -116,11 +117,11 @@ async def parse(
     elif kind.startswith("image/"):
         images = (Encoded("body", body),)
     else:
-        raise Refused(415, f"cannot read {kind or 'a body without a type'}: send {FORMS}", field="Content-Type")
+        raise RequestError(415, f"cannot read {kind or 'a body without a type'}: send {FORMS}", field="Content-Type")
     if not images:
-        raise Refused(422, f"there is no picture in it: send {FORMS}", field="image")
+        raise RequestError(422, f"there is no picture in it: send {FORMS}", field="image")
     if len(images) > limits.max_images:
-        raise Refused(413, f"{len(images)} pictures exceed the {limits.max_images} of a request: send several")
+        raise RequestError(413, f"{len(images)} pictures exceed the {limits.max_images} of a request: send several")
     checked = _checked(_Options, options)
     threshold = default_threshold if checked.threshold is None else checked.threshold
     return Asked(images, threshold, checked.max_detections)
@@ -130,7 +131,7 @@ def decode(images: Sequence[Encoded], max_pixels: int) -> list[PIL.Image.Image]:
     """In RGB. The pixels of all are counted from their headers before the first is decoded.
 
     Raises:
-        Refused: 413 for more than `max_pixels` together, 415 for what is no picture, 422 for a broken one.
+        RequestError: 413 for more than `max_pixels` together, 415 for what is no picture, 422 for a broken one.
     """
     pixels = 0
     for image in images:
@@ -138,7 +139,7 @@ def decode(images: Sequence[Encoded], max_pixels: int) -> list[PIL.Image.Image]:
         pixels += width * height
         if pixels > max_pixels:
             so_far = "with those before it, " if image is not images[0] else ""
-            raise Refused(
+            raise RequestError(
                 413,
                 f"{so_far}{width} x {height} pixels exceed the {max_pixels:,} of a request: scale it down",
                 field=image.field,
@@ -151,17 +152,19 @@ def _size(image: Encoded) -> tuple[int, int]:
         with PIL.Image.open(io.BytesIO(image.content), formats=FORMATS) as opened:
             return opened.size
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        raise Refused(413, "far too many pixels: scale it down", field=image.field) from None
+        raise RequestError(413, "far too many pixels: scale it down", field=image.field) from None
     except Exception:  # each of Pillow's formats raises errors of its own
         known = ", ".join(FORMATS)
-        raise Refused(415, f"this is no picture that can be read: send one of {known}", field=image.field) from None
+        raise RequestError(
+            415, f"this is no picture that can be read: send one of {known}", field=image.field
+        ) from None
 
 
 def _decoded(image: Encoded) -> PIL.Image.Image:
     try:
         return read_image(image.content)
     except ValueError as error:
-        raise Refused(422, f"{error}: save it anew", field=image.field) from None
+        raise RequestError(422, f"{error}: save it anew", field=image.field) from None
 
 
 def _from_json(body: bytes) -> tuple[tuple[Encoded, ...], dict[str, Any]]:
@@ -175,7 +178,7 @@ def _from_base64(field: str, text: str) -> Encoded:
         return Encoded(field, base64.b64decode(text, validate=True))
     except ValueError:
         way_out = "leave out all up to the comma" if text.startswith("data:") else "paths and addresses are not opened"
-        raise Refused(422, f"this is not the base64 text of a picture: {way_out}", field=field) from None
+        raise RequestError(422, f"this is not the base64 text of a picture: {way_out}", field=field) from None
 
 
 async def _from_form(content_type: str, body: bytes, max_images: int) -> tuple[tuple[Encoded, ...], dict[str, str]]:
@@ -190,14 +193,16 @@ async def _from_form(content_type: str, body: bytes, max_images: int) -> tuple[t
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            raise Refused(413, f"more than the {max_images} pictures of a request: send several") from None
-        raise Refused(422, f"the form cannot be read: {error.message}", field="body") from None
+            raise RequestError(413, f"more than the {max_images} pictures of a request: send several") from None
+        raise RequestError(422, f"the form cannot be read: {error.message}", field="body") from None
     try:
         images: list[Encoded] = []
         options: dict[str, str] = {}
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) != (name == "image"):
-                raise Refused(422, f"a form has files named image, and {' and '.join(OPTIONS)} as text", field=name)
+                raise RequestError(
+                    422, f"a form has files named image, and {' and '.join(OPTIONS)} as text", field=name
+                )
             if isinstance(value, UploadFile):
                 images.append(Encoded(f"image[{len(images)}]", await value.read()))
             else:
@@ -214,4 +219,4 @@ def _checked(kind: type[M], content: bytes | Mapping[str, Any]) -> M:
         first = error.errors()[0]
         field = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"]) or "body"
         known = f"; known: {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise Refused(422, f"{first['msg']}{known}", field=field) from None
+        raise RequestError(422, f"{first['msg']}{known}", field=field) from None

@@ -27,7 +27,7 @@ from dfine_core.postprocess import Detections
 from pipeline.config import Config, Share
 from pipeline.delivery.batching import Batcher
 from pipeline.delivery.counts import Counts, observe
-from pipeline.delivery.requests import Asked, Limits, Refused, decode, parse, read_body
+from pipeline.delivery.requests import Asked, Limits, RequestError, decode, parse, read_body
 from pipeline.trained import open_trained
 
 logger = logging.getLogger("ray.serve")  # whose files and level Ray Serve looks after
@@ -82,13 +82,13 @@ class Service:
         arrived = time.perf_counter()
         try:
             response = await self._answered(request)
-        except Refused as refused:
+        except RequestError as refused:
             response = refusal(refused)
         except ClientDisconnect:
             response = Response(status_code=GONE)
         except Exception:
             logger.exception("a request failed")
-            response = refusal(Refused(500, "the detector failed; its log says why"))
+            response = refusal(RequestError(500, "the detector failed; its log says why"))
         self.counts["detect_requests_total", str(response.status_code)] += 1
         observe(self.counts, "detect_request_seconds", time.perf_counter() - arrived)
         return response
@@ -115,7 +115,9 @@ class Service:
 
     async def _answered(self, request: Request) -> Response:
         if self.inside >= self.settings.max_waiting:
-            raise Refused(503, f"busy: {self.inside} requests wait already, come again", retry_after_s=RETRY_AFTER_S)
+            raise RequestError(
+                503, f"busy: {self.inside} requests wait already, come again", retry_after_s=RETRY_AFTER_S
+            )
         self.inside += 1
         try:
             async with asyncio.timeout(self.settings.timeout_s):
@@ -124,7 +126,7 @@ class Service:
             message = (
                 f"not done within {self.settings.timeout_s:g} s: send fewer or smaller pictures, or come again later"
             )
-            raise Refused(504, message, retry_after_s=RETRY_AFTER_S) from None
+            raise RequestError(504, message, retry_after_s=RETRY_AFTER_S) from None
         finally:
             self.inside -= 1
 
@@ -184,7 +186,7 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
     return Response(json.dumps(content), status, SAFE | (headers or {}), "application/json")
 
 
-def refusal(refused: Refused) -> Response:
+def refusal(refused: RequestError) -> Response:
     headers = {} if refused.retry_after_s is None else {"Retry-After": str(refused.retry_after_s)}
     field = {} if refused.field is None else {"field": refused.field}
     return json_response({"error": refused.message, **field}, refused.status, headers)

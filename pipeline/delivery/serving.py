@@ -24,7 +24,7 @@ from pipeline.config import ConfigError
 from pipeline.delivery.body_limit import environment
 from pipeline.delivery.counts import Counts, Totals, as_text
 from pipeline.delivery.page import page
-from pipeline.delivery.requests import Refused
+from pipeline.delivery.requests import RequestError
 from pipeline.delivery.service import RETRY_AFTER_S, SAFE, ServeSettings, Service, json_response, refusal
 from pipeline.ray_start import start_ray
 
@@ -41,7 +41,7 @@ app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's page
 @app.exception_handler(404)
 @app.exception_handler(405)
 async def _no_such_route(request: Request, error: HTTPException) -> Response:
-    return refusal(Refused(error.status_code, f"{error.detail}: POST /detect, GET /health, /metrics, /model or /"))
+    return refusal(RequestError(error.status_code, f"{error.detail}: POST /detect, GET /health, /metrics, /model or /"))
 
 
 class SharedTotals:
@@ -79,7 +79,7 @@ class DetectionServer:
     @app.get("/health")
     async def health(self) -> Response:
         if self.service.failed:
-            return refusal(Refused(503, "the last batch failed", retry_after_s=RETRY_AFTER_S))
+            return refusal(RequestError(503, "the last batch failed", retry_after_s=RETRY_AFTER_S))
         return json_response({"status": "ready"})
 
     @app.get("/metrics")

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 
+from pipeline.errors import UserError
 from pipeline.tracking.asking import asking
 from pipeline.tracking.names import MAX_TAG, mlflow_key, mlflow_value
 from pipeline.tracking.queue_folder import milliseconds
@@ -29,7 +30,7 @@ class Target:
         return f"run {self.run_id}" + (f" and {self.name}, version {self.version}" if self.version else "")
 
 
-class AttachError(ValueError):
+class AttachError(UserError, ValueError):
     """There is nothing to attach to."""
 
 

@@ -10,6 +10,7 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from dfine_core.redaction import redact
+from pipeline.errors import UserError
 from pipeline.tracking.asking import asking
 from pipeline.tracking.names import RUN_KEY
 from pipeline.tracking.settings import TrackingSettings
@@ -19,7 +20,7 @@ VERSION, DIGEST = "version.", "digest."  # beginnings of tags
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
-class LookupFailed(ValueError):
+class RunLookupError(UserError, ValueError):
     """No run, or several, by what was asked for."""
 
 
@@ -42,16 +43,16 @@ class Runs:
     storage: whose database is taken where no server is named.
 
     Raises:
-        LookupFailed: there is none.
+        RunLookupError: there is none.
     """
 
     def __init__(self, uri: str | None, storage: str) -> None:
         try:
             settings = TrackingSettings.resolve(storage, experiment="any", run_name="any", uri=uri)
         except ValueError as error:
-            raise LookupFailed(str(error)) from None
+            raise RunLookupError(str(error)) from None
         if settings.uri.startswith("sqlite:") and not Path(settings.uri.split(":///", 1)[1]).exists():
-            raise LookupFailed(
+            raise RunLookupError(
                 f"there is no database {settings.shown_uri}: name the server or database with --tracking or MLFLOW_TRACKING_URI"
             )
         self.shown_uri = settings.shown_uri
@@ -63,16 +64,16 @@ class Runs:
             named: id, `runs:/ID`, or name of a run.
 
         Raises:
-            LookupFailed: nothing or several are so called.
+            RunLookupError: nothing or several are so called.
         """
         wanted = named.removeprefix(RUNS)
         if _ID.fullmatch(wanted):
-            with asking(f"{named} at {self.shown_uri}", LookupFailed):
+            with asking(f"{named} at {self.shown_uri}", RunLookupError):
                 return facts_of(self._client.get_run(wanted))
         found = self._search(f"attributes.run_name = '{_quoted(wanted)}'")
         if len(found) != 1:
             several = ", ".join(run.info.run_id for run in found[:5])
-            raise LookupFailed(
+            raise RunLookupError(
                 f"{named}: {len(found)} runs of {self.shown_uri} are so called"
                 + (f": give one of the ids {several}" if found else ": give a run's folder, id or name")
             )
@@ -88,11 +89,11 @@ class Runs:
 
     def log_text(self, run_id: str, text: str, path: str) -> None:
         """As the run's artifact `path`."""
-        with asking(f"{path} for run {run_id}", LookupFailed):
+        with asking(f"{path} for run {run_id}", RunLookupError):
             self._client.log_text(run_id, text, path)
 
     def _search(self, condition: str) -> list[Run]:
-        with asking(self.shown_uri, LookupFailed):
+        with asking(self.shown_uri, RunLookupError):
             experiments = [experiment.experiment_id for experiment in self._client.search_experiments()]
             return list(self._pages(experiments, condition)) if experiments else []
 
@@ -107,9 +108,9 @@ class Runs:
 
 
 def _quoted(text: str) -> str:
-    """Raises: LookupFailed, for what the search language cannot hold."""
+    """Raises: RunLookupError, for what the search language cannot hold."""
     if "'" in text or "\\" in text:
-        raise LookupFailed(f"{text!r} is no run: names with quotes cannot be searched for, give the id")
+        raise RunLookupError(f"{text!r} is no run: names with quotes cannot be searched for, give the id")
     return text
 
 

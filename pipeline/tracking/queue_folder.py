@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.data.storage import write_atomic
+from pipeline.errors import UserError
 from pipeline.tracking.event_log import Event, EventLog
+
+
+class QueueInUseError(UserError, RuntimeError):
+    """A tracking folder that another process writes to."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ class QueueFolder:
 
     Raises:
         ValueError: the folder belongs to another run than `run_key`.
-        RuntimeError: another process writes to it.
+        QueueInUseError: another process writes to it.
     """
 
     def __init__(self, path: Path, run_key: str | None) -> None:
@@ -57,7 +62,7 @@ class QueueFolder:
         self._delivery_lock: IO[bytes] | None = None
         writer_lock = _try_lock(path / "writer.lock")
         if writer_lock is None:
-            raise RuntimeError(f"{path} is written to by another process: close its Tracker first")
+            raise QueueInUseError(f"{path} is written to by another process: close its Tracker first")
         self._writer_lock = writer_lock
         try:
             self.identity = self._read_identity(run_key)

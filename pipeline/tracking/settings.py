@@ -10,9 +10,15 @@ from pyarrow import fs
 
 from dfine_core.redaction import redact
 from pipeline.data import storage
+from pipeline.errors import UserError
+from pipeline.ray_job import relative_problems
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+class TrackingError(UserError, ValueError):
+    """A tracking server or database that is not named, or cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,26 +48,31 @@ class TrackingSettings:
         """The server is `uri`, else MLFLOW_TRACKING_URI, else a database in the run's storage.
 
         Raises:
-            ValueError: storage is remote and no server is named, or MLflow cannot keep a run in what is named.
+            TrackingError: storage is remote and no server is named, or MLflow cannot keep a run in what is named.
         """
         named = uri or os.environ.get("MLFLOW_TRACKING_URI")
         artifact_location = None
         if not named:
+            if problems := relative_problems([("storage", os.fspath(storage_uri))]):
+                raise TrackingError(problems[0])
             filesystem, folder = storage.resolve(storage_uri)
             if not isinstance(filesystem, fs.LocalFileSystem):
-                raise ValueError(
+                raise TrackingError(
                     f"no tracking server is named, and {storage_uri} cannot hold MLflow's database, which needs a disk:"
                     " start `mlflow server` and set MLFLOW_TRACKING_URI"
                 )
             named = f"sqlite:///{folder}/mlflow.db"
         scheme = named.split("://")[0].split("+")[0]
         if "://" not in named or scheme not in (*SERVERS, *DATABASES):
-            raise ValueError(
+            raise TrackingError(
                 f"tracking URI {redact(named)!r}: name a server (http://HOST:PORT) or a database (sqlite:////PATH);"
                 " MLflow no longer keeps runs in plain folders"
             )
         if scheme == "sqlite":
-            database = Path(named.split(":///", 1)[1]).absolute()  # another process has another working directory
+            path = named.split(":///", 1)[-1]
+            if problems := relative_problems([("tracking URI sqlite:///", path)]):
+                raise TrackingError(problems[0])
+            database = Path(path).absolute()  # another process has another working directory
             named = f"sqlite:///{database}"
             artifact_location = f"file://{quote(str(database.parent / 'mlartifacts'))}/{quote(experiment, safe='')}"
         return cls(

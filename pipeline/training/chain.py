@@ -6,7 +6,7 @@ One MLflow run is the parent of all of them. What is finished is left alone when
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from pipeline.config import (
     ConfigError,
     Experiment,
     FolderName,
+    Location,
     Tracking,
     check,
     dump,
@@ -26,12 +27,13 @@ from pipeline.config import (
 )
 from pipeline.data import storage
 from pipeline.data.manifest import MANIFEST_NAME, load_shards
+from pipeline.ray_job import relative_problems, submitted_job
 from pipeline.ray_start import start_ray
 from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_folder
-from pipeline.training.launch import launch, submitted_job
+from pipeline.training.launch import launch
 
 SOURCE = "jobs/pretrain_finetune.py"
 REACHED_WITHIN_S = 30.0  # MLflow, to give the chain's run an id that its stages can name as their parent
@@ -49,7 +51,7 @@ class Stage(Config):
 
 class Chain(Config):
     name: FolderName
-    storage: str = "runs"
+    storage: Location = Field(default="runs", validate_default=True)
     tracking: Tracking = Tracking()
     stages: tuple[Stage, ...]
 
@@ -121,6 +123,8 @@ def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cl
         if isinstance(stage.cluster, str)
         else None
     )
+    if problems := relative_problems(("prepare: --out", _out(line)) for line in stage.prepare):
+        raise ConfigError("\n".join(problems))
     missing = tuple(tuple(shlex.split(line)) for line in stage.prepare if not _is_there(_out(line)))
     return Step(stage, experiment, where or (stage.cluster if isinstance(stage.cluster, Cluster) else cluster), missing)
 
@@ -148,8 +152,8 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
         experiment=chain.tracking.experiment,
         run_name=chain.name,
         uri=chain.tracking.uri,
-        run_key=run_folder.key_made_once(folder),
     )
+    settings = replace(settings, run_key=run_folder.key_made_once(folder))
     with Tracker(run_folder.queue_folder(folder, settings.run_key or ""), settings) as tracker:
         job = {"ray.job": name} if (name := submitted_job()) else {}
         tracker.begin(flatten(dump(chain)), {"run_folder": folder, **job, **chain.tracking.tags}, (), SOURCE)

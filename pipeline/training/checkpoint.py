@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from pipeline.data import storage
 from pipeline.data.manifest import Category
+from pipeline.errors import UserError
 from pipeline.training.stages import Standing
 from pipeline.training.step import Learner
 
@@ -43,7 +44,7 @@ EXPERIMENT = "experiment.yaml"
 FILES = ("model", "ema", "optimizer")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that is missing, damaged or does not fit."""
 
 

@@ -64,6 +64,14 @@ def pinned(source: str, run: str, tracking_uri: str) -> str:
     return folder
 
 
+def refuse_missing_weights(init: str | None, resume: str | None) -> None:
+    """Raises: ConfigError or CheckpointError, if there is nothing where `init` or `--resume` point to."""
+    if init and not init.startswith((RUN, MODEL)) and not storage.exists(init):
+        raise ConfigError(f"init: {init} does not exist")
+    if resume:
+        checkpoint.read_metadata(resume)
+
+
 @contextmanager
 def _default_server(tracking_uri: str) -> Iterator[None]:
     """MLflow URIs are looked up at the server of this run, unless the environment names another one."""

@@ -1,27 +1,28 @@
 """From an experiment to workers that train it: what is asked of the cluster, what is checked before, what is known after."""
 
-import json
 import os
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data import storage
 from pipeline.data.manifest import load_shards
+from pipeline.errors import UserError
+from pipeline.ray_job import submitted_job
 from pipeline.ray_start import start_ray
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_folder
-from pipeline.training.initial import pinned
+from pipeline.training.initial import pinned, refuse_missing_weights
 from pipeline.training.job import Job
 from pipeline.training.monitor import Watch, start_mailbox
 from pipeline.training.preflight import Request, cpu_threads, problems_on_nodes, request_for
@@ -72,7 +73,7 @@ def launch(
         callbacks: of Ray Train; they hear of every evaluation.
 
     Raises:
-        ConfigError: for what cannot be, with every problem found.
+        UserError: invalid input, with every problem found; also one that the workers met.
         ray.train.TrainingFailedError: the workers failed more often than the cluster file allows.
     """
     launched_at = time.time()
@@ -80,6 +81,14 @@ def launch(
     val = load_shards(experiment.data.val) if experiment.data.val else None
     run = storage.absolute(storage.join(experiment.storage, experiment.name or "run"))
     experiment = experiment.model_copy(update={"storage": storage.absolute(experiment.storage)})
+    tracking = TrackingSettings.resolve(
+        experiment.storage,
+        experiment=experiment.tracking.experiment,
+        run_name=experiment.name or "run",
+        uri=experiment.tracking.uri,
+        parent_run_id=parent_run_id,
+    )
+    refuse_missing_weights(experiment.init, resume)
     if cluster.address:
         os.environ["RAY_ADDRESS"] = cluster.address
     start_ray(dashboard=True)
@@ -102,14 +111,7 @@ def launch(
         problems = problems_on_nodes(run, [s.uri for s in (shards, val) if s])
         if problems:
             raise ConfigError("\n  ".join(["the cluster cannot run this:", *problems]))
-        tracking = TrackingSettings.resolve(
-            experiment.storage,
-            experiment=experiment.tracking.experiment,
-            run_name=experiment.name or "run",
-            uri=experiment.tracking.uri,
-            run_key=began.tracking_key,
-            parent_run_id=parent_run_id,
-        )
+        tracking = replace(tracking, run_key=began.tracking_key)
         if experiment.init:
             experiment = experiment.model_copy(update={"init": pinned(experiment.init, run, tracking.uri)})
         job = Job(
@@ -164,6 +166,8 @@ def _train(
             result = trainer.fit()
         except BaseException as error:
             _close_record(job, "FAILED" if isinstance(error, Exception) else "KILLED")
+            if (mistake := _user_error_of(error)) is not None:
+                raise mistake from None
             raise
     value: dict[str, Any] = result.return_value
     return Outcome(
@@ -177,11 +181,14 @@ def _train(
     )
 
 
-def submitted_job() -> str | None:
-    """Id of the job that this process is the entrypoint of; `ray job submit` tells it so."""
-    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    job: str | None = config.get("metadata", {}).get("job_submission_id")
-    return job
+def _user_error_of(error: BaseException) -> UserError | None:
+    """The mistake behind a failed training, if one of its workers met it."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    for failure in failures:
+        inner = getattr(failure, "cause", failure)  # Ray's own error holds what its task raised
+        if isinstance(inner, UserError):
+            return inner
+    return None
 
 
 def _close_record(job: Job, status: Any) -> None:

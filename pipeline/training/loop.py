@@ -25,6 +25,7 @@ from pipeline.data.augment import multiscale_size
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import load_shards
 from pipeline.data.stream import StreamSettings, training_stream
+from pipeline.errors import UserError
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import Tracker
@@ -42,7 +43,7 @@ from pipeline.training.step import HostFlag, StepResult, to_micro_batch, train_s
 LATENCY_SECONDS = 3.0  # spent on finding it
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(UserError, RuntimeError):
     """Losses or gradients stay NaN or infinite."""
 
 

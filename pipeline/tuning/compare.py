@@ -187,7 +187,7 @@ def open_runs(
         noise: the same, of replicates; without any, those of the sweeps that the runs belong to.
 
     Raises:
-        ConfigError, LookupFailed: one cannot be found.
+        ConfigError, RunLookupError: one cannot be found.
     """
     runs = [find_run(name, tracking, storage_uri) for name in named]
     if noise:

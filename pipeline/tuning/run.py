@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -24,7 +24,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from pipeline.config import Cluster, ConfigError, Experiment, check, dump, load_cluster
 from pipeline.data import storage
 from pipeline.data.manifest import load_shards
+from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
+from pipeline.ray_job import submitted_job
 from pipeline.ray_start import start_ray
 from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
@@ -32,7 +34,6 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.trained import open_trained
 from pipeline.training import run_folder
 from pipeline.training.initial import pinned
-from pipeline.training.launch import submitted_job
 from pipeline.training.preflight import DECODING_CPUS
 from pipeline.training.record import dataset
 from pipeline.tuning.closing import Closing
@@ -61,8 +62,10 @@ QUIET_TUNE = {
 }
 
 
-class Interrupted(Exception):
+class SweepInterruptedError(UserError):
     """The sweep was stopped before its end; its folder is whole."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -84,20 +87,20 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
 
     Raises:
         ConfigError: it cannot run, or was begun as another sweep.
-        Interrupted: by Ctrl-C or SIGTERM.
+        SweepInterruptedError: by Ctrl-C or SIGTERM.
     """
+    tracking = TrackingSettings.resolve(
+        storage.absolute(sweep.storage),
+        experiment=tracking_of(sweep).experiment,
+        run_name=sweep.name or "sweep",
+        uri=tracking_of(sweep).uri,
+    )
     start_ray(dashboard=True)
     cluster, together = placed(sweep)
     folder = storage.absolute(storage.join(sweep.storage, sweep.name or "sweep"))
     with run_folder.claimed(folder):
         key = _begin_or_continue(folder, sweep)
-        tracking = TrackingSettings.resolve(
-            storage.absolute(sweep.storage),
-            experiment=tracking_of(sweep).experiment,
-            run_name=sweep.name or "sweep",
-            uri=tracking_of(sweep).uri,
-            run_key=key,
-        )
+        tracking = replace(tracking, run_key=key)
         with Tracker(run_folder.queue_folder(folder, key), tracking) as tracker:
             _begin_record(tracker, sweep, folder)
             begun = as_trials_see_it(sweep, folder, tracking.uri)
@@ -108,7 +111,7 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
                 _search(settings, ledger, closing, together, trainable)
                 _confirm(settings, ledger, closing, together, trainable)
             except BaseException as error:
-                tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
+                tracker.finish("KILLED" if isinstance(error, SweepInterruptedError | KeyboardInterrupt) else "FAILED")
                 raise
             finally:
                 closing.finish(CLOSING_S)
@@ -222,7 +225,7 @@ def _fit(
     )
     tuner.fit()
     if ledger.interrupt() or not searcher.exhausted:
-        raise Interrupted(f"{settings.folder} is whole: give the same command again to go on")
+        raise SweepInterruptedError(f"{settings.folder} is whole: give the same command again to go on")
 
 
 def scheduler_of(settings: TrialSettings) -> TrialScheduler:

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import Config, Experiment, FolderName, Tracking, check, dump, with_values
+from pipeline.config import Config, Experiment, FolderName, Location, Tracking, check, dump, with_values
 from pipeline.evaluation.coco import NUMBERS
 from pipeline.training.schedule import REFERENCE_BATCH
 from pipeline.tuning.space import Domain, Point, as_text
@@ -63,11 +63,11 @@ class Sweep(Config):
     """Paths stand in the file relative to it, and are absolute here. `pipeline.tuning.load` makes one."""
 
     name: FolderName | None = None  # of the folder and the parent run; the file's name if left out
-    storage: str = "runs"  # folder or URI, reachable from every node
+    storage: Location = Field(default="runs", validate_default=True)  # folder or URI, reachable from every node
     experiment: str
     cluster: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)  # values of the experiment by dotted key, the same in all trials
-    init: str | None = None  # one pretrained detector that all trials start from, though their heads differ
+    init: Location | None = None  # one pretrained detector that all trials start from, though their heads differ
     space: dict[str, Domain]
     metric: str = "AP"
     mode: Literal["max", "min"] = "max"

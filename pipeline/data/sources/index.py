@@ -17,11 +17,12 @@ from pydantic import JsonValue
 
 from pipeline.data.manifest import Category
 from pipeline.data.records import Rejection
+from pipeline.errors import UserError
 
 CACHE_MIB = 32  # of SQLite, and one run of its sort on disk
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """A source that cannot be read as what it was said to be."""
 
 

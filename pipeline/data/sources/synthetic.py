@@ -96,7 +96,7 @@ def synthetic_scene(index: int, *, seed: int = 0, longest_side: int = 320, max_s
         max_shapes: in one image; the crowd is not counted.
     """
     if longest_side < SMALLEST_IMAGE_PX:
-        raise ValueError(f"longest_side is {longest_side}; shapes need at least {SMALLEST_IMAGE_PX} pixels")
+        raise SourceError(f"longest_side is {longest_side}; shapes need at least {SMALLEST_IMAGE_PX} pixels")
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
     sides = [longest_side, int(rng.integers(longest_side // 2, longest_side + 1))]
     width, height = sides if rng.random() < 0.5 else sides[::-1]

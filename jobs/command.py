@@ -1,0 +1,79 @@
+"""Parts that all commands share: how a mistake ends them, `--set`, and arguments that are paths."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.ray_job import lasting
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+@contextmanager
+def user_errors(exit_code: int | None = None) -> Iterator[None]:
+    """End the command with a message instead of a traceback for whatever a user can cause; also a decorator.
+
+    Args:
+        exit_code: of the command; the error's own if left out.
+
+    Raises:
+        SystemExit: after a `UserError`, a failing file or network operation, or Ctrl-C. Any other error passes through.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as raised:
+        error = _cause(raised)
+        if not isinstance(error, UserError | OSError | ValidationError):
+            raise
+        code = exit_code or getattr(error, "exit_code", 1)
+        if code == 1:
+            sys.exit(_message(error))
+        print(_message(error), file=sys.stderr)
+        sys.exit(code)
+
+
+def add_set(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add `--set KEY=VALUE ...`; given several times, all of them count. `pipeline.config.parse_overrides` reads them."""
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help)
+
+
+def location(text: str) -> str:
+    """The type of an argument that is a path or URI of data, weights or results."""
+    try:
+        return lasting(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that is a path on this machine's disk."""
+    return Path(location(text))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error behind those that Ray wraps around what its tasks and actors raise."""
+    while type(error).__module__.startswith("ray.") or hasattr(error, "cause"):
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return error
+
+
+def _message(error: UserError | OSError | ValidationError) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,30 @@
+"""Every error that a user can cause, as one tree. Commands print it as a message and exit (`jobs/command.py`).
+
+    UserError
+    ├── AttachError               nothing in MLflow to attach files to
+    ├── BadImageError             an image that cannot go into a shard
+    ├── CheckpointError           a checkpoint that is missing, damaged or does not fit
+    ├── ConfigError               a file or a value that is not accepted, with every problem found
+    ├── ManifestError             a manifest that is missing, unreadable or inconsistent
+    ├── NotFiniteError            losses or gradients that stay NaN or infinite
+    ├── PlanError                 batch sizes that the images or the workers cannot be divided into
+    ├── PrepareError              data that cannot become a shard set, or not in this folder
+    ├── QueueInUseError           a tracking folder that another process writes to
+    ├── RequestError              an HTTP request that is refused, with its status
+    ├── RunLookupError            no run, or several, under the given name
+    ├── ShardError                shard files that are not those of their manifest
+    ├── SourceError               a data set that is not in the stated format
+    ├── StorageError              a path or URI that names no place
+    ├── SweepInterruptedError     a sweep stopped by Ctrl-C or SIGTERM; its folder is whole
+    ├── TrackingError             a tracking server or database that is not named, or cannot be used
+    └── UndecodableImageError     an image that training or evaluation cannot decode
+
+Each class stands in the module that raises it. Most are also a ValueError or RuntimeError, so that pydantic validators may
+raise them. `dfine_core.loading.LoadError` belongs to the core; `pipeline.trained` turns it into a ConfigError.
+"""
+
+
+class UserError(Exception):
+    """A mistake in what was asked for or a fault of its data, with a message that names the way out."""
+
+    exit_code = 1  # of the command
