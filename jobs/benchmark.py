@@ -13,7 +13,7 @@ import json
 
 import torch
 
-from jobs.command import location, user_errors
+from jobs.command import at_least, location, positive, user_errors
 from pipeline.data import storage
 from pipeline.delivery.benchmark import measure, open_subject
 
@@ -24,25 +24,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "detector", type=location, help="run or checkpoint folder, .pth, runs:/ID, models:/NAME@ALIAS, .onnx, .pt2"
     )
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    parser.add_argument("--device", type=device, help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast, not of exported files"
     )
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="default: 1 4 16, and 64 on a GPU")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: torch's")
-    parser.add_argument("--calls", type=int, default=200, metavar="N", help="timed one by one")
-    parser.add_argument("--seconds", type=float, default=10.0, help="at most, for the latency and each batch size")
+    parser.add_argument("--batches", type=at_least(1), nargs="+", metavar="N", help="default: 1 4 16, and 64 on a GPU")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="of the CPU; default: torch's")
+    parser.add_argument("--calls", type=at_least(1), default=200, metavar="N", help="timed one by one")
+    parser.add_argument("--seconds", type=positive, default=10.0, help="at most, for the latency and each batch size")
     parser.add_argument("--json", type=location, metavar="FILE", help="write the numbers here, path or URI")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    batches = args.batches or [1, 4, 16, *([64] if device.type == "cuda" else [])]
-    subject = open_subject(args.detector, device=device, precision=args.precision)
+    chosen = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = args.batches or [1, 4, 16, *([64] if chosen.type == "cuda" else [])]
+    subject = open_subject(args.detector, device=chosen, precision=args.precision)
     report = measure(subject, batches=batches, calls=args.calls, seconds=args.seconds)
     print(report.table())
     if args.json:
         storage.write_atomic(args.json, json.dumps(report.plain(), indent=1).encode())
+
+
+def device(text: str) -> torch.device:
+    """The type of --device."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(text)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Parts that all commands share: how a mistake ends them, `--set`, and arguments that are paths."""
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line
 from pipeline.ray_job import lasting
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -58,6 +59,31 @@ def local_path(text: str) -> Path:
     return Path(location(text))
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, `least` or more."""
+
+    def integer(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return integer
+
+
+def positive(text: str) -> float:
+    """The type of an argument that is a number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """The type of an argument that is a number in 0..1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return value
+
+
 def _cause(error: BaseException) -> BaseException:
     """The error behind those that Ray wraps around what its tasks and actors raise."""
     while type(error).__module__.startswith("ray.") or hasattr(error, "cause"):
@@ -70,10 +96,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _message(error: UserError | OSError | ValidationError) -> str:
     if isinstance(error, ValidationError):
-        return "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
-        )
+        return in_one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     return str(error) or type(error).__name__

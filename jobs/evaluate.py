@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from jobs.command import location, user_errors
+from jobs.command import at_least, location, user_errors
 from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.data.manifest import ShardSet, load_shards
+from pipeline.data.reader import refuse_changed_files
 from pipeline.evaluation.detections import to_coco_json
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.pictures import sample_pictures
@@ -34,11 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=location, metavar="FOLDER", help="write the report, figures, pictures and detections here"
     )
-    parser.add_argument("--micro-batch", type=int, default=16, help="images at once")
-    parser.add_argument("--pictures", type=int, default=12, help="validation images to draw, with --out")
+    parser.add_argument("--micro-batch", type=at_least(1), default=16, help="images at once")
+    parser.add_argument("--pictures", type=at_least(0), default=12, help="validation images to draw, with --out")
     args = parser.parse_args(argv)
     trained, shards = open_trained(args.detector), load_shards(args.manifest)
     refuse_other_classes(trained.names, shards)
+    refuse_changed_files(shards)
     print(f"{trained.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
     evaluate(trained, shards, args.out, args.micro_batch, args.pictures)
 

@@ -24,6 +24,7 @@ from jobs.command import local_path, location, user_errors
 from jobs.evaluate import refuse_other_classes
 from pipeline.config import ConfigError
 from pipeline.data.manifest import load_shards
+from pipeline.data.reader import refuse_changed_files
 from pipeline.delivery.export import FORMATS, at_input_size
 from pipeline.delivery.export_pictures import CheckSet, drawn, from_files, from_shards
 from pipeline.delivery.export_run import Export, export
@@ -78,6 +79,7 @@ def _check_set(args: argparse.Namespace, model: Trained) -> CheckSet:
     if args.check:
         shards = load_shards(args.check)
         refuse_other_classes(model.names, shards)
+        refuse_changed_files(shards)
         return from_shards(shards, args.images)
     if args.images_from:
         return from_files(args.images_from, args.images)

@@ -11,11 +11,10 @@ listed with the reason in rejected.parquet. Paths must be readable from every no
 """
 
 import argparse
-from functools import partial
 
 import torch
 
-from jobs.command import location, user_errors
+from jobs.command import at_least, location, share, user_errors
 from pipeline.delivery.inputs import list_inputs
 from pipeline.delivery.predict import HERE, PredictOptions, predict
 from pipeline.trained import open_trained
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = PredictOptions()
-    number = partial(_at_least, 1)
+    number = at_least(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "detector",
@@ -57,15 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
     parser.add_argument(
-        "--threshold", type=float, default=defaults.threshold, help="least score; 0 for all, as COCO's AP wants them"
+        "--threshold", type=share, default=defaults.threshold, help="least score; 0 for all, as COCO's AP wants them"
     )
     parser.add_argument("--every", type=number, default=1, metavar="N", help="take each N-th frame of videos")
-    parser.add_argument(
-        "--pictures", type=partial(_at_least, 0), default=defaults.pictures, metavar="N", help="to draw"
-    )
+    parser.add_argument("--pictures", type=at_least(0), default=defaults.pictures, metavar="N", help="to draw")
     parser.add_argument(
         "--explain",
-        type=partial(_at_least, 0),
+        type=at_least(0),
         default=0,
         metavar="N",
         help="draw how the decoder refined a box of N pictures, and add the deviation of every edge to the parts",
@@ -74,17 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=number, default=defaults.batch, metavar="N", help="pictures at once")
     parser.add_argument(
         "--workers",
-        type=partial(_at_least, 0),
+        type=at_least(0),
         metavar="N",
         help="detectors on Ray; default: one for each GPU, or one. 0: in this process, without Ray",
     )
     return parser
-
-
-def _at_least(least: int, text: str) -> int:
-    if (value := int(text)) < least:
-        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value
 
 
 if __name__ == "__main__":

@@ -89,13 +89,20 @@ def wait_for_the_end() -> None:
     print("stopping", flush=True)
 
 
+def port(text: str) -> int:
+    """The type of --port."""
+    if not 0 < (number := int(text)) < 2**16:
+        raise argparse.ArgumentTypeError(f"{number} is not in 1..65535")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument(
         "source", type=location, metavar="MODEL", help="checkpoint, run or exported folder, runs:/, models:/ or .pth"
     )
     arguments.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    arguments.add_argument("--port", type=int, default=8000)
+    arguments.add_argument("--port", type=port, default=8000)
     arguments.add_argument("--replicas", type=int, default=1, help="copies of the detector")
     arguments.add_argument("--cpus", type=float, help="of each replica; on this machine its share of all unless given")
     arguments.add_argument(

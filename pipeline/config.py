@@ -367,7 +367,8 @@ def _problem(kind: type[Config], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return _dotted(location[:-1]) + _unknown(location[-1], _keys_at(kind, location[:-1]))
     given = error["input"]
-    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | list | tuple | None) else ""
+    plain = isinstance(given, str | int | float | bool | list | tuple | None)
+    shown = f" (it is {given!r})" if plain and repr(given) not in error["msg"] else ""
     return f"{_dotted(location)}{_message(error['msg'])}{shown if error['type'] != 'missing' else ''}"
 
 

@@ -23,8 +23,23 @@ Each class stands in the module that raises it. Most are also a ValueError or Ru
 raise them. `dfine_core.loading.LoadError` belongs to the core; `pipeline.trained` turns it into a ConfigError.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UserError(Exception):
     """A mistake in what was asked for or a fault of its data, with a message that names the way out."""
 
     exit_code = 1  # of the command
+
+
+def in_one_line(error: "ValidationError") -> str:
+    """All problems of a pydantic error, each with its place, without pydantic's frame around them."""
+    problems = []
+    for problem in error.errors():
+        place = ".".join(map(str, problem["loc"]))
+        text = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{place}: {text}" if place else text)
+    return "; ".join(problems)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, NonNegati
 from pydantic import ValidationError as PydanticError
 
 from pipeline.data import storage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Final = 1
@@ -149,9 +149,11 @@ def load_shards(uri: str | os.PathLike[str]) -> ShardSet:
     folder = (parent or ".") if name == MANIFEST_NAME else os.fspath(uri).rstrip("/")
     path = storage.join(folder, MANIFEST_NAME)
     try:
-        content = json.loads(storage.read_bytes(path))
-    except FileNotFoundError:
+        written = storage.read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(f"{path}: there is none; `python -m jobs.prepare ... --out {folder}` writes it") from None
+    try:
+        content = json.loads(written)
     except ValueError as error:  # neither UTF-8 nor JSON
         raise ManifestError(f"{path}: not JSON ({error}); write it again with `python -m jobs.prepare`") from None
     version = content.get("format_version") if isinstance(content, dict) else None
@@ -162,4 +164,4 @@ def load_shards(uri: str | os.PathLike[str]) -> ShardSet:
     try:
         return ShardSet(uri=folder, manifest=Manifest.model_validate(content))
     except PydanticError as error:
-        raise ManifestError(f"{path}: {error}") from None
+        raise ManifestError(f"{path}: {in_one_line(error)}") from None

@@ -22,6 +22,9 @@ ANNOTATION_COLUMNS = tuple(name for name in SHARD_SCHEMA.names if name != "image
 PARALLEL_READS = 8  # requests under way at once: object storage answers slowly, but side by side
 
 
+SHOWN = 3  # files in an error
+
+
 class ShardError(UserError, ValueError):
     """Shard files that are not those of their manifest."""
 
@@ -53,6 +56,25 @@ def locate_row_groups(shards: ShardSet) -> RowGroups:
         rows=np.array([rows for shard in described for rows in shard.row_groups], np.int64),
         row_bytes=sum(shard.bytes for shard in described) / sum(shard.rows for shard in described),
     )
+
+
+def refuse_changed_files(shards: ShardSet) -> None:
+    """Compare the shard files with the manifest, by one listing of their folder.
+
+    Raises:
+        ShardError: files are missing or of another size.
+    """
+    there = storage.sizes(shards.uri)
+    wrong = [
+        f"{shard.file} has {there[shard.file]:,} bytes instead of {shard.bytes:,}"
+        if shard.file in there
+        else f"{shard.file} is missing"
+        for shard in shards.manifest.shards
+        if there.get(shard.file) != shard.bytes
+    ]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ShardError(f"{shards.uri}: {', '.join(wrong[:SHOWN])}{more}: copy them again, or prepare the set again")
 
 
 def read_row_groups(
@@ -92,8 +114,11 @@ def _resolve(folder: str) -> tuple[fs.FileSystem, str]:
 def _footer(folder: str, file: str, sha256: str) -> pq.FileMetaData:
     """`sha256` is part of the key so that a shard set written anew is not read by an old footer."""
     filesystem, path = _resolve(folder)
-    with filesystem.open_input_file(storage.join(path, file)) as source:
-        return pq.read_metadata(source)
+    try:
+        with filesystem.open_input_file(storage.join(path, file)) as source:
+            return pq.read_metadata(source)
+    except pa.ArrowInvalid as error:
+        raise ShardError(f"{storage.join(folder, file)}: damaged: {error}; prepare the shard set again") from None
 
 
 def take_rows(groups: dict[int, pa.StructArray], rows: Rows) -> pa.StructArray:

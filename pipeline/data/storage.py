@@ -3,6 +3,7 @@
 S3 reads the usual environment variables; another server than Amazon's is named by AWS_ENDPOINT_URL.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
@@ -79,6 +80,25 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     filesystem, path = resolve(uri)
     with filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
+
+
+def read_json(uri: str | os.PathLike[str], *keys: str) -> Any:
+    """The content of a JSON file; FileNotFoundError if there is none.
+
+    Args:
+        keys: that it must have.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    try:
+        content = json.loads(read_bytes(uri))
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise StorageError(f"{os.fspath(uri)}: damaged, not JSON: {error}") from None
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise StorageError(f"{os.fspath(uri)}: damaged, it has no {', '.join(missing)}")
+    return content
 
 
 def write_atomic(uri: str | os.PathLike[str], data: bytes) -> None:

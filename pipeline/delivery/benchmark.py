@@ -221,7 +221,10 @@ def _onnx(source: str, device: torch.device) -> Subject:
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()] + ["CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(source, options, providers=providers)
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=providers)
+    except Exception as error:  # the runtime raises classes of its own
+        raise ConfigError(f"{source}: cannot be opened by onnxruntime: {error}") from None
     used = session.get_providers()[0]
     batch, _, height, width = session.get_inputs()[0].shape
     names = [given.name for given in session.get_inputs()]

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -69,7 +70,7 @@ def from_files(paths: Sequence[Path], images: int) -> CheckSet:
         raise ConfigError(f"--images-from: no images ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
 
     def batches(input_size: tuple[int, int]) -> Iterator[Pictures]:
-        return _opened([file.read_bytes for file in found], input_size)
+        return _opened([(str(file), file.read_bytes) for file in found], input_size)
 
     return CheckSet(f"{len(found)} given images", len(found), batches)
 
@@ -81,7 +82,7 @@ def drawn(images: int, longest_side: int) -> CheckSet:
         return lambda: synthetic_image(index, longest_side=longest_side).image
 
     def batches(input_size: tuple[int, int]) -> Iterator[Pictures]:
-        return _opened([encoded(index) for index in range(images)], input_size)
+        return _opened([(f"drawn image {index}", encoded(index)) for index in range(images)], input_size)
 
     return CheckSet(f"{images} drawn images", images, batches)
 
@@ -108,10 +109,17 @@ def ragged(batches: Iterator[Pictures]) -> Iterator[Pictures]:
         yield from (part for part in parts if len(part.image_id))
 
 
-def _opened(readers: Sequence[Callable[[], bytes]], input_size: tuple[int, int]) -> Iterator[Pictures]:
+def _opened(readers: Sequence[tuple[str, Callable[[], bytes]]], input_size: tuple[int, int]) -> Iterator[Pictures]:
     for start in range(0, len(readers), BATCH):
-        opened = [read_image(read()) for read in readers[start : start + BATCH]]
+        opened = [_read(name, read()) for name, read in readers[start : start + BATCH]]
         yield Pictures(prepare(opened, input_size), sizes_of(opened), torch.arange(start, start + len(opened)))
+
+
+def _read(name: str, content: bytes) -> PIL.Image.Image:
+    try:
+        return read_image(content)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _images_in(folder: Path) -> list[Path]:

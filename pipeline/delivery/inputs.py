@@ -26,8 +26,8 @@ from pyarrow import fs
 
 from pipeline.config import ConfigError
 from pipeline.data import storage
-from pipeline.data.manifest import MANIFEST_NAME, ManifestError, ShardSet, load_shards
-from pipeline.data.reader import RowGroups, locate_row_groups, read_row_groups
+from pipeline.data.manifest import MANIFEST_NAME, ShardSet, load_shards
+from pipeline.data.reader import RowGroups, locate_row_groups, read_row_groups, refuse_changed_files
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
@@ -106,7 +106,7 @@ def list_inputs(given: Sequence[str], *, every: int = 1) -> Inputs:
         every: take each n-th frame of videos.
 
     Raises:
-        ConfigError: naming what is not there, or that nothing was found.
+        UserError: naming what is not there, or that nothing was found.
     """
     found: dict[str, Source] = {}
     passed_over = 0
@@ -164,10 +164,8 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 
 def _shard_source(uri: str) -> Source:
-    try:
-        shards = load_shards(uri)
-    except ManifestError as error:
-        raise ConfigError(f"{error}") from None
+    shards = load_shards(uri)
+    refuse_changed_files(shards)
     return Source("shards", shards.uri, shards.manifest.images, shards.manifest.digest)
 
 

@@ -125,15 +125,22 @@ def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cl
     )
     if problems := relative_problems(("prepare: --out", _out(line)) for line in stage.prepare):
         raise ConfigError("\n".join(problems))
-    missing = tuple(tuple(shlex.split(line)) for line in stage.prepare if not _is_there(_out(line)))
+    missing = tuple(tuple(_words(line)) for line in stage.prepare if not _is_there(_out(line)))
     return Step(stage, experiment, where or (stage.cluster if isinstance(stage.cluster, Cluster) else cluster), missing)
 
 
 def _out(line: str) -> str:
-    words = shlex.split(line)
+    words = _words(line)
     if "--out" not in words[:-1]:
         raise ConfigError(f"prepare: {line!r} does not say --out")
     return words[words.index("--out") + 1]
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(f"prepare: {line!r}: {error}") from None
 
 
 def _is_there(folder: str) -> bool:

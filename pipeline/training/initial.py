@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
@@ -102,7 +103,7 @@ def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origi
         return _fit(detector, found, names, source)
     except FileNotFoundError:
         raise ConfigError(f"init: {source} does not exist") from None
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise ConfigError(f"init: {source}: {error}") from None
 
 
@@ -142,12 +143,12 @@ def _checkpoint(folder: str) -> _Source:
 
 def _described(folder: str) -> _Source:
     """An exported detector, or one that `pinned` has copied here."""
-    described = json.loads(storage.read_bytes(storage.join(folder, DESCRIPTION)))
+    described = storage.read_json(storage.join(folder, DESCRIPTION), "categories")
     content = storage.read_bytes(storage.join(folder, WEIGHTS))
     sha256 = hashlib.sha256(content).hexdigest()
     parent = {"folder": folder, "sha256": sha256}
     if storage.exists(storage.join(folder, ORIGIN)):
-        parent = json.loads(storage.read_bytes(storage.join(folder, ORIGIN)))
+        parent = storage.read_json(storage.join(folder, ORIGIN), "sha256")
         if parent["sha256"] != sha256:
             raise ValueError(f"{WEIGHTS} is damaged: not what was written (SHA-256)")
     return _Source(tensors_from_bytes(content), described["categories"], parent)

@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data import storage
 from pipeline.data.manifest import load_shards
+from pipeline.data.reader import refuse_changed_files
 from pipeline.errors import UserError
 from pipeline.ray_job import submitted_job
 from pipeline.ray_start import start_ray
@@ -79,6 +80,8 @@ def launch(
     launched_at = time.time()
     shards = load_shards(experiment.data.train)
     val = load_shards(experiment.data.val) if experiment.data.val else None
+    for given in filter(None, (shards, val)):
+        refuse_changed_files(given)
     run = storage.absolute(storage.join(experiment.storage, experiment.name or "run"))
     experiment = experiment.model_copy(update={"storage": storage.absolute(experiment.storage)})
     tracking = TrackingSettings.resolve(

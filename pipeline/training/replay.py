@@ -1,12 +1,12 @@
 """A step that was not finite, once more: which image, which term, and where in the network the first bad value appears."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 
@@ -45,12 +45,14 @@ def replay(folder: str, *, precision: str, device: torch.device) -> Iterator[Fin
         precision: fp32, bf16 or fp16.
     """
     try:
-        about = json.loads(storage.read_bytes(storage.join(folder, "about.json")))
+        about = storage.read_json(storage.join(folder, "about.json"), "model")
         weights = tensors_from_bytes(storage.read_bytes(storage.join(folder, "model.safetensors")))
     except FileNotFoundError:
         raise ConfigError(
             f"{folder}: not a step that a training kept; it names such folders when it skips a step"
         ) from None
+    except SafetensorError as error:
+        raise ConfigError(f"{folder}: its model.safetensors is damaged: {error}") from None
     detector = Detector(ModelConfig.from_plain(about["model"]))
     detector.load_state_dict(weights)
     detector.to(device).train()

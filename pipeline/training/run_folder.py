@@ -71,7 +71,7 @@ def begin_or_continue(
     if not storage.exists(path):
         storage.write_atomic(path, json.dumps({**now, "tracking_key": tracking_key}, indent=1).encode())
         return Began(tracking_key, micro_batch=None)
-    began = json.loads(storage.read_bytes(path))
+    began = storage.read_json(path, "experiment", "data", "tracking_key")
     changes = differences(began, now)
     name = experiment.name
     if changes and not allow_changes:
@@ -98,11 +98,11 @@ def result_of(run: str, experiment: Experiment, shards: ShardSet, val: ShardSet 
     path = storage.join(run, RESULT)
     if not storage.exists(path):
         return None
-    began = json.loads(storage.read_bytes(storage.join(run, BEGAN)))
+    began = storage.read_json(storage.join(run, BEGAN), "experiment", "data")
     if changes := differences(began, _beginning(experiment, shards, val)):
         listed = "".join(f"\n  {line}" for line in changes)
         raise ConfigError(f"run {experiment.name!r} is finished, and began with something else:{listed}")
-    result: dict[str, Any] = json.loads(storage.read_bytes(path))
+    result: dict[str, Any] = storage.read_json(path, "numbers")
     return result
 
 
@@ -129,7 +129,7 @@ def queue_folder(run: str, key: str) -> Path:
 def key_of(run: str) -> str | None:
     """Under which MLflow knows the run of this folder; None if it is no run's folder."""
     path = storage.join(run, BEGAN)
-    return json.loads(storage.read_bytes(path))["tracking_key"] if storage.exists(path) else None
+    return storage.read_json(path, "tracking_key")["tracking_key"] if storage.exists(path) else None
 
 
 def differences(began: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -168,7 +168,7 @@ def claimed(run: str) -> Iterator[None]:
     path = storage.join(run, DRIVER)
     me = {"host": socket.gethostname(), "pid": os.getpid()}
     if storage.exists(path):
-        other = json.loads(storage.read_bytes(path))
+        other = storage.read_json(path, "host", "pid", "at")
         if _lives(other, me):
             raise ConfigError(
                 f"{run} is being trained by process {other['pid']} on {other['host']}: wait for it, stop it, or give"

@@ -65,7 +65,7 @@ def read_curve(folder: str, trial: Trial) -> Curve:
     path = _curve_path(folder, trial)
     if not storage.exists(path):
         return Curve()
-    content: Mapping[str, Any] = json.loads(storage.read_bytes(path))
+    content: Mapping[str, Any] = storage.read_json(path, "readings", "seconds")
     readings = tuple(Reading(**reading) for reading in content["readings"])
     return Curve(readings, content["seconds"], content.get("error", ""))
 

@@ -102,9 +102,9 @@ class Ledger:
 
     def _read(self) -> list[TrialRecord]:
         names = sorted(name for name in storage.sizes(self._path) if name.endswith(".json"))
-        return [record_of(json.loads(storage.read_bytes(storage.join(self._path, name)))) for name in names]
+        return [record_of(storage.read_json(storage.join(self._path, name))) for name in names]
 
 
 def _json(path: str) -> dict[str, Any] | None:
-    content: dict[str, Any] | None = json.loads(storage.read_bytes(path)) if storage.exists(path) else None
+    content: dict[str, Any] | None = storage.read_json(path) if storage.exists(path) else None
     return content

@@ -1,7 +1,5 @@
 """From a sweep to what is used of it: the best confirmed point as an experiment's file, its model as a registered version."""
 
-import json
-
 from pipeline.config import ConfigError, as_yaml, check
 from pipeline.data import storage
 from pipeline.tracking.registry import register
@@ -33,7 +31,7 @@ def promote(folder: str, register_as: str | None = None) -> str:
     path = storage.join(folder, run_folder.BEGAN)
     if not storage.exists(path) or not storage.exists(storage.join(folder, RECORDS)):
         raise ConfigError(f"{folder}: not the folder of a sweep with results")
-    sweep = check(Sweep, json.loads(storage.read_bytes(path))["sweep"], source=path)
+    sweep = check(Sweep, storage.read_json(path, "sweep")["sweep"], source=path)
     records = read_records(storage.join(folder, RECORDS))
     points = make_report(sweep, records).verdict.points
     if not points:

@@ -72,4 +72,4 @@ def write_records(uri: str | os.PathLike[str], records: Sequence[TrialRecord]) -
 
 
 def read_records(uri: str | os.PathLike[str]) -> list[TrialRecord]:
-    return [record_of(content) for content in json.loads(storage.read_bytes(uri))]
+    return [record_of(content) for content in storage.read_json(uri)]

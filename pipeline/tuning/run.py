@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from pipeline.config import Cluster, ConfigError, Experiment, check, dump, load_cluster
 from pipeline.data import storage
 from pipeline.data.manifest import load_shards
+from pipeline.data.reader import refuse_changed_files
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
 from pipeline.ray_job import submitted_job
@@ -95,6 +96,8 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
         run_name=sweep.name or "sweep",
         uri=tracking_of(sweep).uri,
     )
+    for use in ("train", "val"):
+        refuse_changed_files(load_shards(sweep.base["data"][use]))
     start_ray(dashboard=True)
     cluster, together = placed(sweep)
     folder = storage.absolute(storage.join(sweep.storage, sweep.name or "sweep"))
@@ -279,7 +282,7 @@ def _begin_or_continue(folder: str, sweep: Sweep) -> str:
         key = run_folder.key_made_once(folder)
         storage.write_atomic(path, json.dumps({**now, "tracking_key": key, "began_at": time.time()}, indent=1).encode())
         return key
-    began = json.loads(storage.read_bytes(path))
+    began = storage.read_json(path, "sweep", "data", "tracking_key")
     before, after = (flatten(content["sweep"]) | flatten(content["data"]) for content in (began, now))
     places = tuple(f"base.data.{use}" for use in uses)
     changes = [
@@ -295,7 +298,7 @@ def _begin_or_continue(folder: str, sweep: Sweep) -> str:
 
 
 def _began_at(folder: str) -> float:
-    return float(json.loads(storage.read_bytes(storage.join(folder, run_folder.BEGAN)))["began_at"])
+    return float(storage.read_json(storage.join(folder, run_folder.BEGAN), "began_at")["began_at"])
 
 
 def _begin_record(tracker: Tracker, sweep: Sweep, folder: str) -> None:

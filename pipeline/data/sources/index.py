@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import JsonValue
@@ -24,6 +25,18 @@ CACHE_MIB = 32  # of SQLite, and one run of its sort on disk
 
 class SourceError(UserError, ValueError):
     """A source that cannot be read as what it was said to be."""
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        SourceError: it is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not a text in UTF-8: {error}") from None
 
 
 class ImageEntry(NamedTuple):

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from pipeline.data.manifest import Category
 from pipeline.data.records import Rejection
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError, read_text
 
 
 def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_based: bool = True) -> Source:
@@ -33,7 +33,7 @@ def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_b
     if not listing.is_file():
         known = ", ".join(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "none"
         raise SourceError(f"{listing}: there is no such list; there are: {known}")
-    names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in read_text(listing).splitlines() if line.strip()]
     files = sorted((root / "Annotations").glob("*.xml"))
     digest = hashlib.sha256("\n".join(names).encode())
     found: set[str] = set()

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from pipeline.data.manifest import Category
 from pipeline.data.records import Rejection
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError, read_text
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".t
 def yolo_source(data_yaml: Path, split: str) -> Source:
     """One split of a data.yaml, "train" for instance."""
     try:
-        content = yaml.safe_load(data_yaml.read_text())
+        content = yaml.safe_load(read_text(data_yaml))
     except FileNotFoundError:
         raise SourceError(f"{data_yaml}: there is no such file") from None
     except yaml.YAMLError as error:
@@ -78,7 +78,7 @@ def _image_files(data_yaml: Path, root: Path, content: dict[str, Any], split: st
         if path.is_dir():
             images.update(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         elif path.is_file():
-            listed = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+            listed = [line.strip() for line in read_text(path).splitlines() if line.strip()]
             images.update(path.parent / line if line.startswith("./") else root / line for line in listed)
         else:
             raise SourceError(f"{data_yaml}: {split}: {root / place} does not exist")
@@ -97,7 +97,7 @@ def _label_text(image: Path) -> str:
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"  # the last one, as sets may lie under another
     path = Path(*parts, f"{image.stem}.txt")
-    return path.read_text() if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def _boxes(text: str, number: int, classes: int, index: AnnotationIndex) -> Iterator[BoxEntry]:

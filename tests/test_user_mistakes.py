@@ -1,0 +1,403 @@
+"""Mistakes of users, over all commands: each ends with an exit code and a message with the way out, never with a traceback."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline.errors
+from dfine_core.weights import save_released
+from pipeline.config import ConfigError, parse_overrides
+from pipeline.delivery.export import Source, write_safetensors
+from pipeline.ray_job import lasting
+from tests.drawn_shards import drawn_records, write_shards
+from tests.small_detectors import small_detector
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "command"}
+JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_1"}}'}
+UNSET = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", *JOB)
+
+# command line, what the message must hold, environment beside the usual one
+MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
+    # train: files and keys
+    ("train nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
+    ("train empty", ("empty", "is a directory"), {}),
+    ("train broken.yaml", ("broken.yaml", "not readable as YAML"), {}),
+    ("train list.yaml", ("list.yaml", "expected keys with values"), {}),
+    ("train binary.yaml", ("binary.yaml", "not readable as YAML"), {}),
+    ("train twice.yaml", ("twice.yaml", "seed is given twice"), {}),
+    ("train run.yaml --set optimiser.lr=1", ("unknown key 'optimiser'", "did you mean optimizer"), {}),
+    ("train run.yaml --set schedule.epoch=1", ("unknown key 'epoch'", "did you mean epochs"), {}),
+    ("train run.yaml --set optimizer.lr=fast", ("optimizer.lr", "valid number", "'fast'"), {}),
+    ("train run.yaml --set optimizer.lr=-1", ("optimizer.lr", "greater than 0"), {}),
+    ("train run.yaml --set schedule.steps=-5", ("schedule.steps", "greater than 0", "-5"), {}),
+    ("train run.yaml --set seed=-1", ("seed", "greater than or equal to 0"), {}),
+    ("train run.yaml --set model.variant=xl", ("model", "variant", "'xl'"), {}),
+    ("train run.yaml --set model.input_size=[100,100]", ("multiple of 32",), {}),
+    ("train run.yaml --set name=a/b", ("name", "becomes a folder"), {}),
+    ("train run.yaml --set seed", ("--set seed", "KEY=VALUE"), {}),
+    ("train run.yaml --set seed=[1", ("--set seed=[1", "not readable as YAML"), {}),
+    ("train run.yaml --set seed.deeper=1", ("seed", "valid integer"), {}),
+    ("train run.yaml --set data.train.deeper=1", ("data.train.deeper", "not a section"), {}),
+    ("train run.yaml --set seed=1 --set seed=2", ("--set seed", "twice"), {}),
+    ("train run.yaml --set seed=1 --set optimiser.lr=1", ("unknown key 'optimiser'",), {}),
+    ("train run.yaml --cluster nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
+    ("train run.yaml --cluster cluster.yaml", ("cluster.yaml", "gpus_per_workers", "gpus_per_worker"), {}),
+    # train: data, weights, tracking
+    ("train run.yaml --set data.train=nowhere", ("nowhere/manifest.json", "jobs.prepare"), {}),
+    ("train run.yaml --set data.train=notes.txt", ("notes.txt", "jobs.prepare"), {}),
+    ("train run.yaml --set data.train=gone", ("gone", "is missing"), {}),
+    ("train run.yaml --set data.val=bad", ("bad/manifest.json", "not JSON"), {}),
+    ("train run.yaml --set data.val=old", ("old/manifest.json", "format_version", "prepare the data again"), {}),
+    ("train run.yaml --set data.val=odd", ("odd/manifest.json: images is 3, the shards hold 12",), {}),
+    ("train run.yaml --set data.train=ftp://host/train", ("ftp://host/train/manifest.json: unknown scheme",), {}),
+    ("train run.yaml --set storage=s3:///runs", ("s3:///runs", "no bucket"), {}),
+    ("train run.yaml --set storage=s3://bucket/runs", ("MLFLOW_TRACKING_URI", "s3://bucket/runs"), {}),
+    ("train run.yaml --set tracking.uri=mlruns", ("'mlruns'", "http://HOST:PORT"), {}),
+    ("train run.yaml", ("'./mlruns'", "http://HOST:PORT"), {"MLFLOW_TRACKING_URI": "./mlruns"}),
+    ("train run.yaml --set init=nowhere.pth", ("init", "nowhere.pth", "does not exist"), {}),
+    ("train run.yaml --resume empty", ("empty", "not a checkpoint"), {}),
+    ("train run.yaml --dry-run --set data.train=nowhere", ("nowhere/manifest.json",), {}),
+    ("train run.yaml --set storage=notes.txt", ("notes.txt",), {}),
+    # train: as a submitted job
+    ("train run.yaml", ("storage", "'runs'", "$PWD/runs", "data.train", "$PWD/train", "data.val"), JOB),
+    ("train run.yaml --resume empty", ("--resume", "'empty'", "$PWD/empty"), JOB),
+    # pretrain_finetune
+    ("pretrain_finetune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
+    ("pretrain_finetune chain.yaml --set second.seed=1", ("second.seed", "begin with a stage", "first"), {}),
+    ("pretrain_finetune chain.yaml --set first.seed=x", ("seed", "valid integer"), {}),
+    ("pretrain_finetune chain.yaml --set first.seed=1 --set first.seed=2", ("first.seed", "twice"), {}),
+    ("pretrain_finetune chain.yaml --set storage=s3://bucket/runs", ("MLFLOW_TRACKING_URI",), {}),
+    ("pretrain_finetune unquoted.yaml", ("prepare", "quotation"), {}),
+    ("pretrain_finetune chain.yaml", ("storage", "$PWD/runs"), JOB),
+    (
+        "pretrain_finetune preparing.yaml --set storage=/runs first.data.train=/a first.data.val=/b",
+        ("prepare: --out", "$PWD/shards"),
+        JOB,
+    ),
+    # tune
+    ("tune", ("sweep file", "configs/sweeps/"), {}),
+    ("tune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
+    ("tune sweep.yaml --set trails=3", ("trails",), {}),
+    ("tune sweep.yaml --set trials=-3 --check", ("trials", "greater than 0"), {}),
+    ("tune sweep.yaml --set trials=1 --set trials=2", ("trials", "twice"), {}),
+    ("tune sweep.yaml --set trials=1 --set storage=s3://bucket/runs", ("MLFLOW_TRACKING_URI",), {}),
+    ("tune sweep.yaml --set metric=mAP --check", ("mAP",), {}),
+    ("tune --promote empty", ("empty", "not the folder of a sweep"), {}),
+    ("tune --promote brokenrun", ("brokenrun",), {}),
+    ("tune sweep.yaml", ("storage", "$PWD/runs"), JOB),
+    # prepare
+    ("prepare coco --split train --out out", ("--images and --annotations",), {}),
+    ("prepare coco nowhere --split train --out out", ("instances_train.json", "no such file"), {}),
+    ("prepare coco --images photos --annotations bad.json --split a --out out", ("bad.json", "JSON"), {}),
+    ("prepare coco --images photos --annotations notes.txt --split a --out out", ("notes.txt",), {}),
+    ("prepare coco --images photos --annotations photos --split a --out out", ("photos",), {}),
+    ("prepare objects365 nowhere --split test --out out", ("'test'", "train and val"), {}),
+    ("prepare voc nowhere --split train --out out", ("train.txt", "no such list"), {}),
+    ("prepare yolo nowhere.yaml --split train --out out", ("nowhere.yaml", "no such file"), {}),
+    ("prepare yolo list.yaml --split train --out out", ("list.yaml", "names"), {}),
+    ("prepare yolo empty --split train --out out", ("empty",), {}),
+    ("prepare yolo binary.yaml --split train --out out", ("binary.yaml",), {}),
+    ("prepare synthetic --images 2 --split a --out ftp://host/out", ("ftp://host/out", "unknown scheme"), {}),
+    ("prepare synthetic --images 2 --split a --out notes.txt", ("notes.txt",), {}),
+    ("prepare synthetic --images 0 --split a --out out", ("no images",), {}),
+    ("prepare synthetic --images 2 --split a --out out --shard-mib -1", ("shard_mib", "greater than 0"), {}),
+    ("prepare synthetic --images 2 --split a --out out --image-side 8", ("longest_side", "8"), {}),
+    ("prepare synthetic --images 2 --split a --out out --classes cube", ("cube", "known"), {}),
+    ("prepare synthetic --images 2 --split a --out train", ("train", "another --out"), {}),
+    ("prepare synthetic --images 2 --split a --out out", ("--out", "$PWD/out"), JOB),
+    ("prepare tfrecord --split a --out out", ("tfrecord", "coco"), {}),
+    # doctor
+    ("doctor nowhere", ("nowhere/manifest.json", "jobs.prepare"), {}),
+    ("doctor train train/manifest.json", ("twice",), {}),
+    ("doctor bad", ("bad/manifest.json", "not JSON"), {}),
+    ("doctor train", ("MANIFEST", "$PWD/train"), JOB),
+    # evaluate
+    ("evaluate empty train", ("empty", "no detector"), {}),
+    ("evaluate detector nowhere", ("nowhere/manifest.json", "jobs.prepare"), {}),
+    ("evaluate cut train", ("cut", "damaged"), {}),
+    ("evaluate described train", ("described", "cannot be read"), {}),
+    ("evaluate notes.txt train", ("notes.txt",), {}),
+    ("evaluate small.pth train", ("classes", "same categories"), {}),
+    ("evaluate detector gone", ("gone", "is missing"), {}),
+    ("evaluate detector torn", ("torn", "1,000 bytes"), {}),
+    ("evaluate models:/shapes@champion train", ("MLFLOW_TRACKING_URI",), {}),
+    ("evaluate detector train --micro-batch 0", ("--micro-batch", "0"), {}),
+    ("evaluate detector train --pictures -1", ("--pictures", "-1"), {}),
+    ("evaluate {folder}/detector {folder}/train --out found", ("--out", "$PWD/found"), JOB),
+    # predict
+    ("predict nowhere photos --out out", ("nowhere", "no detector"), {}),
+    ("predict detector nowhere --out out", ("nowhere", "no such file or folder"), {}),
+    ("predict detector empty --out out", ("no images or videos", "empty"), {}),
+    ("predict detector photos/*.gif --out out", ("*.gif", "no file fits"), {}),
+    ("predict detector photos --out out --threshold 1.5", ("--threshold", "1.5", "0..1"), {}),
+    ("predict detector photos --out out --threshold high", ("--threshold", "'high'"), {}),
+    ("predict detector photos --out out --batch 0", ("--batch", "0"), {}),
+    ("predict detector photos --out out --batch many", ("--batch", "'many'"), {}),
+    ("predict detector photos --out notes.txt --workers 0", ("notes.txt",), {}),
+    ("predict detector photos --out sftp://host/out --workers 0", ("sftp://host/out", "unknown scheme"), {}),
+    ("predict {folder}/detector {folder}/photos --out out", ("--out", "$PWD/out"), JOB),
+    # export
+    ("export nowhere --to onnx --out out", ("nowhere", "no detector"), {}),
+    ("export detector --to tflite --out out", ("--to", "tflite", "onnx"), {}),
+    ("export detector --to released --out notes.txt", ("notes.txt",), {}),
+    ("export detector --to released --out out --input-size 100", ("--input-size", "multiple of 32"), {}),
+    ("export detector --to released --out out --input-size 64 64 64", ("--input-size", "3 numbers"), {}),
+    ("export detector --to released --out out --images 0", ("--images", "0"), {}),
+    ("export detector --to released --out out --check nowhere", ("nowhere/manifest.json",), {}),
+    ("export detector --to released --out out --images-from empty", ("--images-from", "empty"), {}),
+    ("export detector --to released --out out --images-from nowhere.jpg", ("nowhere.jpg",), {}),
+    ("export detector --to released --out out --images-from notes.txt", ("notes.txt",), {}),
+    ("export detector --to released --out out --attach shapes", ("shapes", "runs:/RUN_ID"), {}),
+    ("export detector --to released --out out --attach runs:/1", ("MLFLOW_TRACKING_URI",), {}),
+    ("export broken.pth --to released --out out", ("broken.pth",), {}),
+    ("export {folder}/detector --to released --out out", ("--out", "$PWD/out"), JOB),
+    # serve
+    ("serve nowhere", ("nowhere", "no detector"), {}),
+    ("serve detector --threshold 2", ("threshold", "less than or equal to 1"), {}),
+    ("serve detector --batch 0", ("batch", "greater than 0"), {}),
+    ("serve detector --port 70000", ("--port", "70000"), {}),
+    ("serve detector --detach", ("--detach", "RAY_ADDRESS"), {}),
+    ("serve detector", ("MODEL", "$PWD/detector"), JOB),
+    # benchmark
+    ("benchmark nowhere", ("nowhere", "no detector"), {}),
+    ("benchmark nowhere.onnx", ("nowhere.onnx", "no such file"), {}),
+    ("benchmark broken.onnx", ("broken.onnx",), {}),
+    ("benchmark broken.pt2", ("broken.pt2", "torch.export"), {}),
+    ("benchmark broken.pth", ("broken.pth",), {}),
+    ("benchmark detector --precision int8", ("--precision", "int8"), {}),
+    ("benchmark detector --device tpu9000", ("--device", "tpu9000"), {}),
+    ("benchmark detector --batches 0", ("--batches", "0"), {}),
+    ("benchmark detector --calls 0", ("--calls", "0"), {}),
+    ("benchmark detector --threads -2", ("--threads", "-2"), {}),
+    ("benchmark {folder}/detector --json out/speed.json", ("--json", "$PWD/out/speed.json"), JOB),
+    # lineage, compare, replay
+    ("lineage nowhere", ("nowhere", "MLFLOW_TRACKING_URI"), {}),
+    ("lineage brokenrun", ("brokenrun",), {}),
+    ("lineage nowhere", ("nowhere", "sqlite"), {"MLFLOW_TRACKING_URI": "sqlite:///{folder}/none.db"}),
+    ("compare nowhere other", ("database", "--tracking"), {}),
+    ("compare brokenrun nowhere", ("brokenrun", "damaged"), {}),
+    ("compare a b --tracking mlruns", ("'mlruns'", "http://HOST:PORT"), {}),
+    ("compare a b --tracking sqlite:///runs.db", ("sqlite", "$PWD/runs.db"), JOB),
+    ("compare a b", ("storage", "$PWD/runs"), JOB),
+    ("replay nowhere", ("nowhere", "not a step"), {}),
+    ("replay brokenstep", ("brokenstep",), {}),
+    ("replay detector --precision int8", ("--precision", "int8"), {}),
+    ("replay empty", ("folder", "$PWD/empty"), JOB),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with data, a detector and files for all commands, many of them broken."""
+    folder = tmp_path_factory.mktemp("user")
+    for name in ("empty", "photos", "bad", "old", "odd", "brokenrun", "brokenstep"):
+        (folder / name).mkdir()
+    records = drawn_records(12, longest_side=64)
+    for name in ("train", "val", "gone", "torn"):
+        write_shards(folder / name, records)
+    (folder / "photos" / "one.jpg").write_bytes(records[0].image)
+    (shard,) = (folder / "gone").glob("*.parquet")
+    shard.unlink()
+    (shard,) = (folder / "torn").glob("*.parquet")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    _write_detectors(folder)
+    _write_texts(folder)
+    return folder
+
+
+def _write_detectors(folder: Path) -> None:
+    write_safetensors(Source(small_detector()), folder / "detector")
+    for name in ("cut", "described"):
+        shutil.copytree(folder / "detector", folder / name)
+    (weights,) = (folder / "cut").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (description,) = (folder / "described").glob("*.json")
+    description.write_text("{}")
+    released = small_detector(("person", "dog"), input_size=(160, 160))
+    save_released(released.detector.state_dict(), released.config, folder / "small.pth")
+
+
+def _write_texts(folder: Path) -> None:
+    manifest = json.loads((folder / "val" / "manifest.json").read_text())
+    experiment = {
+        "data": {"train": "train", "val": "val"},
+        "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
+        "schedule": {"steps": 6, "global_batch": 4, "clean_epochs": 0},
+    }
+    stage = {"name": "first", "experiment": "run.yaml"}
+    texts = {
+        "run.yaml": json.dumps(experiment),
+        "broken.yaml": "data: {train: [",
+        "list.yaml": "- 1\n- 2\n",
+        "twice.yaml": "seed: 1\nseed: 2\n",
+        "cluster.yaml": "gpus_per_workers: 1\n",
+        "chain.yaml": json.dumps({"stages": [stage]}),
+        "preparing.yaml": json.dumps(
+            {"stages": [stage | {"prepare": ["synthetic --images 2 --split a --out shards"]}]}
+        ),
+        "unquoted.yaml": json.dumps({"stages": [stage | {"prepare": ["coco 'a --out b"]}]}),
+        "sweep.yaml": json.dumps(
+            {"experiment": "run.yaml", "trials": 1, "space": {"optimizer.lr": {"choice": [1, 2]}}}
+        ),
+        "bad/manifest.json": "{",
+        "old/manifest.json": json.dumps(manifest | {"format_version": 0}),
+        "odd/manifest.json": json.dumps(manifest | {"images": 3}),
+        "bad.json": "{",
+        "notes.txt": "no image\n",
+        "broken.onnx": "nothing",
+        "broken.pt2": "nothing",
+        "broken.pth": "nothing",
+        "brokenrun/run.json": "{",
+        "brokenrun/records.json": "{",
+        "brokenstep/about.json": "{",
+        "brokenstep/model.safetensors": "",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    usual = {name: value for name, value in os.environ.items() if name not in UNSET}
+    return usual | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def endings(folder: Path) -> list[dict[str, Any]]:
+    """How each of the mistakes ended, all of them in one other process."""
+    rows = []
+    for line, _, special in MISTAKES:
+        command, *arguments = line.replace("{folder}", str(folder)).split()
+        filled = {name: value.replace("{folder}", str(folder)) for name, value in special.items()}
+        rows.append({"command": command, "arguments": arguments, "environment": filled})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    driver = [sys.executable, "-m", "tests.mistakes_driver", "rows.json", "results.json"]
+    done = subprocess.run(
+        driver, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def test_the_table_has_at_least_forty_mistakes_over_all_commands() -> None:
+    assert len(MISTAKES) >= 40
+    assert {line.split()[0] for line, _, _ in MISTAKES} == COMMANDS
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[line for line, _, _ in MISTAKES])
+def test_a_mistake_ends_with_a_message_and_no_traceback(number: int, endings: list[dict[str, Any]]) -> None:
+    _, fragments, _ = MISTAKES[number]
+    ended = endings[number]
+    said = ended["out"] + ended["err"]
+    assert "Traceback" not in said, said[-3000:]
+    assert ended["code"] in (1, 2), said
+    assert [fragment for fragment in fragments if fragment not in said] == [], said
+    assert 0 < len(ended["err"].strip().splitlines()) < 40, said
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["train run.yaml --set optimiser.lr=1", "prepare yolo nowhere.yaml --split a --out out", "doctor nowhere"],
+)
+def test_the_interpreter_prints_the_message_on_stderr(line: str, folder: Path) -> None:
+    command, *arguments = line.split()
+    (fragments,) = {fragments for known, fragments, _ in MISTAKES if known == line} or {("no such file",)}
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{command}", *arguments],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert all(fragment in done.stderr for fragment in fragments)
+
+
+# The tree
+
+
+def test_the_tree_in_the_docstring_holds_every_user_error() -> None:
+    drawn = set(re.findall(r"[├└]── (\w+)", pipeline.errors.__doc__ or ""))
+    assert len(drawn) > 10
+    assert drawn == {name for name, bases in _classes().items() if "UserError" in bases}
+
+
+def test_every_exception_of_pipeline_and_jobs_is_a_user_error() -> None:
+    exceptions = {
+        name for name, bases in _classes().items() if any(base.endswith(("Error", "Exception")) for base in bases)
+    }
+    assert all(name.endswith("Error") for name in exceptions)
+    assert exceptions == {name for name, bases in _classes().items() if "UserError" in bases} | {"UserError"}
+
+
+@cache
+def _classes() -> dict[str, list[str]]:
+    """Names of the bases of every class, by its name."""
+    files = [path for package in ("pipeline", "jobs") for path in (ROOT / package).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    return {node.name: [ast.unparse(base) for base in node.bases] for node in nodes}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_command_leaves_user_errors_to_one_place(command: str) -> None:
+    source = (ROOT / "jobs" / f"{command}.py").read_text()
+    assert "@user_errors(" in source
+    handlers = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler) and node.type]
+    caught = {name.id for node in handlers for name in ast.walk(node) if isinstance(name, ast.Name)}
+    assert not caught & {name for name, bases in _classes().items() if "UserError" in bases}
+
+
+# Overrides and paths
+
+
+def test_all_set_options_count_in_their_order() -> None:
+    assert list(parse_overrides(["b=1", "a.c=x", "a.d=[1, 2]"]).items()) == [("b", 1), ("a.c", "x"), ("a.d", [1, 2])]
+    with pytest.raises(ConfigError, match=r"--set a: given twice"):
+        parse_overrides(["a=1", "b=1", "a=1"])
+
+
+@pytest.mark.parametrize("command", ["train", "tune", "pretrain_finetune"])
+def test_set_options_extend_each_other(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    module = importlib.import_module(f"jobs.{command}")
+    taken: list[list[str]] = []
+
+    def note(texts: list[str]) -> dict[str, Any]:
+        taken.append(texts)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(module, "parse_overrides", note)
+    with pytest.raises(SystemExit, match="enough"):
+        module.main([str(ROOT / "configs" / "demo.yaml"), "--set", "a=1", "b=2", "--set", "c=3"])
+    assert taken == [["a=1", "b=2", "c=3"]]
+
+
+@pytest.mark.parametrize("location", ["/data/train", "s3://bucket/train", "file:///data", "runs:/1", "models:/a@b"])
+def test_a_job_takes_locations_that_do_not_depend_on_the_working_directory(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*next(iter(JOB.items())))
+    assert lasting(location) == location
+
+
+def test_relative_locations_are_refused_in_a_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(next(iter(JOB)), raising=False)
+    assert lasting("runs") == "runs"
+    monkeypatch.setenv(*next(iter(JOB.items())))
+    with pytest.raises(ValueError, match=r"'\./runs/' is relative.*\$PWD/runs in the shell"):
+        lasting("./runs/")
