@@ -2,7 +2,7 @@
 
     python -m jobs.pretrain_finetune configs/chains/objects365_to_coco_s.yaml --cluster configs/clusters/several_nodes.yaml
     ... --set storage=s3://bucket/runs pretrain.schedule.epochs=12    values of the chain, or of one stage's experiment
-    ray job submit --working-dir . -- python -m jobs.pretrain_finetune configs/chains/objects365_to_coco_s.yaml
+    ray job submit --working-dir . -- python -m jobs.pretrain_finetune my_chain.yaml    paths in it absolute, or URIs
 
 Each stage prepares the shard sets that are missing, trains, evaluates its best weights and registers them as a model version.
 The same command again leaves alone what is finished and continues what was interrupted. --dry-run shows the stages.
