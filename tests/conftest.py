@@ -14,7 +14,15 @@ torch.set_num_threads(2)
 
 # These start Ray: with several processes (`pytest -n 2`) all of them run in one, for two clusters would starve each other.
 ON_RAY = frozenset(
-    {"test_doctor", "test_prepare", "test_serve", "test_stream", "test_stream_in_train", "test_train_on_ray"}
+    {
+        "test_doctor",
+        "test_prepare",
+        "test_serve",
+        "test_stream",
+        "test_stream_in_train",
+        "test_train_on_ray",
+        "test_user_mistakes",
+    }
 )
 
 

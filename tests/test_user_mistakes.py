@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import WorkerGroupError
 
 import pipeline.errors
 from dfine_core.weights import save_released
 from pipeline.config import ConfigError, parse_overrides
 from pipeline.delivery.export import Source, write_safetensors
 from pipeline.ray_job import lasting
+from pipeline.training.launch import user_error_of
 from tests.drawn_shards import drawn_records, write_shards
 from tests.small_detectors import small_detector
 
@@ -65,11 +67,15 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml --set tracking.uri=mlruns", ("'mlruns'", "http://HOST:PORT"), {}),
     ("train run.yaml", ("'./mlruns'", "http://HOST:PORT"), {"MLFLOW_TRACKING_URI": "./mlruns"}),
     ("train run.yaml --set init=nowhere.pth", ("init", "nowhere.pth", "does not exist"), {}),
+    ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
+    ("train run.yaml --set init=empty", ("init: empty",), {}),
     ("train run.yaml --resume empty", ("empty", "not a checkpoint"), {}),
     ("train run.yaml --dry-run --set data.train=nowhere", ("nowhere/manifest.json",), {}),
     ("train run.yaml --set storage=notes.txt", ("notes.txt",), {}),
     # train: as a submitted job
     ("train run.yaml", ("storage", "'runs'", "$PWD/runs", "data.train", "$PWD/train", "data.val"), JOB),
+    ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
+    ("train run.yaml --set init=empty", ("init: empty",), {}),
     ("train run.yaml --resume empty", ("--resume", "'empty'", "$PWD/empty"), JOB),
     # pretrain_finetune
     ("pretrain_finetune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
@@ -341,6 +347,7 @@ def test_every_exception_of_pipeline_and_jobs_is_a_user_error() -> None:
         name for name, bases in _classes().items() if any(base.endswith(("Error", "Exception")) for base in bases)
     }
     assert all(name.endswith("Error") for name in exceptions)
+    assert len(exceptions) > 10
     assert exceptions == {name for name, bases in _classes().items() if "UserError" in bases} | {"UserError"}
 
 
@@ -356,9 +363,21 @@ def _classes() -> dict[str, list[str]]:
 def test_a_command_leaves_user_errors_to_one_place(command: str) -> None:
     source = (ROOT / "jobs" / f"{command}.py").read_text()
     assert "@user_errors(" in source
-    handlers = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler) and node.type]
-    caught = {name.id for node in handlers for name in ast.walk(node) if isinstance(name, ast.Name)}
+    handlers = [node.type for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler) and node.type]
+    caught = {name.id for kind in handlers for name in ast.walk(kind) if isinstance(name, ast.Name)}
     assert not caught & {name for name, bases in _classes().items() if "UserError" in bases}
+
+
+def test_a_mistake_that_a_worker_met_is_found_behind_rays_error() -> None:
+    class TaskError(Exception):
+        cause = ConfigError("init: it is damaged")
+
+    assert (
+        user_error_of(WorkerGroupError("workers failed", {0: RuntimeError("bug"), 1: TaskError()})) is TaskError.cause
+    )
+    assert user_error_of(WorkerGroupError("workers failed", {0: TaskError.cause})) is TaskError.cause
+    assert user_error_of(WorkerGroupError("workers failed", {0: RuntimeError("bug")})) is None
+    assert user_error_of(RuntimeError("bug")) is None
 
 
 # Overrides and paths

@@ -65,10 +65,16 @@ def pinned(source: str, run: str, tracking_uri: str) -> str:
     return folder
 
 
-def refuse_missing_weights(init: str | None, resume: str | None) -> None:
-    """Raises: ConfigError or CheckpointError, if there is nothing where `init` or `--resume` point to."""
-    if init and not init.startswith((RUN, MODEL)) and not storage.exists(init):
-        raise ConfigError(f"init: {init} does not exist")
+def refuse_unreadable_weights(init: str | None, resume: str | None) -> None:
+    """Read what a run would begin with, before workers start and fail one after the other.
+
+    Raises:
+        ConfigError: `init` is missing or damaged.
+        CheckpointError: `resume` is no checkpoint.
+    """
+    if init and not init.startswith((RUN, MODEL)):
+        with _named_in_errors(init):
+            _read(init)
     if resume:
         checkpoint.read_metadata(resume)
 
@@ -95,15 +101,21 @@ def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origi
     Raises:
         ConfigError: for weights that are missing, damaged or cannot be made to fit.
     """
-    try:
+    with _named_in_errors(source):
         found = _read(source)
         if any(key.startswith("stem.") for key in found.weights):
             load_weights(detector.backbone, found.weights)
             return Origin((f"backbone from {source}",), found.parent)
         return _fit(detector, found, names, source)
+
+
+@contextmanager
+def _named_in_errors(source: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise ConfigError(f"init: {source} does not exist") from None
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise ConfigError(f"init: {source}: {error}") from None
 
 
@@ -124,7 +136,11 @@ def _read(source: str) -> _Source:
     parent = {"file": source, "sha256": hashlib.sha256(content).hexdigest()}
     if source.endswith(".safetensors"):
         return _Source(tensors_from_bytes(content), None, parent)
-    return _Source(read_checkpoint(io.BytesIO(content)), None, parent)  # type: ignore[arg-type]
+    stream = io.BytesIO(content)
+    try:
+        return _Source(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(str(error).replace(str(stream), "it")) from None
 
 
 def _checkpoint(folder: str) -> _Source:

@@ -23,7 +23,7 @@ from pipeline.ray_start import start_ray
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_folder
-from pipeline.training.initial import pinned, refuse_missing_weights
+from pipeline.training.initial import pinned, refuse_unreadable_weights
 from pipeline.training.job import Job
 from pipeline.training.monitor import Watch, start_mailbox
 from pipeline.training.preflight import Request, cpu_threads, problems_on_nodes, request_for
@@ -91,7 +91,7 @@ def launch(
         uri=experiment.tracking.uri,
         parent_run_id=parent_run_id,
     )
-    refuse_missing_weights(experiment.init, resume)
+    refuse_unreadable_weights(experiment.init, resume)
     if cluster.address:
         os.environ["RAY_ADDRESS"] = cluster.address
     start_ray(dashboard=True)
@@ -169,7 +169,7 @@ def _train(
             result = trainer.fit()
         except BaseException as error:
             _close_record(job, "FAILED" if isinstance(error, Exception) else "KILLED")
-            if (mistake := _user_error_of(error)) is not None:
+            if (mistake := user_error_of(error)) is not None:
                 raise mistake from None
             raise
     value: dict[str, Any] = result.return_value
@@ -184,7 +184,7 @@ def _train(
     )
 
 
-def _user_error_of(error: BaseException) -> UserError | None:
+def user_error_of(error: BaseException) -> UserError | None:
     """The mistake behind a failed training, if one of its workers met it."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
     for failure in failures:
