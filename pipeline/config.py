@@ -242,6 +242,7 @@ class Cluster(Config):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: NonNegativeInt = 3  # restarts of the workers before the run fails
     max_preemptions: NonNegativeInt = 20
+    # Limit on one start or restart of all workers, the wait for new nodes included; the fourth that passes it ends the run.
     start_timeout_s: PositiveFloat = 120
     collective_timeout_s: PositiveFloat = (
         300  # a worker that waits longer for the others fails, and so restarts them all
