@@ -116,7 +116,6 @@ class Courier:
             rejected = True
             self._reject(events[0], error)
         log.passed(len(batch), batch[-1][1])
-        self._queue.delivered.model_uris |= delivery.model_uris
         self._note()
         if not rejected:  # else its content stays for whoever reads rejected.jsonl
             for event in events:

@@ -173,7 +173,7 @@ class Tracker:
         register_as: str | None = None,
         alias: str | None = None,
     ) -> None:
-        """A saved MLflow model as a logged model of this run; `model_uri(name)` says where, once it is delivered.
+        """A saved MLflow model as a logged model of this run.
 
         Args:
             metrics: of this model, under the names that they have in the run at `step`.
@@ -206,10 +206,6 @@ class Tracker:
 
     def wait_for_run_id(self, timeout: float) -> str | None:
         return self._courier.wait_for_run_id(timeout)
-
-    def model_uri(self, name: str) -> str | None:
-        """`models:/m-...` of the newest delivered model of this name."""
-        return self._queue.delivered.model_uris.get(name)
 
     @property
     def pending(self) -> int:

@@ -4,7 +4,7 @@
         model.safetensors       weights as trained
         ema.safetensors         averaged weights: what is evaluated and shipped
         optimizer.safetensors   moments and step counts by parameter name, and the loss scale
-        experiment.yaml         resolved
+        experiment.yaml         every value of the experiment, for people: a run continues with its own `run.json`
         metadata.json           written last; a folder without it does not count
 
 It holds no random state: whatever is drawn in a run is keyed by its seed and its place (step, image, micro-batch), so the
@@ -188,11 +188,6 @@ def read_metadata(uri: str) -> Metadata:
         raise CheckpointError(f"{uri}: not a checkpoint, it has no {METADATA}") from None
     except (ValueError, ValidationError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-
-
-def read_experiment(uri: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(storage.read_bytes(storage.join(uri, EXPERIMENT)))
-    return content
 
 
 def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
