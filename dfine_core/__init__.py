@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from dfine_core.loading import Found, LoadedDetector, load
     from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
 
+    __version__: str
+
 __all__ = [
     "VARIANTS",
     "Criterion",
@@ -21,8 +23,10 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "Targets",
+    "__version__",
     "load",
 ]
+DISTRIBUTION = "ray-dfine"
 
 # Imported at the first use of a name: who only reads `dfine_core.config` does not wait for PyTorch.
 _HOMES = {
@@ -35,7 +39,19 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """Version of the installed distribution; "unknown" in a source tree alone, as in a submitted job."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "unknown"

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dfine_core import DISTRIBUTION
 from dfine_core.loading import LoadedDetector
 from pipeline.data import storage
 from pipeline.delivery.export import FORMATS, Source
@@ -26,7 +27,7 @@ from pipeline.delivery.export_pictures import CheckSet
 from pipeline.training.checkpoint import code_commit
 
 REPORT, REFUSED = "export.json", "refused"
-VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "safetensors", "numpy")
+VERSIONS = (DISTRIBUTION, "torch", "onnx", "onnxscript", "onnxruntime", "transformers", "safetensors", "numpy")
 
 log = logging.getLogger(__name__)
 

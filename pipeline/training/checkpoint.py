@@ -32,6 +32,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
+from dfine_core import DISTRIBUTION, __version__
 from pipeline.data import storage
 from pipeline.data.manifest import Category
 from pipeline.training.stages import Standing
@@ -282,7 +283,8 @@ class Writer:
 @cache
 def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    ours = {"python": platform.python_version(), DISTRIBUTION: __version__}
+    return ours | {name: version(name) for name in packages}
 
 
 @cache
