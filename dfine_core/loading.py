@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dfine_core.class_transfer import coco_categories, objects365_names
 from dfine_core.config import VARIANTS, ModelConfig
 from dfine_core.detector import DERIVED_KEYS, Detector
-from dfine_core.images import ImageSource, listed, prepare, read_image, sizes_of
+from dfine_core.images import ImageSource, OpenedImage, listed, read_image, stretched
 from dfine_core.postprocess import Detections, postprocess
 from dfine_core.redaction import redact
 from dfine_core.weights import DIRECT_OUTPUTS, load_weights, read_checkpoint
@@ -78,7 +79,7 @@ class LoadedDetector:
         return self.detector.config
 
     def __call__(
-        self, images: "Sequence[ImageSource] | ImageSource", threshold: float = 0.4, batch: int = 8
+        self, images: Sequence[ImageSource] | ImageSource, threshold: float = 0.4, batch: int = 8
     ) -> list[Found]:
         """One `Found` per image, for a single image too.
 
@@ -102,7 +103,7 @@ class LoadedDetector:
         """All detections, on the detector's device.
 
         Args:
-            pixels: [B, 3, H, W] uint8, see `images.prepare`.
+            pixels: [B, 3, H, W] uint8, see `prepare`.
             sizes: [B, 2] (width, height) of the images before they were stretched.
         """
         with torch.autocast(self.device.type, enabled=False):
@@ -131,7 +132,22 @@ class LoadedDetector:
         )
 
 
-def _opened(number: int, source: ImageSource) -> Any:
+def prepare(images: Sequence[OpenedImage], input_size: tuple[int, int]) -> Tensor:
+    """[B, 3, H, W] uint8: whole RGB images, stretched.
+
+    Args:
+        input_size: (height, width).
+    """
+    pixels = np.stack([stretched(image, input_size) for image in images]) if images else np.zeros((0, *input_size, 3))
+    return torch.from_numpy(pixels.astype(np.uint8, copy=False).transpose(0, 3, 1, 2).copy())
+
+
+def sizes_of(images: Sequence[OpenedImage]) -> Tensor:
+    """[B, 2] (width, height) in pixels, int64."""
+    return torch.tensor([image.size for image in images], dtype=torch.int64).reshape(-1, 2)
+
+
+def _opened(number: int, source: ImageSource) -> OpenedImage:
     try:
         return read_image(source)
     except ValueError as error:

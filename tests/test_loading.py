@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 import dfine_core
 from dfine_core import Detector, Found, LoadedDetector, ModelConfig, load
 from dfine_core.class_transfer import coco_names
-from dfine_core.images import prepare, read_image
-from dfine_core.loading import LoadError, from_description
+from dfine_core.images import read_image
+from dfine_core.loading import LoadError, from_description, prepare
 from dfine_core.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.data.decode import decode_rgb, stretch

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dfine_core import Found, LoadedDetector, distribution
-from dfine_core.images import prepare
+from dfine_core.loading import prepare
 from dfine_core.postprocess import best_pairs, postprocess
 from jobs import predict as predict_job
 from pipeline.config import ConfigError

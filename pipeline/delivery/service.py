@@ -21,8 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch import Tensor
 
-from dfine_core.images import prepare
-from dfine_core.loading import KEPT
+from dfine_core.loading import KEPT, prepare
 from dfine_core.postprocess import Detections
 from pipeline.config import Config, Share
 from pipeline.delivery.batching import Batcher

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dfine_core.images import open_image
 from dfine_core.redaction import redact
 from pipeline.tracking.courier import Courier
 from pipeline.tracking.event_log import Event
@@ -151,7 +152,7 @@ class Tracker:
         elif not isinstance(image, Image.Image):
             drawn = io.BytesIO()
             image.savefig(drawn, format="png")
-            image = Image.open(drawn)
+            image = open_image(drawn.getvalue())
         picture = image.convert("RGB")
         thumbnail = picture.copy()
         thumbnail.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
