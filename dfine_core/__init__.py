@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from dfine_core.config import VARIANTS, LossConfig, ModelConfig
     from dfine_core.criterion import Criterion
     from dfine_core.detector import Detector
-    from dfine_core.loading import Found, LoadedDetector, load
+    from dfine_core.inference import ImageDetections, LoadedDetector, load
     from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
 
     __version__: str
@@ -18,7 +18,7 @@ __all__ = [
     "DenoisingQueries",
     "Detector",
     "DetectorOutput",
-    "Found",
+    "ImageDetections",
     "LoadedDetector",
     "LossConfig",
     "ModelConfig",
@@ -33,7 +33,7 @@ _HOMES = {
     "config": ("VARIANTS", "LossConfig", "ModelConfig"),
     "criterion": ("Criterion",),
     "detector": ("Detector",),
-    "loading": ("Found", "LoadedDetector", "load"),
+    "inference": ("ImageDetections", "LoadedDetector", "load"),
     "structures": ("DenoisingQueries", "DetectorOutput", "Targets"),
 }
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dfine_core import LoadedDetector
 from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.data.manifest import ManifestError, ShardSet, load_shards
@@ -22,8 +23,8 @@ from pipeline.evaluation.figures import png
 from pipeline.evaluation.pictures import sample_pictures
 from pipeline.evaluation.run import detect, judge
 from pipeline.evaluation.truth import read_ground_truth
+from pipeline.open_detector import open_detector
 from pipeline.ray_start import start_ray
-from pipeline.trained import Trained, open_trained
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=12, help="validation images to draw, with --out")
     args = parser.parse_args(argv)
     try:
-        trained, shards = open_trained(args.detector), load_shards(args.manifest)
+        trained, shards = open_detector(args.detector), load_shards(args.manifest)
         refuse_other_classes(trained.names, shards)
     except (ConfigError, ManifestError) as error:
         sys.exit(f"{error}")
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluate(trained, shards, args.out, args.micro_batch, args.pictures)
 
 
-def evaluate(trained: Trained, shards: ShardSet, out: str | None, micro_batch: int, pictures: int) -> None:
+def evaluate(trained: LoadedDetector, shards: ShardSet, out: str | None, micro_batch: int, pictures: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = trained.detector.to(device)
     start_ray()

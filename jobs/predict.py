@@ -20,14 +20,14 @@ from pipeline.config import ConfigError
 from pipeline.data.storage import StorageError
 from pipeline.delivery.inputs import list_inputs
 from pipeline.delivery.predict import HERE, PredictOptions, predict
-from pipeline.trained import open_trained
+from pipeline.open_detector import open_detector
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         here = args.workers == HERE and torch.cuda.is_available()
-        loaded = open_trained(args.detector, "cuda" if here else "cpu")
+        loaded = open_detector(args.detector, "cuda" if here else "cpu")
         inputs = list_inputs(args.inputs, every=args.every)
         print(f"{loaded.origin} on {inputs}", flush=True)
         options = PredictOptions(

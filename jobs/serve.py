@@ -23,7 +23,7 @@ from pipeline.config import ConfigError, check
 from pipeline.data import storage
 from pipeline.delivery.service import ServeSettings
 from pipeline.delivery.serving import start, stop
-from pipeline.trained import open_trained
+from pipeline.open_detector import MODEL, RUN, open_detector
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = settings_of(args)
         if args.detach and not os.environ.get("RAY_ADDRESS"):
             raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
-        trained = open_trained(settings.source)  # what is no detector is told before anything starts
+        trained = open_detector(settings.source)  # what is no detector is told before anything starts
         print(f"{trained.origin}: {len(trained.names)} classes, starting", flush=True)
         del trained
         serve(settings, args.host, args.port, detach=args.detach)
@@ -56,7 +56,7 @@ def serve(settings: ServeSettings, host: str, port: int, *, detach: bool) -> Non
 def settings_of(args: argparse.Namespace) -> ServeSettings:
     """Raises: ConfigError, naming each value that cannot be."""
     given = {name: getattr(args, name) for name in ServeSettings.model_fields if getattr(args, name, None) is not None}
-    if not args.source.startswith(("runs:/", "models:/")):
+    if not args.source.startswith((RUN, MODEL)):
         given["source"] = storage.absolute(args.source)  # replicas have another working directory
     joins = bool(os.environ.get("RAY_ADDRESS"))
     gpus = given.setdefault("gpus", 0.0 if joins or not torch.cuda.is_available() else 1.0)

@@ -17,7 +17,7 @@ OURS = set(BELOW)
 CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the standard library
 # Files of the core that use more; the detector needs none of this.
 ALSO = {"dfine_core/images.py": {"PIL"}}
-BORROWED = {"dfine_core/loading.py": {"safetensors", "mlflow"}}  # imported when it is needed, inside a function
+BORROWED = {"dfine_core/inference.py": {"safetensors"}}  # imported when it is needed, inside a function
 # Modules that run inside Ray Data tasks, or that such modules import: torch there would cost seconds per worker process.
 WITHOUT_TORCH = (
     *("records", "manifest", "storage", "plan", "reader", "augment", "decode", "mixing", "tasks"),
@@ -26,7 +26,7 @@ WITHOUT_TORCH = (
 
 # Where a foreign library may be used: files below `pipeline` and `jobs`, by the beginning of their path.
 ENTRANCES = {
-    "mlflow": ("pipeline/tracking/",),
+    "mlflow": ("pipeline/open_detector.py", "pipeline/tracking/"),
     "pycocotools": ("pipeline/evaluation/",),
     "hotcoco": ("pipeline/evaluation/",),
     "yaml": ("pipeline/config.py", "pipeline/training/", "pipeline/data/sources/"),

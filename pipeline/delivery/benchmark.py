@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Detector, LoadedDetector, ModelConfig
-from dfine_core.loading import KEPT
+from dfine_core.inference import KEPT
 from dfine_core.postprocess import postprocess
 from pipeline.config import ConfigError
-from pipeline.trained import open_trained
+from pipeline.open_detector import open_detector
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +86,7 @@ class Report:
 def open_subject(source: str, *, device: torch.device, precision: Precision = "fp32") -> Subject:
     """
     Args:
-        source: an exported `.onnx` or `.pt2`, or whatever `open_trained` opens.
+        source: an exported `.onnx` or `.pt2`, or whatever `open_detector` opens.
 
     Raises:
         ConfigError: it cannot be opened, or not in this precision.
@@ -97,7 +97,7 @@ def open_subject(source: str, *, device: torch.device, precision: Precision = "f
         if not Path(source).is_file():
             raise ConfigError(f"{source}: there is no such file")
         return _onnx(source, device) if source.endswith(".onnx") else _torch_export(source, device)
-    loaded = open_trained(source, str(device))
+    loaded = open_detector(source, str(device))
     counted = gflops(loaded.config)
     return replace(of_detector(loaded, precision=precision), gflops=sum(counted[part] for part in PARTS))
 

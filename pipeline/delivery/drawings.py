@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dfine_core.images import read_image
-from dfine_core.loading import LoadedDetector, prepare
+from dfine_core.inference import LoadedDetector, prepare
 from pipeline.data import storage
 from pipeline.data.image_files import read_file
 from pipeline.data.manifest import Category

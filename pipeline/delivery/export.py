@@ -22,10 +22,10 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from dfine_core import Detector
-from dfine_core.loading import DESCRIPTION, KEPT, LoadedDetector
+from dfine_core.inference import DESCRIPTION, KEPT, LoadedDetector
 from dfine_core.postprocess import postprocess
-from dfine_core.redaction import redact
 from dfine_core.weights import save_released
+from pipeline.redaction import redact
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

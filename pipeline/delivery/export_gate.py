@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dfine_core.loading import LoadedDetector, build, load
+from dfine_core.inference import LoadedDetector, build, load
 from dfine_core.postprocess import Detections
 from dfine_core.weights import read_checkpoint
 from pipeline.delivery.export import INPUTS

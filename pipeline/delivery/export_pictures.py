@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfine_core.images import read_image
-from dfine_core.loading import prepare, sizes_of
+from dfine_core.inference import prepare, sizes_of
 from pipeline.data.manifest import ShardSet
 from pipeline.data.sources.synthetic import synthetic_image
 from pipeline.data.stream import evaluation_stream

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dfine_core import DISTRIBUTION
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import LoadedDetector
 from pipeline.data import storage
 from pipeline.delivery.export import FORMATS, Source
 from pipeline.delivery.export_gate import TOLERANCES, Verdict, judge_files

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfine_core import distribution
 from dfine_core.images import read_image
-from dfine_core.loading import KEPT, LoadedDetector, prepare
+from dfine_core.inference import KEPT, LoadedDetector, prepare
 from dfine_core.postprocess import Detections, best_pairs, postprocess
 from pipeline.config import ConfigError
 from pipeline.data import storage

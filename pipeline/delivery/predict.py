@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import LoadedDetector
 from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.data.manifest import Category

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from dfine_core.images import FORMATS, ImageError, TooManyPixels, open_image, read_image
-from dfine_core.loading import KEPT
+from dfine_core.inference import KEPT
 
 OPTIONS = ("threshold", "max_detections")
 FORMS = (

@@ -21,13 +21,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch import Tensor
 
-from dfine_core.loading import KEPT, prepare
+from dfine_core.inference import KEPT, prepare
 from dfine_core.postprocess import Detections
 from pipeline.config import Config, Share
 from pipeline.delivery.batching import Batcher
 from pipeline.delivery.counts import Counts, observe
 from pipeline.delivery.requests import Asked, Limits, Refused, decode, parse, read_body
-from pipeline.trained import open_trained
+from pipeline.open_detector import open_detector
 
 logger = logging.getLogger("ray.serve")  # whose files and level Ray Serve looks after
 SAFE = {"X-Content-Type-Options": "nosniff"}
@@ -66,7 +66,7 @@ class Service:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.trained = open_trained(settings.source, "cuda" if settings.gpus else "cpu").deploy()
+        self.trained = open_detector(settings.source, "cuda" if settings.gpus else "cpu").deploy()
         self.counts: Counts = Counter()
         self.inside = 0  # requests
         self.failed = False  # the last batch

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dfine_core.redaction import redact
+from pipeline.redaction import redact
 from pipeline.tracking.event_log import Event, EventLog
 from pipeline.tracking.queue_folder import QueueFolder
 from pipeline.tracking.settings import TrackingSettings

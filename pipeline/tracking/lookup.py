@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
-from dfine_core.redaction import redact
+from pipeline.redaction import redact
 from pipeline.tracking.asking import asking
 from pipeline.tracking.names import RUN_KEY
 from pipeline.tracking.settings import TrackingSettings

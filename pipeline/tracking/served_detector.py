@@ -11,7 +11,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from dfine_core.loading import Found, from_description
+from dfine_core.inference import ImageDetections, from_description
 
 
 class ServedDetector(PythonModel):
@@ -34,7 +34,7 @@ class ServedDetector(PythonModel):
         return [_answer(found) for found in self.loaded(list(model_input["image"]), threshold)]
 
 
-def _answer(found: Found) -> dict[str, Any]:
+def _answer(found: ImageDetections) -> dict[str, Any]:
     return {
         "boxes": found.boxes.tolist(),
         "scores": found.scores.tolist(),

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from dfine_core.redaction import redact
 from pipeline.data import storage
+from pipeline.redaction import redact
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dfine_core.images import open_image
-from dfine_core.redaction import redact
+from pipeline.redaction import redact
 from pipeline.tracking.courier import Courier
 from pipeline.tracking.event_log import Event
 from pipeline.tracking.names import Scalar

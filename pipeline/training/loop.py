@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dfine_core import Detector
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import LoadedDetector
 from pipeline.config import dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size

@@ -25,11 +25,11 @@ from pipeline.config import Cluster, ConfigError, Experiment, check, dump, load_
 from pipeline.data import storage
 from pipeline.data.manifest import load_shards
 from pipeline.evaluation.figures import png
+from pipeline.open_detector import open_detector
 from pipeline.ray_start import start_ray
 from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
-from pipeline.trained import open_trained
 from pipeline.training import run_folder
 from pipeline.training.initial import pinned
 from pipeline.training.launch import submitted_job
@@ -334,7 +334,7 @@ def _bins(init: str | None) -> dict[str, float] | None:
     if init is None:
         return None
     try:
-        config = open_trained(init).config
+        config = open_detector(init).config
     except ConfigError:  # a backbone alone
         return None
     return {name: getattr(config, name) for name in BINS}
