@@ -17,16 +17,17 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfine_core.config import ModelConfig
 from dfine_core.detector import Detector
 from dfine_core.images import ImageSource, OpenedImage, listed, read_image, stretched
-from dfine_core.postprocess import Detections, postprocess
+from dfine_core.postprocess import MAX_DETECTIONS, Detections, postprocess
 from dfine_core.released import read_released
+from dfine_core.structures import DetectorOutput
 from dfine_core.weights import load_weights
 
-KEPT = 300  # detections of an image before the threshold, as published
+DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller gives one
 DESCRIPTION = "detector.json"  # {"config": ..., "categories": [names]}, beside the weights as safetensors
 METADATA = "metadata.json"  # of a checkpoint
 MLFLOW_SCHEMES = ("runs:/", "models:/")
@@ -74,7 +75,7 @@ class LoadedDetector:
         return self.detector.config
 
     def __call__(
-        self, images: Sequence[ImageSource] | ImageSource, threshold: float = 0.4, batch: int = 8
+        self, images: Sequence[ImageSource] | ImageSource, threshold: float = DEFAULT_THRESHOLD, batch: int = 8
     ) -> list[ImageDetections]:
         """One `ImageDetections` per image, for a single image too.
 
@@ -93,18 +94,21 @@ class LoadedDetector:
             found += [self._of_image(detections, place, threshold) for place in range(len(opened))]
         return found
 
-    @torch.no_grad()
     def detect(self, pixels: Tensor, sizes: Tensor) -> Detections:
-        """All detections, on the detector's device.
+        """All detections, on the detector's device; arguments as in `predict`."""
+        return self.predict(pixels, sizes)[0]
+
+    @torch.no_grad()
+    def predict(self, pixels: Tensor, sizes: Tensor, *, every_layer: bool = False) -> tuple[Detections, DetectorOutput]:
+        """All detections and the network's output, on the detector's device and in float32.
 
         Args:
             pixels: [B, 3, H, W] uint8, see `prepare`.
             sizes: [B, 2] (width, height) of the images before they were stretched.
+            every_layer: needs the detector as it was before `deploy()`.
         """
         with torch.autocast(self.device.type, enabled=False):
-            output = self.detector(pixels.to(self.device).float() / 255)
-        keep = min(KEPT, self.config.num_queries * self.config.num_classes)
-        return postprocess(output.logits, output.boxes, sizes.to(self.device), keep)
+            return predict_batch(self.detector, pixels.to(self.device), sizes.to(self.device), every_layer=every_layer)
 
     def to(self, device: str | torch.device) -> "LoadedDetector":
         """On another device; the network itself moves, as modules do."""
@@ -125,6 +129,26 @@ class LoadedDetector:
             labels=labels,
             names=tuple(self.names[label] for label in labels.tolist()),
         )
+
+
+def predict_batch(
+    detector: nn.Module, images: Tensor, sizes: Tensor, *, every_layer: bool = False
+) -> tuple[Detections, DetectorOutput]:
+    """Pixels to network to detections: the one path of evaluation, prediction, serving, benchmarks and export.
+
+    Gradients, autocast and eval mode are the caller's, so that the function can be traced too.
+
+    Args:
+        detector: a `Detector` in eval mode, on the device of both tensors.
+        images: [B, 3, H, W] stretched to the input size; uint8, or floating in 0..1.
+        sizes: [B, 2] (width, height) of the images before that.
+        every_layer: also return the queries of every decoder layer, see `Detector.forward`.
+    """
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    output: DetectorOutput = detector(images, every_layer=True) if every_layer else detector(images)
+    _, queries, classes = output.logits.shape
+    return postprocess(output.logits, output.boxes, sizes, min(MAX_DETECTIONS, queries * classes)), output
 
 
 def prepare(images: Sequence[OpenedImage], input_size: tuple[int, int]) -> Tensor:

@@ -14,9 +14,9 @@ import sys
 
 import torch
 
+from pipeline.benchmark import measure, open_subject
 from pipeline.config import ConfigError
 from pipeline.data import storage
-from pipeline.delivery.benchmark import measure, open_subject
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from types import FrameType
 
 import torch
 
+from dfine_core.inference import DEFAULT_THRESHOLD
 from pipeline.config import ConfigError, check
 from pipeline.data import storage
 from pipeline.delivery.service import ServeSettings
@@ -103,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--gpus", type=float, help="of each replica; on this machine 1 if there is one, on a cluster 0"
     )
-    arguments.add_argument("--threshold", type=float, help="least score, where a request names none (0.4)")
+    arguments.add_argument(
+        "--threshold", type=float, help=f"least score, where a request names none ({DEFAULT_THRESHOLD})"
+    )
     arguments.add_argument("--batch", type=int, help="images at once (8)")
     arguments.add_argument("--timeout-s", type=float, help="of a request (30)")
     arguments.add_argument("--max-waiting", type=int, help="requests in a replica before it says 503 (32)")

@@ -48,7 +48,7 @@ ENTRANCES = {
     "onnxruntime": (
         "pipeline/delivery/export.py",
         "pipeline/delivery/export_gate.py",
-        "pipeline/delivery/benchmark.py",
+        "pipeline/benchmark.py",
     ),
     "transformers": ("pipeline/delivery/huggingface.py",),
 }

@@ -20,7 +20,7 @@ import dfine_core
 from dfine_core import Detector, ImageDetections, LoadedDetector, ModelConfig, load
 from dfine_core.class_transfer import coco_names
 from dfine_core.images import read_image
-from dfine_core.inference import LoadError, from_description, prepare
+from dfine_core.inference import LoadError, from_description, predict_batch, prepare
 from dfine_core.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.data.decode import decode_rgb, stretch
@@ -161,6 +161,22 @@ def test_it_detects_what_evaluation_detects(sources: dict[str, Path], detector: 
     assert found.labels.tolist() == (order % CLASSES)[:300].tolist()
     torch.testing.assert_close(found.scores, scores[:300])
     torch.testing.assert_close(found.boxes, boxes[:300])
+
+
+def test_floating_pixels_and_bytes_give_equal_detections_up_to_300_or_all_pairs(detector: Detector) -> None:
+    pixels = torch.randint(0, 256, (2, 3, *CONFIG.input_size), dtype=torch.uint8)
+    sizes = torch.tensor([[160, 96], [320, 50]])
+    with torch.no_grad():
+        found, output = predict_batch(detector, pixels, sizes)
+        floating, _ = predict_batch(detector, pixels.float() / 255, sizes)
+        _, layers = predict_batch(detector, pixels, sizes, every_layer=True)
+    assert all(torch.equal(getattr(found, name), getattr(floating, name)) for name in ("labels", "boxes", "scores"))
+    assert output.matching is None
+    assert layers.matching is not None
+    assert found.scores.shape == (2, 300)  # of 75 queries x 80 classes
+    few = Detector(CONFIG.with_(num_classes=2)).eval()
+    with torch.no_grad():
+        assert predict_batch(few, pixels, sizes)[0].scores.shape == (2, 150)
 
 
 def test_paths_bytes_arrays_and_pictures_single_or_several_are_one(sources: dict[str, Path], picture: Path) -> None:

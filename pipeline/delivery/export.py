@@ -22,8 +22,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from dfine_core import Detector
-from dfine_core.inference import DESCRIPTION, KEPT, LoadedDetector
-from dfine_core.postprocess import postprocess
+from dfine_core.inference import DESCRIPTION, LoadedDetector, predict_batch
 from dfine_core.weights import save_released
 from pipeline.redaction import redact
 
@@ -40,7 +39,6 @@ class EndToEnd(nn.Module):
     def __init__(self, detector: Detector):
         super().__init__()
         self.detector = detector
-        self.keep = min(KEPT, detector.config.num_queries * detector.config.num_classes)
 
     def forward(self, images: Tensor, orig_target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -51,8 +49,7 @@ class EndToEnd(nn.Module):
         Returns:
             labels [B, R] int64, boxes [B, R, 4] xyxy in pixels of the original images, scores [B, R]; best first.
         """
-        output = self.detector(images)
-        found = postprocess(output.logits, output.boxes, orig_target_sizes, self.keep)
+        found, _ = predict_batch(self.detector, images, orig_target_sizes)
         return found.labels, found.boxes, found.scores
 
 

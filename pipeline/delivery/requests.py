@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from dfine_core.images import FORMATS, ImageError, TooManyPixels, open_image, read_image
-from dfine_core.inference import KEPT
+from dfine_core.postprocess import MAX_DETECTIONS
 
 OPTIONS = ("threshold", "max_detections")
 FORMS = (
@@ -69,7 +69,7 @@ class Asked:
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
     threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    max_detections: int = Field(KEPT, ge=1, le=KEPT)
+    max_detections: int = Field(MAX_DETECTIONS, ge=1, le=MAX_DETECTIONS)
 
 
 class _Body(_Options):

@@ -450,7 +450,7 @@ class Run:
         """Median milliseconds of one image."""
         if not self.experiment.evaluation.latency:
             return None
-        from pipeline.delivery.benchmark import measure, of_detector  # here: it would lengthen every worker's start
+        from pipeline.benchmark import measure, of_detector  # here: it would lengthen every worker's start
 
         copied = copy.deepcopy(self.learner.average.module)  # it will be deployed
         names = tuple(category.name for category in self.shards.manifest.categories)

@@ -21,8 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Detector, LoadedDetector, ModelConfig
-from dfine_core.inference import KEPT
-from dfine_core.postprocess import postprocess
+from dfine_core.inference import predict_batch
 from pipeline.config import ConfigError
 from pipeline.open_detector import open_detector
 
@@ -106,13 +105,11 @@ def of_detector(loaded: LoadedDetector, *, precision: Precision = "fp32") -> Sub
     """A detector as it is delivered; it is deployed, in place."""
     config, device = loaded.config, loaded.device
     detector = loaded.deploy().detector
-    keep = min(KEPT, config.num_queries * config.num_classes)
 
     @torch.inference_mode()
     def run(images: Tensor, sizes: Tensor) -> object:
         with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            output = detector(images)
-        found = postprocess(output.logits, output.boxes, sizes, keep)
+            found, _ = predict_batch(detector, images, sizes)
         _wait(device)
         return found
 
