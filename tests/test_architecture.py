@@ -47,8 +47,7 @@ ENTRANCES = {
     "onnx": ("pipeline/delivery/export.py",),
     "onnxruntime": (
         "pipeline/delivery/export.py",
-        "pipeline/delivery/export_gate.py",
-        "pipeline/benchmark.py",
+        "pipeline/exported_files.py",
     ),
     "transformers": ("pipeline/delivery/huggingface.py",),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dfine_core
-from pipeline.training import checkpoint
+from pipeline import provenance
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -27,7 +27,7 @@ def test_a_source_tree_that_is_not_installed_has_an_unknown_version(monkeypatch:
 
 
 def test_a_checkpoint_records_the_projects_version() -> None:
-    assert checkpoint.versions()["ray-dfine"] == PYPROJECT["project"]["version"]
+    assert provenance.versions()["ray-dfine"] == PYPROJECT["project"]["version"]
 
 
 def test_every_package_is_marked_as_typed_and_the_mark_is_installed() -> None:

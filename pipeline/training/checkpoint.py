@@ -13,14 +13,10 @@ same draws come again on any number of workers.
 
 import hashlib
 import json
-import platform
 import queue
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +28,6 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from dfine_core import DISTRIBUTION, __version__
 from pipeline.data import storage
 from pipeline.data.manifest import Category
 from pipeline.training.stages import Standing
@@ -275,28 +270,3 @@ class Writer:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-
-
-# Where it came from
-
-
-@cache
-def versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
-    ours = {"python": platform.python_version(), DISTRIBUTION: __version__}
-    return ours | {name: version(name) for name in packages}
-
-
-@cache
-def code_commit() -> str | None:
-    """Of the working tree, with `+changes` if it has any; None outside of one."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

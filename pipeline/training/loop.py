@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfine_core import Detector
 from dfine_core.inference import LoadedDetector
+from pipeline import provenance
 from pipeline.config import dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size
@@ -421,8 +422,8 @@ class Run:
             data={use: shards.manifest.digest for use, shards in uses.items()},
             tracking_key=self.tracker.run_key if self.tracker else None,
             parent=self.parent,
-            versions=checkpoint.versions(),
-            commit=checkpoint.code_commit(),
+            versions=provenance.versions(),
+            commit=provenance.code_commit(),
         )
 
     def _end(self) -> EvaluationReport | None:

@@ -14,6 +14,7 @@ from safetensors.torch import save as tensors_to_bytes
 
 from dfine_core import Detector, ModelConfig
 from dfine_core.images import open_image
+from pipeline import provenance
 from pipeline.config import Experiment, dump
 from pipeline.data import storage
 from pipeline.data.batch import Batch
@@ -58,10 +59,10 @@ def begin(
         **({"digest.val": val.manifest.digest} if val else {}),
         **{f"parent.{key}": value for key, value in parent.items()},
         "dfine.run": run,
-        **{f"version.{key}": value for key, value in checkpoint.versions().items()},
+        **{f"version.{key}": value for key, value in provenance.versions().items()},
         **experiment.tracking.tags,
     }
-    if commit := checkpoint.code_commit():
+    if commit := provenance.code_commit():
         tags["mlflow.source.git.commit"] = commit
     if ray_job:
         tags["ray.job"] = ray_job
