@@ -12,7 +12,7 @@ from typing import TypeVar
 import simplejpeg
 from PIL import Image, ImageOps
 
-from dfine_core.images import ImageError, TooManyPixels, open_image, to_rgb
+from dfine_core.images import TooManyPixels, open_image, to_rgb
 from pipeline.data import storage
 from pipeline.data.sources import synthetic
 
@@ -151,5 +151,5 @@ def _with_pillow(data: bytes, use: Callable[[Image.Image], T]) -> T:
             return use(image)
     except TooManyPixels as error:
         raise BadImage("too many pixels", str(error)) from None
-    except (ImageError, OSError, ValueError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
+    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
         raise BadImage("undecodable", str(error) or type(error).__name__) from None
