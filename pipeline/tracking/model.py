@@ -63,7 +63,9 @@ def save_detector(
         # Copied, because MLflow writes down where they were, and packs what lies beside them.
         served = Path(shutil.copy(Path(__file__).with_name("served_detector.py"), temporary))
         package = Path(temporary, "dfine_core")
-        shutil.copytree(Path(dfine_core.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(dfine_core.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "py.typed")
+        )
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(served),
