@@ -9,7 +9,6 @@ Times are CPU seconds of one thread; rounds of all rows alternate and each row s
 """
 
 import argparse
-import io
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dfine_core.images import read_image
 from pipeline.data.augment import (
     AugmentSettings,
     Sample,
@@ -126,7 +126,7 @@ def released_inputs(image: Annotated) -> tuple[Image.Image, tv_tensors.BoundingB
         format=tv_tensors.BoundingBoxFormat.XYXY,
         canvas_size=(image.height, image.width),
     )
-    return Image.open(io.BytesIO(image.encoded)).convert("RGB"), boxes, torch.from_numpy(image.labels)
+    return read_image(image.encoded), boxes, torch.from_numpy(image.labels)
 
 
 def augmented(image: Annotated) -> Sample:

@@ -3,13 +3,13 @@
     python -m benchmarks.flops
     python -m benchmarks.flops --variants s --classes 366 --size 480
 
-What is counted: see `pipeline.delivery.benchmark.gflops`. The products inside attention are listed apart.
+What is counted: see `pipeline.benchmark.gflops`. The products inside attention are listed apart.
 """
 
 import argparse
 
 from dfine_core import ModelConfig
-from pipeline.delivery.benchmark import PARTS, gflops
+from pipeline.benchmark import PARTS, gflops
 
 PUBLISHED = {"n": 7.17, "s": 25.17, "m": 56.68, "l": 91.03, "x": 202.49}  # 80 classes, deployed, 640 x 640
 

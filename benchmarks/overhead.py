@@ -1,9 +1,10 @@
-"""What Ray and the record cost a step: the real command on two CPU workers against the same steps in plain PyTorch.
+"""What Ray and the record cost a step: the real command on two CPU workers against the project's own loop without them.
 
     python -m benchmarks.overhead
 
-Both sides make the same steps on the same images with two processes and gloo. The plain side decodes in the process; it has
-no Ray, no record, no checkpoint and no console. Rounds alternate; the ratio is of medians.
+Both sides run `training.loop` on the same images with two processes and gloo. The bare loop decodes in the process; it has
+no Ray, no record, no checkpoint and no console. What the loop itself costs beside a hand-written one is not measured here.
+Rounds alternate; the ratio is of medians.
 """
 
 import argparse
@@ -27,6 +28,9 @@ from pipeline.training.group import Group
 from pipeline.training.job import Job
 from pipeline.training.launch import launch
 
+ON_RAY = "loop with Ray Train, Ray Data and MLflow"
+BARE_LOOP = "the same loop without them"
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         start_ray(dashboard=True)
         source = synthetic_source(256, longest_side=args.size)
         prepare(source, f"{folder}/train", split="train", options=PrepareOptions())
-        seconds: dict[str, list[float]] = {"Ray Train, Ray Data and MLflow": [], "plain PyTorch": []}
+        seconds: dict[str, list[float]] = {ON_RAY: [], BARE_LOOP: []}
         waits = []
         for number in range(args.rounds):
             content = {
@@ -51,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
             experiment = check(Experiment, content, source="benchmark")
             launch(experiment, Cluster(workers=2, gpus_per_worker=0, cpus_per_worker=0.5, threads_per_worker=1))
             on_ray = recorded(f"{folder}/runs/mlflow.db", f"round-{number}")
-            seconds["Ray Train, Ray Data and MLflow"].append(statistics.median(on_ray["speed/step_s"][1:]))
+            seconds[ON_RAY].append(statistics.median(on_ray["speed/step_s"][1:]))
             waits.append(statistics.median(on_ray["speed/data_wait_share"][1:]))
-            seconds["plain PyTorch"].append(plain(content, folder))
+            seconds[BARE_LOOP].append(bare_loop(content, folder))
         ray.shutdown()  # type: ignore[no-untyped-call]
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         for name, value in medians.items():
@@ -74,16 +78,16 @@ def recorded(database: str, run: str) -> dict[str, list[float]]:
     return {name: [m.value for m in client.get_metric_history(found.info.run_id, name)] for name in names}
 
 
-def plain(content: dict[str, Any], folder: str) -> float:
-    """Median seconds of a step in two plain processes."""
+def bare_loop(content: dict[str, Any], folder: str) -> float:
+    """Median seconds of a step of the loop alone, in two processes without Ray and MLflow."""
     queue: Any = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as meeting:
-        mp.spawn(plain_worker, args=(content, f"{folder}/plain", meeting, queue), nprocs=2)
+        mp.spawn(bare_worker, args=(content, f"{folder}/bare", meeting, queue), nprocs=2)
     result: float = queue.get()
     return result
 
 
-def plain_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, queue: Any) -> None:
+def bare_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, queue: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}/point", rank=rank, world_size=2)
     content = {**content, "storage": folder, "data": {**content["data"], "decode_in": "inline"}}

@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from dfine_core.config import VARIANTS, LossConfig, ModelConfig
     from dfine_core.criterion import Criterion
     from dfine_core.detector import Detector
-    from dfine_core.loading import Found, LoadedDetector, load
+    from dfine_core.inference import ImageDetections, LoadedDetector, load
     from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
+
+    __version__: str
 
 __all__ = [
     "VARIANTS",
@@ -16,26 +18,40 @@ __all__ = [
     "DenoisingQueries",
     "Detector",
     "DetectorOutput",
-    "Found",
+    "ImageDetections",
     "LoadedDetector",
     "LossConfig",
     "ModelConfig",
     "Targets",
+    "__version__",
     "load",
 ]
+DISTRIBUTION = "ray-dfine"
 
 # Imported at the first use of a name: who only reads `dfine_core.config` does not wait for PyTorch.
 _HOMES = {
     "config": ("VARIANTS", "LossConfig", "ModelConfig"),
     "criterion": ("Criterion",),
     "detector": ("Detector",),
-    "loading": ("Found", "LoadedDetector", "load"),
+    "inference": ("ImageDetections", "LoadedDetector", "load"),
     "structures": ("DenoisingQueries", "DetectorOutput", "Targets"),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """Version of the installed distribution; "unknown" in a source tree alone, as in a submitted job."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "unknown"

@@ -54,10 +54,6 @@ class ClassMatch:
         used = {row.source for row in self.rows}
         return tuple(name for i, name in enumerate(self.source_names) if name is not None and i not in used)
 
-    @property
-    def ambiguous(self) -> tuple[ClassRow, ...]:
-        return tuple(row for row in self.rows if row.passed_over)
-
     def __str__(self) -> str:
         kinds = [(how, sum(row.how == how for row in self.rows)) for how in get_args(How)]
         counts = ", ".join(f"{count} {how}" for how, count in kinds if count)

@@ -6,12 +6,16 @@ Source: D-FINE, arXiv:2410.13842, and its released configurations.
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of the loss terms and of the matching cost, and the shape constants inside them."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {
+        "extra": "forbid"
+    }  # an experiment's file with another key is refused
 
     vfl: float = 1.0  # varifocal classification
     bbox: float = 5.0  # L1 of normalised cxcywh

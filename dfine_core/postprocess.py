@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy
 
+MAX_DETECTIONS = 300  # per image, over all classes, as published
+
 
 @dataclass(frozen=True)
 class Detections:
@@ -17,7 +19,7 @@ class Detections:
     scores: Tensor  # [B, R] in [0, 1]
 
 
-def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int = 300) -> Detections:
+def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int = MAX_DETECTIONS) -> Detections:
     """
     Args:
         logits: [B, Q, C].

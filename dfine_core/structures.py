@@ -5,7 +5,6 @@ Letters: B images, Q queries, C classes, L decoder layers, N = reg_max + 1 bins,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -122,29 +121,6 @@ class DenoisingQueries:
     positive_image: Tensor
     positive_query: Tensor
     positive_target: Tensor  # index into the batch's boxes
-
-    @classmethod
-    def from_recorded(
-        cls,
-        labels: Tensor,
-        reference_logits: Tensor,
-        attention_mask: Tensor,
-        groups: int,
-        targets: Sequence[Mapping[str, Tensor]] | Targets,
-    ) -> Self:
-        """A group drawn elsewhere (another program, an earlier run), for the same targets."""
-        device = reference_logits.device
-        counts = targets.counts if isinstance(targets, Targets) else tuple(len(t["labels"]) for t in targets)
-        image, query, target = positive_slots(counts, int(groups))
-        return cls(
-            labels=labels.long(),
-            reference_logits=reference_logits,
-            attention_mask=attention_mask,
-            groups=int(groups),
-            positive_image=image.to(device, non_blocking=True),
-            positive_query=query.to(device, non_blocking=True),
-            positive_target=target.to(device, non_blocking=True),
-        )
 
 
 def positive_slots(counts: Sequence[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dfine_core import LoadedDetector
 from jobs.command import at_least, location, user_errors
 from pipeline.config import ConfigError
 from pipeline.data import storage
@@ -23,8 +24,8 @@ from pipeline.evaluation.figures import png
 from pipeline.evaluation.pictures import sample_pictures
 from pipeline.evaluation.run import detect, judge
 from pipeline.evaluation.truth import read_ground_truth
+from pipeline.open_detector import open_detector
 from pipeline.ray_start import start_ray
-from pipeline.trained import Trained, open_trained
 
 
 @user_errors()
@@ -38,14 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--micro-batch", type=at_least(1), default=16, help="images at once")
     parser.add_argument("--pictures", type=at_least(0), default=12, help="validation images to draw, with --out")
     args = parser.parse_args(argv)
-    trained, shards = open_trained(args.detector), load_shards(args.manifest)
+    trained, shards = open_detector(args.detector), load_shards(args.manifest)
     refuse_other_classes(trained.names, shards)
     refuse_changed_files(shards)
     print(f"{trained.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
     evaluate(trained, shards, args.out, args.micro_batch, args.pictures)
 
 
-def evaluate(trained: Trained, shards: ShardSet, out: str | None, micro_batch: int, pictures: int) -> None:
+def evaluate(trained: LoadedDetector, shards: ShardSet, out: str | None, micro_batch: int, pictures: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = trained.detector.to(device)
     start_ray()

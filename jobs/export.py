@@ -20,6 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dfine_core import LoadedDetector
 from jobs.command import local_path, location, user_errors
 from jobs.evaluate import refuse_other_classes
 from pipeline.config import ConfigError
@@ -28,8 +29,8 @@ from pipeline.data.reader import refuse_changed_files
 from pipeline.delivery.export import FORMATS, at_input_size
 from pipeline.delivery.export_pictures import CheckSet, drawn, from_files, from_shards
 from pipeline.delivery.export_run import Export, export
+from pipeline.open_detector import open_detector
 from pipeline.tracking.attachments import MODEL, RUN, Target, attach, find_target
-from pipeline.trained import Trained, open_trained
 
 
 @user_errors()
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     named = args.attach or (args.model if args.model.startswith((RUN, MODEL)) else None)
     target = find_target(named) if named else None
-    model = _sized(open_trained(args.model), args.input_size)
+    model = _sized(open_detector(args.model), args.input_size)
     done = export(model, args.to, args.out, _check_set(args, model))
     print(f"{model.origin}, compared on {done.checked.what}\n{done.table()}")
     if target is not None:
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _sized(model: Trained, sides: list[int] | None) -> Trained:
+def _sized(model: LoadedDetector, sides: list[int] | None) -> LoadedDetector:
     if sides is None:
         return model
     if len(sides) > 2:
@@ -73,7 +74,7 @@ def _sized(model: Trained, sides: list[int] | None) -> Trained:
         raise ConfigError(f"--input-size: {error}") from None
 
 
-def _check_set(args: argparse.Namespace, model: Trained) -> CheckSet:
+def _check_set(args: argparse.Namespace, model: LoadedDetector) -> CheckSet:
     if args.images < 1:
         raise ConfigError(f"--images is {args.images}: nothing is accepted without a comparison")
     if args.check:

@@ -17,14 +17,14 @@ import torch
 from jobs.command import at_least, location, share, user_errors
 from pipeline.delivery.inputs import list_inputs
 from pipeline.delivery.predict import HERE, PredictOptions, predict
-from pipeline.trained import open_trained
+from pipeline.open_detector import open_detector
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     here = args.workers == HERE and torch.cuda.is_available()
-    loaded = open_trained(args.detector, "cuda" if here else "cpu")
+    loaded = open_detector(args.detector, "cuda" if here else "cpu")
     inputs = list_inputs(args.inputs, every=args.every)
     print(f"{loaded.origin} on {inputs}", flush=True)
     options = PredictOptions(

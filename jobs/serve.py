@@ -18,12 +18,13 @@ from types import FrameType
 
 import torch
 
+from dfine_core.inference import DEFAULT_THRESHOLD
 from jobs.command import location, user_errors
 from pipeline.config import ConfigError, check
 from pipeline.data import storage
 from pipeline.delivery.service import ServeSettings
 from pipeline.delivery.serving import start, stop
-from pipeline.trained import open_trained
+from pipeline.open_detector import MODEL, RUN, open_detector
 
 
 @user_errors()
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = settings_of(args)
     if args.detach and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
-    trained = open_trained(settings.source)  # a wrong path fails before anything starts
+    trained = open_detector(settings.source)  # a wrong path fails before anything starts
     print(f"{trained.origin}: {len(trained.names)} classes, starting", flush=True)
     del trained
     serve(settings, args.host, args.port, detach=args.detach)
@@ -54,7 +55,7 @@ def serve(settings: ServeSettings, host: str, port: int, *, detach: bool) -> Non
 def settings_of(args: argparse.Namespace) -> ServeSettings:
     """Raises: ConfigError, naming each value that cannot be."""
     given = {name: getattr(args, name) for name in ServeSettings.model_fields if getattr(args, name, None) is not None}
-    if not args.source.startswith(("runs:/", "models:/")):
+    if not args.source.startswith((RUN, MODEL)):
         given["source"] = storage.absolute(args.source)  # replicas have another working directory
     joins = bool(os.environ.get("RAY_ADDRESS"))
     gpus = given.setdefault("gpus", 0.0 if joins or not torch.cuda.is_available() else 1.0)
@@ -108,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--gpus", type=float, help="of each replica; on this machine 1 if there is one, on a cluster 0"
     )
-    arguments.add_argument("--threshold", type=float, help="least score, where a request names none (0.4)")
+    arguments.add_argument(
+        "--threshold", type=float, help=f"least score, where a request names none ({DEFAULT_THRESHOLD})"
+    )
     arguments.add_argument("--batch", type=int, help="images at once (8)")
     arguments.add_argument("--timeout-s", type=float, help="of a request (30)")
     arguments.add_argument("--max-waiting", type=int, help="requests in a replica before it says 503 (32)")

@@ -15,7 +15,6 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -55,27 +54,12 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _known_keys(*known: str) -> BeforeValidator:
-    """Refuse a mapping with other keys: a plain dataclass would take no notice of them."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            problems = [_unknown(key, known) for key in value if key not in known]
-            if problems:
-                raise ValueError("; ".join(problems))
-        return value
-
-    return BeforeValidator(check)
-
-
 def _unknown(key: object, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(key), known, n=3)
     return f"unknown key {key!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}")
 
 
 MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss"))
-Loss = Annotated[LossConfig, _known_keys(*(f.name for f in fields(LossConfig)))]
-Augment = Annotated[AugmentSettings, _known_keys(*(f.name for f in fields(AugmentSettings)))]
 
 
 class Data(Config):
@@ -210,11 +194,11 @@ class Experiment(Config):
     init: Location | None = None  # weights to start from: a checkpoint or a released file
     data: Data
     model: Model = Model()
-    loss: Loss = LossConfig()
+    loss: LossConfig = LossConfig()
     schedule: Schedule
     optimizer: Optimizer = Optimizer()
     ema: AveragedWeights = AveragedWeights()
-    augment: Augment = AugmentSettings()
+    augment: AugmentSettings = AugmentSettings()
     multiscale_repeat: NonNegativeInt = 0  # how often the base size counts among the sizes of a step; 0 keeps one size
     numerics: Numerics = Numerics()
     evaluation: Evaluation = Evaluation()
@@ -246,6 +230,7 @@ class Cluster(Config):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: NonNegativeInt = 3  # restarts of the workers before the run fails
     max_preemptions: NonNegativeInt = 20
+    # Limit on one start or restart of all workers, the wait for new nodes included; the fourth that passes it ends the run.
     start_timeout_s: PositiveFloat = 120
     collective_timeout_s: PositiveFloat = (
         300  # a worker that waits longer for the others fails, and so restarts them all
@@ -364,7 +349,7 @@ def _plain(value: Any) -> Any:
 def _problem(kind: type[Config], error: Any) -> str:
     """One line of an error: where, what, and for an unknown key the nearest known ones."""
     location = error["loc"]
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         return _dotted(location[:-1]) + _unknown(location[-1], _keys_at(kind, location[:-1]))
     given = error["input"]
     plain = isinstance(given, str | int | float | bool | list | tuple | None)

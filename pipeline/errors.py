@@ -20,7 +20,7 @@
     └── UndecodableImageError     an image that training or evaluation cannot decode
 
 Each class stands in the module that raises it. Most are also a ValueError or RuntimeError, so that pydantic validators may
-raise them. `dfine_core.loading.LoadError` belongs to the core; `pipeline.trained` turns it into a ConfigError.
+raise them. `dfine_core.inference.LoadError` belongs to the core; `pipeline.open_detector` turns it into a ConfigError.
 """
 
 from typing import TYPE_CHECKING

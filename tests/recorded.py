@@ -6,6 +6,7 @@ that agree on keys and shapes hold the same weights.
 
 import json
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from dfine_core.structures import DenoisingQueries, positive_slots
 
 FOLDER = Path(__file__).parent / "golden"
 DERIVED = ("decoder.anchors", "decoder.valid_mask")
@@ -33,6 +36,21 @@ class Recording:
     @property
     def encoder_maps(self) -> list[Tensor]:
         return [self.tensor(name) for name in sorted(self.arrays) if name.startswith("encoder_")]
+
+
+def denoising_queries(recording: Recording, targets: Sequence[Mapping[str, Tensor]]) -> DenoisingQueries:
+    """The denoising group that the recorded program drew, for the same targets."""
+    groups = int(recording.arrays["dn.groups"])
+    image, query, target = positive_slots([len(each["labels"]) for each in targets], groups)
+    return DenoisingQueries(
+        labels=recording.tensor("dn.class").long(),
+        reference_logits=recording.tensor("dn.bbox"),
+        attention_mask=recording.tensor("dn.mask"),
+        groups=groups,
+        positive_image=image,
+        positive_query=query,
+        positive_target=target,
+    )
 
 
 def recordings(kind: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dfine_core import Detector, LoadedDetector, ModelConfig
-from dfine_core.loading import build
+from dfine_core.inference import build
 from pipeline.data.sources.synthetic import CLASSES
 
 

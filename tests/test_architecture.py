@@ -1,8 +1,11 @@
 """Where things may be used: imports point one way, and each foreign library enters through named files."""
 
 import ast
+import re
+import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,62 +18,121 @@ BELOW = {
 }
 OURS = set(BELOW)
 CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the standard library
-# Files of the core that use more, and only once somebody asks them for it: the detector needs none of this.
-BORROWED = {"dfine_core/images.py": {"PIL"}, "dfine_core/loading.py": {"safetensors", "mlflow"}}
+# Files of the core that use more; the detector needs none of this.
+ALSO = {"dfine_core/images.py": {"PIL"}}
+BORROWED = {"dfine_core/inference.py": {"safetensors"}}  # imported when it is needed, inside a function
+
+# The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
+FOUNDATION = ("errors", "redaction", "progress", "provenance", "ray_job", "ray_start")
+LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides the foundation and itself
+    "data": set(),
+    "config": {"data"},
+    "exported_files": {"config"},
+    "open_detector": {"config", "data"},
+    "benchmark": {"config", "exported_files", "open_detector"},
+    "evaluation": {"config", "data"},
+    "tracking": {"config", "data"},
+    "training": {"config", "data", "open_detector", "benchmark", "evaluation", "tracking"},
+    "delivery": {"config", "data", "exported_files", "open_detector", "evaluation"},
+    "tuning": {"config", "data", "open_detector", "evaluation", "tracking", "training"},
+}
+
 # Modules that run inside Ray Data tasks, or that such modules import: torch there would cost seconds per worker process.
 WITHOUT_TORCH = (
-    *("records", "manifest", "storage", "plan", "reader", "augment", "decode", "mixing", "tasks"),
-    *("prepare", "shard_writer", "doctor_findings", "doctor_rows", "doctor_shard"),
+    "dfine_core.images",
+    *(
+        f"pipeline.data.{name}"
+        for name in (
+            *(
+                "records",
+                "manifest",
+                "storage",
+                "plan",
+                "reader",
+                "augment",
+                "decode",
+                "mixing",
+                "tasks",
+                "image_files",
+            ),
+            *("prepare", "shard_writer", "doctor_findings", "doctor_rows", "doctor_shard"),
+        )
+    ),
 )
 
-# Where a foreign library may be used: files below `pipeline` and `jobs`, by the beginning of their path.
+# The files below `pipeline` and `jobs` that use a foreign library.
 ENTRANCES = {
-    "mlflow": ("pipeline/tracking/",),
-    "pycocotools": ("pipeline/evaluation/",),
-    "hotcoco": ("pipeline/evaluation/",),
-    "yaml": ("pipeline/config.py", "pipeline/training/", "pipeline/data/sources/"),
-    "ray": (
-        *("pipeline/ray_start.py", "pipeline/data/", "pipeline/training/"),
-        *("pipeline/delivery/predict.py", "pipeline/delivery/serving.py"),
+    "mlflow": (
+        "pipeline/open_detector.py",
         *(
-            "pipeline/tuning/trial.py",
-            "pipeline/tuning/points.py",
-            "pipeline/tuning/watcher.py",
-            "pipeline/tuning/run.py",
+            f"pipeline/tracking/{name}.py"
+            for name in (
+                *("asking", "attachments", "delivery", "lineage", "lookup", "model", "registry", "served_detector"),
+            )
         ),
     ),
-    "fastapi": ("pipeline/delivery/serving.py",),
-    "starlette": ("pipeline/delivery/",),
-    "pynvml": ("pipeline/tracking/",),
-    "optuna": ("pipeline/tuning/",),
-    "onnx": ("pipeline/delivery/export.py",),
-    "onnxruntime": (
-        "pipeline/delivery/export.py",
-        "pipeline/delivery/export_gate.py",
-        "pipeline/delivery/benchmark.py",
+    "pycocotools": ("pipeline/evaluation/coco.py",),
+    "hotcoco": ("pipeline/evaluation/analysis.py", "pipeline/evaluation/coco.py"),
+    "yaml": (
+        *("pipeline/config.py", "pipeline/data/sources/yolo.py"),
+        *(f"pipeline/training/{name}.py" for name in ("checkpoint", "preview", "record")),
     ),
+    "ray": (
+        "pipeline/ray_start.py",
+        *(f"pipeline/data/{name}.py" for name in ("backpressure", "doctor", "prepare", "stream")),
+        *(f"pipeline/training/{name}.py" for name in ("beside", "launch", "monitor", "preflight", "worker")),
+        *(f"pipeline/delivery/{name}.py" for name in ("predict", "serving")),
+        *(f"pipeline/tuning/{name}.py" for name in ("points", "run", "trial", "watcher")),
+    ),
+    "fastapi": ("pipeline/delivery/serving.py",),
+    "starlette": tuple(f"pipeline/delivery/{name}.py" for name in ("body_limit", "requests", "service", "serving")),
+    "pynvml": ("pipeline/tracking/system.py",),
+    "optuna": tuple(f"pipeline/tuning/{name}.py" for name in ("importance", "points", "space")),
+    "onnx": ("pipeline/delivery/export.py",),
+    "onnxruntime": ("pipeline/delivery/export.py", "pipeline/exported_files.py"),
     "transformers": ("pipeline/delivery/huggingface.py",),
 }
 
+# Text that belongs to one file, or to none.
+CORE_HAS_NO = re.compile(r"redact|MLFLOW_TRACKING|\bmlflow\.", re.I)
+DEFAULT_THRESHOLDS = re.compile(r"threshold\w*[\"']?\s*(:[^=\n]*)?[=,]\s*(Field\()?0\.\d", re.I)
+MOST_DETECTIONS = re.compile(r"(detections|kept|keep)\w*\s*(:[^=\n]*)?= ?(Field\()?300\b", re.I)
+POSTPROCESSES = re.compile(r"(?<!def )\bpostprocess\(")
+ONCE = {
+    "dfine_core/inference.py": (DEFAULT_THRESHOLDS, POSTPROCESSES),
+    "dfine_core/postprocess.py": (MOST_DETECTIONS,),
+}
 
-def imports(source: str) -> Iterator[str]:
-    """Full names of everything a module imports, wherever in it."""
+
+@cache
+def imports(source: str) -> tuple[str, ...]:
+    """Full names of everything a module imports, wherever in it and however: `from a import b` gives a and a.b."""
+    return tuple(_imports(source))
+
+
+def _imports(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield "." if node.level else f"{node.module}"
+            yield from () if node.level else (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (given.value for given in node.args if isinstance(given, ast.Constant))
 
 
-def violations(package: str, source: str, borrowed: Collection[str] = ()) -> list[str]:
-    """What a module of `package` imports and should not; what it borrows must not be imported along with it."""
+def roots(source: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(source)}
+
+
+def violations(package: str, source: str, borrowed: Collection[str] = (), also: Collection[str] = ()) -> list[str]:
+    """Imports of a module of `package` that are forbidden; what it borrows must not be imported along with it."""
+    allowed = OURS | CORE_MAY_IMPORT | sys.stdlib_module_names | set(borrowed) | set(also)
     found = []
     for name in imports(source):
         top = name.split(".")[0]
         upwards = top in OURS and top not in BELOW[package]
-        foreign = package == "dfine_core" and top not in OURS | CORE_MAY_IMPORT | sys.stdlib_module_names | set(
-            borrowed
-        )
+        foreign = package == "dfine_core" and top not in allowed
         if name == "." or upwards or foreign:
             found.append(name)
     return found + [name for name in imported_at_once(source) if name.split(".")[0] in borrowed]
@@ -93,18 +155,59 @@ def _is_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def upwards(part: str, source: str) -> set[str]:
+    """Parts of `pipeline` that a module of `part` imports, lazily too, and must not."""
+    used = {name.split(".")[1] for name in imports(source) if name.startswith("pipeline.")}
+    return used - allowed_parts(part)
+
+
+def allowed_parts(part: str) -> set[str]:
+    if part in FOUNDATION:
+        return set(FOUNDATION[: FOUNDATION.index(part) + 1])
+    return {part, *FOUNDATION} | LAYERS[part]
+
+
+def out_of_order(layers: Mapping[str, Collection[str]]) -> list[str]:
+    """Parts that may import one which does not come before them."""
+    order = list(layers)
+    return [part for part in order if not set(layers[part]) <= set(order[: order.index(part)])]
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+
+
+def users_of(library: str, sources: Mapping[str, str]) -> set[str]:
+    return {name for name, source in sources.items() if library in roots(source)}
+
+
+def texts_matching(pattern: re.Pattern[str], sources: Mapping[str, str]) -> list[str]:
+    return [name for name, source in sources.items() if pattern.search(source)]
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
 def modules(package: str) -> list[Path]:
     found = sorted((ROOT / package).rglob("*.py"))
     assert found, f"{package} has no modules"
     return found
 
 
+def sources_of(*packages: str) -> dict[str, str]:
+    return {_name(path): path.read_text() for package in packages for path in modules(package)}
+
+
+# Between the packages
+
+
 @pytest.mark.parametrize("package", list(BELOW))
 def test_imports_point_one_way(package: str) -> None:
     wrong = {
         name: bad
-        for path in modules(package)
-        if (bad := violations(package, path.read_text(), BORROWED.get(name := str(path.relative_to(ROOT)), ())))
+        for name, source in sources_of(package).items()
+        if (bad := violations(package, source, BORROWED.get(name, ()), ALSO.get(name, ())))
     }
     assert not wrong
 
@@ -114,6 +217,10 @@ def test_imports_point_one_way(package: str) -> None:
     [
         ("dfine_core", "import ray"),
         ("dfine_core", "def f():\n    import mlflow.pytorch"),
+        ("dfine_core", "def f():\n    from mlflow.artifacts import download_artifacts"),
+        ("dfine_core", "def f():\n    return importlib.import_module('mlflow')"),
+        ("dfine_core", "def f():\n    return __import__('mlflow')"),
+        ("dfine_core", "def f():\n    from pipeline.redaction import redact"),
         ("dfine_core", "from yaml import safe_load"),
         ("dfine_core", "import pydantic"),
         ("dfine_core", "import pyarrow.parquet as pq"),
@@ -121,6 +228,7 @@ def test_imports_point_one_way(package: str) -> None:
         ("dfine_core", "from pipeline.data import plan"),
         ("dfine_core", "from . import boxes"),
         ("pipeline", "from jobs.train import main"),
+        ("pipeline", "import_module('jobs.train')"),
     ],
 )
 def test_the_check_can_fail(package: str, source: str) -> None:
@@ -128,26 +236,102 @@ def test_the_check_can_fail(package: str, source: str) -> None:
 
 
 def test_what_the_core_borrows_waits_until_it_is_needed() -> None:
-    assert all((ROOT / name).exists() for name in BORROWED)
+    assert all((ROOT / name).exists() for name in (*BORROWED, *ALSO))
     assert violations("dfine_core", "import PIL.Image", {"PIL"})
+    assert violations("dfine_core", "import PIL.Image")
+    assert not violations("dfine_core", "import PIL.Image", also={"PIL"})
     assert not violations("dfine_core", "def f():\n    import PIL.Image", {"PIL"})
     assert violations("dfine_core", "def f():\n    import mlflow", {"PIL"})
 
 
-def test_task_modules_do_not_import_torch() -> None:
-    found = [path for path in modules("pipeline/data") if path.stem in WITHOUT_TORCH]
-    assert len(found) == len(WITHOUT_TORCH)
-    wrong = [path.name for path in found if "torch" in {name.split(".")[0] for name in imports(path.read_text())}]
+def test_the_core_neither_asks_mlflow_nor_redacts() -> None:
+    assert not any("mlflow" in names for names in (CORE_MAY_IMPORT, *ALSO.values(), *BORROWED.values()))
+    assert texts_matching(CORE_HAS_NO, sources_of("dfine_core")) == []
+
+
+# Inside pipeline
+
+
+def test_every_part_of_pipeline_has_its_layer_and_imports_lower_ones_alone() -> None:
+    parts = {part_of(path) for path in modules("pipeline")} - {"__init__"}
+    assert parts >= set(LAYERS), "a part that is gone"
+    assert parts <= {*LAYERS, *FOUNDATION}, "a part without a layer"
+    wrong = {
+        _name(path): bad
+        for path in modules("pipeline")
+        if part_of(path) != "__init__" and (bad := upwards(part_of(path), path.read_text()))
+    }
     assert not wrong
+    assert out_of_order(LAYERS) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "bad"),
+    [
+        ("evaluation", "from pipeline.training import loop", "training"),
+        ("training", "def f():\n    from pipeline.delivery.export import Source", "delivery"),
+        ("training", "from pipeline import delivery", "delivery"),
+        ("data", "import pipeline.config as config", "config"),
+        ("tracking", "importlib.import_module('pipeline.training.loop')", "training"),
+        ("delivery", "if TYPE_CHECKING:\n    from pipeline.tuning.run import Sweep", "tuning"),
+        ("progress", "from pipeline.data import storage", "data"),
+        ("redaction", "from pipeline.progress import Progress", "progress"),
+    ],
+)
+def test_an_import_of_a_higher_part_is_found(part: str, source: str, bad: str) -> None:
+    assert upwards(part, source) == {bad}
+
+
+def test_an_order_with_a_cycle_is_found() -> None:
+    assert out_of_order({"training": {"delivery"}, "delivery": {"training"}}) == ["training"]
+    assert out_of_order({"data": set(), "config": {"data"}}) == []
+    assert upwards("training", "from pipeline.progress import Progress\nfrom pipeline.training import step") == set()
+
+
+# Libraries and texts
+
+
+def test_task_modules_do_not_import_torch() -> None:
+    sources = {name: (ROOT / f"{name.replace('.', '/')}.py").read_text() for name in WITHOUT_TORCH}
+    assert users_of("torch", sources) == set()
+    # By way of others they do not import it either.
+    code = f"import sys, {', '.join(WITHOUT_TORCH)}\nassert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("library", list(ENTRANCES))
 def test_foreign_libraries_enter_through_named_files(library: str) -> None:
-    users = [
-        str(path.relative_to(ROOT))
-        for package in ("pipeline", "jobs")
-        for path in modules(package)
-        if library in {name.split(".")[0] for name in imports(path.read_text())}
-    ]
-    assert users
-    assert [path for path in users if not path.startswith(ENTRANCES[library])] == []
+    assert users_of(library, sources_of("pipeline", "jobs")) == set(ENTRANCES[library])
+
+
+@pytest.mark.parametrize(
+    "source", ["import ray", "def f():\n    import ray.data", "from ray import train", "x = import_module('ray.tune')"]
+)
+def test_a_use_of_a_library_elsewhere_is_found(source: str) -> None:
+    assert users_of("ray", {"pipeline/data/plan.py": source, "b.py": "import rayon"}) == {"pipeline/data/plan.py"}
+
+
+def test_detections_are_made_in_one_place_with_one_number_and_one_threshold() -> None:
+    sources = sources_of("dfine_core", "pipeline", "jobs")
+    for name, patterns in ONCE.items():
+        for pattern in patterns:
+            assert texts_matching(pattern, sources) == [name], pattern.pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "source"),
+    [
+        (CORE_HAS_NO, "from x import redact"),
+        (CORE_HAS_NO, 'os.environ["MLFLOW_TRACKING_URI"]'),
+        (CORE_HAS_NO, 'find("mlflow.artifacts")'),
+        (DEFAULT_THRESHOLDS, "THRESHOLD = 0.4  # of the score"),
+        (DEFAULT_THRESHOLDS, "    threshold: Share = 0.4"),
+        (DEFAULT_THRESHOLDS, 'float((params or {}).get("threshold", 0.4))'),
+        (MOST_DETECTIONS, "KEPT = 300"),
+        (MOST_DETECTIONS, "def f(keep: int = 300): ..."),
+        (MOST_DETECTIONS, "max_detections: int = Field(300, ge=1)"),
+        (POSTPROCESSES, "found = postprocess(output.logits, output.boxes, sizes, keep)"),
+    ],
+)
+def test_the_checks_of_text_can_fail(pattern: re.Pattern[str], source: str) -> None:
+    assert texts_matching(pattern, {"a.py": source}) == ["a.py"]

@@ -66,6 +66,8 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         ({**MINIMAL, "name": "../outside"}, "becomes a folder"),
         ({**MINIMAL, "multiscale_repeat": 3, "model": {"input_size": [320, 640]}}, "needs a square input_size"),
         ({**MINIMAL, "augment": {"flip_probability": 2}}, "flip_probability (2"),
+        ({**MINIMAL, "augment": {"flip_prob": 1}}, "augment: unknown key 'flip_prob'; did you mean flip_probability"),
+        ({**MINIMAL, "loss": {"zzz": 1}}, "loss: unknown key 'zzz'; known: vfl, bbox, giou, fgl"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path: Path, content: Any, said: str) -> None:

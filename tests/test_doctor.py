@@ -212,7 +212,7 @@ def lose_a_corner(row: Row) -> None:
     ("change", "code", "detail"),
     [
         (cut_off, "image-undecodable", "truncated"),
-        (lambda row: row.update(image=b""), "image-undecodable", "not a readable image"),
+        (lambda row: row.update(image=b""), "image-undecodable", "cannot be opened: cannot identify"),
         (widen, "image-size", "the image is 35 x 48, its row says 36 x 48"),
         (corners(3, float("nan"), 5, 6), "box-not-finite", "xyxy 3, nan, 5, 6"),
         (corners(3, 4, float("inf"), 6), "box-not-finite", "xyxy 3, 4, inf, 6"),

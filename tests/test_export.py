@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from dfine_core import load
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import LoadedDetector
 from dfine_core.weights import read_checkpoint
 from jobs import export as export_job
 from pipeline.delivery import export_run

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfine_core.images import prepare, read_image
+from dfine_core.images import read_image
+from dfine_core.inference import prepare
 from dfine_core.postprocess import Detections
 from pipeline.delivery import export_gate
 from pipeline.delivery.export_gate import FULL, UNLIKE, Tolerance, differences, judge_files, summary

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoImageProcessor, DFineForObjectDetection
 
 from dfine_core import ModelConfig
-from dfine_core.images import prepare, read_image
+from dfine_core.images import read_image
+from dfine_core.inference import prepare
 from pipeline.delivery.huggingface import (
     refusal,
     save_transformers,

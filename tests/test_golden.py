@@ -92,13 +92,7 @@ def test_every_loss_term_and_gradient_equals_the_recording(name: str) -> None:
     targets = recorded.targets(case["counts"], case["num_classes"], case["seed"])
     denoising: DenoisingQueries | bool = False
     if "dn.class" in record.arrays:
-        denoising = DenoisingQueries.from_recorded(
-            record.tensor("dn.class"),
-            record.tensor("dn.bbox"),
-            record.tensor("dn.mask"),
-            int(record.arrays["dn.groups"]),
-            targets,
-        )
+        denoising = recorded.denoising_queries(record, targets)
 
     output = detector(images, targets, denoising=denoising)
     terms = Criterion(detector.config)(output, targets)

@@ -17,16 +17,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dfine_core
-from dfine_core import Detector, Found, LoadedDetector, ModelConfig, load
+from dfine_core import Detector, ImageDetections, LoadedDetector, ModelConfig, load
 from dfine_core.class_transfer import coco_names
-from dfine_core.images import prepare, read_image
-from dfine_core.loading import LoadError, from_description
+from dfine_core.images import read_image
+from dfine_core.inference import LoadError, from_description, predict_batch, prepare
 from dfine_core.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.data.decode import decode_rgb, stretch
 from pipeline.data.manifest import Category
+from pipeline.open_detector import open_detector
 from pipeline.tracking.model import save_detector
-from pipeline.trained import open_trained
 from pipeline.training import checkpoint
 from pipeline.training.stages import Standing
 
@@ -110,7 +110,7 @@ def sources(
     }
 
 
-def same(a: Found, b: Found) -> bool:
+def same(a: ImageDetections, b: ImageDetections) -> bool:
     tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("boxes", "scores", "labels"))
     return tensors and a.names == b.names
 
@@ -128,7 +128,7 @@ def test_every_kind_of_source_gives_equal_detections(kind: str, sources: dict[st
     assert loaded.names == coco_names()
     (found,) = loaded(picture)
     assert same(found, expected)
-    opened = open_trained(str(sources[kind]))
+    opened = open_detector(str(sources[kind]))
     assert opened.origin == loaded.origin
     assert same(opened(picture)[0], expected)
 
@@ -161,6 +161,22 @@ def test_it_detects_what_evaluation_detects(sources: dict[str, Path], detector: 
     assert found.labels.tolist() == (order % CLASSES)[:300].tolist()
     torch.testing.assert_close(found.scores, scores[:300])
     torch.testing.assert_close(found.boxes, boxes[:300])
+
+
+def test_floating_pixels_and_bytes_give_equal_detections_up_to_300_or_all_pairs(detector: Detector) -> None:
+    pixels = torch.randint(0, 256, (2, 3, *CONFIG.input_size), dtype=torch.uint8)
+    sizes = torch.tensor([[160, 96], [320, 50]])
+    with torch.no_grad():
+        found, output = predict_batch(detector, pixels, sizes)
+        floating, _ = predict_batch(detector, pixels.float() / 255, sizes)
+        _, layers = predict_batch(detector, pixels, sizes, every_layer=True)
+    assert all(torch.equal(getattr(found, name), getattr(floating, name)) for name in ("labels", "boxes", "scores"))
+    assert output.matching is None
+    assert layers.matching is not None
+    assert found.scores.shape == (2, 300)  # of 75 queries x 80 classes
+    few = Detector(CONFIG.with_(num_classes=2)).eval()
+    with torch.no_grad():
+        assert predict_batch(few, pixels, sizes)[0].scores.shape == (2, 150)
 
 
 def test_paths_bytes_arrays_and_pictures_single_or_several_are_one(sources: dict[str, Path], picture: Path) -> None:
@@ -203,10 +219,7 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_detector_is_refused_with_what_was_found(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_what_is_no_detector_is_refused_with_what_was_found(sources: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     torch.save({"w": torch.ones(1)}, tmp_path / "other.pth")
     for source, message in (
@@ -214,12 +227,20 @@ def test_what_is_no_detector_is_refused_with_what_was_found(
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "nowhere.pth", "No such file"),
         (tmp_path / "other.pth", "not the weights of a detector"),
-        ("models:/none@champion", "set MLFLOW_TRACKING_URI"),
     ):
         with pytest.raises(LoadError, match=message):
             load(source)
         with pytest.raises(ConfigError, match=message):
-            open_trained(str(source))
+            open_detector(str(source))
+
+
+@pytest.mark.parametrize("source", ["models:/none@champion", "models:/none/1", "runs:/0123"])
+def test_what_only_mlflow_knows_is_opened_by_the_pipeline_alone(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(LoadError, match=r"pipeline\.open_detector\.open_detector opens"):
+        load(source)
+    with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
+        open_detector(source)
 
 
 def test_a_damaged_checkpoint_is_named(detector: Detector, tmp_path: Path) -> None:

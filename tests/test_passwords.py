@@ -13,7 +13,7 @@ import jobs.evaluate
 import jobs.export
 import jobs.lineage
 import jobs.predict
-from dfine_core import load
+from pipeline.open_detector import open_detector
 from pipeline.tracking.lineage import client_of, facts
 from pipeline.tracking.registry import register
 from pipeline.training.initial import pinned
@@ -62,12 +62,12 @@ def test_commands_tell_no_password(
 @pytest.mark.parametrize(
     "call",
     [
-        lambda address, folder: load(MODEL),
+        lambda address, folder: open_detector(MODEL),
         lambda address, folder: facts(client_of(address), MODEL),
         lambda address, folder: register(address, "0" * 32, "shapes"),
         lambda address, folder: pinned(MODEL, str(folder / "run"), address),
     ],
-    ids=["load", "facts", "register", "pinned"],
+    ids=["open_detector", "facts", "register", "pinned"],
 )
 def test_errors_hold_no_password(call: Callable[[str, Path], Any], address: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\*\*\*@127\.0\.0\.1") as error:

@@ -18,8 +18,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dfine_core import Found, LoadedDetector, distribution
-from dfine_core.images import prepare
+from dfine_core import ImageDetections, LoadedDetector, distribution
+from dfine_core.inference import prepare
 from dfine_core.postprocess import best_pairs, postprocess
 from jobs import predict as predict_job
 from pipeline.config import ConfigError
@@ -150,7 +150,7 @@ def test_a_prediction_is_what_the_detector_says_of_each_picture(
     loaded: LoadedDetector, photos: Path, tmp_path: Path
 ) -> None:
     inputs = list_inputs([str(photos)])
-    expected: list[Found] = [found for source in inputs.sources for found in small_detector()(source.uri)]
+    expected: list[ImageDetections] = [found for source in inputs.sources for found in small_detector()(source.uri)]
     outcome = predict(loaded, inputs, str(tmp_path / "out"), OPTIONS)
     rows = rows_of(tmp_path / "out")
     assert [row["file_name"] for row in rows] == [source.uri for source in inputs.sources]

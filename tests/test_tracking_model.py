@@ -110,8 +110,6 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
             alias="champion",
         )
         assert tracker.flush(60)
-        uri = tracker.model_uri("detector")
-        assert uri is not None
 
         # The same event once more, as after a crash before it was noted: one model, one version.
         event = json.loads((tmp_path / "queue" / "artifacts.jsonl").read_text())
@@ -120,9 +118,10 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
         delivery.send([event])
     client = MlflowClient(settings.uri)
     run = client.get_run(str(tracker.run_id))
-    assert [(model.model_id, model.step) for model in run.outputs.model_outputs] == [(uri.removeprefix("models:/"), 40)]
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    assert (logged.name, logged.source_run_id) == ("detector", run.info.run_id)
+    assert [(model.model_id, model.step) for model in run.outputs.model_outputs] == [(logged.model_id, 40)]
     assert [row.step for row in client.get_metric_history(run.info.run_id, "val/AP")] == [40]
-    logged = client.get_logged_model(uri.removeprefix("models:/"))
     assert [(metric.key, metric.value, metric.step) for metric in logged.metrics] == [("val/AP", 0.5, 40)]
     assert [version.version for version in client.search_model_versions("name = 'dfine'")] == [1]
 

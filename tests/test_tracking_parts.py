@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
-from dfine_core.redaction import redact
+from pipeline.redaction import redact
 from pipeline.tracking.event_log import EventLog
 from pipeline.tracking.names import flatten, mlflow_key, mlflow_value
 from pipeline.tracking.settings import TrackingSettings

@@ -160,7 +160,8 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
         warnings.simplefilter("ignore")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         model = mlflow.pyfunc.load_model("models:/dfine@champion")
-    assert f"models:/{model.metadata.model_id}" == tracker.model_uri("detector")
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    assert (logged.name, logged.model_id) == ("detector", model.metadata.model_id)
     assert model.metadata.run_id == run.info.run_id
     (answer,) = model.predict(pd.DataFrame({"image": [np.zeros((9, 9, 3), np.uint8)]}), params={"threshold": 0.0})
     assert len(answer["boxes"]) == 40

@@ -17,9 +17,9 @@ from jobs import train as train_job
 from pipeline.config import Cluster, ConfigError, dump
 from pipeline.data.manifest import load_shards
 from pipeline.data.sources.synthetic import CLASSES
+from pipeline.open_detector import open_detector
 from pipeline.tracking.lineage import client_of, find_run
 from pipeline.tracking.settings import TrackingSettings
-from pipeline.trained import open_trained
 from pipeline.training import checkpoint
 from pipeline.training.budget import estimated_bytes, flops_per_image
 from pipeline.training.initial import load_initial, pinned
@@ -64,12 +64,12 @@ def test_run_folder_checkpoint_mlflow_run_and_model_version_give_the_same_detect
     steps = checkpoint.steps_in(f"{run}/checkpoints")
     best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.folder_name(steps[-1])}").standing.best_step
     assert best is not None
-    from_run = open_trained(run)
+    from_run = open_detector(run)
     assert from_run.origin.endswith(checkpoint.folder_name(best))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     (run_id,) = {m.source_run_id for m in _logged_models(tracking)}
     for source in (from_run.origin, f"runs:/{run_id}", "models:/shapes@champion", "models:/shapes/1"):
-        other = open_trained(source)
+        other = open_detector(source)
         assert other.names == from_run.names
         assert other.detector.config == from_run.detector.config
         state = other.detector.state_dict()
@@ -88,9 +88,9 @@ def _logged_models(tracking: TrackingSettings) -> list[object]:
 def test_what_is_no_detector_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="no detector"):
-        open_trained(str(tmp_path))
+        open_detector(str(tmp_path))
     with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
-        open_trained("models:/none@champion")
+        open_detector("models:/none@champion")
 
 
 def test_evaluating_other_classes_is_refused(tracking: TrackingSettings, folder: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_run_begins_with_a_model_version_as_it_was_then(
     origin = load_initial(detector, place, CLASSES)
     assert origin.parent["model_version"] == "shapes/1"
     assert any("reg_max" in line for line in origin.lines)
-    backbone = open_trained(str(folder / "runs" / "run")).detector.backbone.state_dict()
+    backbone = open_detector(str(folder / "runs" / "run")).detector.backbone.state_dict()
     assert all(torch.equal(detector.backbone.state_dict()[key], tensor) for key, tensor in backbone.items())
 
     (Path(place) / "model.safetensors").write_bytes((Path(place) / "model.safetensors").read_bytes()[:-1] + b"x")

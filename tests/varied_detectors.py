@@ -4,7 +4,7 @@ swapped or rounded away shows."""
 import torch
 
 from dfine_core import Detector, ModelConfig
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import LoadedDetector
 from dfine_core.weights import CONSTANT_LEAVES
 from pipeline.data.sources.synthetic import CLASSES
 

@@ -10,7 +10,7 @@ A draw is keyed by (seed, epoch, image id): the sample is the same in whatever o
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -45,6 +45,10 @@ class AugmentSettings:
 
     Intervals are those of uniform distributions.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {
+        "extra": "forbid"
+    }  # an experiment's file with another key is refused
 
     photometric_probability: float = 0.5  # of each of brightness, contrast, saturation, hue and channel order
     brightness: Interval = (0.875, 1.125)

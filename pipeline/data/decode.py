@@ -1,13 +1,12 @@
 """Pixels: an encoded image to RGB, and a part of it to its place on the canvas, resampled once.
 
-JPEG goes through simplejpeg, whose pixels equal Pillow's; everything else goes through Pillow. Where far fewer pixels
-are wanted, an image is decoded at 1/2, 1/4 or 1/8 of its size.
+JPEG goes through simplejpeg, whose pixels equal Pillow's; everything else, and every check, is that of `dfine_core.images`.
+Where far fewer pixels are wanted, an image is decoded at 1/2, 1/4 or 1/8 of its size.
 
 EXIF orientation is ignored, as in COCO: width, height and boxes of an annotation are those of the stored pixels. An
 image whose stored size is not the annotated one is refused rather than trained on askew.
 """
 
-import io
 from typing import NamedTuple
 
 import cv2
@@ -16,12 +15,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from dfine_core.images import ImageError, check_pixels, open_image, stretched, to_rgb
 from pipeline.errors import UserError
 
 # Images are decoded in many tasks or threads at once; OpenCV's own threads would only compete with them.
 cv2.setNumThreads(1)
-
-PIXEL_LIMIT = 89_478_485  # Pillow's own: 256 MiB as RGB. Read from the header, so before any pixel is decoded
 
 
 class UndecodableImageError(UserError, ValueError):
@@ -71,12 +69,16 @@ def image_size(encoded: bytes) -> tuple[int, int]:
     """Width and height in stored pixels, read from the header.
 
     Raises:
-        UndecodableImageError: not an image, or more than `PIXEL_LIMIT` pixels.
+        UndecodableImageError: not an image, or more than `dfine_core.images.PIXEL_LIMIT` pixels.
     """
-    width, height = _jpeg_size(encoded) or _opened(encoded).size
-    if width * height > PIXEL_LIMIT:
-        raise UndecodableImageError(f"{width}x{height} pixels exceed the limit of {PIXEL_LIMIT}; shrink it beforehand")
-    return width, height
+    try:
+        if size := _jpeg_size(encoded):
+            check_pixels(*size)
+            return size
+        with open_image(encoded) as image:
+            return image.size
+    except ImageError as error:
+        raise UndecodableImageError(f"{error}") from None
 
 
 def decode_rgb(encoded: bytes, width: int, height: int, divisor: int = 1) -> NDArray[np.uint8]:
@@ -142,8 +144,7 @@ def crop_and_place(
 
 def stretch(pixels: NDArray[np.uint8], canvas: tuple[int, int]) -> NDArray[np.uint8]:
     """[*canvas, 3] the whole image through Pillow's antialiased bilinear filter, as in the released evaluation."""
-    height, width = canvas
-    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    return stretched(Image.fromarray(pixels), canvas)
 
 
 def _antialias_sigma(shrink: float) -> float:
@@ -171,24 +172,9 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     return (width, height) if colourspace in ("YCbCr", "Gray", "RGB") else None
 
 
-def _opened(encoded: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(encoded))
-    except Exception as error:  # each of Pillow's formats raises errors of its own
-        raise UndecodableImageError(f"not a readable image: {error}") from error
-
-
 def _decoded_by_pillow(encoded: bytes, divisor: int) -> NDArray[np.uint8]:
-    image = _opened(encoded)
-    if image.mode in ("I", "F"):
-        raise UndecodableImageError(
-            f"{image.format} of mode {image.mode}, levels of unknown range; convert to 8 or 16 bits"
-        )
     try:
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif "transparency" in image.info:
-            image = image.convert("RGBA")  # Pillow warns when a palette loses its transparency on the way to RGB
-        return np.asarray(image.convert("RGB").reduce(divisor))
-    except Exception as error:
-        raise UndecodableImageError(f"broken {image.format}: {error}") from error
+        with open_image(encoded) as image:
+            return np.asarray(to_rgb(image).reduce(divisor))
+    except ImageError as error:
+        raise UndecodableImageError(f"{error}") from None

@@ -12,11 +12,11 @@ from typing import TypeVar
 import simplejpeg
 from PIL import Image, ImageOps
 
+from dfine_core.images import TooManyPixels, open_image, to_rgb
 from pipeline.data import storage
 from pipeline.data.sources import synthetic
 from pipeline.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of Pillow, some of whose others start programs
 EXIF_ORIENTATION = 0x0112
 UPRIGHT_QUALITY = 95  # of images written again only to turn them
 
@@ -139,7 +139,7 @@ def _written_again(
 
     def write(image: Image.Image) -> bytes:
         upright = ImageOps.exif_transpose(image) if turned else image
-        rgb = upright.convert("RGB")
+        rgb = to_rgb(upright)
         resized = rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         resized.save(buffer, "JPEG", quality=quality)
@@ -150,9 +150,9 @@ def _written_again(
 
 def _with_pillow(data: bytes, use: Callable[[Image.Image], T]) -> T:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data, max_pixels=None) as image:  # checked against the limit of `prepare`
             return use(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except TooManyPixels as error:
         raise BadImageError("too many pixels", str(error)) from None
     except (OSError, ValueError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
         raise BadImageError("undecodable", str(error) or type(error).__name__) from None

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from dfine_core.images import PIXEL_LIMIT
 from pipeline.data import storage
 from pipeline.data.image_files import BadImageError, EncodedImage, checked_image, read_file
 from pipeline.data.manifest import Data, Shard, Statistics
@@ -51,7 +52,7 @@ class PrepareOptions(Data):
     seed: int = Field(default=0, ge=0, lt=2**63)
     longest_side: PositiveInt | None = None  # px; larger images are made as small as this
     jpeg_quality: int = Field(default=75, ge=1, le=95)  # of those; 75 as in the data of the released models
-    max_pixels: PositiveInt = 89_478_485  # of a file; where Pillow, too, begins to suspect a decompression bomb
+    max_pixels: PositiveInt = PIXEL_LIMIT  # per file
     verify: bool = True  # decode every image once: about 2 ms more for 150 kB, and a cut-off file is found here and now
 
 

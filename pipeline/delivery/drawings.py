@@ -11,11 +11,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dfine_core.images import prepare, read_image
-from dfine_core.loading import LoadedDetector
+from dfine_core.images import read_image
+from dfine_core.inference import LoadedDetector, prepare, sizes_of
 from pipeline.data import storage
 from pipeline.data.image_files import read_file
 from pipeline.data.manifest import Category
@@ -128,11 +127,9 @@ def write_drawings(
         storage.write_atomic(storage.join(out, CONTACT_SHEET), _jpeg(contact_sheet(drawn)))
 
 
-@torch.no_grad()
 def explanation(loaded: LoadedDetector, image: Image.Image, names: Sequence[str], title: str) -> bytes:
     """PNG of how the surest box of an image came about, see `refinement_view`."""
-    pixels = prepare([image], loaded.config.input_size).to(loaded.device).float() / 255
-    output = loaded.detector(pixels, every_layer=True)
+    _, output = loaded.predict(prepare([image], loaded.config.input_size), sizes_of([image]), every_layer=True)
     assert output.matching is not None
     logits = output.logits[0]
     query, label = divmod(int(logits.flatten().argmax()), loaded.config.num_classes)

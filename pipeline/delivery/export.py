@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,10 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from dfine_core import Detector
-from dfine_core.loading import DESCRIPTION, KEPT, LoadedDetector
-from dfine_core.postprocess import postprocess
-from dfine_core.redaction import redact
+from dfine_core import DISTRIBUTION, Detector, __version__
+from dfine_core.inference import DESCRIPTION, LoadedDetector, predict_batch
 from dfine_core.weights import save_released
+from pipeline.redaction import redact
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -40,7 +38,6 @@ class EndToEnd(nn.Module):
     def __init__(self, detector: Detector):
         super().__init__()
         self.detector = detector
-        self.keep = min(KEPT, detector.config.num_queries * detector.config.num_classes)
 
     def forward(self, images: Tensor, orig_target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -51,8 +48,7 @@ class EndToEnd(nn.Module):
         Returns:
             labels [B, R] int64, boxes [B, R, 4] xyxy in pixels of the original images, scores [B, R]; best first.
         """
-        output = self.detector(images)
-        found = postprocess(output.logits, output.boxes, orig_target_sizes, self.keep)
+        found, _ = predict_batch(self.detector, images, orig_target_sizes)
         return found.labels, found.boxes, found.scores
 
 
@@ -80,7 +76,7 @@ class Source:
             "input_size": list(self.model.config.input_size),
             "source": redact(self.model.origin),
             "weights_sha256": self.digest,
-            "made_by": f"ray-dfine {project_version()}",
+            "made_by": f"{DISTRIBUTION} {__version__}",
         }
 
     @cached_property
@@ -108,7 +104,7 @@ class Source:
             )
         assert program is not None
         model: ModelProto = program.model_proto
-        model.producer_name, model.producer_version = "ray-dfine", project_version()
+        model.producer_name, model.producer_version = DISTRIBUTION, __version__
         onnx.helper.set_model_props(model, _as_text(self.description))
         onnx.checker.check_model(model)
         return model
@@ -123,13 +119,6 @@ def at_input_size(model: LoadedDetector, input_size: tuple[int, int]) -> LoadedD
     detector = Detector(model.config.with_(input_size=input_size))
     detector.load_state_dict(model.detector.state_dict())
     return replace(model, detector=detector.eval())
-
-
-def project_version() -> str:
-    try:
-        return version("ray-dfine")
-    except PackageNotFoundError:  # run from a working directory that a Ray job brought along
-        return "unknown"
 
 
 def write_onnx(source: Source, path: Path) -> None:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dfine_core.loading import LoadedDetector, build, load
+from dfine_core.inference import LoadedDetector, build, load
 from dfine_core.postprocess import Detections
 from dfine_core.weights import read_checkpoint
-from pipeline.delivery.export import INPUTS
 from pipeline.delivery.export_pictures import CheckSet, Pictures, ragged
 from pipeline.evaluation.coco import coco_numbers
 from pipeline.evaluation.detections import DetectionTable, concatenate
 from pipeline.evaluation.truth import GroundTruth
+from pipeline.exported_files import open_exported
 from pipeline.progress import Progress
 
 COMPARED = 100  # best detections of an image, as many as COCO counts
@@ -53,28 +53,11 @@ TOLERANCES = {
 }
 
 
-def open_onnx(path: Path, model: LoadedDetector) -> Detect:
-    import onnxruntime  # type: ignore[import-untyped]
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors alone
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def open_program(path: Path, model: LoadedDetector) -> Detect:
+    opened = open_exported(path, torch.device("cpu"))
 
     def detect(pixels: Tensor, sizes: Tensor) -> Detections:
-        given = dict(zip(INPUTS, (pixels.float().div(255).numpy(), sizes.numpy()), strict=True))
-        labels, boxes, scores = (torch.from_numpy(np.asarray(output)) for output in session.run(None, given))
-        return Detections(labels=labels, boxes=boxes, scores=scores)
-
-    return detect
-
-
-def open_torch_export(path: Path, model: LoadedDetector) -> Detect:
-    program = torch.export.load(path).module()
-
-    @torch.no_grad()
-    def detect(pixels: Tensor, sizes: Tensor) -> Detections:
-        labels, boxes, scores = program(pixels.float() / 255, sizes)
+        labels, boxes, scores = (torch.as_tensor(output) for output in opened.run(pixels.float() / 255, sizes))
         return Detections(labels=labels, boxes=boxes, scores=scores)
 
     return detect
@@ -97,9 +80,9 @@ def open_safetensors(path: Path, model: LoadedDetector) -> Detect:
 
 
 OPENERS: dict[str, Callable[[Path, LoadedDetector], Detect]] = {
-    "onnx": open_onnx,
-    "onnx-fp16": open_onnx,
-    "torch-export": open_torch_export,
+    "onnx": open_program,
+    "onnx-fp16": open_program,
+    "torch-export": open_program,
     "released": open_released,
     "huggingface": open_huggingface,
     "safetensors": open_safetensors,

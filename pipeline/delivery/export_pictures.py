@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dfine_core.images import prepare, read_image, sizes_of
+from dfine_core.images import read_image
+from dfine_core.inference import prepare, sizes_of
 from pipeline.config import ConfigError
 from pipeline.data.manifest import ShardSet
 from pipeline.data.sources.synthetic import synthetic_image

@@ -8,22 +8,20 @@ OUT/export.json                            every verdict with its numbers
 import hashlib
 import json
 import logging
-import platform
 import shutil
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import LoadedDetector
+from pipeline import provenance
 from pipeline.data import storage
 from pipeline.delivery.export import FORMATS, Source
 from pipeline.delivery.export_gate import TOLERANCES, Verdict, judge_files
 from pipeline.delivery.export_pictures import CheckSet
-from pipeline.training.checkpoint import code_commit
 
 REPORT, REFUSED = "export.json", "refused"
 VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "safetensors", "numpy")
@@ -65,9 +63,9 @@ class Export:
     def as_json(self) -> dict[str, Any]:
         return {
             **self.source.description,
-            "commit": code_commit(),
+            "commit": provenance.code_commit(),
             "checked_on": self.checked.what,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": provenance.versions(VERSIONS),
             "formats": {result.verdict.format: _entry(result) for result in self.results},
         }
 
@@ -157,13 +155,3 @@ def _line(result: Exported) -> str:
         f" {measured['detections']:.0f} detections agree, score within {measured['score_largest_agreeing']:.1e},"
         f" box within {measured['box_largest_agreeing']:.1e} of the side{ap}"
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

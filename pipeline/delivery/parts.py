@@ -17,9 +17,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from dfine_core import distribution
-from dfine_core.images import prepare, read_image
-from dfine_core.loading import KEPT, LoadedDetector
-from dfine_core.postprocess import Detections, best_pairs, postprocess
+from dfine_core.images import read_image
+from dfine_core.inference import LoadedDetector, prepare
+from dfine_core.postprocess import Detections, best_pairs
 from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.data.image_files import BadImageError, read_file
@@ -114,11 +114,8 @@ def detect(loaded: LoadedDetector, pixels: Tensor, sizes: Tensor, *, deviations:
     """
     if not deviations:
         return loaded.detect(pixels, sizes), torch.zeros(len(pixels), 0, 4)
-    sizes = sizes.to(loaded.device)
-    with torch.no_grad(), torch.autocast(loaded.device.type, enabled=False):
-        output = loaded.detector(pixels.to(loaded.device).float() / 255, every_layer=True)
-    keep = min(KEPT, loaded.config.num_queries * loaded.config.num_classes)
-    _, query, _ = best_pairs(output.logits, keep)
+    detections, output = loaded.predict(pixels, sizes, every_layer=True)
+    _, query, _ = best_pairs(output.logits, detections.scores.shape[1])
     assert output.matching is not None
     assert output.matching.edge_logits is not None
     spread = distribution.edge_deviations(
@@ -127,9 +124,9 @@ def detect(loaded: LoadedDetector, pixels: Tensor, sizes: Tensor, *, deviations:
         loaded.detector.decoder.bins,
         loaded.config.reg_scale,
     )
-    spread = spread * sizes.repeat(1, 2).unsqueeze(1)
+    spread = spread * sizes.to(loaded.device).repeat(1, 2).unsqueeze(1)
     chosen = spread.gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
-    return postprocess(output.logits, output.boxes, sizes, keep), chosen
+    return detections, chosen
 
 
 @dataclass(frozen=True)

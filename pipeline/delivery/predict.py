@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import DEFAULT_THRESHOLD, LoadedDetector
 from pipeline.config import ConfigError
 from pipeline.data import storage
 from pipeline.data.manifest import Category
@@ -42,7 +42,7 @@ HERE = 0  # workers: in this process and without Ray
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    threshold: float = 0.4  # least score
+    threshold: float = DEFAULT_THRESHOLD  # least score
     part: int = 256  # pictures that a kill may cost
     batch: int = 8  # pictures that a detector sees at once
     pictures: int = 12  # to draw

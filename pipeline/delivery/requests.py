@@ -4,7 +4,6 @@ A request is a form, JSON or one image as it is. Nothing in it is ever used as a
 """
 
 import base64
-import io
 from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,8 +14,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from dfine_core.images import FORMATS, read_image
-from dfine_core.loading import KEPT
+from dfine_core.images import FORMATS, ImageError, TooManyPixels, open_image, read_image
+from dfine_core.postprocess import MAX_DETECTIONS
 from pipeline.errors import UserError
 
 OPTIONS = ("threshold", "max_detections")
@@ -71,7 +70,7 @@ class Asked:
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
     threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    max_detections: int = Field(KEPT, ge=1, le=KEPT)
+    max_detections: int = Field(MAX_DETECTIONS, ge=1, le=MAX_DETECTIONS)
 
 
 class _Body(_Options):
@@ -149,11 +148,11 @@ def decode(images: Sequence[Encoded], max_pixels: int) -> list[PIL.Image.Image]:
 
 def _size(image: Encoded) -> tuple[int, int]:
     try:
-        with PIL.Image.open(io.BytesIO(image.content), formats=FORMATS) as opened:
+        with open_image(image.content) as opened:
             return opened.size
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
+    except TooManyPixels:
         raise RequestError(413, "far too many pixels: scale it down", field=image.field) from None
-    except Exception:  # each of Pillow's formats raises errors of its own
+    except ImageError:
         known = ", ".join(FORMATS)
         raise RequestError(
             415, f"this is no picture that can be read: send one of {known}", field=image.field

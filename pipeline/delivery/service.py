@@ -21,14 +21,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch import Tensor
 
-from dfine_core.images import prepare
-from dfine_core.loading import KEPT
-from dfine_core.postprocess import Detections
+from dfine_core.inference import DEFAULT_THRESHOLD, prepare
+from dfine_core.postprocess import MAX_DETECTIONS, Detections
 from pipeline.config import Config, Share
 from pipeline.delivery.batching import Batcher
 from pipeline.delivery.counts import Counts, observe
 from pipeline.delivery.requests import Asked, Limits, RequestError, decode, parse, read_body
-from pipeline.trained import open_trained
+from pipeline.open_detector import open_detector
 
 logger = logging.getLogger("ray.serve")  # whose files and level Ray Serve looks after
 SAFE = {"X-Content-Type-Options": "nosniff"}
@@ -40,7 +39,7 @@ class ServeSettings(Config):
     """What is served, and what a request may cost."""
 
     source: str  # as jobs.evaluate takes it
-    threshold: Share = 0.4  # where a request names none
+    threshold: Share = DEFAULT_THRESHOLD  # where a request names none
     batch: PositiveInt = 8  # images at once
     timeout_s: PositiveFloat = 30.0  # of a request, from its arrival at a replica to its answer
     max_waiting: PositiveInt = 32  # requests inside a replica; more are told to come again
@@ -67,7 +66,7 @@ class Service:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.trained = open_trained(settings.source, "cuda" if settings.gpus else "cpu").deploy()
+        self.trained = open_detector(settings.source, "cuda" if settings.gpus else "cpu").deploy()
         self.counts: Counts = Counter()
         self.inside = 0  # requests
         self.failed = False  # the last batch
@@ -107,7 +106,7 @@ class Service:
             "num_queries": config.num_queries,
             "device": str(self.trained.device),
             "threshold": self.settings.threshold,
-            "max_detections": KEPT,
+            "max_detections": MAX_DETECTIONS,
             "batch": self.settings.batch,
             "limits": asdict(self.settings.limits) | {"timeout_s": self.settings.timeout_s},
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},

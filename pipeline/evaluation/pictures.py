@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from dfine_core import distribution
 from dfine_core.boxes import cxcywh_to_xyxy, iou
 from dfine_core.config import ModelConfig
-from dfine_core.postprocess import postprocess
-from dfine_core.structures import DetectorOutput, QueryPredictions
+from dfine_core.inference import DEFAULT_THRESHOLD, predict_batch
+from dfine_core.structures import QueryPredictions
 from pipeline.data.augment import plain_sample
 from pipeline.data.decode import decode_rgb
 from pipeline.data.manifest import ShardSet
 from pipeline.data.reader import locate_row_groups, read_row_groups
 from pipeline.data.records import ImageRecord, records_from_table
 from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.run import KEPT, evaluation_mode
+from pipeline.evaluation.run import evaluation_mode
 
-THRESHOLD = 0.4  # score from which a detection is drawn
 MOST_DRAWN = 60  # detections of one picture
 EDGES = ("left", "top", "right", "bottom")
 HUE_STEP = 0.381966  # of the circle, the golden angle: labels near each other get colours far apart
@@ -38,7 +37,7 @@ def picture(
     true_labels: NDArray[np.integer],
     detections: DetectionTable,
     names: Sequence[str],
-    threshold: float = THRESHOLD,
+    threshold: float = DEFAULT_THRESHOLD,
 ) -> Figure:
     """The truth on the left, detections of at least `threshold` on the right.
 
@@ -208,13 +207,11 @@ class _Seen:
 def _seen_by(detector: nn.Module, config: ModelConfig, record: ImageRecord, device: torch.device) -> _Seen:
     boxes, labels = record.boxes[~record.crowd], record.labels[~record.crowd]
     sample = plain_sample(record.image, record.width, record.height, boxes, labels, canvas=config.input_size)
-    pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None].to(device).float() / 255
-    with evaluation_mode(detector), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        output: DetectorOutput = detector(pixels, every_layer=True)
-    assert output.matching is not None
+    pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None].to(device)
     size = torch.tensor([[record.width, record.height]], device=device)
-    keep = min(KEPT, config.num_queries * config.num_classes)
-    detections = postprocess(output.logits, output.boxes, size, keep)
+    with evaluation_mode(detector), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        detections, output = predict_batch(detector, pixels, size, every_layer=True)
+    assert output.matching is not None
     table = DetectionTable.from_batch(detections, torch.tensor([record.image_id]), padding=[False])
     return _Seen(boxes, labels, torch.from_numpy(sample.boxes).reshape(-1, 4), output.matching, table)
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dfine_core.config import ModelConfig
-from dfine_core.postprocess import postprocess
-from dfine_core.structures import DetectorOutput, Targets
+from dfine_core.inference import predict_batch
+from dfine_core.structures import Targets
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import ShardSet
 from pipeline.data.plan import DecodeIn
@@ -25,8 +25,6 @@ from pipeline.evaluation.layers import LayerDiagnostics
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.truth import GroundTruth, read_ground_truth
 from pipeline.progress import Progress
-
-KEPT = 300  # detections per image, over all classes, as published
 
 log = logging.getLogger(__name__)
 
@@ -177,9 +175,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _detections(
     detector: nn.Module, config: ModelConfig, batch: Batch, diagnostics: LayerDiagnostics, device: torch.device
 ) -> DetectionTable:
-    images = batch.images.to(device, non_blocking=True).float() / 255
-    output: DetectorOutput = detector(images, every_layer=True)
+    images = batch.images.to(device, non_blocking=True)
+    detections, output = predict_batch(detector, images, batch.orig_size.to(device), every_layer=True)
     diagnostics.update(output, Targets.pack(batch.targets(), config.num_classes, device))
-    keep = min(KEPT, config.num_queries * config.num_classes)
-    detections = postprocess(output.logits, output.boxes, batch.orig_size.to(device), keep)
     return DetectionTable.from_batch(detections, batch.image_id, batch.padding)

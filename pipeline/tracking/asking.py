@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from mlflow.exceptions import MlflowException
 
-from dfine_core.redaction import redact
 from pipeline.config import ConfigError
+from pipeline.redaction import redact
 
 
 @contextmanager

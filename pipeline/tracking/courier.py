@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dfine_core.redaction import redact
+from pipeline.redaction import redact
 from pipeline.tracking.event_log import Event, EventLog
 from pipeline.tracking.queue_folder import QueueFolder
 from pipeline.tracking.settings import TrackingSettings
@@ -116,7 +116,6 @@ class Courier:
             rejected = True
             self._reject(events[0], error)
         log.passed(len(batch), batch[-1][1])
-        self._queue.delivered.model_uris |= delivery.model_uris
         self._note()
         if not rejected:  # else its content stays for whoever reads rejected.jsonl
             for event in events:

@@ -65,7 +65,6 @@ class Delivery:
         self._run_id = ""
         self._experiment_id = ""
         self._last_steps: dict[str, int] | None = None  # per metric, on the server; None: ask
-        self.model_uris: dict[str, str] = {}  # by name, of the models delivered here
 
     def open_run(self, known_id: str | None) -> str:
         """The run's id: the known one, else that of the run with our key, else of a new run."""
@@ -206,7 +205,6 @@ class Delivery:
             if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
                 self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, event["step"])])
             self._client.finalize_logged_model(model.model_id, "READY")
-        self.model_uris[event["name"]] = f"models:/{model.model_id}"
         if event["register_as"]:
             version = self._register(event["register_as"], model)
             if event["alias"]:

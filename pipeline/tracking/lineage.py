@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from dfine_core.redaction import redact
 from pipeline.config import ConfigError
+from pipeline.redaction import redact
 from pipeline.tracking.asking import asking
 from pipeline.tracking.names import RUN_KEY
 

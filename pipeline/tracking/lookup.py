@@ -9,8 +9,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
-from dfine_core.redaction import redact
 from pipeline.errors import UserError
+from pipeline.redaction import redact
 from pipeline.tracking.asking import asking
 from pipeline.tracking.names import RUN_KEY
 from pipeline.tracking.settings import TrackingSettings

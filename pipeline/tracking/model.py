@@ -21,13 +21,13 @@ from mlflow.types.schema import AnyType, Array
 
 import dfine_core
 from dfine_core import ModelConfig
+from dfine_core.inference import DEFAULT_THRESHOLD
 from pipeline.tracking.tracker import Tracker
 
 with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
     warnings.simplefilter("ignore")
     import mlflow.pyfunc
 
-THRESHOLD = 0.4  # of the score, unless the caller of predict says otherwise
 REQUIREMENTS = ("torch", "torchvision", "scipy", "numpy", "pandas", "safetensors", "pillow")
 
 # One column: an image as a path, bytes, base64 text or array.
@@ -41,7 +41,7 @@ SIGNATURE = ModelSignature(
             ColSpec(Array(DataType.string), "names"),
         ]
     ),
-    params=ParamSchema([ParamSpec("threshold", DataType.double, THRESHOLD)]),
+    params=ParamSchema([ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD)]),
 )
 
 
@@ -63,7 +63,9 @@ def save_detector(
         # Copied, because MLflow writes down where they were, and packs what lies beside them.
         served = Path(shutil.copy(Path(__file__).with_name("served_detector.py"), temporary))
         package = Path(temporary, "dfine_core")
-        shutil.copytree(Path(dfine_core.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(dfine_core.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "py.typed")
+        )
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(served),

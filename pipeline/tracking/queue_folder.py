@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -44,7 +44,6 @@ class Delivered:
     run_id: str | None = None
     records: int = 0  # bytes
     artifacts: int = 0
-    model_uris: dict[str, str] = field(default_factory=dict)  # by name
 
 
 class QueueFolder:

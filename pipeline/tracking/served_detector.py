@@ -11,7 +11,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from dfine_core.loading import Found, from_description
+from dfine_core.inference import DEFAULT_THRESHOLD, ImageDetections, from_description
 
 
 class ServedDetector(PythonModel):
@@ -30,11 +30,11 @@ class ServedDetector(PythonModel):
             model_input: images in the column "image".
             params: "threshold" of the score.
         """
-        threshold = float((params or {}).get("threshold", 0.4))
+        threshold = float((params or {}).get("threshold", DEFAULT_THRESHOLD))
         return [_answer(found) for found in self.loaded(list(model_input["image"]), threshold)]
 
 
-def _answer(found: Found) -> dict[str, Any]:
+def _answer(found: ImageDetections) -> dict[str, Any]:
     return {
         "boxes": found.boxes.tolist(),
         "scores": found.scores.tolist(),

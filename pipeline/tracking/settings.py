@@ -8,10 +8,10 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from dfine_core.redaction import redact
 from pipeline.data import storage
 from pipeline.errors import UserError
 from pipeline.ray_job import relative_problems
+from pipeline.redaction import redact
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dfine_core.redaction import redact
+from dfine_core.images import open_image
+from pipeline.redaction import redact
 from pipeline.tracking.courier import Courier
 from pipeline.tracking.event_log import Event
 from pipeline.tracking.names import Scalar
@@ -151,7 +152,7 @@ class Tracker:
         elif not isinstance(image, Image.Image):
             drawn = io.BytesIO()
             image.savefig(drawn, format="png")
-            image = Image.open(drawn)
+            image = open_image(drawn.getvalue())
         picture = image.convert("RGB")
         thumbnail = picture.copy()
         thumbnail.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
@@ -173,7 +174,7 @@ class Tracker:
         register_as: str | None = None,
         alias: str | None = None,
     ) -> None:
-        """A saved MLflow model as a logged model of this run; `model_uri(name)` says where, once it is delivered.
+        """A saved MLflow model as a logged model of this run.
 
         Args:
             metrics: of this model, under the names that they have in the run at `step`.
@@ -206,10 +207,6 @@ class Tracker:
 
     def wait_for_run_id(self, timeout: float) -> str | None:
         return self._courier.wait_for_run_id(timeout)
-
-    def model_uri(self, name: str) -> str | None:
-        """`models:/m-...` of the newest delivered model of this name."""
-        return self._queue.delivered.model_uris.get(name)
 
     @property
     def pending(self) -> int:

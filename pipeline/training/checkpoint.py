@@ -4,7 +4,7 @@
         model.safetensors       weights as trained
         ema.safetensors         averaged weights: what is evaluated and shipped
         optimizer.safetensors   moments and step counts by parameter name, and the loss scale
-        experiment.yaml         resolved
+        experiment.yaml         every value of the experiment, for people: a run continues with its own `run.json`
         metadata.json           written last; a folder without it does not count
 
 It holds no random state: whatever is drawn in a run is keyed by its seed and its place (step, image, micro-batch), so the
@@ -13,14 +13,10 @@ same draws come again on any number of workers.
 
 import hashlib
 import json
-import platform
 import queue
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,11 +187,6 @@ def read_metadata(uri: str) -> Metadata:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
-def read_experiment(uri: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(storage.read_bytes(storage.join(uri, EXPERIMENT)))
-    return content
-
-
 def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
     content = read_file(uri, file, metadata)
     try:
@@ -280,27 +271,3 @@ class Writer:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-
-
-# Where it came from
-
-
-@cache
-def versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-@cache
-def code_commit() -> str | None:
-    """Of the working tree, with `+changes` if it has any; None outside of one."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

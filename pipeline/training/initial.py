@@ -19,15 +19,14 @@ from torch import Tensor
 
 from dfine_core import Detector
 from dfine_core.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
-from dfine_core.loading import DESCRIPTION, MODEL, RUN, best_of_run
+from dfine_core.inference import DESCRIPTION, best_of_run
 from dfine_core.rebinning import rebin
 from dfine_core.weights import load_weights, read_checkpoint
 from pipeline.config import ConfigError
 from pipeline.data import storage
-from pipeline.trained import STORED, open_trained
+from pipeline.open_detector import MODEL, RUN, STORED, TRACKING_URI, open_detector
 from pipeline.training import checkpoint
 
-TRACKING_URI = "MLFLOW_TRACKING_URI"
 WEIGHTS, ORIGIN = "model.safetensors", "origin.json"  # beside DESCRIPTION
 CLASS_ROWS = "decoder.denoising_class_embed.weight"  # one row per class, and one for padding
 SCALE = "decoder.reg_scale"
@@ -55,7 +54,7 @@ def pinned(source: str, run: str, tracking_uri: str) -> str:
     from pipeline.tracking.lineage import client_of, facts  # MLflow, where it is asked and nowhere else
 
     with _default_server(tracking_uri):
-        trained = open_trained(source)
+        trained = open_detector(source)
     weights = checkpoint.weights_as_bytes(trained.detector)
     parent = facts(client_of(tracking_uri), source) | {"sha256": hashlib.sha256(weights).hexdigest()}
     described = {"config": asdict(trained.config), "categories": trained.names, "category_ids": trained.category_ids}

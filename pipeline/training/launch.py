@@ -31,6 +31,9 @@ from pipeline.training.schedule import Schedule, derive
 from pipeline.training.worker import train_worker
 
 CONTROLLER_FAILURES = 3  # of Ray Train's own process, or starts of workers that came to nothing
+START_TIMEOUT = (
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # read by Ray Train's controller, which gets it from this process
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def _train(
     job: Job, cluster: Cluster, request: Request, schedule: Schedule, callbacks: Sequence[UserCallback]
 ) -> Outcome:
     mailbox = start_mailbox()
+    os.environ[START_TIMEOUT] = str(cluster.start_timeout_s)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "mailbox": mailbox},

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dfine_core import Detector
-from dfine_core.loading import LoadedDetector
+from dfine_core.inference import LoadedDetector
+from pipeline import provenance
 from pipeline.config import dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size
@@ -422,8 +423,8 @@ class Run:
             data={use: shards.manifest.digest for use, shards in uses.items()},
             tracking_key=self.tracker.run_key if self.tracker else None,
             parent=self.parent,
-            versions=checkpoint.versions(),
-            commit=checkpoint.code_commit(),
+            versions=provenance.versions(),
+            commit=provenance.code_commit(),
         )
 
     def _end(self) -> EvaluationReport | None:
@@ -451,7 +452,7 @@ class Run:
         """Median milliseconds of one image."""
         if not self.experiment.evaluation.latency:
             return None
-        from pipeline.delivery.benchmark import measure, of_detector  # here: it would lengthen every worker's start
+        from pipeline.benchmark import measure, of_detector  # here: it would lengthen every worker's start
 
         copied = copy.deepcopy(self.learner.average.module)  # it will be deployed
         names = tuple(category.name for category in self.shards.manifest.categories)

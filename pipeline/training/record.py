@@ -1,6 +1,5 @@
 """What a run leaves behind besides checkpoints: params, metrics and pictures in MLflow, reports and results in its folder."""
 
-import io
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -11,10 +10,11 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import save as tensors_to_bytes
 
 from dfine_core import Detector, ModelConfig
+from dfine_core.images import open_image
+from pipeline import provenance
 from pipeline.config import Experiment, dump
 from pipeline.data import storage
 from pipeline.data.batch import Batch
@@ -59,10 +59,10 @@ def begin(
         **({"digest.val": val.manifest.digest} if val else {}),
         **{f"parent.{key}": value for key, value in parent.items()},
         "dfine.run": run,
-        **{f"version.{key}": value for key, value in checkpoint.versions().items()},
+        **{f"version.{key}": value for key, value in provenance.versions().items()},
         **experiment.tracking.tags,
     }
-    if commit := checkpoint.code_commit():
+    if commit := provenance.code_commit():
         tags["mlflow.source.git.commit"] = commit
     if ray_job:
         tags["ray.job"] = ray_job
@@ -113,7 +113,7 @@ def keep_evaluation(
     for name, picture in pictures:
         storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), picture)
         if tracker is not None:
-            tracker.image(name, Image.open(io.BytesIO(picture)), step)
+            tracker.image(name, open_image(picture), step)
 
 
 def finish(

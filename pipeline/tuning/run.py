@@ -27,12 +27,12 @@ from pipeline.data.manifest import load_shards
 from pipeline.data.reader import refuse_changed_files
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
+from pipeline.open_detector import open_detector
 from pipeline.ray_job import submitted_job
 from pipeline.ray_start import start_ray
 from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
-from pipeline.trained import open_trained
 from pipeline.training import run_folder
 from pipeline.training.initial import pinned
 from pipeline.training.preflight import DECODING_CPUS
@@ -340,7 +340,7 @@ def _bins(init: str | None) -> dict[str, float] | None:
     if init is None:
         return None
     try:
-        config = open_trained(init).config
+        config = open_detector(init).config
     except ConfigError:  # a backbone alone
         return None
     return {name: getattr(config, name) for name in BINS}

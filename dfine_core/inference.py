@@ -1,39 +1,36 @@
-"""A trained detector, from wherever it lies, ready to be called with images.
+"""Trained detectors: opened from their files, and called with images.
 
-    detector = load("runs/mine")                       # or a checkpoint, an exported folder, an MLflow model's folder,
-    detector = load("models:/shapes@champion")         # what MLflow knows (MLFLOW_TRACKING_URI), or a released .pth
+    detector = load("runs/mine")    # or a checkpoint, an exported folder, an MLflow model's folder, a released .pth
     for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
         print(found.boxes, found.scores, found.names)
 
-Nothing here runs code from a file. Needs safetensors for all but released files, and mlflow for what only MLflow knows;
-both are imported when they are needed.
+No code from a file is run. All but released files need safetensors, which is imported with the first of them.
 """
 
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dfine_core.class_transfer import coco_categories, objects365_names
-from dfine_core.config import VARIANTS, ModelConfig
-from dfine_core.detector import DERIVED_KEYS, Detector
-from dfine_core.images import ImageSource, listed, prepare, read_image, sizes_of
-from dfine_core.postprocess import Detections, postprocess
-from dfine_core.redaction import redact
-from dfine_core.weights import DIRECT_OUTPUTS, load_weights, read_checkpoint
+from dfine_core.config import ModelConfig
+from dfine_core.detector import Detector
+from dfine_core.images import ImageSource, OpenedImage, listed, read_image, stretched
+from dfine_core.postprocess import MAX_DETECTIONS, Detections, postprocess
+from dfine_core.released import read_released
+from dfine_core.structures import DetectorOutput
+from dfine_core.weights import load_weights
 
-KEPT = 300  # detections of an image before the threshold, as published
+DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller gives one
 DESCRIPTION = "detector.json"  # {"config": ..., "categories": [names]}, beside the weights as safetensors
 METADATA = "metadata.json"  # of a checkpoint
-RUN, MODEL = "runs:/", "models:/"
-LOGGED_NAME = "detector"  # of the model that a training logs
+MLFLOW_SCHEMES = ("runs:/", "models:/")
 
 
 class LoadError(ValueError):
@@ -56,8 +53,8 @@ ON_DISK = Files(read=lambda path: Path(path).read_bytes(), names=_names)
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What was found in one image, best first; on the CPU."""
+class ImageDetections:
+    """Detections of one image, best first; on the CPU."""
 
     boxes: Tensor  # [K, 4] float32 xyxy in pixels of the image as it is stored; may reach over its border
     scores: Tensor  # [K] in [0, 1]
@@ -78,9 +75,9 @@ class LoadedDetector:
         return self.detector.config
 
     def __call__(
-        self, images: "Sequence[ImageSource] | ImageSource", threshold: float = 0.4, batch: int = 8
-    ) -> list[Found]:
-        """One `Found` per image, for a single image too.
+        self, images: Sequence[ImageSource] | ImageSource, threshold: float = DEFAULT_THRESHOLD, batch: int = 8
+    ) -> list[ImageDetections]:
+        """One `ImageDetections` per image, for a single image too.
 
         Args:
             threshold: least score.
@@ -90,25 +87,28 @@ class LoadedDetector:
             ValueError: naming an image that cannot be read.
         """
         sources = listed(images)
-        found: list[Found] = []
+        found: list[ImageDetections] = []
         for start in range(0, len(sources), batch):
             opened = [_opened(number, sources[number]) for number in range(start, min(start + batch, len(sources)))]
             detections = self.detect(prepare(opened, self.config.input_size), sizes_of(opened))
             found += [self._of_image(detections, place, threshold) for place in range(len(opened))]
         return found
 
-    @torch.no_grad()
     def detect(self, pixels: Tensor, sizes: Tensor) -> Detections:
-        """All detections, on the detector's device.
+        """All detections, on the detector's device; arguments as in `predict`."""
+        return self.predict(pixels, sizes)[0]
+
+    @torch.no_grad()
+    def predict(self, pixels: Tensor, sizes: Tensor, *, every_layer: bool = False) -> tuple[Detections, DetectorOutput]:
+        """All detections and the network's output, on the detector's device and in float32.
 
         Args:
-            pixels: [B, 3, H, W] uint8, see `images.prepare`.
+            pixels: [B, 3, H, W] uint8, see `prepare`.
             sizes: [B, 2] (width, height) of the images before they were stretched.
+            every_layer: needs the detector as it was before `deploy()`.
         """
         with torch.autocast(self.device.type, enabled=False):
-            output = self.detector(pixels.to(self.device).float() / 255)
-        keep = min(KEPT, self.config.num_queries * self.config.num_classes)
-        return postprocess(output.logits, output.boxes, sizes.to(self.device), keep)
+            return predict_batch(self.detector, pixels.to(self.device), sizes.to(self.device), every_layer=every_layer)
 
     def to(self, device: str | torch.device) -> "LoadedDetector":
         """On another device; the network itself moves, as modules do."""
@@ -119,11 +119,11 @@ class LoadedDetector:
         self.detector.deploy()
         return self
 
-    def _of_image(self, detections: Detections, place: int, threshold: float) -> Found:
+    def _of_image(self, detections: Detections, place: int, threshold: float) -> ImageDetections:
         scores = detections.scores[place].cpu()
         kept = scores >= threshold
         labels = detections.labels[place].cpu()[kept]
-        return Found(
+        return ImageDetections(
             boxes=detections.boxes[place].cpu()[kept].float(),
             scores=scores[kept],
             labels=labels,
@@ -131,7 +131,42 @@ class LoadedDetector:
         )
 
 
-def _opened(number: int, source: ImageSource) -> Any:
+def predict_batch(
+    detector: nn.Module, images: Tensor, sizes: Tensor, *, every_layer: bool = False
+) -> tuple[Detections, DetectorOutput]:
+    """Pixels to network to detections: the one path of evaluation, prediction, serving, benchmarks and export.
+
+    Gradients, autocast and eval mode are the caller's, so that the function can be traced too.
+
+    Args:
+        detector: a `Detector` in eval mode, on the device of both tensors.
+        images: [B, 3, H, W] stretched to the input size; uint8, or floating in 0..1.
+        sizes: [B, 2] (width, height) of the images before that.
+        every_layer: also return the queries of every decoder layer, see `Detector.forward`.
+    """
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    output: DetectorOutput = detector(images, every_layer=True) if every_layer else detector(images)
+    _, queries, classes = output.logits.shape
+    return postprocess(output.logits, output.boxes, sizes, min(MAX_DETECTIONS, queries * classes)), output
+
+
+def prepare(images: Sequence[OpenedImage], input_size: tuple[int, int]) -> Tensor:
+    """[B, 3, H, W] uint8: whole RGB images, stretched.
+
+    Args:
+        input_size: (height, width).
+    """
+    pixels = np.stack([stretched(image, input_size) for image in images]) if images else np.zeros((0, *input_size, 3))
+    return torch.from_numpy(pixels.astype(np.uint8, copy=False).transpose(0, 3, 1, 2).copy())
+
+
+def sizes_of(images: Sequence[OpenedImage]) -> Tensor:
+    """[B, 2] (width, height) in pixels, int64."""
+    return torch.tensor([image.size for image in images], dtype=torch.int64).reshape(-1, 2)
+
+
+def _opened(number: int, source: ImageSource) -> OpenedImage:
     try:
         return read_image(source)
     except ValueError as error:
@@ -141,20 +176,25 @@ def _opened(number: int, source: ImageSource) -> Any:
 def load(
     source: str | os.PathLike[str], device: str | torch.device | None = None, *, files: Files = ON_DISK
 ) -> LoadedDetector:
-    """
+    """Open a trained detector.
+
     Args:
-        source: folder of an exported detector, of a checkpoint, of a run (its best weights) or of an MLflow model;
-            `runs:/RUN_ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; or a released `.pth` file.
+        source: folder of an exported detector, of a checkpoint, of a run (its best weights) or of an MLflow model; or a
+            released `.pth` file.
         device: a GPU if there is one, unless given.
 
     Raises:
         LoadError: with what was found instead, and the way out.
     """
     place = os.fspath(source)
-    if place.startswith((RUN, MODEL)):
-        return _from_mlflow(place, device)
+    if place.startswith(MLFLOW_SCHEMES):
+        raise LoadError(f"{place}: pipeline.open_detector.open_detector opens what only MLflow knows")
     if place.endswith((".pth", ".pt")):
-        return _from_released(place, device)
+        try:
+            released = read_released(place)
+        except ValueError as error:
+            raise LoadError(f"{error}") from None
+        return build(released.config, released.weights, released.categories, place, device)
     return _from_folder(place.rstrip("/") or place, device, files)
 
 
@@ -280,87 +320,3 @@ def _tensors(content: bytes, origin: str) -> dict[str, Tensor]:
         return tensors_from_bytes(content)
     except SafetensorError as error:
         raise LoadError(f"{origin}: its weights are damaged: {error}") from None
-
-
-def _from_mlflow(source: str, device: str | torch.device | None) -> LoadedDetector:
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise LoadError(f"{source}: set MLFLOW_TRACKING_URI to the server or database that knows it")
-    try:
-        import mlflow.artifacts
-        from mlflow.exceptions import MlflowException
-    except ImportError:
-        raise LoadError(f"{source}: only MLflow knows where it is; pip install mlflow") from None
-    uri = f"{source}/{LOGGED_NAME}" if source.startswith(RUN) and "/" not in source.removeprefix(RUN) else source
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
-        except (MlflowException, OSError) as error:
-            raise LoadError(f"{source}: {redact(str(error))}") from None
-        described = next(Path(downloaded).rglob(DESCRIPTION), None)
-        if described is None:
-            raise LoadError(f"{source}: holds no detector of this project")
-        loaded = _from_folder(str(described.parent), device, ON_DISK)
-    return replace(loaded, origin=source)
-
-
-def _from_released(path: str, device: str | torch.device | None) -> LoadedDetector:
-    """Variant, classes and bins from the shapes; the names are those of COCO or Objects365 if there are as many classes.
-
-    The number of queries is in no shape: it is the published one, or all positions of a smaller input.
-    """
-    try:
-        weights = read_checkpoint(path)
-    except OSError as error:
-        raise LoadError(f"{path}: {error.strerror}; a .pth file must lie on this disk") from None
-    except ValueError as error:
-        raise LoadError(f"{error}") from None
-    config = _config_of(weights, path)
-    return build(config, weights, _categories_by_count(config.num_classes), path, device)
-
-
-def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
-    """Of the published variant with as many decoder layers and as wide an encoder; what else differs, `build` will name."""
-    try:
-        outputs = len(weights["decoder.dec_bbox_head.0.layers.2.bias"])
-        width = len(weights["encoder.input_proj.0.conv.weight"])
-        settings: dict[str, Any] = {
-            "num_classes": len(weights["decoder.denoising_class_embed.weight"]) - 1,
-            "up": round(float(weights["decoder.up"]), 6),
-            "reg_scale": round(float(weights["decoder.reg_scale"]), 6),
-        }
-    except KeyError as error:
-        raise LoadError(f"{path}: not the weights of a detector, {error} is missing") from None
-    settings |= {"regression": "direct"} if outputs == DIRECT_OUTPUTS else {"reg_max": outputs // 4 - 1}
-    layers = sum(key.startswith("decoder.dec_bbox_head.") and key.endswith(".layers.2.bias") for key in weights)
-    for variant in VARIANTS:
-        config = ModelConfig.variant(variant, **settings)
-        if (config.num_layers, config.encoder_dim) == (layers, width):
-            return _for_anchors(config, weights)
-    raise LoadError(
-        f"{path}: {layers} decoder layers and an encoder of width {width} are of none of the published variants"
-        f" {', '.join(VARIANTS)}; build the detector's ModelConfig yourself and use weights.load_weights, or load a folder"
-        f" with its {DESCRIPTION}"
-    )
-
-
-def _for_anchors(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfig:
-    """With the input size that stored anchors were made for; neighbours in a row of the finest map are 1 / width apart."""
-    if DERIVED_KEYS[0] not in weights:
-        return config
-    boxes = weights[DERIVED_KEYS[0]][0].float().sigmoid()  # [T, 4]; 1 where an anchor is not usable
-    finest = boxes[boxes[:, 2] < 0.075]
-    apart = finest[1:, 0] - finest[:-1, 0]
-    if len(apart) == 0:
-        return config
-    columns = round(1 / float(apart[apart > 0].median()))
-    width = columns * config.strides[0]
-    height = round(len(boxes) / sum(width / stride**2 for stride in config.strides))
-    return config.with_(input_size=(height, width), num_queries=min(config.num_queries, len(boxes)))
-
-
-def _categories_by_count(count: int) -> list[tuple[int, str]]:
-    objects365 = list(enumerate(objects365_names()))
-    for known in (coco_categories(), objects365, objects365[1:]):
-        if len(known) == count:
-            return [(number, name or f"class_{number}") for number, name in known]
-    return [(label, f"class_{label}") for label in range(count)]

@@ -4,10 +4,8 @@ Reading and stretching images is not in it, nor is their way to the device, exce
 main memory. Every call is waited for.
 """
 
-import os
 import platform
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,22 +14,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.export.passes import move_to_device_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Detector, LoadedDetector, ModelConfig
-from dfine_core.loading import KEPT
-from dfine_core.postprocess import postprocess
+from dfine_core.inference import predict_batch
 from pipeline.config import ConfigError
-from pipeline.trained import open_trained
+from pipeline.exported_files import SUFFIXES, open_exported
+from pipeline.open_detector import open_detector
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PERCENTILES = (50, 90, 99)
 PARTS = ("backbone", "encoder", "decoder")
-TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.export.load unpickles whatever there is otherwise
-CODE_IN_PT2 = ("custom_obj_", "opaque_obj_", "data/aotinductor/")  # pickled objects, compiled libraries
 WARM_CALLS, WARM_SECONDS = 5, 1.0  # both, before anything is timed
 
 
@@ -86,18 +81,16 @@ class Report:
 def open_subject(source: str, *, device: torch.device, precision: Precision = "fp32") -> Subject:
     """
     Args:
-        source: an exported `.onnx` or `.pt2`, or whatever `open_trained` opens.
+        source: an exported `.onnx` or `.pt2`, or whatever `open_detector` opens.
 
     Raises:
         ConfigError: it cannot be opened, or not in this precision.
     """
-    if source.endswith((".onnx", ".pt2")):
+    if source.endswith(SUFFIXES):
         if precision != "fp32":
             raise ConfigError(f"{source}: an exported file has its own precision, leave out --precision {precision}")
-        if not Path(source).is_file():
-            raise ConfigError(f"{source}: there is no such file")
-        return _onnx(source, device) if source.endswith(".onnx") else _torch_export(source, device)
-    loaded = open_trained(source, str(device))
+        return _of_file(source, device)
+    loaded = open_detector(source, str(device))
     counted = gflops(loaded.config)
     return replace(of_detector(loaded, precision=precision), gflops=sum(counted[part] for part in PARTS))
 
@@ -106,13 +99,11 @@ def of_detector(loaded: LoadedDetector, *, precision: Precision = "fp32") -> Sub
     """A detector as it is delivered; it is deployed, in place."""
     config, device = loaded.config, loaded.device
     detector = loaded.deploy().detector
-    keep = min(KEPT, config.num_queries * config.num_classes)
 
     @torch.inference_mode()
     def run(images: Tensor, sizes: Tensor) -> object:
         with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            output = detector(images)
-        found = postprocess(output.logits, output.boxes, sizes, keep)
+            found, _ = predict_batch(detector, images, sizes)
         _wait(device)
         return found
 
@@ -212,89 +203,21 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _onnx(source: str, device: torch.device) -> Subject:
-    try:
-        import onnxruntime  # type: ignore[import-untyped]
-    except ImportError:
-        raise ConfigError(f"{source}: needs onnxruntime; install the extra `export`") from None
-    wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
-    providers = [name for name in wanted if name in onnxruntime.get_available_providers()] + ["CPUExecutionProvider"]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(source, options, providers=providers)
-    except Exception as error:  # the runtime raises classes of its own
-        raise ConfigError(f"{source}: cannot be opened by onnxruntime: {error}") from None
-    used = session.get_providers()[0]
-    batch, _, height, width = session.get_inputs()[0].shape
-    names = [given.name for given in session.get_inputs()]
+def _of_file(source: str, device: torch.device) -> Subject:
+    opened = open_exported(source, device)
 
     def run(images: Tensor, sizes: Tensor) -> object:
-        return session.run(None, dict(zip(names, (images.numpy(), sizes.numpy()), strict=True)))
-
-    return Subject(
-        name=source,
-        run=run,
-        input_size=(height, width),
-        device=torch.device("cpu"),  # where its inputs lie
-        hardware=hardware_name(device if used.startswith("CUDA") else torch.device("cpu")),
-        runtime=f"onnxruntime {onnxruntime.__version__} {used}",
-        batch=batch if isinstance(batch, int) else None,
-    )
-
-
-def load_program(source: str) -> torch.export.ExportedProgram:
-    """A `.pt2` file, of which nothing is unpickled but tensors. It remains a program: open those that you trust.
-
-    Raises:
-        ConfigError: it is none, or would unpickle or load code.
-    """
-    try:
-        with zipfile.ZipFile(source) as archive:
-            code = [name for name in archive.namelist() if any(part in name for part in CODE_IN_PT2)]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{source}: not a file of torch.export: {error}") from None
-    if code:
-        raise ConfigError(f"{source}: holds code beside its program ({code[0]}), which is never run here")
-    before = os.environ.get(TENSORS_ONLY)
-    os.environ[TENSORS_ONLY] = "1"
-    try:
-        return torch.export.load(source)
-    except Exception as error:  # on a broken file the reader fails in arbitrary ways
-        raise ConfigError(f"{source}: cannot be opened by torch.export: {error}") from None
-    finally:
-        os.environ.pop(TENSORS_ONLY)
-        os.environ.update({} if before is None else {TENSORS_ONLY: before})
-
-
-def _torch_export(source: str, device: torch.device) -> Subject:
-    program = load_program(source)
-    if device.type == "cuda":
-        program = move_to_device_pass(program, str(device))
-    module = program.module()
-    example: Tensor = program.example_inputs[0][0]
-    fixed = isinstance(_traced_batch(program), int)
-
-    @torch.inference_mode()
-    def run(images: Tensor, sizes: Tensor) -> object:
-        found = module(images, sizes)
-        _wait(device)
+        found = opened.run(images, sizes)
+        _wait(opened.device)
         return found
 
     return Subject(
         name=source,
         run=run,
-        input_size=(example.shape[2], example.shape[3]),
-        device=device,
-        hardware=hardware_name(device),
-        runtime=f"torch.export {torch.__version__}",
-        batch=example.shape[0] if fixed else None,
-        parameters=sum(parameter.numel() for parameter in program.parameters()),
+        input_size=opened.input_size,
+        device=opened.device,
+        hardware=hardware_name(opened.computes_on),
+        runtime=opened.runtime,
+        batch=opened.batch,
+        parameters=opened.parameters,
     )
-
-
-def _traced_batch(program: torch.export.ExportedProgram) -> Any:
-    """The first size of the first input: a number, or a symbol where it may be any."""
-    (first, *_) = program.graph_signature.user_inputs
-    node = next(node for node in program.graph.nodes if node.name == first)
-    return node.meta["val"].shape[0]

@@ -1,0 +1,66 @@
+"""Trained detectors by path, object store URI or MLflow URI; `dfine_core.load` knows the forms that they come in."""
+
+import os
+import posixpath
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from pyarrow import fs
+
+from dfine_core.inference import DESCRIPTION, MLFLOW_SCHEMES, Files, LoadedDetector, LoadError, load
+from pipeline.config import ConfigError
+from pipeline.data import storage
+from pipeline.redaction import redact
+
+RUN, MODEL = MLFLOW_SCHEMES
+LOGGED_NAME = "detector"  # of the model that a training logs
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+
+
+def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
+    """Open a trained detector, with its averaged weights and in eval mode.
+
+    Args:
+        source: folder or URI of a checkpoint, of a run (its best weights), of an exported detector or of an MLflow model;
+            `runs:/RUN_ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; a released `.pth` file.
+        device: None takes a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no detector at `source`, or it is damaged.
+    """
+    try:
+        if source.startswith(MLFLOW_SCHEMES):
+            return _from_mlflow(source, device)
+        return load(source, device, files=STORED)
+    except (LoadError, storage.StorageError) as error:
+        raise ConfigError(f"{error}") from None
+
+
+def _from_mlflow(source: str, device: str | None) -> LoadedDetector:
+    if not os.environ.get(TRACKING_URI):
+        raise LoadError(f"{source}: set {TRACKING_URI} to the server or database that knows it")
+    import mlflow.artifacts  # slow to import, and seldom needed
+    from mlflow.exceptions import MlflowException
+
+    uri = f"{source}/{LOGGED_NAME}" if source.startswith(RUN) and "/" not in source.removeprefix(RUN) else source
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+        except (MlflowException, OSError) as error:
+            raise LoadError(f"{source}: {redact(str(error))}") from None
+        described = next(Path(downloaded).rglob(DESCRIPTION), None)
+        if described is None:
+            raise LoadError(f"{source}: holds no detector of this project")
+        loaded = load(described.parent, device)
+    return replace(loaded, origin=source)
+
+
+def _names(folder: str) -> list[str]:
+    filesystem, path = storage.resolve(folder)
+    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+        return []
+    return [posixpath.basename(info.path) for info in filesystem.get_file_info(fs.FileSelector(path))]
+
+
+STORED = Files(read=storage.read_bytes, names=_names)
