@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.config import Cluster, Experiment, check
+from pipeline.config import Cluster, Experiment
+from pipeline.config_files import check
 from pipeline.data.prepare import prepare
 from pipeline.data.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source

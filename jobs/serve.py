@@ -20,7 +20,8 @@ import torch
 
 from dfine_core.inference import DEFAULT_THRESHOLD
 from jobs.command import location, user_errors
-from pipeline.config import ConfigError, check
+from pipeline.config import ConfigError
+from pipeline.config_files import check
 from pipeline.data import storage
 from pipeline.delivery.service import ServeSettings
 from pipeline.delivery.serving import start, stop

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from jobs.command import add_set, location, user_errors
-from pipeline.config import load_cluster, load_experiment, parse_overrides
+from pipeline.config_files import load_cluster, load_experiment, parse_overrides
 from pipeline.training.launch import launch
 from pipeline.training.preview import preview
 

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from jobs.command import add_set, location, user_errors
-from pipeline.config import ConfigError, parse_overrides
+from pipeline.config import ConfigError
+from pipeline.config_files import parse_overrides
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.promote import promote
 from pipeline.tuning.run import run_sweep

@@ -1,17 +1,14 @@
-"""What a user writes: an experiment, and the cluster it runs on. YAML in, typed values out, every problem in one error.
+"""Schema of an experiment and of the cluster it runs on: every key with its type and default. Files: `config_files.py`.
 
 An experiment says what is learnt and how: it defines the result. A cluster file says where, and changes nothing but speed. What
 is left out follows from the variant and the length of the run (`pipeline/training/schedule.py`); `--dry-run` prints it.
 """
 
-import copy
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -33,7 +30,6 @@ from pipeline.errors import UserError
 from pipeline.ray_job import lasting
 
 Share = Annotated[float, Field(ge=0, le=1)]
-C = TypeVar("C", bound="Config")
 
 
 def _a_folder_name(name: str) -> str:
@@ -54,9 +50,20 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _unknown(key: object, known: Sequence[str]) -> str:
+def unknown_key(key: object, known: Sequence[str]) -> str:
+    """Message about a key that is not known, with those that it resembles."""
     close = difflib.get_close_matches(str(key), known, n=3)
     return f"unknown key {key!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}")
+
+
+def key_prefix(location: Sequence[Any]) -> str:
+    """Location of an error as a dotted key, to stand before its message; empty for the whole file."""
+    return ".".join(map(str, location)) + ": " if location else ""
+
+
+def plain_message(text: str) -> str:
+    """Pydantic's message without the prefix that it gives to a validator's own."""
+    return text.removeprefix("Value error, ")
 
 
 MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss"))
@@ -82,14 +89,14 @@ class Model(Config):
         if not isinstance(value, Mapping) or value.get("variant", "s") not in VARIANTS:
             return value
         known = ("variant", *MODEL_KEYS)
-        problems = [_unknown(key, known) for key in value if key not in known]
+        problems = [unknown_key(key, known) for key in value if key not in known]
         if "num_classes" in value:
             problems = ["num_classes comes from the data's manifest: leave it out"]
         given = {key: v for key, v in value.items() if key in MODEL_KEYS}
         try:
             config = _MODEL.validate_python({**VARIANTS[value.get("variant", "s")], **given})
         except ValidationError as error:
-            problems += [f"{_dotted(e['loc'])}{_message(e['msg'])}" for e in error.errors()]
+            problems += [f"{key_prefix(e['loc'])}{plain_message(e['msg'])}" for e in error.errors()]
         if problems:
             raise ValueError("; ".join(problems))
         return {"variant": value.get("variant", "s"), **{key: getattr(config, key) for key in MODEL_KEYS}}
@@ -242,136 +249,3 @@ class Cluster(Config):
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers {self.workers} must be (least, most)")
         return self
-
-
-# Files and overrides
-
-
-def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
-    """
-    Args:
-        overrides: values by dotted key, `{"schedule.epochs": 12}`.
-
-    Raises:
-        ConfigError: with every problem of the file and the overrides.
-    """
-    content = read_yaml(path)
-    content.setdefault("name", Path(path).stem)
-    return check(Experiment, with_values(content, overrides or {}), source=str(path))
-
-
-def load_cluster(path: str | Path | None) -> Cluster:
-    return Cluster() if path is None else check(Cluster, read_yaml(path), source=str(path))
-
-
-def check(kind: type[C], content: Mapping[str, Any], *, source: str) -> C:
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        problems = [_problem(kind, e) for e in error.errors()]
-        raise ConfigError("\n  ".join([f"{source}: {len(problems)} problem(s)", *problems])) from None
-
-
-def dump(config: Config) -> dict[str, Any]:
-    """Every value as plain data, defaults included; `check` takes it back."""
-    return config.model_dump(mode="json")
-
-
-def as_yaml(content: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=120)
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`optimizer.lr=1e-4` as key and value, the value read as YAML."""
-    key, sign, value = text.partition("=")
-    if not sign or not all(key.split(".")):
-        raise ConfigError(f"--set {text}: write KEY=VALUE, as in schedule.epochs=12")
-    try:
-        return key, yaml.load(value, Loader=_UniqueKeys)
-    except (yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
-
-
-def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """All `KEY=VALUE` of a command line, in their order.
-
-    Raises:
-        ConfigError: a key is given twice, or a text is not KEY=VALUE.
-    """
-    pairs = [parse_override(text) for text in texts]
-    keys = [key for key, _ in pairs]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ConfigError(f"--set {', '.join(twice)}: given twice; give each key once")
-    return dict(pairs)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise ConfigError(f"line {node.start_mark.line + 1}: {', '.join(sorted(twice))} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys with values, found {type(content).__name__}")
-    return content
-
-
-def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with values put in by dotted key."""
-    changed = copy.deepcopy(dict(content))
-    for dotted, value in values.items():
-        *parents, leaf = dotted.split(".")
-        place: Any = changed
-        for parent in parents:
-            if place.get(parent) is None:
-                place[parent] = {}
-            place = place[parent]
-            if not isinstance(place, dict):
-                raise ConfigError(f"{dotted}: {parent} is a value, not a section")
-        place[leaf] = _plain(value)
-    return changed
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _problem(kind: type[Config], error: Any) -> str:
-    """One line of an error: where, what, and for an unknown key the nearest known ones."""
-    location = error["loc"]
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
-        return _dotted(location[:-1]) + _unknown(location[-1], _keys_at(kind, location[:-1]))
-    given = error["input"]
-    plain = isinstance(given, str | int | float | bool | list | tuple | None)
-    shown = f" (it is {given!r})" if plain and repr(given) not in error["msg"] else ""
-    return f"{_dotted(location)}{_message(error['msg'])}{shown if error['type'] != 'missing' else ''}"
-
-
-def _keys_at(kind: Any, location: Sequence[Any]) -> list[str]:
-    """Keys of the section at `location`."""
-    for step in location:
-        field = kind.model_fields.get(step) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-        if field is None:
-            return []
-        kind = next((t for t in (*get_args(field.annotation), field.annotation) if isinstance(t, type)), None)
-    if is_dataclass(kind):
-        return [f.name for f in fields(kind)]
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def _dotted(location: Sequence[Any]) -> str:
-    return ".".join(map(str, location)) + ": " if location else ""
-
-
-def _message(text: str) -> str:
-    return text.removeprefix("Value error, ")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Cluster, ConfigError, load_experiment
+from pipeline.config import Cluster, ConfigError
+from pipeline.config_files import load_experiment
 from pipeline.training.chain import load_chain
 from tests.drawn_shards import drawn_records, write_shards
 

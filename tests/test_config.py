@@ -6,16 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import (
-    Cluster,
-    ConfigError,
-    Experiment,
-    check,
-    dump,
-    load_cluster,
-    load_experiment,
-    parse_override,
-)
+from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.config_files import check, dump, load_cluster, load_experiment, parse_override
 from pipeline.tracking.names import flatten
 
 MINIMAL: dict[str, Any] = {"data": {"train": "somewhere"}, "schedule": {"epochs": 12}}

@@ -13,7 +13,8 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.config import Cluster, load_cluster
+from pipeline.config import Cluster
+from pipeline.config_files import load_cluster
 from pipeline.training import launch
 from pipeline.training.preflight import Request
 from tests.training_runs import experiment, shard_folders

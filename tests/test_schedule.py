@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ConfigError, Experiment, check, load_experiment
+from pipeline.config import ConfigError, Experiment
+from pipeline.config_files import check, load_experiment
 from pipeline.training.schedule import derive, divided
 
 CONFIGS = Path(__file__).parent.parent / "configs"

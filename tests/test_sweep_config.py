@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Cluster, ConfigError, Experiment, check, dump
+from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.config_files import check, dump
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.placement import place
 from pipeline.tuning.space import Domain, active, distribution, grid, random, suggest

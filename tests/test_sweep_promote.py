@@ -9,7 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-from pipeline.config import ConfigError, dump, load_experiment
+from pipeline.config import ConfigError
+from pipeline.config_files import dump, load_experiment
 from pipeline.training import run_folder
 from pipeline.tuning.ledger import RECORDS
 from pipeline.tuning.promote import FILE, promote

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config import load_experiment
+from pipeline.config_files import load_experiment
 from pipeline.training import checkpoint
 from pipeline.training.loop import Run
 from tests.test_train_step import losses_of as losses_in_process

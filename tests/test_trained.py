@@ -14,7 +14,8 @@ from jobs import evaluate as evaluate_job
 from jobs import lineage as lineage_job
 from jobs import replay as replay_job
 from jobs import train as train_job
-from pipeline.config import Cluster, ConfigError, dump
+from pipeline.config import Cluster, ConfigError
+from pipeline.config_files import dump
 from pipeline.data.manifest import load_shards
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.open_detector import open_detector

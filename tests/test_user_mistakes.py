@@ -16,7 +16,8 @@ from ray.train import WorkerGroupError
 
 import pipeline.errors
 from dfine_core.weights import save_released
-from pipeline.config import ConfigError, parse_overrides
+from pipeline.config import ConfigError
+from pipeline.config_files import parse_overrides
 from pipeline.delivery.export import Source, write_safetensors
 from pipeline.ray_job import lasting
 from pipeline.training.launch import user_error_of

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Experiment, check
+from pipeline.config import Experiment
+from pipeline.config_files import check
 from pipeline.training.group import Group
 from pipeline.training.job import Job
 from tests.drawn_shards import drawn_records, write_shards

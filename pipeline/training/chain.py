@@ -12,19 +12,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import (
-    Cluster,
-    Config,
-    ConfigError,
-    Experiment,
-    FolderName,
-    Location,
-    Tracking,
-    check,
-    dump,
-    read_yaml,
-    with_values,
-)
+from pipeline.config import Cluster, Config, ConfigError, Experiment, FolderName, Location, Tracking
+from pipeline.config_files import check, dump, read_yaml, with_values
 from pipeline.data import storage
 from pipeline.data.manifest import MANIFEST_NAME, load_shards
 from pipeline.ray_job import relative_problems, submitted_job

@@ -20,7 +20,7 @@ from torch import Tensor
 from dfine_core import Detector
 from dfine_core.inference import LoadedDetector
 from pipeline import provenance
-from pipeline.config import dump
+from pipeline.config_files import dump
 from pipeline.data import storage
 from pipeline.data.augment import multiscale_size
 from pipeline.data.batch import Batch

@@ -7,7 +7,8 @@ import yaml
 
 from dfine_core import Detector, ModelConfig
 from dfine_core.optim import parameter_groups
-from pipeline.config import Cluster, Experiment, dump
+from pipeline.config import Cluster, Experiment
+from pipeline.config_files import dump
 from pipeline.data.manifest import Manifest, load_shards
 from pipeline.training.budget import budget_lines, estimated_bytes
 from pipeline.training.schedule import Schedule, derive

@@ -15,7 +15,8 @@ from safetensors.torch import save as tensors_to_bytes
 from dfine_core import Detector, ModelConfig
 from dfine_core.images import open_image
 from pipeline import provenance
-from pipeline.config import Experiment, dump
+from pipeline.config import Experiment
+from pipeline.config_files import dump
 from pipeline.data import storage
 from pipeline.data.batch import Batch
 from pipeline.data.manifest import ShardSet

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, Experiment, dump
+from pipeline.config import ConfigError, Experiment
+from pipeline.config_files import dump
 from pipeline.data import storage
 from pipeline.data.manifest import ShardSet
 from pipeline.tracking.names import flatten

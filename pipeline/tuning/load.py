@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, Experiment, check, load_cluster, read_yaml, with_values
+from pipeline.config import ConfigError, Experiment
+from pipeline.config_files import check, load_cluster, read_yaml, with_values
 from pipeline.training.schedule import REFERENCE_BATCH, divided
 from pipeline.tuning.space import Point, as_text, grid, grid_size, ordered, random, wanted
 from pipeline.tuning.sweep import Sweep, evaluations, experiment_of

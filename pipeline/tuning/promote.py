@@ -1,6 +1,7 @@
 """From a sweep to what is used of it: the best confirmed point as an experiment's file, its model as a registered version."""
 
-from pipeline.config import ConfigError, as_yaml, check
+from pipeline.config import ConfigError
+from pipeline.config_files import as_yaml, check
 from pipeline.data import storage
 from pipeline.tracking.registry import register
 from pipeline.tracking.settings import TrackingSettings

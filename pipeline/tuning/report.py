@@ -7,7 +7,8 @@ from pathlib import PurePosixPath
 import jinja2
 from matplotlib.figure import Figure
 
-from pipeline.config import Experiment, check, dump
+from pipeline.config import Experiment
+from pipeline.config_files import check, dump
 from pipeline.tuning import figures
 from pipeline.tuning.factors import factors_of, point_text, shown
 from pipeline.tuning.importance import Importance, importances

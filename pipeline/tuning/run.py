@@ -21,7 +21,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from pipeline.config import Cluster, ConfigError, Experiment, check, dump, load_cluster
+from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.config_files import check, dump, load_cluster
 from pipeline.data import storage
 from pipeline.data.manifest import load_shards
 from pipeline.data.reader import refuse_changed_files

@@ -23,7 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import Config, Experiment, FolderName, Location, Tracking, check, dump, with_values
+from pipeline.config import Config, Experiment, FolderName, Location, Tracking
+from pipeline.config_files import check, dump, with_values
 from pipeline.evaluation.coco import NUMBERS
 from pipeline.training.schedule import REFERENCE_BATCH
 from pipeline.tuning.space import Domain, Point, as_text

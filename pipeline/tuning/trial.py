@@ -13,7 +13,8 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipeline.config import Cluster, Experiment, check, with_values
+from pipeline.config import Cluster, Experiment
+from pipeline.config_files import check, with_values
 from pipeline.data.manifest import load_shards
 from pipeline.training.launch import launch
 from pipeline.training.schedule import derive
