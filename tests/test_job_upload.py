@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 NEEDED = ("configs", "dfine_core", "jobs", "pipeline")
 STAY_AT_HOME = ("benchmarks", "docs", "tests")
 RUN_FILES = ("runs/mine/checkpoints/step-00000010/model.safetensors", "runs/mlflow.db", "mlruns/0/meta.yaml")
-OUTPUT = re.compile(r"--(?:out|html|json)\s+([\w.][\w./-]*)")
+OUTPUT = re.compile(r"--(?:out|html|json)\s+([\w.][\w./-]*)(?![\w./:-])")  # relative, and no s3://
 
 
 def git(folder: Path, *arguments: str) -> list[str]:
