@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfine_core.images import read_image
-from pipeline.data.augment import (
+from pipeline.data.augment.augment import (
     AugmentSettings,
     Sample,
     augmented_sample,
@@ -33,8 +33,8 @@ from pipeline.data.augment import (
     keyed_generator,
     plain_sample,
 )
-from pipeline.data.decode import View, crop_and_place, decode_rgb
-from pipeline.data.photometric import photometric_distort
+from pipeline.data.augment.decode import View, crop_and_place, decode_rgb
+from pipeline.data.augment.photometric import photometric_distort
 
 CANVAS = (640, 640)
 SETTINGS = AugmentSettings()

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_criterion import plain_criterion
-from dfine_core import Criterion, ModelConfig, denoising
+from dfine_core import Criterion, ModelConfig
+from dfine_core.model import denoising
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions, Targets
 
 Losses = Callable[[], dict[str, Tensor]]
 PARTS = {  # of matching, with the function that does it
-    "cost": "dfine_core.matching.matching_cost",
-    "assignment": "dfine_core.matching.solve",
-    "union": "dfine_core.matching.go_union",
-    "matching": "dfine_core.criterion.match",
+    "cost": "dfine_core.loss.matching.matching_cost",
+    "assignment": "dfine_core.loss.matching.solve",
+    "union": "dfine_core.loss.matching.go_union",
+    "matching": "dfine_core.loss.criterion.match",
 }
 
 

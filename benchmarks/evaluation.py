@@ -16,11 +16,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.data.manifest import Category
+from pipeline.data.shards.manifest import Category
 from pipeline.evaluation.analysis import confusion, tide_errors
-from pipeline.evaluation.coco import coco_numbers, difference, run_hotcoco
+from pipeline.evaluation.coco_metrics import coco_numbers, difference, run_hotcoco
 from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.truth import GroundTruth
+from pipeline.evaluation.ground_truth import GroundTruth
 
 T = TypeVar("T")
 

@@ -26,18 +26,18 @@ from ray._private.internal_api import memory_summary
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from benchmarks import augment as augment_benchmark
-from pipeline.data import stream
-from pipeline.data.augment import AugmentSettings
-from pipeline.data.batch import Batch, batch_from_arrow
-from pipeline.data.manifest import ShardSet, load_shards
-from pipeline.data.prepare import prepare
-from pipeline.data.reader import locate_row_groups, read_row_groups
-from pipeline.data.records import records_from_table
-from pipeline.data.shard_writer import PrepareOptions
+from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.shard_writer import PrepareOptions
+from pipeline.data.shards.manifest import ShardSet, load_shards
+from pipeline.data.shards.reader import locate_row_groups, read_row_groups
+from pipeline.data.shards.records import records_from_table
 from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.data.stream import StreamSettings, training_plan, training_stream
-from pipeline.data.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
-from pipeline.ray_start import start_ray
+from pipeline.data.stream import stream
+from pipeline.data.stream.batch import Batch, batch_from_arrow
+from pipeline.data.stream.stream import StreamSettings, training_plan, training_stream
+from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
+from pipeline.ray_cluster import start_ray
 
 CANVAS = (640, 640)
 

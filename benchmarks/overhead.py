@@ -20,13 +20,13 @@ import torch.multiprocessing as mp
 
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import check
-from pipeline.data.prepare import prepare
-from pipeline.data.shard_writer import PrepareOptions
+from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.ray_start import start_ray
+from pipeline.ray_cluster import start_ray
 from pipeline.training import loop
+from pipeline.training.context import Job
 from pipeline.training.group import Group
-from pipeline.training.job import Job
 from pipeline.training.launch import launch
 
 ON_RAY = "loop with Ray Train, Ray Data and MLflow"

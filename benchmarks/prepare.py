@@ -23,9 +23,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.data import storage
-from pipeline.data.prepare import write_work_list
-from pipeline.data.shard_writer import WORK_LIST, PrepareOptions, write_shard
+from pipeline import storage
+from pipeline.data.prepare.prepare import write_work_list
+from pipeline.data.prepare.shard_writer import WORK_LIST, PrepareOptions, write_shard
 from pipeline.data.sources.coco import coco_source
 from pipeline.data.sources.index import AnnotationIndex
 from pipeline.data.sources.synthetic import CLASSES, synthetic_image, synthetic_scene

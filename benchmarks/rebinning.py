@@ -16,9 +16,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from dfine_core import Criterion, Detector, ModelConfig, rebinning
-from dfine_core.rebinning import Bins
-from dfine_core.weights import load_weights
+from dfine_core import Criterion, Detector, ModelConfig
+from dfine_core.checkpoints import rebinning
+from dfine_core.checkpoints.rebinning import Bins
+from dfine_core.checkpoints.weights import load_weights
 
 LogitMap = Callable[[Bins, Bins], tuple[Tensor, Tensor]]
 CONFIG = ModelConfig.variant("n", num_classes=3, input_size=(256, 256), num_queries=100, num_denoising=20)
@@ -80,7 +81,7 @@ def detector_table(detector: Detector, maps: dict[str, LogitMap]) -> None:
         converted = Detector(CONFIG.with_(**change)).eval()
         cells = []
         for name, logit_map in maps.items():
-            with patch("dfine_core.rebinning.logit_map", logit_map):
+            with patch("dfine_core.checkpoints.rebinning.logit_map", logit_map):
                 weights, report = rebinning.rebin(detector.state_dict(), **change)  # type: ignore[arg-type]
             load_weights(converted, weights)
             after = converted.decoder(features, None, True)

@@ -25,8 +25,8 @@ import PIL.Image
 import torch
 
 from dfine_core import LoadedDetector, load
-from pipeline.delivery import serving
-from pipeline.delivery.service import ServeSettings
+from pipeline.serve import deployment
+from pipeline.serve.replica import ServeSettings
 
 HOST, PORT = "127.0.0.1", 8765
 
@@ -46,14 +46,14 @@ def main() -> None:
     source = str(Path(args.model).absolute())
     for batch in (8, 1):
         settings = ServeSettings(source=source, batch=batch, max_waiting=64, cpus=threads, gpus=gpus)
-        serving.start(settings, host=HOST, port=PORT)
+        deployment.start(settings, host=HOST, port=PORT)
         try:
             if batch > 1:
                 compare(bare, pictures)
             for clients in (1, 4, 16):
                 print(f"batches of at most {batch}, {clients} client(s): {served(pictures, clients)}", flush=True)
         finally:
-            serving.stop()
+            deployment.stop()
 
 
 def compare(bare: LoadedDetector, pictures: list[bytes]) -> None:

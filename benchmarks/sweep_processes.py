@@ -23,16 +23,16 @@ import yaml
 from mlflow import MlflowClient
 from ray import tune
 
-from pipeline.data import storage
-from pipeline.data.prepare import prepare
-from pipeline.data.shard_writer import PrepareOptions
+from pipeline import storage
+from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.ray_start import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
-from pipeline.training.run_folder import BEGAN, RESULT
+from pipeline.ray_cluster import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
+from pipeline.training.run_dir import BEGAN, RESULT
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
+from pipeline.tuning.driver import SweepInterruptedError, run_sweep
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.records import Reading
-from pipeline.tuning.run import SweepInterruptedError, run_sweep
 from pipeline.tuning.sweep import Trial
 
 EVALUATIONS = 9

@@ -23,22 +23,22 @@ from mlflow import MlflowClient
 from ray.tune.schedulers import TrialScheduler
 
 from benchmarks.sweep_processes import EVALUATIONS, sweep_file
+from pipeline import storage
 from pipeline.config import Cluster
-from pipeline.data import storage
-from pipeline.data.prepare import prepare
-from pipeline.data.shard_writer import PrepareOptions
+from pipeline.data.prepare.prepare import prepare
+from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.ray_start import start_ray
-from pipeline.training.run_folder import BEGAN, RESULT
-from pipeline.tuning.closing import Closing
+from pipeline.ray_cluster import start_ray
+from pipeline.training.run_dir import BEGAN, RESULT
+from pipeline.tuning.analysis.sweep_report import as_html, draw, make_report
+from pipeline.tuning.callbacks import Closing
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
-from pipeline.tuning.ledger import Ledger
+from pipeline.tuning.driver import scheduler_of
 from pipeline.tuning.load import load_sweep
-from pipeline.tuning.points import Points
 from pipeline.tuning.records import Reading
-from pipeline.tuning.report import as_html, draw, make_report
-from pipeline.tuning.run import scheduler_of
+from pipeline.tuning.searcher import Points
 from pipeline.tuning.sweep import Trial, replicate_trials
+from pipeline.tuning.trial_store import Ledger
 from pipeline.tuning.watcher import Watcher
 
 

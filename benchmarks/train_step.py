@@ -30,7 +30,7 @@ from benchmarks.criterion import Clock, random_targets
 from dfine_core import Criterion, Detector, ModelConfig
 from dfine_core.config import VARIANTS, OptimizerConfig
 from dfine_core.ema import ExponentialMovingAverage
-from dfine_core.matching import match
+from dfine_core.loss.matching import match
 from dfine_core.optim import make_optimizer
 from dfine_core.structures import DetectorOutput, Targets
 
@@ -167,7 +167,7 @@ def part_seconds(training: Training, now: Clock) -> dict[str, float]:
         with part("matching"):
             return match(*args)
 
-    with patch("dfine_core.criterion.match", timed_match):
+    with patch("dfine_core.loss.criterion.match", timed_match):
         training.step(part)
     spent["losses"] -= spent["matching"]
     return {name: spent[name] for name in ("forward", "matching", "losses", "backward", "optimiser", "ema")}

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfine_core.config import VARIANTS, LossConfig, ModelConfig
-    from dfine_core.criterion import Criterion
-    from dfine_core.detector import Detector
     from dfine_core.inference import ImageDetections, LoadedDetector, load
+    from dfine_core.loss.criterion import Criterion
+    from dfine_core.model.detector import Detector
     from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
 
     __version__: str

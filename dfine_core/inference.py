@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfine_core.checkpoints.released import read_released
+from dfine_core.checkpoints.weights import load_weights
 from dfine_core.config import ModelConfig
-from dfine_core.detector import Detector
 from dfine_core.images import ImageSource, OpenedImage, listed, read_image, stretched
-from dfine_core.postprocess import MAX_DETECTIONS, Detections, postprocess
-from dfine_core.released import read_released
+from dfine_core.model.detector import Detector
+from dfine_core.model.postprocess import MAX_DETECTIONS, Detections, postprocess
 from dfine_core.structures import DetectorOutput
-from dfine_core.weights import load_weights
 
 DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller gives one
 DESCRIPTION = "detector.json"  # {"config": ..., "categories": [names]}, beside the weights as safetensors

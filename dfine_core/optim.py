@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dfine_core.config import OptimizerConfig
-from dfine_core.hgnetv2 import LearnableAffine
+from dfine_core.model.hgnetv2 import LearnableAffine
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 

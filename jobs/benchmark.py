@@ -14,8 +14,8 @@ import json
 import torch
 
 from jobs.command import at_least, location, positive, user_errors
+from pipeline import storage
 from pipeline.benchmark import measure, open_subject
-from pipeline.data import storage
 
 
 @user_errors()

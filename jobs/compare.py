@@ -11,10 +11,10 @@ it with the first run in MLflow.
 import argparse
 
 from jobs.command import location, user_errors
-from pipeline.data import storage
-from pipeline.tracking.lookup import RunFacts, RunLookupError, Runs
+from pipeline import storage
+from pipeline.tracking.client import RunFacts, RunLookupError, Runs
 from pipeline.tracking.names import RUN_KEY
-from pipeline.tuning.compare import Comparison, as_html, as_text, compare, open_runs
+from pipeline.tuning.analysis.compare_runs import Comparison, as_html, as_text, compare, open_runs
 
 
 @user_errors()

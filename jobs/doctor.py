@@ -13,12 +13,12 @@ import argparse
 import sys
 
 from jobs.command import location, user_errors
+from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data import storage
-from pipeline.data.doctor import examine
-from pipeline.data.doctor_report import as_html, as_text
-from pipeline.data.manifest import load_shards
-from pipeline.ray_start import start_ray
+from pipeline.data.doctor.examine import examine
+from pipeline.data.doctor.html_report import as_html, as_text
+from pipeline.data.shards.manifest import load_shards
+from pipeline.ray_cluster import start_ray
 
 NOTHING_CHECKED = 2  # exit code
 

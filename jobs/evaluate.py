@@ -15,17 +15,17 @@ import torch
 
 from dfine_core import LoadedDetector
 from jobs.command import at_least, location, user_errors
+from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data import storage
-from pipeline.data.manifest import ShardSet, load_shards
-from pipeline.data.reader import refuse_changed_files
+from pipeline.data.shards.manifest import ShardSet, load_shards
+from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.evaluation.detections import to_coco_json
+from pipeline.evaluation.evaluate import detect, judge
 from pipeline.evaluation.figures import png
-from pipeline.evaluation.pictures import sample_pictures
-from pipeline.evaluation.run import detect, judge
-from pipeline.evaluation.truth import read_ground_truth
+from pipeline.evaluation.ground_truth import read_ground_truth
+from pipeline.evaluation.sample_images import sample_pictures
 from pipeline.open_detector import open_detector
-from pipeline.ray_start import start_ray
+from pipeline.ray_cluster import start_ray
 
 
 @user_errors()

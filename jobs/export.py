@@ -24,11 +24,11 @@ from dfine_core import LoadedDetector
 from jobs.command import local_path, location, user_errors
 from jobs.evaluate import refuse_other_classes
 from pipeline.config import ConfigError
-from pipeline.data.manifest import load_shards
-from pipeline.data.reader import refuse_changed_files
-from pipeline.delivery.export import FORMATS, at_input_size
-from pipeline.delivery.export_pictures import CheckSet, drawn, from_files, from_shards
-from pipeline.delivery.export_run import Export, export
+from pipeline.data.shards.manifest import load_shards
+from pipeline.data.shards.reader import refuse_changed_files
+from pipeline.export.check_images import CheckSet, drawn, from_files, from_shards
+from pipeline.export.export import Export, export
+from pipeline.export.formats import FORMATS, at_input_size
 from pipeline.open_detector import open_detector
 from pipeline.tracking.attachments import MODEL, RUN, Target, attach, find_target
 

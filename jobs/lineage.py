@@ -14,7 +14,7 @@ from jobs.command import user_errors
 from pipeline.config import ConfigError
 from pipeline.tracking.lineage import client_of, drawn, find_run, lineage
 from pipeline.tracking.settings import TrackingSettings
-from pipeline.training.run_folder import key_of
+from pipeline.training.run_dir import key_of
 
 
 @user_errors()

@@ -15,9 +15,9 @@ import argparse
 import torch
 
 from jobs.command import at_least, location, share, user_errors
-from pipeline.delivery.inputs import list_inputs
-from pipeline.delivery.predict import HERE, PredictOptions, predict
 from pipeline.open_detector import open_detector
+from pipeline.predict.inputs import list_inputs
+from pipeline.predict.predict import HERE, PredictOptions, predict
 
 
 @user_errors()

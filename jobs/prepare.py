@@ -15,15 +15,15 @@ job started alone starts Ray on this machine, one submitted with `ray job submit
 import argparse
 
 from jobs.command import local_path, location, user_errors
-from pipeline.data.prepare import prepare, read_rejected, reasons
-from pipeline.data.shard_writer import PrepareOptions
+from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
+from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources import objects365
 from pipeline.data.sources.coco import coco_source
 from pipeline.data.sources.index import Source, SourceError
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.sources.voc import voc_source
 from pipeline.data.sources.yolo import yolo_source
-from pipeline.ray_start import start_ray
+from pipeline.ray_cluster import start_ray
 
 
 @user_errors()

@@ -15,7 +15,7 @@ from jobs import prepare
 from jobs.command import add_set, user_errors
 from pipeline.config_files import load_cluster, parse_overrides
 from pipeline.training.chain import Step, load_chain, run_chain
-from pipeline.training.preview import preview
+from pipeline.training.dry_run import preview
 
 
 @user_errors()

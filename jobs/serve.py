@@ -20,12 +20,12 @@ import torch
 
 from dfine_core.inference import DEFAULT_THRESHOLD
 from jobs.command import location, user_errors
+from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.config_files import check
-from pipeline.data import storage
-from pipeline.delivery.service import ServeSettings
-from pipeline.delivery.serving import start, stop
 from pipeline.open_detector import MODEL, RUN, open_detector
+from pipeline.serve.deployment import start, stop
+from pipeline.serve.replica import ServeSettings
 
 
 @user_errors()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from jobs.command import add_set, location, user_errors
 from pipeline.config_files import load_cluster, load_experiment, parse_overrides
+from pipeline.training.dry_run import preview
 from pipeline.training.launch import launch
-from pipeline.training.preview import preview
 
 
 @user_errors()

@@ -15,9 +15,9 @@ from pathlib import Path
 from jobs.command import add_set, location, user_errors
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
+from pipeline.tuning.driver import run_sweep
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.promote import promote
-from pipeline.tuning.run import run_sweep
 from pipeline.tuning.sweep import Sweep, evaluations_of, rungs
 
 

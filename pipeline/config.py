@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
-from pipeline.data.augment import AugmentSettings
-from pipeline.data.plan import DEFAULT_WINDOW_ROWS, DecodeIn
+from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, DecodeIn
 from pipeline.errors import UserError
 from pipeline.ray_job import lasting
 

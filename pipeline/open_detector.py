@@ -9,8 +9,8 @@ from pathlib import Path
 from pyarrow import fs
 
 from dfine_core.inference import DESCRIPTION, MLFLOW_SCHEMES, Files, LoadedDetector, LoadError, load
+from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data import storage
 from pipeline.redaction import redact
 
 RUN, MODEL = MLFLOW_SCHEMES

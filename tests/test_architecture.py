@@ -71,26 +71,26 @@ ENTRANCES = {
             )
         ),
     ),
-    "pycocotools": ("pipeline/evaluation/coco.py",),
-    "hotcoco": ("pipeline/evaluation/analysis.py", "pipeline/evaluation/coco.py"),
+    "pycocotools": ("pipeline/evaluation/coco_metrics.py",),
+    "hotcoco": ("pipeline/evaluation/analysis.py", "pipeline/evaluation/coco_metrics.py"),
     "yaml": (
         *("pipeline/config.py", "pipeline/data/sources/yolo.py"),
         *(f"pipeline/training/{name}.py" for name in ("checkpoint", "preview", "record")),
     ),
     "ray": (
-        "pipeline/ray_start.py",
+        "pipeline/ray_cluster.py",
         *(f"pipeline/data/{name}.py" for name in ("backpressure", "doctor", "prepare", "stream")),
         *(f"pipeline/training/{name}.py" for name in ("beside", "launch", "monitor", "preflight", "worker")),
         *(f"pipeline/delivery/{name}.py" for name in ("predict", "serving")),
         *(f"pipeline/tuning/{name}.py" for name in ("points", "run", "trial", "watcher")),
     ),
-    "fastapi": ("pipeline/delivery/serving.py",),
+    "fastapi": ("pipeline/serve/deployment.py",),
     "starlette": tuple(f"pipeline/delivery/{name}.py" for name in ("body_limit", "requests", "service", "serving")),
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": tuple(f"pipeline/tuning/{name}.py" for name in ("importance", "points", "space")),
-    "onnx": ("pipeline/delivery/export.py",),
-    "onnxruntime": ("pipeline/delivery/export.py", "pipeline/exported_files.py"),
-    "transformers": ("pipeline/delivery/huggingface.py",),
+    "onnx": ("pipeline/export/formats.py",),
+    "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
+    "transformers": ("pipeline/export/huggingface.py",),
 }
 
 # Text that belongs to one file, or to none.
@@ -100,7 +100,7 @@ MOST_DETECTIONS = re.compile(r"(detections|kept|keep)\w*\s*(:[^=\n]*)?= ?(Field\
 POSTPROCESSES = re.compile(r"(?<!def )\bpostprocess\(")
 ONCE = {
     "dfine_core/inference.py": (DEFAULT_THRESHOLDS, POSTPROCESSES),
-    "dfine_core/postprocess.py": (MOST_DETECTIONS,),
+    "dfine_core/model/postprocess.py": (MOST_DETECTIONS,),
 }
 
 
@@ -269,11 +269,11 @@ def test_every_part_of_pipeline_has_its_layer_and_imports_lower_ones_alone() -> 
     ("part", "source", "bad"),
     [
         ("evaluation", "from pipeline.training import loop", "training"),
-        ("training", "def f():\n    from pipeline.delivery.export import Source", "delivery"),
+        ("training", "def f():\n    from pipeline.export.formats import Source", "delivery"),
         ("training", "from pipeline import delivery", "delivery"),
         ("data", "import pipeline.config as config", "config"),
         ("tracking", "importlib.import_module('pipeline.training.loop')", "training"),
-        ("delivery", "if TYPE_CHECKING:\n    from pipeline.tuning.run import Sweep", "tuning"),
+        ("delivery", "if TYPE_CHECKING:\n    from pipeline.tuning.driver import Sweep", "tuning"),
         ("progress", "from pipeline.data import storage", "data"),
         ("redaction", "from pipeline.progress import Progress", "progress"),
     ],
@@ -308,7 +308,9 @@ def test_foreign_libraries_enter_through_named_files(library: str) -> None:
     "source", ["import ray", "def f():\n    import ray.data", "from ray import train", "x = import_module('ray.tune')"]
 )
 def test_a_use_of_a_library_elsewhere_is_found(source: str) -> None:
-    assert users_of("ray", {"pipeline/data/plan.py": source, "b.py": "import rayon"}) == {"pipeline/data/plan.py"}
+    assert users_of("ray", {"pipeline/data/stream/plan.py": source, "b.py": "import rayon"}) == {
+        "pipeline/data/stream/plan.py"
+    }
 
 
 def test_detections_are_made_in_one_place_with_one_number_and_one_threshold() -> None:

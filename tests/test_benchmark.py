@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dfine_core import Detector, ModelConfig
-from dfine_core.weights import save_released
+from dfine_core.checkpoints.weights import save_released
 from jobs import benchmark as benchmark_job
 from pipeline.benchmark import PARTS, Subject, gflops, measure, of_detector, open_subject
 from pipeline.config import ConfigError
-from tests.small_detectors import small_detector
+from tests.support.small_detectors import small_detector
 
 CPU = torch.device("cpu")
 

@@ -71,7 +71,11 @@ def test_the_documented_commands_write_where_this_test_looks() -> None:
 
 def test_a_job_uploads_all_code_and_configs(clone: Path, uploaded: set[str]) -> None:
     needed = {name for name in git(clone, "ls-files", "--others", "--exclude-standard") if name.startswith(NEEDED)}
-    assert {"configs/chains/demo/pretrain.yaml", "pipeline/config.py", "dfine_core/data/class_names.json"} <= needed
+    assert {
+        "configs/chains/demo/pretrain.yaml",
+        "pipeline/config.py",
+        "dfine_core/checkpoints/class_names.json",
+    } <= needed
     assert needed <= uploaded
 
 

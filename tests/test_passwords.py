@@ -16,8 +16,8 @@ import jobs.predict
 from pipeline.open_detector import open_detector
 from pipeline.tracking.lineage import client_of, facts
 from pipeline.tracking.registry import register
-from pipeline.training.initial import pinned
-from tests.drawn_shards import drawn_records, write_shards
+from pipeline.training.init_weights import pinned
+from tests.support.drawn_shards import drawn_records, write_shards
 
 PASSWORD = "hunter2"
 MODEL = "models:/shapes@champion"

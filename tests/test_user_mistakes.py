@@ -15,14 +15,14 @@ import pytest
 from ray.train import WorkerGroupError
 
 import pipeline.errors
-from dfine_core.weights import save_released
+from dfine_core.checkpoints.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
-from pipeline.delivery.export import Source, write_safetensors
+from pipeline.export.formats import Source, write_safetensors
 from pipeline.ray_job import lasting
 from pipeline.training.launch import user_error_of
-from tests.drawn_shards import drawn_records, write_shards
-from tests.small_detectors import small_detector
+from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.small_detectors import small_detector
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "command"}
@@ -288,7 +288,7 @@ def endings(folder: Path) -> list[dict[str, Any]]:
         filled = {name: value.replace("{folder}", str(folder)) for name, value in special.items()}
         rows.append({"command": command, "arguments": arguments, "environment": filled})
     (folder / "rows.json").write_text(json.dumps(rows))
-    driver = [sys.executable, "-m", "tests.mistakes_driver", "rows.json", "results.json"]
+    driver = [sys.executable, "-m", "tests.support.mistakes_driver", "rows.json", "results.json"]
     done = subprocess.run(
         driver, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600, check=False
     )

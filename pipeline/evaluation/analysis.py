@@ -10,9 +10,9 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.coco import IOU_THRESHOLDS, RECALLS, CocoResult, prepared_hotcoco, xywh
+from pipeline.evaluation.coco_metrics import IOU_THRESHOLDS, RECALLS, CocoResult, prepared_hotcoco, xywh
 from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.truth import GroundTruth
+from pipeline.evaluation.ground_truth import GroundTruth
 
 CONFUSION_SCORE = 0.25  # a detection below it would hardly be shown to anyone
 CONFUSION_IOU = 0.5

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dfine_core.postprocess import Detections
-from pipeline.data.manifest import Category
+from dfine_core.model.postprocess import Detections
+from pipeline.data.shards.manifest import Category
 
 ROW = np.dtype([("image_id", "<i8"), ("label", "<i4"), ("score", "<f4"), ("box", "<f4", (4,))])  # between workers
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from pipeline.evaluation.analysis import Confusion, Curves, Errors
-from pipeline.evaluation.coco import ClassResult
-from pipeline.evaluation.layers import by_layer
+from pipeline.evaluation.coco_metrics import ClassResult
+from pipeline.evaluation.decoder_layers import by_layer
 
 DPI = 110
 NAMED_CURVES = 10  # classes up to which every curve has its colour and name

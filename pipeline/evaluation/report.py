@@ -10,11 +10,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.evaluation import figures
 from pipeline.evaluation.analysis import Confusion, Curves, Errors
-from pipeline.evaluation.coco import EQUAL, ClassResult, Evaluator
-from pipeline.evaluation.layers import by_layer
+from pipeline.evaluation.coco_metrics import EQUAL, ClassResult, Evaluator
+from pipeline.evaluation.decoder_layers import by_layer
 
 WORST_SHOWN = 5  # classes in the console table
 

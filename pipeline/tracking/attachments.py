@@ -12,7 +12,7 @@ from mlflow.entities import Metric, RunTag
 from pipeline.errors import UserError
 from pipeline.tracking.asking import asking
 from pipeline.tracking.names import MAX_TAG, mlflow_key, mlflow_value
-from pipeline.tracking.queue_folder import milliseconds
+from pipeline.tracking.outbox import milliseconds
 
 RUN, MODEL = "runs:/", "models:/"
 LOGGED_MODEL = "m-"  # how MLflow's ids of logged models begin

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.ray_job import relative_problems
 from pipeline.redaction import redact

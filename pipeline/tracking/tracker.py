@@ -29,11 +29,11 @@ from PIL import Image
 
 from dfine_core.images import open_image
 from pipeline.redaction import redact
-from pipeline.tracking.courier import Courier
 from pipeline.tracking.event_log import Event
 from pipeline.tracking.names import Scalar
-from pipeline.tracking.queue_folder import QueueFolder, milliseconds
+from pipeline.tracking.outbox import QueueFolder, milliseconds
 from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.uploader import Courier
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

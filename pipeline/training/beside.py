@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load as tensors_from_bytes
 
 from dfine_core import Detector, ModelConfig
-from dfine_core.weights import load_weights
-from pipeline.data.manifest import load_shards
-from pipeline.data.stream import Broadcast
+from dfine_core.checkpoints.weights import load_weights
+from pipeline.data.shards.manifest import load_shards
+from pipeline.data.stream.stream import Broadcast
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.figures import png
-from pipeline.evaluation.pictures import sample_pictures
 from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.run import evaluate
+from pipeline.evaluation.sample_images import sample_pictures
 
 
 @dataclass(frozen=True)

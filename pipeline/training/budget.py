@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Criterion, Detector, ModelConfig, Targets
-from dfine_core.denoising import draw_for
+from dfine_core.model.denoising import draw_for
 
 BACKWARD = 2  # times the arithmetic of the forward pass: by the weights, and by the inputs
 STATE_VALUES = 5  # for each parameter: itself, its gradient, two moments, its average

@@ -28,10 +28,10 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from pipeline.data import storage
-from pipeline.data.manifest import Category
+from pipeline import storage
+from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
-from pipeline.training.stages import Standing
+from pipeline.training.stage_two import Standing
 from pipeline.training.step import Learner
 
 FORMAT_VERSION = 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.data.stream import Broadcast
+from pipeline.data.stream.stream import Broadcast
 from pipeline.training.beside import Submit
 
 

@@ -13,19 +13,19 @@ from typing import Any
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
-from pipeline.data import storage
-from pipeline.data.manifest import load_shards
-from pipeline.data.reader import refuse_changed_files
+from pipeline.data.shards.manifest import load_shards
+from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.errors import UserError
+from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import submitted_job
-from pipeline.ray_start import start_ray
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import run_folder
-from pipeline.training.initial import pinned, refuse_unreadable_weights
-from pipeline.training.job import Job
-from pipeline.training.monitor import Watch, start_mailbox
+from pipeline.training import run_dir
+from pipeline.training.context import Job
+from pipeline.training.heartbeat import Watch, start_mailbox
+from pipeline.training.init_weights import pinned, refuse_unreadable_weights
 from pipeline.training.preflight import Request, cpu_threads, problems_on_nodes, request_for
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.worker import train_worker
@@ -101,8 +101,8 @@ def launch(
     request = request_for(
         cluster, decodes=experiment.data.decode_in == "task", evaluates_beside=experiment.evaluation.beside
     )
-    with run_folder.claimed(run):
-        began = run_folder.begin_or_continue(
+    with run_dir.claimed(run):
+        began = run_dir.begin_or_continue(
             run, experiment, shards, val, tracking_key=uuid.uuid4().hex, allow_changes=allow_changes
         )
         schedules = [
@@ -124,7 +124,7 @@ def launch(
             experiment=_with_absolute_data(experiment),
             run=run,
             tracking=tracking,
-            tracking_folder=run_folder.queue_folder(run, began.tracking_key),
+            tracking_folder=run_dir.queue_folder(run, began.tracking_key),
             micro_batch=schedules[-1].micro_batch,
             resume=storage.absolute(resume) if resume else None,
             threads=cluster.threads_per_worker or cpu_threads(request),

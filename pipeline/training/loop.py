@@ -19,26 +19,25 @@ from torch import Tensor
 
 from dfine_core import Detector
 from dfine_core.inference import LoadedDetector
-from pipeline import provenance
+from pipeline import provenance, storage
 from pipeline.config_files import dump
-from pipeline.data import storage
-from pipeline.data.augment import multiscale_size
-from pipeline.data.batch import Batch
-from pipeline.data.manifest import load_shards
-from pipeline.data.stream import StreamSettings, training_stream
+from pipeline.data.augment.augment import multiscale_size
+from pipeline.data.shards.manifest import load_shards
+from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.stream import StreamSettings, training_stream
 from pipeline.errors import UserError
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import checkpoint, record
-from pipeline.training.evaluations import Evaluations
+from pipeline.training import checkpoint, run_log
+from pipeline.training.context import Job
+from pipeline.training.evaluator import Evaluations
 from pipeline.training.group import Group
-from pipeline.training.initial import load_initial
-from pipeline.training.job import Job
-from pipeline.training.learner import make_learner
-from pipeline.training.monitor import Console
+from pipeline.training.heartbeat import Console
+from pipeline.training.init_weights import load_initial
 from pipeline.training.schedule import derive
-from pipeline.training.stages import Standing, after_evaluation, goes_back
+from pipeline.training.stage_two import Standing, after_evaluation, goes_back
+from pipeline.training.state import make_learner
 from pipeline.training.step import HostFlag, StepResult, to_micro_batch, train_step
 
 LATENCY_SECONDS = 3.0  # spent on finding it
@@ -138,7 +137,7 @@ class Run:
         """The evaluation of the best weights, on rank 0 and if there is anything to evaluate on."""
         self._begin()
         if self.tracker is not None:
-            record.begin(
+            run_log.begin(
                 self.tracker,
                 self.job.run,
                 self.experiment,
@@ -291,7 +290,7 @@ class Run:
             f" {float(made.result.grad_norm):g}, images {self._last_images}"
         )
         if self.skipped <= self.experiment.not_finite.saved:
-            uri = record.save_not_finite(self.job.run, made.step, self.group.rank, made.batches, self.learner.detector)
+            uri = run_log.save_not_finite(self.job.run, made.step, self.group.rank, made.batches, self.learner.detector)
             self._say(f"its batch and the weights are kept: `python -m jobs.replay {uri}` looks into them")
 
     def _settle(self) -> bool:
@@ -343,7 +342,7 @@ class Run:
         values["train/lr_backbone"] = groups.get("backbone", 0.0)
         values["train/epoch"] = self.step / self.schedule.steps_per_epoch
         values["train/skipped_steps"] = self.skipped
-        values |= record.memory(self.group.device)
+        values |= run_log.memory(self.group.device)
         if self.group.rank == 0:
             note = (
                 f"loss {values['train/loss']:.2f}, {values['speed/images_per_s']:.1f} images/s,"
@@ -418,7 +417,7 @@ class Run:
             micro_batch=self.schedule.micro_batch,
             workers=self.group.world_size,
             skipped_steps=self.skipped,
-            model=record.plain(self.learner.detector.config),
+            model=run_log.plain(self.learner.detector.config),
             categories=self.shards.manifest.categories,
             data={use: shards.manifest.digest for use, shards in uses.items()},
             tracking_key=self.tracker.run_key if self.tracker else None,
@@ -435,7 +434,7 @@ class Run:
             checkpoint.restore(self.learner, storage.join(self.job.checkpoints, checkpoint.folder_name(best)))
         report = self._evaluate(final=True)
         if self.group.rank == 0:
-            record.finish(
+            run_log.finish(
                 self.job.run,
                 self.tracker,
                 cast(Detector, self.learner.average.module),

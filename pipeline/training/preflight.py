@@ -8,9 +8,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
-from pipeline.data import storage
-from pipeline.data.manifest import ManifestError, load_shards
+from pipeline.data.shards.manifest import ManifestError, load_shards
 from pipeline.training.schedule import REFERENCE_BATCH
 
 DECODING_CPUS = 1.0  # the least that is left for data tasks

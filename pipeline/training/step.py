@@ -4,7 +4,7 @@ The unit is the global batch. Its micro-batches may lie on as many workers or be
 result is the same up to rounding. Losses are divided by counts over the whole global batch. Batch statistics are those of a
 micro-batch; the running statistics of a step are the mean of what each micro-batch alone would have made them.
 
-A step never waits for the device, except where matching must (`dfine_core.matching`). Whether it was finite is a flag on
+A step never waits for the device, except where matching must (`dfine_core.loss.matching`). Whether it was finite is a flag on
 the device on which the optimiser, the average and the running statistics depend; the host reads it a step later.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfine_core import Criterion, Detector, Targets
-from dfine_core.criterion import Normalizers, count
-from dfine_core.denoising import draw_for
 from dfine_core.ema import ExponentialMovingAverage
-from dfine_core.matching import Matches
+from dfine_core.loss.criterion import Normalizers, count
+from dfine_core.loss.matching import Matches
+from dfine_core.model.denoising import draw_for
 from dfine_core.structures import DenoisingQueries
-from pipeline.data.batch import Batch
-from pipeline.data.photometric import photometric_distort, resize_images
+from pipeline.data.augment.photometric import photometric_distort, resize_images
+from pipeline.data.stream.batch import Batch
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

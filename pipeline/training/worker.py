@@ -10,8 +10,8 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.execution import collective_impl as collectives
 from ray.train.v2._internal.execution import context as reporting
 
-from pipeline.training.job import Job
-from pipeline.training.monitor import WorkerConsole, stopped_before
+from pipeline.training.context import Job
+from pipeline.training.heartbeat import WorkerConsole, stopped_before
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipeline import storage
 from pipeline.config import Cluster
-from pipeline.data import storage
 from pipeline.tuning.records import Reading
 from pipeline.tuning.sweep import Sweep, Trial
 

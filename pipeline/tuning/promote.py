@@ -1,19 +1,19 @@
 """From a sweep to what is used of it: the best confirmed point as an experiment's file, its model as a registered version."""
 
+from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.config_files import as_yaml, check
-from pipeline.data import storage
 from pipeline.tracking.registry import register
 from pipeline.tracking.settings import TrackingSettings
-from pipeline.training import run_folder
-from pipeline.tuning.factors import point_text
-from pipeline.tuning.ledger import RECORDS
+from pipeline.training import run_dir
+from pipeline.tuning.analysis.factors import point_text
+from pipeline.tuning.analysis.sweep_report import make_report
+from pipeline.tuning.analysis.verdict import PointVerdict
+from pipeline.tuning.driver import as_trials_see_it
 from pipeline.tuning.records import TrialRecord, read_records
-from pipeline.tuning.report import make_report
-from pipeline.tuning.run import as_trials_see_it
 from pipeline.tuning.space import as_text
 from pipeline.tuning.sweep import Sweep, experiment_of, tracking_of
-from pipeline.tuning.verdict import PointVerdict
+from pipeline.tuning.trial_store import RECORDS
 
 FILE = "promoted.yaml"
 
@@ -29,7 +29,7 @@ def promote(folder: str, register_as: str | None = None) -> str:
         ConfigError: nothing was confirmed.
     """
     folder = storage.absolute(folder.rstrip("/"))
-    path = storage.join(folder, run_folder.BEGAN)
+    path = storage.join(folder, run_dir.BEGAN)
     if not storage.exists(path) or not storage.exists(storage.join(folder, RECORDS)):
         raise ConfigError(f"{folder}: not the folder of a sweep with results")
     sweep = check(Sweep, storage.read_json(path, "sweep")["sweep"], source=path)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.tuning.space import Point
 from pipeline.tuning.sweep import LATENCY, Phase
 

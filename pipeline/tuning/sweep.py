@@ -25,7 +25,7 @@ from pydantic import (
 
 from pipeline.config import Config, Experiment, FolderName, Location, Tracking
 from pipeline.config_files import check, dump, with_values
-from pipeline.evaluation.coco import NUMBERS
+from pipeline.evaluation.coco_metrics import NUMBERS
 from pipeline.training.schedule import REFERENCE_BATCH
 from pipeline.tuning.space import Domain, Point, as_text
 

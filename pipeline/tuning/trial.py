@@ -15,7 +15,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import check, with_values
-from pipeline.data.manifest import load_shards
+from pipeline.data.shards.manifest import load_shards
 from pipeline.training.launch import launch
 from pipeline.training.schedule import derive
 from pipeline.tuning.curves import (

@@ -7,12 +7,12 @@ from typing import Any
 
 from ray.tune import Callback
 
-from pipeline.tuning.closing import Closing
+from pipeline.tuning.analysis.factors import point_text
+from pipeline.tuning.callbacks import Closing
 from pipeline.tuning.curves import ENDED
-from pipeline.tuning.factors import point_text
-from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.records import STATUSES, TrialRecord
 from pipeline.tuning.sweep import Trial
+from pipeline.tuning.trial_store import Ledger
 
 LINE_SECONDS = 30.0  # between two lines of a job's log
 

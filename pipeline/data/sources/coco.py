@@ -14,9 +14,9 @@ import ijson
 from pyarrow import NativeFile
 from pydantic import JsonValue
 
-from pipeline.data import storage
-from pipeline.data.manifest import Category
-from pipeline.data.records import Rejection
+from pipeline import storage
+from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.records import Rejection
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
 from pipeline.progress import Progress
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from pipeline.data.manifest import Category
-from pipeline.data.records import Rejection
+from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.records import Rejection
 from pipeline.errors import UserError
 
 CACHE_MIB = 32  # of SQLite, and one run of its sort on disk

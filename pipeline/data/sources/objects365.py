@@ -14,8 +14,8 @@ from itertools import islice
 
 from pydantic import JsonValue
 
-from pipeline.data import storage
-from pipeline.data.manifest import Category
+from pipeline import storage
+from pipeline.data.shards.manifest import Category
 from pipeline.data.sources.coco import file_sha256, read_boxes, read_categories, read_images
 from pipeline.data.sources.index import AnnotationIndex, ImageEntry, Source, SourceError
 

@@ -15,8 +15,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from pipeline.data.manifest import Category
-from pipeline.data.records import ImageRecord
+from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.records import ImageRecord
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
 
 SCHEME = "synthetic:"

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 
 from pydantic import JsonValue
 
-from pipeline.data.manifest import Category
-from pipeline.data.records import Rejection
+from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.records import Rejection
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError, read_text
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from pydantic import JsonValue
 
-from pipeline.data.manifest import Category
-from pipeline.data.records import Rejection
+from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.records import Rejection
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError, read_text
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})

@@ -1,0 +1,85 @@
+"""Released `.pth` files, which hold weights and nothing else: the configuration is read off their shapes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dfine_core.checkpoints.class_transfer import coco_categories, objects365_names
+from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint
+from dfine_core.config import VARIANTS, ModelConfig
+from dfine_core.model.detector import DERIVED_KEYS
+
+
+@dataclass(frozen=True, eq=False)
+class Released:
+    """Content of a released file."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    categories: list[tuple[int, str]]  # COCO id and name of each class, by label
+
+
+def read_released(path: str) -> Released:
+    """Read variant, classes and bins off the shapes; the names are COCO's or Objects365's if there are as many classes.
+
+    The number of queries is in no shape: it is the published one, or all positions of a smaller input.
+
+    Raises:
+        ValueError: it cannot be opened, or does not hold a published variant.
+    """
+    try:
+        weights = read_checkpoint(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; a .pth file must lie on this disk") from None
+    config = _config_of(weights, path)
+    return Released(config, weights, _categories_by_count(config.num_classes))
+
+
+def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
+    """The published variant with as many decoder layers and as wide an encoder; what else differs fails at loading."""
+    try:
+        outputs = len(weights["decoder.dec_bbox_head.0.layers.2.bias"])
+        width = len(weights["encoder.input_proj.0.conv.weight"])
+        settings: dict[str, Any] = {
+            "num_classes": len(weights["decoder.denoising_class_embed.weight"]) - 1,
+            "up": round(float(weights["decoder.up"]), 6),
+            "reg_scale": round(float(weights["decoder.reg_scale"]), 6),
+        }
+    except KeyError as error:
+        raise ValueError(f"{path}: not the weights of a detector, {error} is missing") from None
+    settings |= {"regression": "direct"} if outputs == DIRECT_OUTPUTS else {"reg_max": outputs // 4 - 1}
+    layers = sum(key.startswith("decoder.dec_bbox_head.") and key.endswith(".layers.2.bias") for key in weights)
+    for variant in VARIANTS:
+        config = ModelConfig.variant(variant, **settings)
+        if (config.num_layers, config.encoder_dim) == (layers, width):
+            return _for_anchors(config, weights)
+    raise ValueError(
+        f"{path}: {layers} decoder layers and an encoder of width {width} are of none of the published variants"
+        f" {', '.join(VARIANTS)}; build the detector's ModelConfig yourself and use weights.load_weights, or load a folder"
+        " with its detector.json"
+    )
+
+
+def _for_anchors(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfig:
+    """Set the input size that stored anchors were made for; neighbours in a row of the finest map are 1 / width apart."""
+    if DERIVED_KEYS[0] not in weights:
+        return config
+    boxes = weights[DERIVED_KEYS[0]][0].float().sigmoid()  # [T, 4]; 1 where an anchor is not usable
+    finest = boxes[boxes[:, 2] < 0.075]
+    apart = finest[1:, 0] - finest[:-1, 0]
+    if len(apart) == 0:
+        return config
+    columns = round(1 / float(apart[apart > 0].median()))
+    width = columns * config.strides[0]
+    height = round(len(boxes) / sum(width / stride**2 for stride in config.strides))
+    return config.with_(input_size=(height, width), num_queries=min(config.num_queries, len(boxes)))
+
+
+def _categories_by_count(count: int) -> list[tuple[int, str]]:
+    objects365 = list(enumerate(objects365_names()))
+    for known in (coco_categories(), objects365, objects365[1:]):
+        if len(known) == count:
+            return [(number, name or f"class_{number}") for number, name in known]
+    return [(label, f"class_{label}") for label in range(count)]

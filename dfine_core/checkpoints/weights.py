@@ -1,0 +1,187 @@
+"""Checkpoints in and out: released files, training checkpoints and backbone files in; the released layout out.
+
+    state_dict = read_checkpoint("dfine_s_coco.pth")
+    load_weights(detector, state_dict)                                        # or raises, saying what to do
+    load_weights(detector.backbone, read_checkpoint("PPHGNetV2_B0_stage1.pth"))
+
+Weights of other classes pass through `class_transfer`, those of other bins through `rebinning`, before they are loaded.
+Nothing here runs code from a file.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfine_core.config import ModelConfig
+from dfine_core.model.decoder import anchors
+from dfine_core.model.detector import DERIVED_KEYS
+
+# Set by the configuration rather than learnt: equal shapes do not make them fit.
+CONSTANT_LEAVES = ("up", "reg_scale", "num_points_scale")
+DIRECT_OUTPUTS = 4  # of a box head without distributions
+SHOWN = 5  # keys of each kind that an error lists
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a file, on the CPU.
+
+    Takes averaged weights before raw ones: `ema.module`, then `model`, then the file itself if it is a bare state dict.
+    A leading `module.` of distributed training is dropped.
+
+    Raises:
+        ValueError: if the file is damaged, holds anything but plain data, or holds no weights.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} is not a file of plain tensors: it needs {needed[1] if needed else 'code'}, and code out of a"
+            " checkpoint is never run here. If you trust it, load it yourself and torch.save its state dict."
+        ) from None  # torch's own message advises to run it
+    except Exception as error:  # on arbitrary bytes the reader fails in arbitrary ways
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint; it may be cut short or another kind of file"
+        ) from error
+    weights = _weights_of(content)
+    if weights is None:
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{path} holds no weights: expected ema.module, model or a bare state dict, found {found or 'nothing'}"
+        )
+    return {key.removeprefix("module."): tensor for key, tensor in weights.items()}
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load into a detector, or into one of its parts, with every key accounted for.
+
+    Anchors and their mask are ignored, whatever their size; so are batch counters where the model's norm is frozen.
+
+    Raises:
+        ValueError: naming the first keys that are missing, unknown, of another shape or value, not finite; and a way out.
+    """
+    expected = module.state_dict()
+    given = {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if key not in DERIVED_KEYS and not _counts_frozen(key, expected)
+    }
+    missing = [key for key in expected if key not in given]
+    unknown = [key for key in given if key not in expected]
+    shared = [key for key in expected if key in given]
+    reshaped = [key for key in shared if given[key].shape != expected[key].shape]
+    constants = [key for key in shared if key.rsplit(".", 1)[-1] in CONSTANT_LEAVES and key not in reshaped]
+    changed = [key for key in constants if not torch.equal(given[key].to(expected[key]), expected[key])]
+    broken = [key for key in shared if not given[key].isfinite().all()]
+    problems = [
+        _listing("missing from the checkpoint", missing),
+        _listing("not in the model", unknown),
+        _listing(
+            "of another shape", [f"{k}: {_shape(given[k])}, the model has {_shape(expected[k])}" for k in reshaped]
+        ),
+        _listing(
+            "of another value", [f"{k}: {given[k].tolist()}, the model has {expected[k].tolist()}" for k in changed]
+        ),
+        _listing("not finite", broken),
+    ]
+    if any(problems):
+        lines = ["the checkpoint does not fit the model", *filter(None, problems), *_ways_out(given, expected, changed)]
+        raise ValueError("\n  ".join(lines))
+    module.load_state_dict(given)
+
+
+def save_released(state_dict: Mapping[str, Tensor], config: ModelConfig, path: str | os.PathLike[str]) -> None:
+    """Write a detector's weights as a released file: {"model": state dict}, float32, with the anchors of `input_size`.
+
+    The file appears whole or not at all.
+    """
+    if "decoder.up" not in state_dict or any("conv_bn_fused" in key for key in state_dict):
+        raise ValueError(
+            f"{path}: the released layout holds a whole detector before deploy(); save its state dict from then"
+        )
+    anchor_logits, valid = anchors(config.level_shapes(*config.input_size), torch.device("cpu"))
+    # Cloned, because the file would otherwise hold the whole storage behind every view.
+    model = {key: tensor.detach().cpu().clone() for key, tensor in state_dict.items()}
+    model = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in model.items()}
+    model.update(zip(DERIVED_KEYS, (anchor_logits, valid), strict=True))
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save({"model": model}, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _weights_of(content: Any) -> dict[str, Tensor] | None:
+    if not isinstance(content, dict):
+        return None
+    averaged = content.get("ema")
+    candidates = [averaged.get("module") if isinstance(averaged, dict) else None, content.get("model"), content]
+    return next((candidate for candidate in candidates if _is_state_dict(candidate)), None)
+
+
+def _is_state_dict(value: Any) -> bool:
+    tensors = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    return tensors and len(value) > 0
+
+
+def _counts_frozen(key: str, expected: Mapping[str, Tensor]) -> bool:
+    """Is this the batch counter of a norm that the model keeps frozen, and so without one?"""
+    norm, _, leaf = key.rpartition(".")
+    return leaf == "num_batches_tracked" and key not in expected and f"{norm}.running_mean" in expected
+
+
+def _ways_out(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], changed: Sequence[str]) -> list[str]:
+    ways = []
+    classes, expected_classes = (
+        _rows(weights, "decoder.denoising_class_embed.weight") for weights in (given, expected)
+    )
+    if classes and expected_classes and classes != expected_classes:
+        ways.append(
+            f"It has {classes - 1} classes, the model {expected_classes - 1}: carry them over by name with"
+            " dfine_core.checkpoints.class_transfer."
+        )
+    outputs, expected_outputs = (
+        _rows(weights, "decoder.dec_bbox_head.0.layers.2.bias") for weights in (given, expected)
+    )
+    other_bins = outputs != expected_outputs or not {"decoder.up", "decoder.reg_scale"}.isdisjoint(changed)
+    if outputs != expected_outputs and DIRECT_OUTPUTS in (outputs, expected_outputs):
+        ways.append(
+            "One regresses boxes directly, the other by distributions: build the model with the other regression."
+        )
+    elif outputs and expected_outputs and other_bins:
+        same = outputs == expected_outputs
+        what = "reg_scale or up" if same else f"reg_max {outputs // 4 - 1}, the model {expected_outputs // 4 - 1}"
+        ways.append(
+            f"Its edge distributions have other bins ({what}): convert them with dfine_core.checkpoints.rebinning."
+        )
+    if any("conv_bn_fused" in key for key in given):
+        ways.append("It was saved after deploy(), which cannot be undone: take the weights from before.")
+    if any(f"backbone.{key}" in expected for key in given):
+        ways.append("It is a backbone file: load it into detector.backbone.")
+    return ways
+
+
+def _rows(state_dict: Mapping[str, Tensor], key: str) -> int:
+    return len(state_dict[key]) if key in state_dict else 0
+
+
+def _listing(what: str, entries: list[str]) -> str:
+    if not entries:
+        return ""
+    more = f", and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return f"{len(entries)} {what}: {'; '.join(entries[:SHOWN])}{more}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,311 @@
+"""The decoder: queries look at the encoder's maps and refine the distributions of their box edges, layer by layer.
+
+FDR as it happens here (see `distribution` for the arithmetic): the first layer predicts an *initial box* for every query and
+zero-centred edge distributions around it. Each layer adds its own logits to the sum of those before it; the sum, not the box,
+is what is refined. A layer's box is the initial box moved by the expectation of its distributions, and places the next
+layer's attention. Gradients reach the heads of all earlier layers through the sum, but neither through boxes
+nor through the initial box, so every layer answers for its own step.
+
+Attribute names follow the released state dict.
+
+Source: D-FINE, arXiv:2410.13842.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfine_core.boxes import inverse_sigmoid
+from dfine_core.config import ModelConfig
+from dfine_core.model import distribution
+from dfine_core.model.attention import DeformableAttention, split_levels
+from dfine_core.model.layers import MLP, ConvNorm, SelfAttention, bias_for_prior
+from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions
+
+LQE_TOP = 4  # probabilities per edge that the quality estimator looks at
+FFN_LIMIT = 65504.0  # the largest half-precision number
+
+
+class Gate(nn.Module):
+    """Weighs the query against what it attended to, channel by channel."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Linear(2 * dim, 2 * dim)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)  # both halves start at a weight of one half
+
+    def forward(self, query: Tensor, attended: Tensor) -> Tensor:
+        keep, take = self.gate(torch.cat([query, attended], dim=-1)).sigmoid().chunk(2, dim=-1)
+        return self.norm(keep * query + take * attended)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim, heads = config.decoder_dim, config.decoder_heads
+        self.self_attn = SelfAttention(dim, heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn = DeformableAttention(dim, heads, config.num_points, config.sampling)
+        self.gateway = Gate(dim)
+        self.linear1 = nn.Linear(dim, config.decoder_ffn_dim)
+        self.linear2 = nn.Linear(config.decoder_ffn_dim, dim)
+        self.norm3 = nn.LayerNorm(dim)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(
+        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor], allowed: Tensor | None
+    ) -> Tensor:
+        """x, position: [B, Q, D]; reference_boxes: [B, Q, 4]; levels: see `split_levels`; allowed: [Q, Q] bool."""
+        x = self.norm1(x + self.self_attn(x, position, allowed))
+        x = self.gateway(x, self.cross_attn(x + position, reference_boxes, levels))
+        y = x + self.linear2(F.relu(self.linear1(x)))
+        return self.norm3(y.clamp(-FFN_LIMIT, FFN_LIMIT))
+
+
+class QualityEstimator(nn.Module):
+    """Location quality (LQE): how peaked the edge distributions are says how far to trust the class scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reg_conf = MLP([4 * (LQE_TOP + 1), 64, 1])
+        self.reg_conf.zero_last()
+
+    def forward(self, edge_logits: Tensor) -> Tensor:
+        """Edge logits [..., 4, N] to a correction of all class logits, [..., 1]."""
+        top = edge_logits.softmax(-1).topk(LQE_TOP, dim=-1).values
+        statistics = torch.cat([top, top.mean(-1, keepdim=True)], dim=-1)
+        return self.reg_conf(statistics.flatten(-2))
+
+
+class DecoderStack(nn.Module):
+    """The layers and the quality estimators."""
+
+    def __init__(self, config: ModelConfig, up: nn.Parameter, reg_scale: nn.Parameter):
+        super().__init__()
+        self.up, self.reg_scale = up, reg_scale
+        layer = DecoderLayer(config)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(config.num_layers))
+        if config.regression == "fdr":
+            self.lqe_layers = nn.ModuleList(QualityEstimator() for _ in range(config.num_layers))
+
+
+class EncoderOutput(nn.Module):
+    """Projection of the encoder's tokens before they are scored."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.xavier_uniform_(self.proj.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.proj(tokens))
+
+
+class Decoder(nn.Module):
+    bins: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dim, classes, layers = config.decoder_dim, config.num_classes, config.num_layers
+        # Constants, kept as parameters because the released state dict has them (twice).
+        self.up = nn.Parameter(torch.tensor([config.up]), requires_grad=False)
+        self.reg_scale = nn.Parameter(torch.tensor([config.reg_scale]), requires_grad=False)
+        bins = distribution.weighting_function(config.reg_max, config.up, config.reg_scale)
+        self.register_buffer("bins", bins, persistent=False)
+
+        projections = [
+            nn.Identity() if config.encoder_dim == dim else _projection(config.encoder_dim, dim)
+            for _ in range(config.num_levels)
+        ]
+        self.input_proj = nn.ModuleList(projections)
+        self.decoder = DecoderStack(config, self.up, self.reg_scale)
+
+        self.denoising_class_embed = nn.Embedding(classes + 1, dim, padding_idx=classes)
+        if config.learn_query_content:
+            self.tgt_embed = nn.Embedding(config.num_queries, dim)
+            nn.init.xavier_uniform_(self.tgt_embed.weight)
+        self.query_pos_head = MLP([4, 2 * dim, dim])
+        for linear in self.query_pos_head.layers:
+            nn.init.xavier_uniform_(cast(nn.Linear, linear).weight)
+
+        self.enc_output = EncoderOutput(dim)
+        self.enc_score_head = _score_head(dim, 1 if config.query_selection == "agnostic" else classes)
+        self.enc_bbox_head = _box_head(dim, 4)
+        self.dec_score_head = nn.ModuleList(_score_head(dim, classes) for _ in range(layers))
+        self.pre_bbox_head = _box_head(dim, 4)
+        outputs = 4 * config.num_bins if config.regression == "fdr" else 4
+        self.dec_bbox_head = nn.ModuleList(_box_head(dim, outputs) for _ in range(layers))
+
+    def forward(
+        self, maps: list[Tensor], denoising: DenoisingQueries | None = None, every_layer: bool = False
+    ) -> DetectorOutput:
+        """Encoder maps, fine to coarse, to detections.
+
+        `denoising` queries are put before the others. With `every_layer`, and always in training, the output also has
+        what each layer predicted.
+        """
+        every_layer = every_layer or self.training
+        maps = [project(x) for project, x in zip(self.input_proj, maps, strict=True)]
+        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
+        memory = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # [B, T, D]
+
+        content, reference_logits, encoder_logits = self._select_queries(memory, shapes)
+        encoder_boxes = reference_logits.sigmoid()
+        content, reference_logits = content.detach(), reference_logits.detach()
+        if self.config.learn_query_content:
+            content = self.tgt_embed.weight.unsqueeze(0).expand(memory.shape[0], -1, -1)
+
+        allowed = None
+        if denoising is not None:
+            noised = self.denoising_class_embed(denoising.labels).to(content.dtype)
+            content = torch.cat([noised, content], dim=1)
+            reference_logits = torch.cat([denoising.reference_logits, reference_logits], dim=1)
+            allowed = ~denoising.attention_mask if denoising.labels.shape[1] else None
+        elif self.training:
+            # Every parameter takes part in every step, or DistributedDataParallel would wait for its gradient.
+            content = content + 0 * self.denoising_class_embed.weight.sum()
+
+        levels = split_levels(memory, shapes, self.config.decoder_heads)
+        predictions = self._refine(content, reference_logits, levels, allowed, every_layer)
+        if not every_layer:
+            return DetectorOutput(logits=predictions.logits[-1], boxes=predictions.boxes[-1])
+        noised_part, matching = predictions.split(0 if denoising is None else denoising.labels.shape[1])
+        return DetectorOutput(
+            logits=matching.logits[-1],
+            boxes=matching.boxes[-1],
+            matching=matching,
+            denoising=None if denoising is None else noised_part,
+            denoising_queries=denoising,
+            encoder_logits=encoder_logits,
+            encoder_boxes=encoder_boxes,
+        )
+
+    def _select_queries(self, memory: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The best tokens as queries: content [B, Q, D], reference logits [B, Q, 4], class logits [B, Q, C or 1]."""
+        anchor_logits, valid = anchors(shapes, memory.device)
+        encoded = self.enc_output(memory * valid.to(memory.dtype))
+        logits = self.enc_score_head(encoded)
+        queries = self.config.num_queries
+        if self.config.query_selection == "one2many":
+            token = logits.flatten(1).topk(queries, dim=1).indices // logits.shape[-1]
+        else:  # agnostic scores have one class
+            token = logits.amax(-1).topk(queries, dim=1).indices
+        token = token.unsqueeze(-1)
+        content = encoded.gather(1, token.expand(-1, -1, encoded.shape[-1]))
+        # Not len(memory): a whole number, which would tie an exported graph to its batch.
+        chosen = anchor_logits.expand(memory.shape[0], -1, -1).gather(1, token.expand(-1, -1, 4))
+        return (
+            content,
+            self.enc_bbox_head(content).float() + chosen,
+            logits.gather(1, token.expand(-1, -1, logits.shape[-1])),
+        )
+
+    def _refine(
+        self,
+        x: Tensor,
+        reference_logits: Tensor,
+        levels: list[Tensor],
+        allowed: Tensor | None,
+        every_layer: bool,
+    ) -> QueryPredictions:
+        """Run the layers; without `every_layer` only the last one is scored and kept."""
+        config = self.config
+        previous = torch.zeros_like(x)  # content of the layer before, detached
+        edge_logits: Tensor | None = None
+        reference = reference_logits.sigmoid()
+        class_logits, scores, boxes, edges = [], [], [], []
+
+        for index, layer in enumerate(self.decoder.layers):
+            kept = every_layer or index == config.num_layers - 1
+            position = self.query_pos_head(reference.to(x.dtype)).clamp(-10, 10)
+            x = layer(x, position, reference.to(x.dtype), levels, allowed)
+            if index == 0:
+                initial_boxes = (self.pre_bbox_head(x).float() + inverse_sigmoid(reference)).sigmoid()
+                reference = initial_boxes.detach()
+            step = self.dec_bbox_head[index](x + previous)
+            if config.regression == "fdr":
+                step = step.unflatten(-1, (4, config.num_bins))
+                step = step.float() if config.numerics == "float32" else step
+                edge_logits = step if edge_logits is None else step + edge_logits
+                moved = self._decode(edge_logits, initial_boxes.detach())
+            else:
+                moved = (step.float() + inverse_sigmoid(reference)).sigmoid()
+            if kept:
+                class_logits.append(self.dec_score_head[index](x))
+                boxes.append(moved)
+                if edge_logits is None:
+                    scores.append(class_logits[-1])
+                else:
+                    scores.append(class_logits[-1] + self.decoder.lqe_layers[index](edge_logits))
+                    edges.append(edge_logits)
+            reference, previous = moved.detach(), x.detach()
+
+        return QueryPredictions(
+            logits=torch.stack(scores),
+            boxes=torch.stack(boxes),
+            edge_logits=torch.stack(edges) if edges else None,
+            initial_logits=class_logits[0],
+            initial_boxes=initial_boxes,
+        )
+
+    def _decode(self, edge_logits: Tensor, initial_boxes: Tensor) -> Tensor:
+        """Edge distributions [B, Q, 4, N] to boxes [B, Q, 4]; outside autocast unless `numerics` is "released"."""
+        full_precision = torch.autocast(edge_logits.device.type, enabled=False)
+        with full_precision if self.config.numerics == "float32" else nullcontext():
+            offsets = distribution.integral(edge_logits, self.bins)
+        return distribution.decode_boxes(initial_boxes, offsets.float(), self.config.reg_scale)
+
+    def deploy(self) -> None:
+        """Drop what evaluation never asks: scores and quality of all layers but the last."""
+        last = self.config.num_layers - 1
+        for index in range(last):
+            self.dec_score_head[index] = nn.Identity()
+            if self.config.regression == "fdr":
+                self.decoder.lqe_layers[index] = nn.Identity()
+
+
+def anchors(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """One anchor per feature position: logits of cxcywh [1, T, 4] and which are usable [1, T, 1].
+
+    Anchors that touch the border are not; their logits are infinite and their tokens are blanked.
+    """
+    per_level = []
+    for level, (height, width) in enumerate(shapes):
+        y, x = torch.meshgrid(
+            (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height,
+            (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width,
+            indexing="ij",
+        )
+        size = torch.full_like(x, 0.05 * 2.0**level)
+        per_level.append(torch.stack([x, y, size, size], dim=-1).reshape(1, -1, 4))
+    boxes = torch.cat(per_level, dim=1)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
+    return torch.where(valid, torch.log(boxes / (1 - boxes)), torch.inf), valid
+
+
+def _projection(in_channels: int, out_channels: int) -> ConvNorm:
+    projection = ConvNorm(in_channels, out_channels, 1)
+    nn.init.xavier_uniform_(projection.conv.weight)
+    return projection
+
+
+def _score_head(dim: int, classes: int) -> nn.Linear:
+    head = nn.Linear(dim, classes)
+    nn.init.constant_(head.bias, bias_for_prior())
+    return head
+
+
+def _box_head(dim: int, outputs: int) -> MLP:
+    head = MLP([dim, dim, dim, outputs])
+    head.zero_last()
+    return head

@@ -1,0 +1,227 @@
+"""What the doctor found, for a terminal and as a page with plots and pictures. As JSON it is `Report` itself."""
+
+import base64
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jinja2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from pipeline.data.doctor.examine import Report, SplitReport
+from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding, plural
+from pipeline.data.doctor.row_checks import SIDE_EDGES, TINY_SIDE
+from pipeline.data.doctor.thumbnails import Picture, chosen_rows, picture
+from pipeline.data.shards.manifest import ShardSet
+
+SHEET_PICTURES = 24
+FINDING_PICTURES = 4  # beside each finding
+MOST_CLASS_NAMES = 100  # that fit below a plot
+COLOURS = ("#2f6fb5", "#e07b28", "#3b9b5a", "#b04a8f", "#7a6a58")  # of the splits
+
+
+def verdict(report: Report) -> str:
+    counts = ", ".join(plural(report.count(severity), severity) for severity in SEVERITIES)
+    return counts if report.decoded else f"{counts}; images were not decoded"
+
+
+def as_text(report: Report) -> str:
+    blocks = [*map(_split_text, report.splits), *map(_finding_text, report.findings), verdict(report)]
+    return "\n\n".join(blocks)
+
+
+def _split_text(split: SplitReport) -> str:
+    return "\n    ".join([f"{split.title}: {split.uri}, digest {split.digest}", *split_facts(split)])
+
+
+def split_facts(split: SplitReport) -> list[str]:
+    """A few sentences on what is in a split, one a line."""
+    facts = [
+        f"{plural(split.images, 'image')}, {plural(split.boxes, 'box')} of {len(split.categories)} classes in"
+        f" {plural(split.shards, 'shard')} of {split.bytes / 1e6:,.1f} MB; {split.rejected} rejected"
+    ]
+    if (counted := split.statistics) is not None:
+        per_image, fullest = counted.boxes_per_image, counted.most_crowded
+        empty, crowds = plural(counted.images_without_boxes, "image"), plural(counted.crowd_boxes, "crowd region")
+        width, height = counted.width, counted.height
+        facts += [
+            f"{per_image.mean:.1f} boxes per image, at most {per_image.max} (image {fullest.image_id},"
+            f" {fullest.file_name}); {empty} without, {crowds}",
+            f"{split.tiny_share:.0%} of the boxes are tiny: below {TINY_SIDE} x {TINY_SIDE} px at 640 x 640",
+            f"images are {width.min} to {width.max} px wide and {height.min} to {height.max} px high",
+        ]
+    if split.images_counted < split.images:
+        facts.append(f"counted over the {split.images_counted} images whose rows can be read")
+    return facts
+
+
+def _finding_text(finding: Finding) -> str:
+    lines = [f"{finding.severity.upper():8}{finding.title}"]
+    lines += textwrap.wrap(finding.meaning, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    for example in example_texts(finding):
+        lines += textwrap.wrap(example, 108, initial_indent=" " * 10, subsequent_indent=" " * 12)
+    lines += textwrap.wrap(finding.advice, 110, initial_indent=" " * 6 + "> ", subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def example_texts(finding: Finding) -> list[str]:
+    """One line each, and how many more there are of those that have a place."""
+    texts = [": ".join(part for part in (example.place, example.detail) if part) for example in finding.examples]
+    more = finding.count - len(texts) if finding.examples[0].row is not None else 0
+    return [text for text in texts if text] + [f"and {more:,} more"] * (more > 0)
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    source: str  # a data URI
+    wide: bool = False
+
+
+def as_html(report: Report, shard_sets: Sequence[ShardSet], *, seed: int = 0) -> str:
+    """One self-contained page.
+
+    Args:
+        shard_sets: those that the report is about, in its order.
+        seed: of the choice of images on the sheet.
+    """
+    sheet = [picture(shard_sets[n], shard, row) for n, shard, row in chosen_rows(shard_sets, SHEET_PICTURES, seed)]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.data.doctor"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("doctor.html.j2").render(
+        report=report,
+        verdict=verdict(report),
+        splits=[
+            (split, split_facts(split), colour) for split, colour in zip(report.splits, _colours(report), strict=True)
+        ],
+        findings=[(finding, _pictures_of(finding, report, shard_sets)) for finding in report.findings],
+        plots=_plots(report),
+        classes=_class_table(report),
+        sheet=[drawn for drawn in sheet if drawn is not None],
+        seed=seed,
+        example_texts=example_texts,
+    )
+
+
+def _pictures_of(finding: Finding, report: Report, shard_sets: Sequence[ShardSet]) -> list[Picture]:
+    """The images of the examples, each once, with the boxes in question marked."""
+    if finding.code == "image-empty":
+        return []  # there is nothing to see
+    marks: dict[tuple[str, str | None, int], list[int | None]] = {}
+    for example in finding.examples:
+        if example.row is not None:
+            marks.setdefault((example.split, example.shard, example.row), []).append(example.box)
+    pictures = []
+    for (title, file, row), boxes in list(marks.items())[:FINDING_PICTURES]:
+        shards = next(s for split, s in zip(report.splits, shard_sets, strict=True) if split.title == title)
+        number = next(n for n, shard in enumerate(shards.manifest.shards) if shard.file == file)
+        pictures.append(picture(shards, number, row, boxes))
+    return [drawn for drawn in pictures if drawn is not None]
+
+
+def _class_table(report: Report) -> list[tuple[str, list[int | None]]]:
+    """Names and boxes in each split, the most frequent first; names of all splits, should they differ."""
+    names = dict.fromkeys(name for split in report.splits for name in split.categories)
+    counts = [
+        dict(zip(split.categories, split.statistics.class_counts, strict=True)) if split.statistics else {}
+        for split in report.splits
+    ]
+    table = [(name, [of_split.get(name) for of_split in counts]) for name in names]
+    return sorted(table, key=lambda row: [-(boxes or 0) for boxes in row[1]])
+
+
+def _colours(report: Report) -> list[str]:
+    return [COLOURS[n % len(COLOURS)] for n in range(len(report.splits))]
+
+
+def _plots(report: Report) -> list[Plot]:
+    if all(split.statistics is None for split in report.splits):
+        return []
+    return [
+        _plot("Boxes of each class", report, _draw_classes, wide=True),
+        _plot("Box size at 640 x 640", report, _draw_box_sizes),
+        _plot("Boxes per image", report, _draw_boxes_per_image),
+        _plot("Image size", report, _draw_image_sizes),
+    ]
+
+
+def _plot(title: str, report: Report, draw: Callable[[Axes, Report], None], *, wide: bool = False) -> Plot:
+    figure = Figure(figsize=(11, 3.6) if wide else (4.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes, report)
+    if len(report.splits) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=160)
+    return Plot(title, "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(), wide)
+
+
+def _draw_classes(axes: Axes, report: Report) -> None:
+    table = _class_table(report)
+    place = np.arange(len(table))
+    width = 0.85 / len(report.splits)
+    for n, (split, colour) in enumerate(zip(report.splits, _colours(report), strict=True)):
+        boxes = [counts[n] or 0 for _, counts in table]
+        axes.bar(place + (n - (len(report.splits) - 1) / 2) * width, boxes, width, color=colour, label=split.title)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)  # so that a bar of one box is seen
+    axes.set_ylabel("boxes")
+    axes.margins(x=0.01)
+    if len(table) <= MOST_CLASS_NAMES:
+        angle, size = (0, 9) if len(table) <= 12 else (90, 9 if len(table) < 50 else 6.5)
+        axes.set_xticks(place, [name for name, _ in table], rotation=angle, fontsize=size)
+    else:
+        axes.set_xlabel("classes, the most frequent first")
+
+
+def _draw_box_sizes(axes: Axes, report: Report) -> None:
+    for split, colour in zip(report.splits, _colours(report), strict=True):
+        share = np.array(split.scaled_sides) / max(1, sum(split.scaled_sides))
+        axes.stairs(share, SIDE_EDGES, color=colour, fill=len(report.splits) == 1, lw=1.5, label=split.title)
+    axes.axvline(TINY_SIDE, color="grey", lw=1, ls=":")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(2, SIDE_EDGES[-1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("square root of the area, px (tiny left of the line)")
+    axes.set_ylabel("share of boxes")
+
+
+def _draw_boxes_per_image(axes: Axes, report: Report) -> None:
+    largest = 0
+    for split, colour in zip(report.splits, _colours(report), strict=True):
+        if split.statistics is not None:
+            histogram = np.array(split.statistics.boxes_per_image.histogram)
+            edges = np.arange(len(histogram) + 1) - 0.5
+            largest = max(largest, len(histogram) - 1)
+            share = histogram / histogram.sum()
+            axes.stairs(share, edges, color=colour, fill=len(report.splits) == 1, lw=1.5, label=split.title)
+    if largest > QUERIES / 2:
+        axes.axvline(QUERIES, color="grey", lw=1, ls=":")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("boxes")
+    axes.set_ylabel("share of images")
+
+
+def _draw_image_sizes(axes: Axes, report: Report) -> None:
+    for split, colour in zip(report.splits, _colours(report), strict=True):
+        sizes = split.image_sizes
+        images = np.array([cell.images for cell in sizes])
+        area = 10 + 500 * images / max(1, images.sum())
+        across, down = [cell.width for cell in sizes], [cell.height for cell in sizes]
+        axes.scatter(across, down, s=area, color=colour, alpha=0.45, lw=0, label=split.title)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_aspect("equal", adjustable="box")
+    axes.set_xlabel("width, px")
+    axes.set_ylabel("height, px (larger dots: more images)")

@@ -1,0 +1,270 @@
+"""The plan, carried out by Ray Data: micro-batches in the plan's order, dealt out to the training workers.
+
+Two kinds of tasks. A read task takes a window of the plan, reads its row groups and yields one block of encoded images
+per micro-batch; a decode task turns one block into pixels. They must stay two operators: fused, one task would decode a
+whole window on one core. Every block is one row, so `streaming_split` deals micro-batches out in turn: worker r of n gets
+r, r + n, r + 2n and so on.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar, cast
+
+import pyarrow as pa
+import ray
+import torch
+from ray.data import DataContext, DataIterator, Dataset, TaskPoolStrategy
+from ray.data.collate_fn import ArrowBatchCollateFn
+
+from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.shards.manifest import ShardSet
+from pipeline.data.shards.reader import RowGroups, locate_row_groups
+from pipeline.data.stream.backpressure import bound_living_outputs
+from pipeline.data.stream.batch import Batch, batch_from_arrow
+from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, BatchPlan, DecodeIn, Window
+from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
+
+T = TypeVar("T")
+Broadcast = Callable[[Any], Any]  # rank 0's value on every rank: `ray.train.collective.broadcast_from_rank_zero`
+
+MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
+SEGMENT_MICRO_BATCHES = 1000  # of one Ray Data execution, over all workers: its book-keeping grows with its blocks
+READY_BATCHES = 3  # for each worker, beyond those that it has fetched
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    global_batch: int  # images per step, over all workers
+    micro_batch: int  # images that a worker holds at a time
+    canvas: tuple[int, int]  # height, width
+    augment: AugmentSettings
+    augment_epochs: int | None = None  # strong augmentation ends before this epoch; None: it never does
+    seed: int = 0
+    window_rows: int = DEFAULT_WINDOW_ROWS  # rows are shuffled within windows of about this length
+    decode_in: DecodeIn = "task"
+    prefetch: int = 2  # batches that a worker has ready; with decode_in="worker" also its decoding threads, up to 4
+
+
+def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
+    """Windows are shortened where images are so large that one would take more than `MAX_WINDOW_BYTES`."""
+    source = locate_row_groups(shards)
+    return BatchPlan(
+        source.rows,
+        global_batch=settings.global_batch,
+        micro_batch=settings.micro_batch,
+        seed=settings.seed,
+        window_rows=min(settings.window_rows, int(MAX_WINDOW_BYTES / source.row_bytes)),
+    )
+
+
+def _itself(value: T) -> T:
+    return value
+
+
+def training_stream(
+    shards: ShardSet,
+    settings: StreamSettings,
+    *,
+    start_step: int,
+    stop_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    broadcast: Broadcast = _itself,
+) -> Iterator[Batch]:
+    """The micro-batches of worker `rank`, for global steps start to stop, through as many epochs as that takes.
+
+    They are on their way from this call on. Each step is `global_batch / micro_batch / world_size` batches. The call is
+    collective, and so is a `next` now and then: workers must go through their streams in step.
+    """
+    plan = training_plan(shards, settings)
+    augmentation = Augmentation(settings.seed, settings.augment, settings.augment_epochs)
+    decoding = DecodeSettings(settings.canvas, settings.micro_batch, augmentation)
+    run = _Run(
+        locate_row_groups(shards), plan, decoding, settings.decode_in, settings.prefetch, rank, world_size, broadcast
+    )
+    return run.batches(start_step, stop_step)
+
+
+def evaluation_stream(
+    shards: ShardSet,
+    *,
+    canvas: tuple[int, int],
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    broadcast: Broadcast = _itself,
+    decode_in: DecodeIn = "task",
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Every image once, over all workers, unaugmented; each worker gets equally many batches, the last ones padded.
+
+    Raises:
+        UndecodableImageError: naming the image. Left out, it would change the result without a word.
+    """
+    source = locate_row_groups(shards)
+    plan = BatchPlan(source.rows, global_batch=micro_batch * world_size, micro_batch=micro_batch, seed=None)
+    decoding = DecodeSettings(canvas, micro_batch, augmentation=None)
+    run = _Run(source, plan, decoding, decode_in, prefetch, rank, world_size, broadcast)
+    return run.batches(0, plan.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One worker's part in carrying out a plan."""
+
+    source: RowGroups
+    plan: BatchPlan
+    decoding: DecodeSettings
+    decode_in: DecodeIn
+    prefetch: int
+    rank: int
+    world_size: int
+    broadcast: Broadcast
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        self.plan.accumulation(self.world_size)  # raises if the workers cannot share a step
+        arriving = self._decoded_here if self.decode_in == "inline" else self._decoded_by_ray
+        return self._checked(arriving(start_step, stop_step), start_step, stop_step)
+
+    def _checked(self, batches: Iterator[Batch], start_step: int, stop_step: int) -> Iterator[Batch]:
+        mine = range(self.rank, self.plan.micro_batches, self.world_size)
+        places = ((step, micro_batch) for step in range(start_step, stop_step) for micro_batch in mine)
+        for place, batch in zip(places, batches, strict=True):
+            if (batch.step, batch.micro_batch) != place:
+                raise RuntimeError(
+                    f"rank {self.rank} of {self.world_size} received micro-batch {batch.micro_batch} of step {batch.step}"
+                    f" where the plan has micro-batch {place[1]} of step {place[0]}"
+                )
+            yield batch
+
+    def _decoded_here(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        for window in self.plan.windows(start_step, stop_step):
+            item = pa.Table.from_pylist([asdict(window)])
+            for encoded in islice(read_window(item, self.source, self.plan), self.rank, None, self.world_size):
+                yield batch_from_arrow(decode_micro_batch(encoded, self.decoding), self.decoding.canvas)
+
+    def _decoded_by_ray(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Segment after segment, the first started at once and each other when half of the one before it is done.
+
+        Starting takes seconds, of which most go into new processes; until it is needed a segment holds a few batches.
+        """
+        segments = self._segments(start_step, stop_step)
+        first = self._started(next(segments, []))
+
+        def chained() -> Iterator[Batch]:
+            upcoming = first
+            while upcoming is not None:
+                (length, batches), upcoming = upcoming, None
+                for number, batch in enumerate(batches):
+                    if number == length // 2:
+                        upcoming = self._started(next(segments, []))
+                    yield batch
+
+        return chained()
+
+    def _segments(self, start_step: int, stop_step: int) -> Iterator[list[Window]]:
+        steps = SEGMENT_MICRO_BATCHES // self.plan.micro_batches
+        segment: list[Window] = []
+        for window in self.plan.windows(start_step, stop_step):
+            if segment and window.stop_step - segment[0].first_step > steps:
+                yield segment
+                segment = []
+            segment.append(window)
+        if segment:
+            yield segment
+
+    def _started(self, windows: list[Window]) -> tuple[int, Iterator[Batch]] | None:
+        """How many batches of a segment are this worker's, and these, on their way; None if it has no window."""
+        if not windows:
+            return None
+        splits = self._dataset(windows).streaming_split(self.world_size, equal=True) if self.rank == 0 else None
+        split: DataIterator = self.broadcast(splits)[self.rank]
+        to_batch = _ToBatch(self.decoding, decode=self.decode_in == "worker", pin=self._feeds_gpu)
+        batches = split.iter_torch_batches(
+            batch_size=None, prefetch_batches=self.prefetch, collate_fn=to_batch, device="cpu"
+        )
+        steps = windows[-1].stop_step - windows[0].first_step
+        return steps * self.plan.accumulation(self.world_size), _fetched_ahead(cast(Iterator[Batch], iter(batches)))
+
+    def _dataset(self, windows: list[Window]) -> Dataset:
+        """One row and one block per micro-batch, in order."""
+        dataset = ray.data.from_items([asdict(window) for window in windows], override_num_blocks=len(windows))
+        self._configure(dataset.context)
+        encoded = dataset.map_batches(
+            partial(read_window, source=self.source, plan=self.plan),
+            num_cpus=0,  # it waits for storage; a core of its own would keep decoding from the last one there is
+            compute=TaskPoolStrategy(size=min(self._reads, len(windows))),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        if self.decode_in == "worker":
+            return encoded
+        micro_batches = self.plan.micro_batches * (windows[-1].stop_step - windows[0].first_step)
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+        return encoded.map_batches(
+            partial(decode_micro_batch, settings=self.decoding),
+            num_cpus=1,
+            compute=TaskPoolStrategy(size=min(cores, micro_batches)),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+
+    def _configure(self, context: DataContext) -> None:
+        context.execution_options.preserve_order = True
+        context.target_max_block_size = 1  # byte: a block is complete with its first row
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        window_bytes = self.source.row_bytes * self.plan.steps_per_window * self.plan.global_batch
+        height, width = self.decoding.canvas
+        bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
+        if self.decode_in == "task":
+            in_workers = self.world_size * (self.prefetch + READY_BATCHES)
+            bounds["MapBatches(decode_micro_batch)"] = in_workers * self.plan.micro_batch * height * width * 3
+        bound_living_outputs(context, bounds)
+
+    @property
+    def _feeds_gpu(self) -> bool:
+        """Of this worker; one without a GPU of its own may still see those of its node."""
+        return torch.cuda.is_available() and bool(ray.get_gpu_ids())
+
+    @property
+    def _reads(self) -> int:
+        """Windows that are read side by side."""
+        return max(2, self.world_size // 4)
+
+
+class _ToBatch(ArrowBatchCollateFn):
+    """In the threads that fetch ahead, so a GPU's copy starts from page-locked memory and holds no step up."""
+
+    def __init__(self, decoding: DecodeSettings, decode: bool, pin: bool) -> None:
+        self.decoding = decoding
+        self.decode = decode
+        self.pin = pin
+
+    def __call__(self, block: pa.Table) -> Batch:  # type: ignore[override]  # Ray's types know tensors alone
+        decoded = decode_micro_batch(block, self.decoding) if self.decode else block
+        batch = batch_from_arrow(decoded, self.decoding.canvas)
+        return batch.pin_memory() if self.pin else batch
+
+
+def _fetched_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the first of them fetched in the background from now on."""
+    first: Future[T] = Future()
+
+    def fetch() -> None:
+        try:
+            first.set_result(next(items))
+        except BaseException as error:
+            first.set_exception(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+
+    def rest() -> Iterator[T]:
+        yield first.result()
+        yield from items
+
+    return rest()

@@ -1,0 +1,174 @@
+"""What the data tasks run: read a window of the plan, decode a micro-batch. No torch here, it would slow every start.
+
+A micro-batch is ONE row of a Ray dataset, its images and boxes are lists within. So the unit that Ray splits and orders
+is the unit of the plan, and a micro-batch cannot come apart on its way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.data.augment.augment import AugmentSettings, Sample, augmented_sample, identity_photometric, plain_sample
+from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.augment.mixing import mixed_batch
+from pipeline.data.shards.reader import ROW, RowGroups, read_row_groups, take_rows
+from pipeline.data.shards.records import ImageRecord, records_from_table
+from pipeline.data.stream.plan import BatchPlan, Rows, Window
+
+ENCODED_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("micro_batch", pa.int64()),  # within the step
+        ("epoch", pa.int64()),
+        ("rows", pa.list_(ROW)),  # [B], fewer at the end of an evaluation
+    ]
+)
+
+DECODED_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("micro_batch", pa.int64()),
+        ("images", pa.list_(pa.uint8())),  # flat [B, H, W, 3]; zeros where padded
+        ("photometric", pa.list_(pa.float32())),  # flat [B, P]
+        ("image_id", pa.list_(pa.int64())),  # [B] or fewer: the rest is padding, as in the columns below
+        ("orig_size", pa.list_(pa.int64())),  # flat [B, 2] width, height
+        ("counts", pa.list_(pa.int64())),  # [B] boxes of each image
+        ("boxes", pa.list_(pa.float32())),  # flat [T, 4] cxcywh, normalised to the canvas, image after image
+        ("labels", pa.list_(pa.int64())),  # [T]
+        ("replaced_id", pa.list_(pa.int64())),  # images that could not be decoded
+        ("replaced_why", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    seed: int
+    settings: AugmentSettings
+    strong_epochs: int | None  # strong augmentation ends before this epoch; None: it never does
+
+    def of_epoch(self, epoch: int) -> AugmentSettings:
+        strong = self.strong_epochs is None or epoch < self.strong_epochs
+        return self.settings if strong else self.settings.clean()
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How the encoded images of a micro-batch become pixels."""
+
+    canvas: tuple[int, int]  # height, width
+    micro_batch: int
+    augmentation: Augmentation | None  # None for evaluation
+
+
+def read_window(item: pa.Table, source: RowGroups, plan: BatchPlan) -> Iterator[pa.Table]:
+    """The encoded micro-batches of one window.
+
+    Args:
+        item: one row, the fields of a `Window`.
+    """
+    (fields,) = item.to_pylist()
+    window = Window(**fields)
+    rows = plan.rows(window)
+    tables = read_row_groups(source, np.unique(rows.group))
+    groups = {group: table.combine_chunks().to_batches()[0].to_struct_array() for group, table in tables.items()}
+    for number in range((window.stop_step - window.first_step) * plan.micro_batches):
+        step, micro_batch = divmod(number, plan.micro_batches)
+        part = slice(number * plan.micro_batch, (number + 1) * plan.micro_batch)
+        yield _one_row(
+            ENCODED_SCHEMA,
+            step=window.first_step + step,
+            micro_batch=micro_batch,
+            epoch=window.epoch,
+            rows=take_rows(groups, Rows(rows.group[part], rows.row[part])),
+        )
+
+
+def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
+    """Pixels and boxes of one micro-batch.
+
+    In training an image that cannot be decoded is replaced by the next of its micro-batch that can, and named.
+
+    Raises:
+        UndecodableImageError: in training if no image of the micro-batch can be decoded, in evaluation if any cannot.
+    """
+    rows = encoded.column("rows").chunk(0).flatten()
+    records = list(records_from_table(pa.Table.from_struct_array(rows)))
+    epoch = encoded.column("epoch")[0].as_py()
+    decoded: dict[int, Sample] = {}  # by place in the micro-batch
+    failures: dict[int, str] = {}
+    for place, record in enumerate(records):
+        try:
+            decoded[place] = _sample(record, epoch, settings)
+        except UndecodableImageError as error:
+            failures[place] = f"{record.file_name}: {error}"
+    if failures and (settings.augmentation is None or not decoded):
+        named = "; ".join(f"image {records[place].image_id}, {why}" for place, why in failures.items())
+        raise UndecodableImageError(
+            f"{named}; `python -m jobs.doctor` lists such images, `jobs.prepare` leaves them out"
+        )
+
+    places = [_next_decoded(place, decoded, len(records)) for place in range(len(records))]
+    image_ids = [records[place].image_id for place in places]
+    samples = [decoded[place] for place in places]
+    if settings.augmentation is not None:
+        seed, strength = settings.augmentation.seed, settings.augmentation.of_epoch(epoch)
+        samples = mixed_batch(samples, image_ids, seed=seed, epoch=epoch, settings=strength)
+    images = np.zeros((settings.micro_batch, *settings.canvas, 3), np.uint8)
+    for image, sample in zip(images, samples, strict=False):
+        image[:] = sample.image
+    padding = [identity_photometric()] * (settings.micro_batch - len(samples))
+    return _one_row(
+        DECODED_SCHEMA,
+        step=encoded.column("step")[0],
+        micro_batch=encoded.column("micro_batch")[0],
+        images=images.reshape(-1),
+        photometric=np.concatenate([*(sample.photometric for sample in samples), *padding]),
+        image_id=image_ids,
+        orig_size=[side for place in places for side in (records[place].width, records[place].height)],
+        counts=[len(sample.labels) for sample in samples],
+        boxes=_joined([sample.boxes for sample in samples], np.float32),
+        labels=_joined([sample.labels for sample in samples], np.int64),
+        replaced_id=[records[place].image_id for place in failures],
+        replaced_why=list(failures.values()),
+    )
+
+
+def _sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample:
+    learned = ~record.crowd
+    picture = record.image, record.width, record.height, record.boxes[learned], record.labels[learned]
+    if settings.augmentation is None:
+        return plain_sample(*picture, canvas=settings.canvas)
+    return augmented_sample(
+        *picture,
+        seed=settings.augmentation.seed,
+        epoch=epoch,
+        image_id=record.image_id,
+        settings=settings.augmentation.of_epoch(epoch),
+        canvas=settings.canvas,
+    )
+
+
+def _next_decoded(place: int, decoded: dict[int, Sample], count: int) -> int:
+    return next(p % count for p in range(place, place + count) if p % count in decoded)
+
+
+def _joined(arrays: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *(array.ravel() for array in arrays)])
+
+
+def _one_row(schema: pa.Schema, **values: Any) -> pa.Table:
+    """A table of one row; for a column of lists the value is the list."""
+
+    def column(field: pa.Field) -> pa.Array:
+        value = values[field.name]
+        if not pa.types.is_list(field.type):
+            return pa.array([value], field.type)
+        items = value if isinstance(value, pa.Array) else pa.array(value, field.type.value_type)
+        return pa.ListArray.from_arrays(pa.array([0, len(items)], pa.int32()), items, type=field.type)
+
+    return pa.Table.from_arrays([column(field) for field in schema], schema=schema)

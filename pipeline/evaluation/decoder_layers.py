@@ -1,0 +1,94 @@
+"""What FDR and GO-LSD do, layer by layer: how good the boxes are and how sure the edge distributions.
+
+Measured on the queries that the last layer's boxes are matched to, the same for all layers, so that layers can be compared.
+"""
+
+import math
+import re
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dfine_core.boxes import cxcywh_to_xyxy, iou
+from dfine_core.config import ModelConfig
+from dfine_core.loss.matching import match
+from dfine_core.structures import DetectorOutput, Targets
+
+
+class LayerDiagnostics:
+    """Sums over matched (query, box) pairs, kept on the device until `numbers`.
+
+    iou: of predicted and true box, for the initial box and every layer.
+    entropy: of an edge's distribution over N bins, in nats; `entropy_share` of the greatest there can be, log N.
+    end_mass: probability in the two outermost bins; much of it means that the bins do not reach far enough.
+    divergence: KL(last layer || layer) in nats at the temperature of the distillation: what GO-LSD brings down.
+    The last three are means over four edges, and absent where a detector regresses boxes directly.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device):
+        self.config = config
+        self._distributions = config.regression == "fdr"
+        # Rows: IoU, entropy, end mass, divergence. Columns: the initial box, then the layers.
+        self._sums = torch.zeros(4, config.num_layers + 1, dtype=torch.float64, device=device)
+        self._pairs = 0
+
+    @torch.no_grad()
+    def update(self, output: DetectorOutput, targets: Targets) -> None:
+        """
+        Args:
+            output: of `detector(images, every_layer=True)`.
+        """
+        layers = output.matching
+        if layers is None:
+            raise ValueError("the output holds its last layer alone: call the detector with every_layer=True")
+        if targets.total == 0:
+            return
+        pairs = match([(layers.logits[-1:], targets.labels)], layers.boxes[-1:], targets, self.config.loss).own
+        image, query, target = pairs.image[0], pairs.query[0], pairs.target[0]  # [M]
+        boxes = torch.cat([layers.initial_boxes[None], layers.boxes])[:, image, query].float()  # [1 + L, M, 4]
+        self._sums[0] += iou(cxcywh_to_xyxy(boxes), targets.boxes_xyxy[target]).sum(1)
+        if layers.edge_logits is not None:
+            self._sums[1:, 1:] += self._of_distributions(layers.edge_logits[:, image, query].float())
+        self._pairs += len(pairs)
+
+    def _of_distributions(self, edge_logits: Tensor) -> Tensor:
+        """[L, M, 4, N] to [3, L]: entropy, end mass, divergence, summed over pairs and averaged over edges."""
+        log_p = edge_logits.log_softmax(-1)
+        p = log_p.exp()
+        softened = (edge_logits / self.config.loss.ddf_temperature).log_softmax(-1)
+        entropy = -(p * log_p).sum(-1)
+        end_mass = p[..., 0] + p[..., -1]
+        divergence = (softened[-1].exp() * (softened[-1] - softened)).sum(-1)
+        return torch.stack([entropy, end_mass, divergence]).mean(-1).sum(-1)
+
+    def reduce(self, world_size: int) -> None:
+        """Sum over all workers. Collective, over the default process group."""
+        if world_size > 1:
+            everything = torch.cat([self._sums.flatten(), self._sums.new_tensor([self._pairs])])
+            dist.all_reduce(everything)
+            self._sums, self._pairs = everything[:-1].view_as(self._sums), int(everything[-1])
+
+    def numbers(self) -> dict[str, float]:
+        """Means by name, "layers/iou_initial", "layers/iou_0", ...; NaN if no box was matched."""
+        means = (self._sums / (self._pairs or math.nan)).tolist()
+        iou_means, *of_distributions = means
+        found = {"layers/iou_initial": iou_means[0]}
+        found |= {f"layers/iou_{layer}": mean for layer, mean in enumerate(iou_means[1:])}
+        if self._distributions:
+            entropy, end_mass, divergence = (row[1:] for row in of_distributions)
+            measures = {
+                "entropy": entropy,
+                "entropy_share": [value / math.log(self.config.num_bins) for value in entropy],
+                "end_mass": end_mass,
+                "divergence": divergence[:-1],  # the last layer's from itself is nought
+            }
+            for name, row in measures.items():
+                found |= {f"layers/{name}_{layer}": mean for layer, mean in enumerate(row)}
+        return found
+
+
+def by_layer(numbers: dict[str, float], measure: str) -> dict[str, float]:
+    """One measure out of `LayerDiagnostics.numbers`, in the order of the layers: by "initial", "0", "1", ..."""
+    matches = ((re.fullmatch(rf"layers/{measure}_(initial|\d+)", name), value) for name, value in numbers.items())
+    return {match[1]: value for match, value in matches if match}

@@ -1,0 +1,253 @@
+"""A detector in the layout of Hugging Face Transformers' own D-FINE: a folder that `from_pretrained` opens.
+
+    config.json, model.safetensors, preprocessor_config.json
+
+Transformers names the same weights differently: `transformers_key` says how, and the library's strict loading holds it to
+that. Its configuration cannot say everything ours can; `refusal` names what is in the way.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, DFineConfig, DFineForObjectDetection, HGNetV2Config, RTDetrImageProcessor
+from transformers.utils import logging
+
+from dfine_core import ModelConfig
+from dfine_core.model.hgnetv2 import SIZES
+from dfine_core.model.postprocess import Detections
+
+BILINEAR = 2  # of Pillow's filters
+
+# From our names to theirs, one after the other on every key.
+RENAMED = (
+    # backbone
+    (r"^backbone\.stem\.", "model.backbone.model.embedder."),
+    (r"^backbone\.stages\.", "model.backbone.model.encoder.stages."),
+    (r"^(model\.backbone\..*)\.conv\.weight$", r"\1.convolution.weight"),
+    (r"^(model\.backbone\..*)\.bn\.", r"\1.normalization."),
+    # hybrid encoder
+    (r"^encoder\.input_proj\.(\d+)\.conv\.", r"model.encoder_input_proj.\1.0."),
+    (r"^encoder\.input_proj\.(\d+)\.norm\.", r"model.encoder_input_proj.\1.1."),
+    (r"^encoder\.encoder\.", "model.encoder.aifi."),
+    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv1\.", r"model.encoder.\1_blocks.\2.conv1."),
+    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv2\.0\.", r"model.encoder.\1_blocks.\2.csp_rep1."),
+    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv2\.1\.", r"model.encoder.\1_blocks.\2.conv2."),
+    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv3\.0\.", r"model.encoder.\1_blocks.\2.csp_rep2."),
+    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv3\.1\.", r"model.encoder.\1_blocks.\2.conv3."),
+    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv4\.", r"model.encoder.\1_blocks.\2.conv4."),
+    (r"^encoder\.downsample_convs\.(\d+)\.0\.cv([12])\.", r"model.encoder.downsample_convs.\1.conv\2."),
+    (r"^encoder\.lateral_convs\.", "model.encoder.lateral_convs."),
+    # decoder
+    (r"^decoder\.decoder\.", "model.decoder."),
+    (r"^decoder\.(up|reg_scale|query_pos_head|pre_bbox_head)\b", r"model.decoder.\1"),
+    (r"^decoder\.input_proj\.(\d+)\.conv\.", r"model.decoder_input_proj.\1.0."),
+    (r"^decoder\.input_proj\.(\d+)\.norm\.", r"model.decoder_input_proj.\1.1."),
+    (r"^decoder\.enc_output\.proj\.", "model.enc_output.0."),
+    (r"^decoder\.enc_output\.norm\.", "model.enc_output.1."),
+    (r"^decoder\.dec_score_head\.", "class_embed."),
+    (r"^decoder\.dec_bbox_head\.", "bbox_embed."),
+    (r"^decoder\.", "model."),
+    # transformer layers of both
+    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.norm[23]\.", r"\1.final_layer_norm."),
+    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.linear1\.", r"\1.mlp.layers.0."),
+    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.linear2\.", r"\1.mlp.layers.1."),
+    (r"\.cross_attn\.", ".encoder_attn."),
+    (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+)
+PACKED = re.compile(r"(.*\.self_attn)\.in_proj_(weight|bias)")  # query, key and value in one tensor
+HEADS = re.compile(r"(class|bbox)_embed\.")  # which Transformers registers a second time, below its decoder
+
+
+def transformers_key(key: str) -> str:
+    for ours, theirs in RENAMED:
+        key = re.sub(ours, theirs, key)
+    return key
+
+
+def transformers_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A detector's state dict, from before `deploy()`, under the names of `DFineForObjectDetection`."""
+    weights: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        name = transformers_key(key)
+        if packed := PACKED.fullmatch(name):
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            weights |= {f"{packed[1]}.{letter}_proj.{packed[2]}": part.clone() for letter, part in parts}
+            continue
+        weights[name] = tensor
+        if HEADS.match(name):
+            weights[f"model.decoder.{name}"] = tensor
+    return weights
+
+
+def refusal(config: ModelConfig) -> str | None:
+    """Why Transformers' configuration cannot describe this detector; None if it can."""
+    height, width = config.input_size
+    problems = []
+    if config.regression != "fdr":
+        problems.append(f"regression={config.regression!r}: it has boxes from distributions alone")
+    if config.query_selection != "default":
+        problems.append(f"query_selection={config.query_selection!r}: it has the default alone")
+    if config.learn_query_content:
+        problems.append("learn_query_content=True: it has the setting, but fails on the first image")
+    if config.num_layers == 1:
+        problems.append("num_layers=1: it shares heads among layers, and fails where there is none to share with")
+    if config.positional_table == "released" and height != width:
+        problems.append(
+            f"positional_table='released' at {height}x{width}: it has the table 'grid', the same for squares"
+        )
+    if config.positional_temperature != int(config.positional_temperature):
+        problems.append(f"positional_temperature={config.positional_temperature}: it has whole numbers alone")
+    if not problems:
+        return None
+    return f"Transformers' D-FINE cannot express {'; '.join(problems)}. Use ONNX, torch-export or safetensors instead"
+
+
+def transformers_config(config: ModelConfig, names: Sequence[str]) -> DFineConfig:
+    """
+    Raises:
+        ValueError: it cannot describe this detector.
+    """
+    if problem := refusal(config):
+        raise ValueError(problem)
+    loss = config.loss
+    return DFineConfig(
+        backbone_config=_backbone_config(config),
+        freeze_backbone_batch_norms=config.freeze_norm,
+        encoder_in_channels=[SIZES[config.backbone].stages[i].out_channels for i in config.backbone_stages],
+        feat_strides=list(config.strides),
+        encoder_hidden_dim=config.encoder_dim,
+        encoder_ffn_dim=config.encoder_ffn_dim,
+        encoder_attention_heads=config.encoder_heads,
+        encode_proj_layers=[config.num_levels - 1],
+        positional_encoding_temperature=int(config.positional_temperature),
+        hidden_expansion=config.expansion,
+        depth_mult=config.depth,
+        d_model=config.decoder_dim,
+        decoder_in_channels=[config.encoder_dim] * config.num_levels,
+        decoder_ffn_dim=config.decoder_ffn_dim,
+        decoder_attention_heads=config.decoder_heads,
+        decoder_layers=config.num_layers,
+        decoder_n_points=list(config.num_points),
+        decoder_method=config.sampling,
+        num_feature_levels=config.num_levels,
+        num_queries=config.num_queries,
+        learn_initial_query=config.learn_query_content,
+        max_num_bins=config.reg_max,
+        reg_scale=config.reg_scale,
+        up=config.up,
+        num_denoising=config.num_denoising,
+        label_noise_ratio=config.label_noise_ratio,
+        box_noise_scale=config.box_noise_scale,
+        matcher_alpha=loss.match_alpha,
+        matcher_gamma=loss.match_gamma,
+        matcher_class_cost=loss.match_class,
+        matcher_bbox_cost=loss.match_bbox,
+        matcher_giou_cost=loss.match_giou,
+        focal_loss_alpha=loss.vfl_alpha,
+        focal_loss_gamma=loss.vfl_gamma,
+        **{f"weight_loss_{term}": asdict(loss)[term] for term in ("vfl", "bbox", "giou", "fgl", "ddf")},
+        id2label=dict(enumerate(names)),
+        label2id={name: label for label, name in enumerate(names)},
+    )
+
+
+def _backbone_config(config: ModelConfig) -> HGNetV2Config:
+    size = SIZES[config.backbone]
+    middle, out = size.stem
+    make: Any = HGNetV2Config  # its type leaves out_features out
+    made: HGNetV2Config = make(
+        stem_channels=[3, middle, out],
+        embedding_size=out,
+        hidden_sizes=[stage.out_channels for stage in size.stages],
+        depths=[stage.blocks for stage in size.stages],
+        stage_in_channels=[stage.in_channels for stage in size.stages],
+        stage_mid_channels=[stage.mid_channels for stage in size.stages],
+        stage_out_channels=[stage.out_channels for stage in size.stages],
+        stage_num_blocks=[stage.blocks for stage in size.stages],
+        stage_numb_of_layers=[size.layers] * 4,
+        stage_downsample=[False, True, True, True],
+        stage_light_block=[False, False, True, True],
+        stage_kernel_size=[3, 3, 5, 5],
+        use_learnable_affine_block=config.learnable_affine,
+        out_features=[f"stage{stage + 1}" for stage in config.backbone_stages],
+    )
+    return made
+
+
+def transformers_detector(
+    config: ModelConfig, state_dict: Mapping[str, Tensor], names: Sequence[str]
+) -> DFineForObjectDetection:
+    """
+    Raises:
+        ValueError: Transformers' detector is not this one.
+    """
+    model = DFineForObjectDetection(transformers_config(config, names))
+    try:
+        model.load_state_dict(transformers_weights(state_dict))
+    except RuntimeError as error:
+        raise ValueError(f"Transformers' D-FINE of the same settings has other weights: {error}") from None
+    return model
+
+
+def save_transformers(
+    config: ModelConfig, state_dict: Mapping[str, Tensor], names: Sequence[str], folder: Path
+) -> None:
+    """Write the folder. Pictures are stretched to `config.input_size` and scaled to 0..1, nothing else."""
+    with _without_bars():
+        transformers_detector(config, state_dict, names).save_pretrained(folder)
+    height, width = config.input_size
+    processor = RTDetrImageProcessor(
+        do_resize=True,
+        size={"height": height, "width": width},
+        resample=BILINEAR,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=False,
+        do_pad=False,
+    )
+    cast(Any, processor).save_pretrained(folder)
+
+
+def open_transformers(folder: Path) -> Callable[[Tensor, Tensor], Detections]:
+    """The folder as its users open it: pixels [B, 3, H, W] uint8 and sizes [B, 2] (width, height) to detections.
+
+    Raises:
+        ValueError: weights are missing from it, or left over.
+    """
+    with _without_bars():
+        opened: Any = DFineForObjectDetection.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    model, loading = opened
+    if unused := [key for keys in loading.values() for key in keys]:
+        raise ValueError(f"{folder}: Transformers misses, ignores or doubts {', '.join(map(str, unused[:5]))}")
+    processor = cast(Any, AutoImageProcessor).from_pretrained(folder, local_files_only=True)
+
+    @torch.no_grad()
+    def detect(pixels: Tensor, sizes: Tensor) -> Detections:
+        output = model(**processor(images=list(pixels), return_tensors="pt"))
+        height_width = sizes.flip(1)
+        found = processor.post_process_object_detection(output, threshold=-1.0, target_sizes=height_width)
+        return Detections(
+            **{name: torch.stack([image[name] for image in found]) for name in ("labels", "boxes", "scores")}
+        )
+
+    return detect
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers' own progress bars, for work of a second, off."""
+    bars: Any = logging  # its functions have no types
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

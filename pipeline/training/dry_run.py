@@ -1,0 +1,81 @@
+"""What a run would do, without doing it: `jobs.train --dry-run`."""
+
+from collections.abc import Iterator
+
+import torch
+import yaml
+
+from dfine_core import Detector, ModelConfig
+from dfine_core.optim import parameter_groups
+from pipeline.config import Cluster, Experiment
+from pipeline.config_files import dump
+from pipeline.data.shards.manifest import Manifest, load_shards
+from pipeline.training.budget import budget_lines, estimated_bytes
+from pipeline.training.schedule import Schedule, derive
+
+
+def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) -> str:
+    """
+    Args:
+        measured: time a training step here, for the hours that a run would take.
+    """
+    shards = load_shards(experiment.data.train)
+    val = load_shards(experiment.data.val) if experiment.data.val else None
+    workers = cluster.workers or max(1, torch.cuda.device_count())
+    most = workers[1] if isinstance(workers, tuple) else workers
+    schedule = derive(experiment, images=shards.manifest.images, workers=most)
+    config = experiment.model.config(len(shards.manifest.categories), experiment.loss)
+    sections = {
+        "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
+        "data": "\n".join(_data_lines(shards.manifest) + (_data_lines(val.manifest) if val else ["val: none"])),
+        f"schedule for {most} worker(s), each with {schedule.accumulation(most)} micro-batch(es) of"
+        f" {schedule.micro_batch} images a step": "\n".join(schedule.lines()),
+        "parameters": "\n".join(_parameter_lines(config, schedule)),
+        "memory of a worker": "\n".join(_memory_lines(config, schedule, shards.manifest)),
+        "time": "\n".join(
+            budget_lines(
+                config,
+                schedule.steps * schedule.global_batch,
+                most,
+                boxes=round(shards.manifest.statistics.boxes_per_image.mean),
+                measured=measured,
+            )
+        ),
+    }
+    return "\n\n".join(f"# {title}\n{text.rstrip()}" for title, text in sections.items())
+
+
+def _data_lines(manifest: Manifest) -> list[str]:
+    statistics = manifest.statistics
+    sizes = statistics.box_sizes
+    rare = sorted(zip(statistics.class_counts, (c.name for c in manifest.categories), strict=True))[:3]
+    crowded = statistics.most_crowded
+    return [
+        f"{manifest.split}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes,"
+        f" digest {manifest.digest[:12]}",
+        f"  {statistics.boxes_per_image.mean:.1f} boxes an image, {statistics.images_without_boxes} images without, most crowded:"
+        f" {crowded.boxes} in {crowded.file_name}",
+        f"  {sizes.small} small, {sizes.medium} medium, {sizes.large} large boxes; rarest classes:"
+        f" {', '.join(f'{name} ({count})' for count, name in rare)}",
+    ]
+
+
+def _parameter_lines(config: ModelConfig, schedule: Schedule) -> Iterator[str]:
+    with torch.device("meta"):
+        groups = parameter_groups(Detector(config), schedule.optimizer)
+    yield f"{'group':20}{'tensors':>10}{'values':>14}{'rate':>12}{'decay':>12}"
+    for group in groups:
+        values = sum(p.numel() for p in group["params"])
+        yield f"{group['name']:20}{len(group['params']):>10}{values:>14,}{group['lr']:>12g}{group['weight_decay']:>12g}"
+
+
+def _memory_lines(config: ModelConfig, schedule: Schedule, manifest: Manifest) -> list[str]:
+    crowded = manifest.statistics.most_crowded.boxes
+    state, kept = estimated_bytes(config, schedule.micro_batch, crowded)
+    return [
+        f"{(state + kept) / 2**30:.1f} GiB in fp32, if all {schedule.micro_batch} images are as crowded as the most crowded one"
+        f" ({crowded} boxes):",
+        f"  {state / 2**30:.2f} GiB weights, gradients, moments and averaged weights",
+        f"  {kept / 2**30:.2f} GiB kept from the forward pass for the backward pass; about 0.6 of it in bf16",
+        "  besides: PyTorch and its libraries, batches that wait, what the losses need",
+    ]

@@ -1,0 +1,202 @@
+"""First weights of a run: another run's, a model version's, a released file's or a backbone's, made to fit by names and bins.
+
+What only MLflow knows is copied into the run's folder by the driver (`pinned`): workers need no server, and an alias that
+moves on meanwhile does not change what the run began with.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from torch import Tensor
+
+from dfine_core import Detector
+from dfine_core.checkpoints.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
+from dfine_core.checkpoints.rebinning import rebin
+from dfine_core.checkpoints.weights import load_weights, read_checkpoint
+from dfine_core.inference import DESCRIPTION, best_of_run
+from pipeline import storage
+from pipeline.config import ConfigError
+from pipeline.open_detector import MODEL, RUN, STORED, TRACKING_URI, open_detector
+from pipeline.training import checkpoint
+
+WEIGHTS, ORIGIN = "model.safetensors", "origin.json"  # beside DESCRIPTION
+CLASS_ROWS = "decoder.denoising_class_embed.weight"  # one row per class, and one for padding
+SCALE = "decoder.reg_scale"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was loaded, for the log and for the record."""
+
+    lines: tuple[str, ...]
+    parent: dict[str, str]
+
+
+def pinned(source: str, run: str, tracking_uri: str) -> str:
+    """Where workers find the weights of `init`: what MLflow knows is copied into the folder of the run, once.
+
+    Raises:
+        ConfigError: MLflow does not know it.
+    """
+    if not source.startswith((RUN, MODEL)):
+        return storage.absolute(source)
+    folder = storage.join(run, "init")
+    if storage.exists(storage.join(folder, ORIGIN)):
+        return folder
+    from pipeline.tracking.lineage import client_of, facts  # MLflow, where it is asked and nowhere else
+
+    with _default_server(tracking_uri):
+        trained = open_detector(source)
+    weights = checkpoint.weights_as_bytes(trained.detector)
+    parent = facts(client_of(tracking_uri), source) | {"sha256": hashlib.sha256(weights).hexdigest()}
+    described = {"config": asdict(trained.config), "categories": trained.names, "category_ids": trained.category_ids}
+    storage.write_atomic(storage.join(folder, WEIGHTS), weights)
+    storage.write_atomic(storage.join(folder, DESCRIPTION), json.dumps(described, indent=1).encode())
+    storage.write_atomic(storage.join(folder, ORIGIN), json.dumps(parent, indent=1).encode())  # last: complete with it
+    return folder
+
+
+def refuse_unreadable_weights(init: str | None, resume: str | None) -> None:
+    """Read what a run would begin with, before workers start and fail one after the other.
+
+    Raises:
+        ConfigError: `init` is missing or damaged.
+        CheckpointError: `resume` is no checkpoint.
+    """
+    if init and not init.startswith((RUN, MODEL)):
+        with _named_in_errors(init):
+            _read(init)
+    if resume:
+        checkpoint.read_metadata(resume)
+
+
+@contextmanager
+def _default_server(tracking_uri: str) -> Iterator[None]:
+    """MLflow URIs are looked up at the server of this run, unless the environment names another one."""
+    if os.environ.get(TRACKING_URI):
+        yield
+        return
+    os.environ[TRACKING_URI] = tracking_uri
+    try:
+        yield
+    finally:
+        del os.environ[TRACKING_URI]
+
+
+def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origin:
+    """Load the weights at `source` into a freshly built detector.
+
+    Args:
+        names: of the detector's classes.
+
+    Raises:
+        ConfigError: for weights that are missing, damaged or cannot be made to fit.
+    """
+    with _named_in_errors(source):
+        found = _read(source)
+        if any(key.startswith("stem.") for key in found.weights):
+            load_weights(detector.backbone, found.weights)
+            return Origin((f"backbone from {source}",), found.parent)
+        return _fit(detector, found, names, source)
+
+
+@contextmanager
+def _named_in_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise ConfigError(f"init: {source} does not exist") from None
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ConfigError(f"init: {source}: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Source:
+    weights: dict[str, Tensor]
+    names: Sequence[str | None] | None  # of the classes; None: the file does not tell
+    parent: dict[str, str]
+
+
+def _read(source: str) -> _Source:
+    source = best_of_run(storage.join(source, "checkpoints"), STORED) or source
+    if storage.exists(storage.join(source, checkpoint.METADATA)):
+        return _checkpoint(source)
+    if storage.exists(storage.join(source, DESCRIPTION)):
+        return _described(source)
+    content = storage.read_bytes(source)
+    parent = {"file": source, "sha256": hashlib.sha256(content).hexdigest()}
+    if source.endswith(".safetensors"):
+        return _Source(tensors_from_bytes(content), None, parent)
+    stream = io.BytesIO(content)
+    try:
+        return _Source(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(str(error).replace(str(stream), "it")) from None
+
+
+def _checkpoint(folder: str) -> _Source:
+    metadata = checkpoint.read_metadata(folder)
+    parent = {
+        "checkpoint": folder,
+        "run": metadata.run,
+        "step": str(metadata.step),
+        "sha256": metadata.sha256["ema"],
+    }
+    if metadata.tracking_key:
+        parent["run_key"] = metadata.tracking_key
+    names = [category.name for category in metadata.categories]
+    return _Source(checkpoint.read_tensors(folder, "ema", metadata), names, parent)
+
+
+def _described(folder: str) -> _Source:
+    """An exported detector, or one that `pinned` has copied here."""
+    described = storage.read_json(storage.join(folder, DESCRIPTION), "categories")
+    content = storage.read_bytes(storage.join(folder, WEIGHTS))
+    sha256 = hashlib.sha256(content).hexdigest()
+    parent = {"folder": folder, "sha256": sha256}
+    if storage.exists(storage.join(folder, ORIGIN)):
+        parent = storage.read_json(storage.join(folder, ORIGIN), "sha256")
+        if parent["sha256"] != sha256:
+            raise ValueError(f"{WEIGHTS} is damaged: not what was written (SHA-256)")
+    return _Source(tensors_from_bytes(content), described["categories"], parent)
+
+
+def _fit(detector: Detector, found: _Source, names: Sequence[str], source: str) -> Origin:
+    config, lines = detector.config, [f"weights from {source}"]
+    fitted: Mapping[str, Tensor] = found.weights
+    if config.regression == "fdr" and SCALE in fitted:
+        fitted, report = rebin(fitted, reg_max=config.reg_max, reg_scale=config.reg_scale, up=config.up)
+        if report.source != report.target:
+            lines.append(str(report))
+    rows = len(fitted[CLASS_ROWS]) - 1 if CLASS_ROWS in fitted else 0
+    known = found.names or _names_of(rows, names)
+    if known is not None and list(known) != list(names):
+        match = match_classes(known, names)
+        fitted = transfer_classes(fitted, detector.state_dict(), match)
+        lines.append(str(match))
+    load_weights(detector, fitted)
+    if not all(torch.isfinite(p).all() for p in detector.parameters()):
+        raise ValueError("holds values that are not finite")
+    return Origin(tuple(lines), found.parent)
+
+
+def _names_of(rows: int, names: Sequence[str]) -> Sequence[str | None] | None:
+    """Class names of a file that does not tell them."""
+    if rows == len(coco_names()):
+        return coco_names()
+    if rows == len(objects365_names()):
+        return objects365_names()
+    if rows != len(names):
+        raise ValueError(
+            f"it has {rows} classes without names, the data has {len(names)}: only files with 80 (COCO) or 366 (Objects365)"
+            " classes, or with as many as the data, can be taken without names; a checkpoint folder of this project names them"
+        )
+    return None  # as many: taken in order

@@ -1,0 +1,137 @@
+"""The opener of images: which formats and sizes it takes, and that nothing else in the project opens images."""
+
+import io
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dfine_core.images import FORMATS, PIXEL_LIMIT, ImageError, TooManyPixels, UnknownFormat, open_image, read_image
+from pipeline.data.augment.augment import plain_sample
+from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, image_size
+from pipeline.data.prepare.image_files import BadImageError, checked_image
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("dfine_core", "pipeline", "jobs", "benchmarks")
+OPENS = re.compile(r"\bImage\.open\(|from PIL\.Image import .*\bopen\b")
+REPEATS = re.compile(r"89_?478_?485|^\s*(FORMATS|PIXEL_LIMIT)\b.*= .*(\d|JPEG)|I;16|\"transparency\"", re.M)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def checked(data: bytes) -> object:
+    return checked_image(data, (8, 8), longest_side=None, quality=75, max_pixels=PIXEL_LIMIT, verify=True)
+
+
+def files_matching(pattern: re.Pattern[str], texts: Iterable[tuple[str, str]]) -> list[str]:
+    return [name for name, text in texts if pattern.search(text)]
+
+
+def source_files() -> list[tuple[str, str]]:
+    found = [path for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(found) > 100
+    return [(str(path.relative_to(ROOT)), path.read_text()) for path in found]
+
+
+def test_images_are_opened_in_one_file() -> None:
+    assert files_matching(OPENS, source_files()) == ["dfine_core/images.py"]
+
+
+def test_limit_formats_and_rules_of_conversion_exist_once() -> None:
+    assert files_matching(REPEATS, source_files()) == ["dfine_core/images.py"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (OPENS, "image = PIL.Image.open(path)"),
+        (OPENS, "with Image.open(io.BytesIO(data), formats=FORMATS) as image:"),
+        (OPENS, "from PIL.Image import fromarray, open"),
+        (REPEATS, "x = 1\nPIXEL_LIMIT = 89478485"),
+        (REPEATS, "class A:\n    max_pixels: PositiveInt = 89_478_485"),
+        (REPEATS, 'FORMATS = ("JPEG", "PNG")'),
+        (REPEATS, 'if image.mode.startswith("I;16"):'),
+    ],
+)
+def test_the_checks_of_source_text_can_fail(pattern: re.Pattern[str], text: str) -> None:
+    assert files_matching(pattern, [("a.py", text)]) == ["a.py"]
+
+
+def test_the_opener_needs_no_torch() -> None:
+    code = "import sys, dfine_core.images\nassert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("ICO", "ICO"), ("PCX", "PCX"), ("SGI", "SGI"), (None, "EPS"), (None, None)]
+)
+def test_a_format_outside_the_list_is_refused_with_its_name_wherever_it_comes_in(
+    kind: str | None, name: str | None, tmp_path: Path
+) -> None:
+    data = encoded(Image.new("RGB", (8, 8), "red"), kind) if kind else EPS if name else b"not an image"
+    message = f"its format seems to be {name}; only JPEG, PNG" if name else "cannot identify its format; only JPEG, PNG"
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(UnknownFormat, match=message):
+        open_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=message):
+        read_image(data)
+    with pytest.raises(UndecodableImageError, match=message):  # in a shard, by header and in training
+        image_size(data)
+    with pytest.raises(UndecodableImageError, match=message):
+        decode_rgb(data, 8, 8)
+    boxes, labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+    with pytest.raises(UndecodableImageError, match=message):
+        plain_sample(data, 8, 8, boxes, labels, canvas=(64, 64))
+    with pytest.raises(BadImageError, match=f"undecodable: .*{message}"):
+        checked(data)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_of_the_list_gives_the_same_pixels_from_shards_and_to_detectors(kind: str) -> None:
+    data = encoded(Image.effect_noise((8, 8), 90).convert("RGB"), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(read_image(data), expected)
+    np.testing.assert_array_equal(decode_rgb(data, 8, 8), expected)
+    checked(data)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of so many pixels by its header, with hardly any behind it."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return start + encoded(Image.new("RGB", (4, 3)), "PNG")[33:]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
+@pytest.mark.parametrize(("width", "height"), [(12_000, 8_000), (50_000, 40_000)])
+def test_the_limit_of_pixels_holds_by_the_header(width: int, height: int) -> None:
+    with pytest.raises(TooManyPixels, match=r"exceeds (the )?limit of"):
+        open_image(png_header(width, height))
+    with pytest.raises(TooManyPixels, match="100x60 pixels exceeds the limit of 5999"):
+        open_image(png_header(100, 60), max_pixels=5999)
+    assert open_image(png_header(100, 60), max_pixels=6000).size == (100, 60)
+
+
+def test_sixteen_bit_images_made_smaller_for_a_shard_keep_their_upper_byte() -> None:
+    levels = np.full((40, 40), 0x8040, np.uint16)
+    stored = checked_image(
+        encoded(Image.fromarray(levels), "PNG"),
+        (40, 40),
+        longest_side=8,
+        quality=95,
+        max_pixels=PIXEL_LIMIT,
+        verify=True,
+    )
+    assert np.abs(decode_rgb(stored.data, 8, 8).astype(int) - 0x80).max() <= 1

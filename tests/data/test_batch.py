@@ -1,0 +1,167 @@
+"""From encoded rows to tensors, in one process: what a data task makes of a micro-batch and how a worker sees it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.data.augment.augment import AugmentSettings, augmented_sample, identity_photometric, plain_sample
+from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, table_from_records
+from pipeline.data.stream.batch import Batch, Replacement, batch_from_arrow
+from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_micro_batch
+from tests.support.drawn_shards import drawn_records
+
+CANVAS = (32, 64)
+TRAINING = DecodeSettings(CANVAS, micro_batch=4, augmentation=Augmentation(3, AugmentSettings(), strong_epochs=2))
+EVALUATION = DecodeSettings(CANVAS, micro_batch=4, augmentation=None)
+
+
+def encoded(records: Sequence[ImageRecord], epoch: int = 0) -> pa.Table:
+    rows = pa.concat_tables([SHARD_SCHEMA.empty_table(), table_from_records(records)]).to_pylist()
+    row = {"step": 11, "micro_batch": 1, "epoch": epoch, "rows": rows}
+    return pa.Table.from_pylist([row], schema=ENCODED_SCHEMA)
+
+
+def batch_of(records: Sequence[ImageRecord], settings: DecodeSettings = TRAINING, epoch: int = 0) -> Batch:
+    decoded = decode_micro_batch(encoded(records, epoch), settings)
+    assert decoded.schema == DECODED_SCHEMA
+    return batch_from_arrow(decoded, CANVAS)
+
+
+def broken(record: ImageRecord) -> ImageRecord:
+    return replace(record, image=b"no image at all")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
+    records = drawn_records(4)
+    batch = batch_of(records, epoch=epoch)
+    settings = AugmentSettings() if epoch < 2 else AugmentSettings().clean()
+    assert (batch.step, batch.micro_batch) == (11, 1)
+    assert batch.images.shape == (4, 3, *CANVAS)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    for i, (record, target) in enumerate(zip(records, batch.targets(), strict=True)):
+        learned = ~record.crowd
+        sample = augmented_sample(
+            record.image,
+            record.width,
+            record.height,
+            record.boxes[learned],
+            record.labels[learned],
+            seed=3,
+            epoch=epoch,
+            image_id=record.image_id,
+            settings=settings,
+            canvas=CANVAS,
+        )
+        np.testing.assert_array_equal(batch.images[i].permute(1, 2, 0).numpy(), sample.image)
+        np.testing.assert_array_equal(batch.photometric[i].numpy(), sample.photometric)
+        np.testing.assert_array_equal(target["boxes"].numpy(), sample.boxes)
+        np.testing.assert_array_equal(target["labels"].numpy(), sample.labels)
+    assert batch.image_id.tolist() == [record.image_id for record in records]
+    assert batch.orig_size.tolist() == [[record.width, record.height] for record in records]
+    assert batch.padding == (False,) * 4
+    assert batch.replaced == ()
+
+
+def test_mixing_that_was_asked_for_happens_until_the_clean_epochs() -> None:
+    records = drawn_records(4)
+    mixup = Augmentation(3, AugmentSettings(mixup_probability=1), strong_epochs=2)
+    mixed = replace(TRAINING, augmentation=mixup)
+    alone, joined = batch_of(records), batch_of(records, mixed)
+    assert len(joined.labels) > len(alone.labels)  # the boxes of both pictures count
+    assert all(a <= b for a, b in zip(alone.counts, joined.counts, strict=True))
+    assert not torch.equal(alone.images, joined.images)
+    assert torch.equal(batch_of(records, epoch=2).images, batch_of(records, mixed, epoch=2).images)
+
+
+def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> None:
+    record = replace(
+        drawn_records(1)[0],
+        boxes=np.array([[-9, -9, 8, 8], [5, 5, 99, 99], [1, 1, 9, 9], [4, 60, 9, 60]], np.float32),
+        labels=np.array([0, 1, 2, 3], np.int32),
+        areas=np.ones(4, np.float32),
+        crowd=np.array([False, False, True, False]),
+    )
+    width, height = record.width, record.height
+    (target,) = batch_of([record], replace(EVALUATION, micro_batch=1)).targets()
+    assert target["labels"].tolist() == [0, 1]
+    expected = torch.tensor([[0, 0, 8, 8], [5, 5, width, height]]) / torch.tensor([width, height] * 2)
+    centre, size = target["boxes"].split(2, dim=1)
+    torch.testing.assert_close(torch.cat([centre - size / 2, centre + size / 2], dim=1), expected)
+
+
+def test_targets_of_images_without_boxes_are_empty_and_typed() -> None:
+    records = drawn_records(4)
+    none = {name: getattr(records[0], name)[:0] for name in ("boxes", "labels", "areas", "crowd")}
+    batch = batch_of([replace(record, **none) for record in records])
+    assert batch.counts == (0, 0, 0, 0)
+    for target in batch.targets():
+        assert target["boxes"].shape == (0, 4)
+        assert target["boxes"].dtype == torch.float32
+        assert target["labels"].dtype == torch.int64
+
+
+def test_the_pixels_are_those_of_the_block_not_a_copy() -> None:
+    decoded = decode_micro_batch(encoded(drawn_records(4)), TRAINING)
+    images = decoded.column("images").chunk(0).flatten()
+    assert batch_from_arrow(decoded, CANVAS).images.data_ptr() == images.buffers()[1].address
+
+
+@pytest.mark.parametrize(("bad", "stand_ins"), [([1], {1: 2}), ([3], {3: 0}), ([0, 1, 3], {0: 2, 1: 2, 3: 2})])
+def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_named(
+    bad: list[int], stand_ins: dict[int, int]
+) -> None:
+    records = drawn_records(4)
+    whole = batch_of(records)
+    batch = batch_of([broken(record) if i in bad else record for i, record in enumerate(records)])
+    for i in range(4):
+        stand_in = stand_ins.get(i, i)
+        assert batch.image_id[i] == records[stand_in].image_id
+        assert torch.equal(batch.images[i], whole.images[stand_in])
+        assert torch.equal(batch.photometric[i], whole.photometric[stand_in])
+        assert torch.equal(batch.targets()[i]["boxes"], whole.targets()[stand_in]["boxes"])
+    assert [replacement.image_id for replacement in batch.replaced] == [records[i].image_id for i in bad]
+    assert all(records[replacement.image_id - 1].file_name in replacement.reason for replacement in batch.replaced)
+
+
+def test_a_micro_batch_of_which_nothing_can_be_decoded_is_an_error_that_names_every_image() -> None:
+    records = [broken(record) for record in drawn_records(4)]
+    with pytest.raises(UndecodableImageError) as error:
+        batch_of(records)
+    assert all(record.file_name in str(error.value) for record in records)
+
+
+def test_evaluation_does_not_replace_images() -> None:
+    records = drawn_records(4)
+    with pytest.raises(UndecodableImageError, match=f"image {records[2].image_id}, {records[2].file_name}"):
+        batch_of([*records[:2], broken(records[2]), records[3]], EVALUATION)
+
+
+@pytest.mark.parametrize("real", [3, 1, 0])
+def test_evaluation_fills_up_its_last_batches_and_says_so(real: int) -> None:
+    records = drawn_records(real)
+    batch = batch_of(records, EVALUATION)
+    assert batch.padding == (False,) * real + (True,) * (4 - real)
+    assert batch.image_id.tolist() == [record.image_id for record in records] + [-1] * (4 - real)
+    assert batch.images.shape == (4, 3, *CANVAS)
+    assert batch.photometric.shape == (4, len(identity_photometric()))
+    assert batch.orig_size.shape == (4, 2)
+    assert not batch.images[real:].any()
+    assert [len(target["labels"]) for target in batch.targets()[real:]] == [0] * (4 - real)
+    for i, record in enumerate(records):
+        sample = plain_sample(record.image, record.width, record.height, record.boxes, record.labels, canvas=CANVAS)
+        np.testing.assert_array_equal(batch.images[i].permute(1, 2, 0).numpy(), sample.image)
+
+
+def test_a_batch_moves_with_all_its_tensors() -> None:
+    batch = replace(batch_of(drawn_records(4)), replaced=(Replacement(7, "broken"),))
+    moved = batch.to("meta")
+    tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert tensors == {"images", "photometric", "boxes", "labels", "image_id", "orig_size"}
+    assert all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert (moved.counts, moved.replaced, moved.step) == (batch.counts, batch.replaced, batch.step)

@@ -1,0 +1,366 @@
+"""From files to shards: what is written, what is refused, and what survives a kill."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from jobs.prepare import main as prepare_main
+from pipeline import storage
+from pipeline.data.prepare.image_files import BadImageError, checked_image
+from pipeline.data.prepare.prepare import PrepareError, prepare, read_rejected
+from pipeline.data.prepare.shard_writer import PrepareOptions
+from pipeline.data.shards.manifest import ShardSet, load_shards
+from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, records_from_table
+from pipeline.data.sources.coco import coco_source
+from pipeline.data.sources.synthetic import CLASSES, synthetic_image
+from pipeline.ray_cluster import start_ray
+from tests.support.s3_server import s3_bucket
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket() as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: str) -> Iterator[str]:
+    """Address of a Ray whose workers know the S3 server."""
+    start_ray(num_cpus=2)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def write_coco(folder: Path, records: Sequence[ImageRecord]) -> Path:
+    """A COCO data set of these records; category ids are labels + 1."""
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for record in records:
+        (folder / "images" / record.file_name).write_bytes(record.image)
+        images.append(
+            {name: getattr(record, name) for name in ("file_name", "width", "height")} | {"id": record.image_id}
+        )
+        for box, label, area, crowd in zip(record.boxes, record.labels, record.areas, record.crowd, strict=True):
+            x1, y1, x2, y2 = box.tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": record.image_id,
+                    "category_id": int(label) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": float(area),
+                    "iscrowd": int(crowd),
+                }
+            )
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return folder
+
+
+def drawn(count: int) -> list[ImageRecord]:
+    return [synthetic_image(index, longest_side=96) for index in range(count)]
+
+
+def shards_of(folder: Path, out: object, *, strict: bool = False, split: str = "train", **options: Any) -> ShardSet:
+    source = coco_source(str(folder / "images"), str(folder / "instances.json"))
+    return prepare(source, str(out), split=split, options=PrepareOptions(**options), strict=strict)
+
+
+def stored(shards: ShardSet) -> list[ImageRecord]:
+    """All rows in order, read with the reader of pyarrow."""
+    files = [io.BytesIO(storage.read_bytes(shards.shard_uri(k))) for k in range(len(shards.manifest.shards))]
+    return [record for file in files for record in records_from_table(pq.read_table(file))]
+
+
+def assert_same(found: ImageRecord, expected: ImageRecord) -> None:
+    for name, value in vars(expected).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_allclose(getattr(found, name), value, rtol=1e-5, atol=1e-5)
+        else:
+            assert getattr(found, name) == value, name
+
+
+# What is written
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_every_image_is_stored_as_it_came_with_its_boxes(cluster: str, bucket: str, tmp_path: Path, place: str) -> None:
+    records = drawn(40)
+    out = tmp_path / "out" if place == "disk" else f"{bucket}/coco"
+    shards = shards_of(write_coco(tmp_path / "in", records), out, shard_mib=0.05, row_group_rows=8)
+    found = {record.image_id: record for record in stored(shards)}
+    assert len(found) == len(records)
+    for record in records:
+        assert_same(found[record.image_id], record)
+    manifest = shards.manifest
+    assert len(manifest.shards) > 1
+    assert manifest.images == 40
+    assert manifest.boxes == sum(len(record.labels) for record in records)
+    assert manifest.statistics.crowd_boxes == sum(int(record.crowd.sum()) for record in records) > 0
+    assert manifest.statistics.images_without_boxes == sum(record.crowd.all() for record in records) > 0
+    assert [category.original_id for category in manifest.categories] == list(range(1, len(CLASSES) + 1))
+    assert storage.sizes(shards.uri).keys() == {
+        "manifest.json",
+        "rejected.parquet",
+        *(shard.file for shard in manifest.shards),
+    }
+    assert not storage.exists(storage.join(shards.uri, ".prepare/plan.json"))
+
+
+def test_the_manifest_describes_the_files(cluster: str, tmp_path: Path) -> None:
+    shards = shards_of(write_coco(tmp_path / "in", drawn(40)), tmp_path / "out", shard_mib=0.05, row_group_rows=8)
+    for k, shard in enumerate(shards.manifest.shards):
+        data = Path(shards.shard_uri(k)).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == shard.sha256
+        assert len(data) == shard.bytes
+        file = pq.ParquetFile(pa.BufferReader(data))
+        assert file.schema_arrow.equals(SHARD_SCHEMA)
+        groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+        assert tuple(group.num_rows for group in groups) == shard.row_groups
+        assert max(shard.row_groups) == 8
+        assert {group.column(c).compression for group in groups for c in range(group.num_columns)} == {"UNCOMPRESSED"}
+
+
+def test_the_same_input_makes_the_same_digest_and_another_seed_another_order(cluster: str, tmp_path: Path) -> None:
+    folder = write_coco(tmp_path / "in", drawn(24))
+    one, again, other = (shards_of(folder, tmp_path / f"out{k}", seed=seed) for k, seed in enumerate((0, 0, 1)))
+    assert one.manifest.digest == again.manifest.digest != other.manifest.digest
+    assert [record.image_id for record in stored(one)] != [record.image_id for record in stored(other)]
+    plain = shards_of(folder, tmp_path / "plain", shuffle=False)
+    assert [record.image_id for record in stored(plain)] == list(range(1, 25))
+
+
+def test_larger_images_are_made_smaller_with_their_boxes(cluster: str, tmp_path: Path) -> None:
+    records = drawn(16)
+    shards = shards_of(write_coco(tmp_path / "in", records), tmp_path / "out", longest_side=48, jpeg_quality=95)
+    for found in stored(shards):
+        before = records[found.image_id - 1]
+        assert max(found.width, found.height) == 48
+        assert Image.open(io.BytesIO(found.image)).size == (found.width, found.height)
+        sx, sy = found.width / before.width, found.height / before.height
+        np.testing.assert_allclose(found.boxes, before.boxes * [sx, sy, sx, sy], rtol=1e-5)
+        np.testing.assert_allclose(found.areas, before.areas * sx * sy, rtol=1e-5)
+        expected = Image.open(io.BytesIO(before.image)).resize((found.width, found.height), Image.Resampling.LANCZOS)
+        error = np.subtract(
+            *(np.asarray(image.convert("L"), float) for image in (Image.open(io.BytesIO(found.image)), expected))
+        )
+        assert np.abs(error).mean() < 3  # of JPEG at that quality
+
+
+def test_yolo_fractions_become_pixels(cluster: str, tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (40, 20)).save(tmp_path / "images/a.png")
+    (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.25 0.5\n0 nan 0.5 0.1 0.1\n")
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [cat]")
+    prepare_main(["yolo", str(tmp_path / "data.yaml"), "--split", "train", "--out", str(tmp_path / "out")])
+    shards = load_shards(tmp_path / "out")
+    (record,) = stored(shards)
+    assert [(row.kind, row.reason, row.detail) for row in read_rejected(shards)] == [
+        ("box", "degenerate box", "xyxy nan, 9, nan, 11")
+    ]
+    assert (record.width, record.height, record.file_name) == (40, 20, "images/a.png")
+    np.testing.assert_allclose(record.boxes, [[15, 5, 25, 15]])
+    np.testing.assert_allclose(record.areas, [100])
+
+
+def test_the_command_prepares_drawn_images_and_says_so(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["synthetic", "--images", "20", "--image-side", "64", "--split", "train", "--out", str(tmp_path)]
+    prepare_main(command)
+    manifest = load_shards(tmp_path).manifest
+    assert manifest.options == PrepareOptions().model_dump()  # the command's defaults are those of the options
+    assert f"20 images, {manifest.boxes} boxes of 8 classes" in capsys.readouterr().out
+    assert [record.image for record in stored(load_shards(tmp_path))] != []
+
+
+# What is refused
+
+
+def broken_set(folder: Path) -> Path:
+    """Twelve images: five that cannot be used, and four boxes that are none on another one."""
+    write_coco(folder, drawn(12))
+    path = folder / "instances.json"
+    content = json.loads(path.read_text())
+    files = {image["id"]: folder / "images" / image["file_name"] for image in content["images"]}
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:-300])
+    files[3].write_bytes(b"not an image")
+    content["images"][3]["width"] += 1
+    Image.new("L", (200, 100)).save(files[5], "PNG")
+    content["images"][4] |= {"width": 200, "height": 100}
+    boxes = [[5, 5, 0, 4], [5, 5, 4, -1], [5, 5, 1e-9, 4], [5000, 5, 4, 4]]
+    content["annotations"] += [
+        {"id": 900 + k, "image_id": 6, "category_id": 1, "bbox": box, "area": 1} for k, box in enumerate(boxes)
+    ]
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def test_what_cannot_be_used_is_listed_and_the_rest_is_written(cluster: str, tmp_path: Path) -> None:
+    records = drawn(12)
+    shards = shards_of(broken_set(tmp_path / "in"), tmp_path / "out", max_pixels=15_000)
+    rejected = {(row.image_id, row.kind, row.reason) for row in read_rejected(shards)}
+    assert rejected == {
+        (1, "image", "missing file"),
+        (2, "image", "undecodable"),
+        (3, "image", "undecodable"),
+        (4, "image", "size mismatch"),
+        (5, "image", "too many pixels"),
+        (6, "box", "degenerate box"),
+        (6, "box", "box outside the image"),
+    }
+    assert shards.manifest.rejected == len(read_rejected(shards)) == 9
+    assert {row.file_name for row in read_rejected(shards)} == {f"{k:08d}.jpg" for k in range(6)}
+    found = {record.image_id: record for record in stored(shards)}
+    assert set(found) == set(range(6, 13))
+    for number, record in found.items():
+        assert_same(record, records[number - 1])
+
+
+def test_strict_names_what_it_found_and_finishes_nothing(cluster: str, tmp_path: Path) -> None:
+    folder = broken_set(tmp_path / "in")
+    with pytest.raises(PrepareError, match=r"strict: 3 degenerate box.*rejected(?s:.*)00000000\.jpg: missing file: /"):
+        shards_of(folder, tmp_path / "out", strict=True)
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert shards_of(folder, tmp_path / "out").manifest.images == 8
+    with pytest.raises(PrepareError, match="strict"):
+        shards_of(folder, tmp_path / "out", strict=True)
+
+
+def test_a_folder_without_its_images_is_an_error(cluster: str, tmp_path: Path) -> None:
+    folder = write_coco(tmp_path / "in", drawn(3))
+    (folder / "images").rename(folder / "elsewhere")
+    with pytest.raises(PrepareError, match="none of 3 images tried can be used; the first: missing file"):
+        shards_of(folder, tmp_path / "out")
+
+
+def jpeg(size: tuple[int, int], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    gradient = np.add.outer(np.arange(size[1]), np.arange(size[0])).astype(np.uint8)
+    Image.fromarray(gradient).convert("RGB").save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+def check(data: bytes, size: tuple[int, int] | None, **options: Any) -> Any:
+    settings = {"longest_side": None, "quality": 75, "max_pixels": 10_000, "verify": True} | options
+    return checked_image(data, size, **settings)
+
+
+@pytest.mark.parametrize("annotated", [(20, 30), None])
+def test_an_image_annotated_upright_is_turned_upright(annotated: tuple[int, int] | None) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    lying = jpeg((30, 20), exif=exif)
+    image = check(lying, annotated)
+    upright = Image.open(io.BytesIO(image.data))
+    assert upright.size == (image.width, image.height) == (20, 30)
+    assert upright.getexif().get(0x0112, 1) == 1
+    expected = np.rot90(np.asarray(Image.open(io.BytesIO(lying)), int), k=-1)
+    assert np.abs(np.asarray(upright, int) - expected).max() < 8
+    # Annotated as it is stored, it stays as it is: COCO's boxes are like that.
+    assert check(lying, (30, 20)).data == lying
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_unusual_jpegs_stay_as_they_are(mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (16, 8)).save(buffer, "JPEG")
+    assert check(buffer.getvalue(), (16, 8)).data == buffer.getvalue()
+
+
+def test_a_cut_off_file_is_found_only_by_decoding_it() -> None:
+    whole = jpeg((64, 64))
+    cut = whole[:-100]
+    with pytest.raises(BadImageError, match="undecodable"):
+        check(cut, (64, 64))
+    assert check(cut, (64, 64), verify=False).data == cut
+
+
+def test_pixels_are_counted_before_anything_is_decoded() -> None:
+    with pytest.raises(BadImageError, match="too many pixels: 200 x 100 are more than 10000"):
+        check(jpeg((200, 100))[:700], None)
+
+
+# What survives a kill
+
+
+def test_a_finished_set_is_left_alone(cluster: str, tmp_path: Path) -> None:
+    folder = write_coco(tmp_path / "in", drawn(8))
+    first = shards_of(folder, tmp_path / "out")
+    written_at = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert shards_of(folder, tmp_path / "out").manifest == first.manifest
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written_at
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_work_in_the_same_folder_is_refused(cluster: str, tmp_path: Path, finished: bool) -> None:
+    folder = broken_set(tmp_path / "in")
+    if finished:
+        shards_of(folder, tmp_path / "out")
+    else:
+        with pytest.raises(PrepareError, match="strict"):
+            shards_of(folder, tmp_path / "out", strict=True)
+    with pytest.raises(PrepareError, match=r"holds other work: seed is 0 there and 1 now\. Choose another --out"):
+        shards_of(folder, tmp_path / "out", seed=1)
+    with pytest.raises(PrepareError, match="split is 'train' there and 'val' now"):
+        shards_of(folder, tmp_path / "out", split="val")
+    (folder / "instances.json").write_text((folder / "instances.json").read_text() + " ")
+    with pytest.raises(PrepareError, match="annotations_sha256 is"):
+        shards_of(folder, tmp_path / "out")
+
+
+def test_a_killed_prepare_goes_on_and_ends_in_the_same_manifest(cluster: str, tmp_path: Path) -> None:
+    distinct = drawn(16)
+    records = [
+        ImageRecord(**{**vars(distinct[k % 16]), "image_id": k + 1, "file_name": f"{k}.jpg"}) for k in range(800)
+    ]
+    folder, out = write_coco(tmp_path / "in", records), tmp_path / "out"
+    arguments = ["coco", "--images", str(folder / "images"), "--annotations", str(folder / "instances.json")]
+    arguments += ["--split", "train", "--shard-mib", "0.1", "--out", str(out)]
+    environment = os.environ | {"RAY_ADDRESS": cluster}  # as in a submitted job
+    process = subprocess.Popen([sys.executable, "-m", "jobs.prepare", *arguments], env=environment)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob(".prepare/shard-*.json"))) < 3:
+        assert process.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline, "wrote nothing"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    time.sleep(1)  # tasks of the dead driver end
+    receipts = sorted(out.glob(".prepare/shard-*.json"))
+    written_at = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
+
+    # What a kill in the middle of a write can leave: half a file under a temporary name, a shard without its receipt.
+    (out / ".shard-00000.parquet.0123.tmp").write_bytes(b"half")
+    receipts[0].unlink()
+    lost = receipts[0].with_suffix(".parquet").name
+    (out / lost).write_bytes(b"half")
+
+    prepare_main(arguments)
+    digest = load_shards(out).manifest.digest
+    assert digest == shards_of(folder, tmp_path / "uninterrupted", shard_mib=0.1).manifest.digest
+    kept = {path.with_suffix(".parquet").name for path in receipts[1:]}
+    assert len(kept) > 1
+    assert {name for name in kept if (out / name).stat().st_mtime_ns != written_at[name]} == set()
+    names = {shard.file for shard in load_shards(out).manifest.shards}
+    assert len(names) > len(kept) + 1  # it was killed before the end
+    assert {path.name for path in out.iterdir()} == names | {"manifest.json", "rejected.parquet"}

@@ -1,0 +1,199 @@
+"""Whole evaluations of small shard sets: nothing lost, nothing twice, for any number of workers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from matplotlib.image import imread
+from torch import Tensor, nn
+
+from dfine_core import Detector, DetectorOutput, ModelConfig
+from dfine_core.structures import QueryPredictions
+from pipeline.data.shards.manifest import ShardSet, load_shards
+from pipeline.data.shards.records import ImageRecord
+from pipeline.data.sources.synthetic import CLASSES
+from pipeline.evaluation import coco_metrics
+from pipeline.evaluation import evaluate as evaluation
+from pipeline.evaluation.evaluate import Found, detect, evaluate, judge
+from pipeline.evaluation.ground_truth import read_ground_truth
+from pipeline.evaluation.report import EvaluationReport
+from pipeline.evaluation.sample_images import sample_pictures
+from tests.support import recorded
+from tests.support.drawn_scenes import BOX, found, random_scene, truth_of
+from tests.support.drawn_shards import drawn_records, write_shards
+
+IMAGES = 19  # in micro-batches of 4: a last one of 3, and for two workers one of nothing but padding
+CONFIG = ModelConfig.variant("n", num_classes=len(CLASSES), input_size=(64, 64), num_queries=20)
+CPU = torch.device("cpu")
+LAYERS = {"layers/iou_initial": 0.5, "layers/iou_0": 0.6, "layers/entropy_0": 1.5, "layers/entropy_share_0": 0.4}
+
+
+@pytest.fixture(scope="module")
+def records() -> list[ImageRecord]:
+    return drawn_records(IMAGES, longest_side=96)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, records: list[ImageRecord]) -> ShardSet:
+    return write_shards(tmp_path_factory.mktemp("drawn") / "val", records)
+
+
+def detector() -> Detector:
+    made = Detector(CONFIG)
+    recorded.fill(made, seed=3)
+    return made
+
+
+class Oracle(nn.Module):
+    """Says what is true of the images, which must come in the order of the shards."""
+
+    def __init__(self, records: list[ImageRecord]):
+        super().__init__()
+        self.config = CONFIG
+        self._rest = list(records)
+
+    def forward(self, images: Tensor, every_layer: bool) -> DetectorOutput:
+        logits = torch.full((len(images), CONFIG.num_queries, CONFIG.num_classes), -9.0)
+        boxes = torch.full((len(images), CONFIG.num_queries, 4), 0.5)
+        for place, record in enumerate(self._rest[: len(images)]):
+            corners = torch.from_numpy(record.boxes) / torch.tensor([record.width, record.height] * 2)
+            count = len(record.labels)
+            boxes[place, :count] = (
+                torch.cat([corners[:, :2] + corners[:, 2:], 2 * (corners[:, 2:] - corners[:, :2])], 1) / 2
+            )
+            logits[place, range(count), record.labels.tolist()] = 9.0
+        del self._rest[: len(images)]
+        every = (CONFIG.num_layers, -1, -1, -1)
+        layers = QueryPredictions(logits.expand(every), boxes.expand(every), None, logits, boxes)
+        return DetectorOutput(logits, boxes, layers)
+
+
+def test_a_detector_that_knows_the_truth_scores_one(records: list[ImageRecord], shards: ShardSet) -> None:
+    report = evaluate(Oracle(records), shards, device=CPU, micro_batch=4, decode_in="inline", final=True)
+    assert report is not None
+    assert report.images == IMAGES
+    assert report.boxes == sum(int((~record.crowd).sum()) for record in records) > 0
+    metrics = report.metrics()
+    assert metrics["val/AP"] == pytest.approx(1)
+    assert metrics["val/AR_100"] == pytest.approx(1)
+    assert metrics["val/evaluators_differ_by"] < 1e-9
+    assert report.evaluator == "pycocotools"
+
+
+def _evaluate_on_rank(rank: int, world_size: int, folder: str, uri: str) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    shards = load_shards(uri)
+    found = detect(detector(), shards, device=CPU, rank=rank, world_size=world_size, micro_batch=4, decode_in="inline")
+    assert (found is None) == (rank > 0)
+    if found is not None:
+        np.savez(Path(folder) / f"of_{world_size}.npz", **vars(found.detections))
+        metrics = judge(found, read_ground_truth(shards)).metrics()
+        (Path(folder) / f"of_{world_size}.json").write_text(json.dumps(metrics))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def test_two_workers_find_what_one_finds(shards: ShardSet, records: list[ImageRecord], tmp_path: Path) -> None:
+    _evaluate_on_rank(0, 1, str(tmp_path), shards.uri)
+    mp.spawn(_evaluate_on_rank, args=(2, str(tmp_path), shards.uri), nprocs=2)
+    with np.load(tmp_path / "of_1.npz") as one, np.load(tmp_path / "of_2.npz") as two:
+        each = CONFIG.num_queries * CONFIG.num_classes
+        assert one["image_id"].tolist() == [record.image_id for record in records for _ in range(each)]
+        assert two["image_id"].tolist() != one["image_id"].tolist()  # worker after worker
+        order = np.argsort(two["image_id"], kind="stable")
+        for name in ("image_id", "label", "score", "box"):
+            np.testing.assert_allclose(one[name], two[name][order], rtol=1e-5, atol=1e-4)
+    alone, together = (json.loads((tmp_path / f"of_{n}.json").read_text()) for n in (1, 2))
+    for metrics in (alone, together):
+        for name in [name for name in metrics if "seconds" in name]:
+            del metrics[name]
+    assert alone["val/layers/iou_0"] > 0
+    assert together == pytest.approx(alone, abs=1e-6)
+
+
+def test_parts_keep_the_mode_that_they_were_in(shards: ShardSet) -> None:
+    model = detector().train()
+    model.backbone.eval()
+    before = [part.training for part in model.modules()]
+    detect(model, shards, device=CPU, micro_batch=8, decode_in="inline")
+    assert [part.training for part in model.modules()] == before
+    assert len(set(before)) == 2
+
+
+def judged(**changes: Any) -> EvaluationReport:
+    truth, table = random_scene(0)
+    return judge(Found(table, LAYERS, {"data": 0.1, "model": 0.2}), truth, **changes)
+
+
+def test_evaluators_that_disagree_are_told_loudly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "agree, largest difference" in judged(final=True).table()
+    assert not caplog.records
+    truth, table = random_scene(0)
+    worse = coco_metrics.coco_numbers(truth, table[table.score > 0.5])  # as if it had lost detections
+    monkeypatch.setattr(evaluation, "result_of", lambda *_: worse)
+    report = judged(final=True)
+    assert report.numbers == coco_metrics.coco_numbers(truth, table, evaluator="pycocotools").numbers
+    assert "DISAGREE" in report.table()
+    assert "disagree" in caplog.text
+
+
+def test_metrics_are_flat_and_known() -> None:
+    metrics = judged().metrics()
+    assert {"val/AP", "val/AP50", "val/AR_100", "val/layers/iou_0", "val/errors/localisation"} <= set(metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
+    unknown = judge(Found(found(), {"layers/iou_initial": math.nan}, {}), truth_of([]))
+    assert not {"val/AP", "val/layers/iou_initial"} & set(unknown.metrics())
+    assert "AP      -" in unknown.table()
+
+
+def test_a_report_is_written_as_files(tmp_path: Path) -> None:
+    report = judged()
+    report.write(tmp_path / "report")
+    content = json.loads((tmp_path / "report/report.json").read_text())
+    assert content["numbers"]["AP"] == pytest.approx(report.numbers["AP"])
+    assert content["per_class"][-1]["ap"] is None
+    lines = (tmp_path / "report/per_class.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(report.per_class)
+    assert lines[1].startswith("7,class 0,")
+    assert lines[-1] == "57,class 5,0,,"
+    pictures = sorted(path.stem for path in (tmp_path / "report").glob("*.png"))
+    assert pictures == ["confusion", "errors", "layers", "per_class", "precision_recall"]
+    assert imread(tmp_path / "report/confusion.png").shape[0] > 100
+
+
+@pytest.mark.parametrize("classes", [1, 100])
+def test_figures_can_be_drawn_of_nothing_and_of_many_classes(classes: int, tmp_path: Path) -> None:
+    boxes = [] if classes == 1 else [(label, BOX) for label in range(classes)]
+    truth = truth_of(boxes, classes=classes)
+    report = judge(Found(found(), {"layers/iou_initial": math.nan}, {}), truth)
+    report.write(tmp_path)
+    assert (tmp_path / "per_class.png").exists()
+    assert not (tmp_path / "layers.png").exists()
+
+
+def test_the_same_images_are_drawn_every_time(shards: ShardSet) -> None:
+    model = detector().train()
+    first, again = ([name for name, _ in sample_pictures(model, shards, device=CPU, count=2)] for _ in range(2))
+    assert first == again
+    assert [name.split("/")[0] for name in first] == ["pictures", "refinement"] * 2
+    assert model.training
+    other = [name for name, _ in sample_pictures(model, shards, device=CPU, count=2, seed=1)]
+    assert other != first
+
+
+def test_a_detector_that_regresses_directly_has_no_refinement_to_show(shards: ShardSet) -> None:
+    model = Detector(CONFIG.with_(regression="direct"))
+    report = evaluate(model, shards, device=CPU, micro_batch=8, decode_in="inline")
+    assert report is not None
+    assert "layers" in report.figures()
+    assert [name.split("/")[0] for name, _ in sample_pictures(model, shards, device=CPU, count=2)] == ["pictures"] * 2

@@ -1,0 +1,118 @@
+"""Transformers' D-FINE, used as a library: the same weights under its names give the same logits and boxes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, DFineForObjectDetection
+
+from dfine_core import ModelConfig
+from dfine_core.images import read_image
+from dfine_core.inference import prepare
+from pipeline.export.huggingface import (
+    refusal,
+    save_transformers,
+    transformers_config,
+    transformers_detector,
+    transformers_key,
+)
+from tests.support.drawn_shards import drawn_records
+from tests.support.varied_detectors import varied_detector
+
+NAMES = ("cat", "dog", "traffic light")
+
+
+def config_of(variant: str, **settings: object) -> ModelConfig:
+    values: dict[str, object] = {"num_classes": 3, "input_size": (128, 128), "num_queries": 30, **settings}
+    return ModelConfig.variant(variant, **values)
+
+
+def largest_differences(config: ModelConfig) -> tuple[float, float]:
+    """Of logits and boxes, query by query."""
+    detector = varied_detector(config)
+    theirs = transformers_detector(config, detector.state_dict(), NAMES).eval()
+    images = torch.rand(2, 3, *config.input_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        our, their = detector(images), theirs(pixel_values=images)
+    assert our.logits.std() > 0.05
+    return (our.logits - their.logits).abs().max().item(), (our.boxes - their.pred_boxes).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of("n"),
+        config_of("s"),
+        config_of("n", input_size=(96, 160), positional_table="grid", num_points=(4, 2)),
+        pytest.param(config_of("s", reg_max=16, reg_scale=8.0, up=0.4, sampling="discrete"), marks=pytest.mark.slow),
+        *(pytest.param(config_of(variant), marks=pytest.mark.slow) for variant in "mlx"),
+    ],
+    ids=lambda config: f"{config.backbone} {config.input_size} {config.reg_max}",
+)
+def test_logits_and_boxes_equal_those_of_transformers(config: ModelConfig) -> None:
+    logits, boxes = largest_differences(config)
+    assert logits < 1e-4
+    assert boxes < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"regression": "direct"}, "boxes from distributions alone"),
+        ({"query_selection": "one2many"}, "the default alone"),
+        ({"learn_query_content": True}, "fails on the first image"),
+        ({"num_layers": 1}, "none to share with"),
+        ({"input_size": (96, 160)}, "the table 'grid'"),
+        ({"positional_temperature": 9999.5}, "whole numbers"),
+    ],
+)
+def test_what_its_configuration_cannot_express_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        transformers_config(config_of("n", **settings), NAMES)
+    assert refusal(config_of("n")) is None
+
+
+def test_the_released_table_really_differs_on_rectangles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the refusal is not for nothing."""
+    monkeypatch.setattr("pipeline.export.huggingface.refusal", lambda config: None)
+    logits, _ = largest_differences(config_of("n", input_size=(96, 160)))
+    assert logits > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            "backbone.stages.2.blocks.1.layers.0.conv2.lab.scale",
+            "model.backbone.model.encoder.stages.2.blocks.1.layers.0.conv2.lab.scale",
+        ),
+        (
+            "encoder.fpn_blocks.0.cv3.0.bottlenecks.1.conv2.norm.running_var",
+            "model.encoder.fpn_blocks.0.csp_rep2.bottlenecks.1.conv2.norm.running_var",
+        ),
+        ("decoder.decoder.layers.1.norm3.bias", "model.decoder.layers.1.final_layer_norm.bias"),
+        ("decoder.enc_bbox_head.layers.2.weight", "model.enc_bbox_head.layers.2.weight"),
+    ],
+)
+def test_keys_by_hand(ours: str, theirs: str) -> None:
+    assert transformers_key(ours) == theirs
+
+
+def test_a_folder_opens_as_any_other_and_knows_its_classes_and_pictures(tmp_path: Path) -> None:
+    config = config_of("n")
+    detector = varied_detector(config)
+    save_transformers(config, detector.state_dict(), NAMES, tmp_path / "hf")
+    assert {file.suffix for file in (tmp_path / "hf").iterdir()} == {".json", ".safetensors"}
+    model = DFineForObjectDetection.from_pretrained(tmp_path / "hf")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert model.config.id2label == dict(enumerate(NAMES))
+
+    image = read_image(drawn_records(1, longest_side=200)[0].image)
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"]
+    ours = prepare([image], config.input_size).float() / 255
+    assert theirs.shape == ours.shape
+    assert (theirs - ours).abs().max() < 2 / 255  # two programs for one filter
+    with torch.no_grad():
+        their, our = model(pixel_values=ours), detector(ours)
+    assert (their.logits - our.logits).abs().max() < 1e-4
+    assert (their.pred_boxes - our.boxes).abs().max() < 1e-5

@@ -1,0 +1,98 @@
+"""Batch prediction on a Ray of its own: killed in the middle, it goes on, and finds what a process alone finds."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import save_file
+
+from pipeline.predict.inputs import list_inputs
+from pipeline.predict.predict import HERE, PredictOptions, predict
+from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.s3_server import s3_bucket
+from tests.support.small_detectors import small_detector
+from tests.training.test_train_on_ray import kill_driver, wait_for
+from tests.training.test_train_step import one_thread
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+IMAGES, PART = 240, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    loaded = small_detector()
+    (folder / "detector").mkdir()
+    state = {key: tensor.clone() for key, tensor in loaded.detector.state_dict().items()}
+    save_file(state, folder / "detector" / "model.safetensors")
+    description = {"config": asdict(loaded.config), "categories": loaded.names}
+    (folder / "detector" / "detector.json").write_text(json.dumps(description))
+    (folder / "photos").mkdir()
+    for number, record in enumerate(drawn_records(IMAGES, longest_side=64)):
+        (folder / "photos" / f"{number:04d}.jpg").write_bytes(record.image)
+    (folder / "photos" / "broken.jpg").write_bytes(b"text")
+    return folder
+
+
+def start(folder: Path, source: str, out: str, log: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.predict", folder / "detector", source, "--out", out, *options]
+    environment = {**os.environ, "RAY_TMPDIR": "/tmp"}
+    environment.pop("RAY_ADDRESS", None)
+    with log.open("a") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+
+def test_a_killed_prediction_goes_on_with_the_parts_it_has(folder: Path) -> None:
+    out, log = folder / "out", folder / "log"
+    options = ("--workers", "2", "--part", str(PART), "--pictures", "2", "--explain", "1")
+    driver = start(folder, str(folder / "photos"), str(out), log, *options)
+
+    def parts() -> list[Path]:
+        return sorted((out / "parts").glob("*.parquet"))
+
+    wait_for(lambda: len(parts()) >= 6, driver, log)
+    kill_driver(driver)
+    kept = {path: path.stat().st_mtime_ns for path in parts()}
+    assert 6 <= len(kept) < (IMAGES + 1) / PART
+    assert not (out / "detections.json").exists()
+
+    driver = start(folder, str(folder / "photos"), str(out), log, *options)
+    assert driver.wait(timeout=400) == 0, log.read_text()[-4000:]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(parts()) == -(-(IMAGES + 1) // PART)
+    assert "1 could not be read" in log.read_text()
+    assert not list((out / "parts").glob(".*"))
+
+    alone = folder / "alone"
+    settings = PredictOptions(workers=HERE, part=PART, pictures=0, explain=1)
+    with one_thread():
+        predict(small_detector(), list_inputs([str(folder / "photos")]), str(alone), settings)
+    here, there = (pq.read_table(place / "parts").to_pylist() for place in (alone, out))
+    assert len(here) == IMAGES + 1
+    assert here == there
+
+
+def test_inputs_and_results_may_lie_in_an_object_store(folder: Path) -> None:
+    shards = write_shards(folder / "shards", drawn_records(10, longest_side=64))
+    with s3_bucket() as bucket:
+        from pipeline import storage
+
+        for path in Path(shards.uri).iterdir():
+            storage.write_atomic(f"{bucket}/in/val/{path.name}", path.read_bytes())
+        storage.write_atomic(f"{bucket}/in/photo.jpg", (folder / "photos" / "0000.jpg").read_bytes())
+        driver = start(folder, f"{bucket}/in/val", f"{bucket}/out", folder / "s3.log", "--pictures", "2")
+        assert driver.wait(timeout=200) == 0, (folder / "s3.log").read_text()[-4000:]
+        described = json.loads(storage.read_bytes(f"{bucket}/out/images.json"))
+        assert len(described["images"]) == 10
+        assert storage.exists(f"{bucket}/out/contact_sheet.jpg")
+        here = PredictOptions(workers=HERE, pictures=0)
+        outcome = predict(small_detector(), list_inputs([f"{bucket}/in/*.jpg"]), f"{bucket}/pattern", here)
+        assert outcome.pictures == 1

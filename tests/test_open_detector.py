@@ -1,0 +1,231 @@
+"""After the training: detectors opened from where they lie, the evaluate and replay commands, a dry run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from dfine_core import Detector, ModelConfig
+from jobs import evaluate as evaluate_job
+from jobs import lineage as lineage_job
+from jobs import replay as replay_job
+from jobs import train as train_job
+from pipeline.config import Cluster, ConfigError
+from pipeline.config_files import dump
+from pipeline.data.shards.manifest import load_shards
+from pipeline.data.sources.synthetic import CLASSES
+from pipeline.open_detector import open_detector
+from pipeline.tracking.lineage import client_of, find_run
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.training import checkpoint
+from pipeline.training.budget import estimated_bytes, flops_per_image
+from pipeline.training.dry_run import preview
+from pipeline.training.init_weights import load_initial, pinned
+from pipeline.training.loop import Run, train
+from pipeline.training.run_dir import begin_or_continue
+from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.training_runs import ALONE, Heard, experiment, job, shard_folders
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> dict[str, str]:
+    return shard_folders(folder)
+
+
+@pytest.fixture(scope="module")
+def tracking(folder: Path, data: dict[str, str]) -> TrackingSettings:
+    """Of a small run that was trained, evaluated and recorded."""
+    settings = TrackingSettings.resolve(folder / "runs", experiment="tests", run_name="run")
+    setting = experiment(
+        folder,
+        data,
+        schedule={"steps": 4},
+        evaluation={"every_steps": 2, "pictures": 1},
+        tracking={"register_as": "shapes", "alias": "champion"},
+    )
+    train(job(setting, tracking=settings, tracking_folder=folder / "queue"), ALONE, Heard())
+    return settings
+
+
+def test_run_folder_checkpoint_mlflow_run_and_model_version_give_the_same_detector(
+    tracking: TrackingSettings, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(folder / "runs" / "run")
+    steps = checkpoint.steps_in(f"{run}/checkpoints")
+    best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.folder_name(steps[-1])}").standing.best_step
+    assert best is not None
+    from_run = open_detector(run)
+    assert from_run.origin.endswith(checkpoint.folder_name(best))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    (run_id,) = {m.source_run_id for m in _logged_models(tracking)}
+    for source in (from_run.origin, f"runs:/{run_id}", "models:/shapes@champion", "models:/shapes/1"):
+        other = open_detector(source)
+        assert other.names == from_run.names
+        assert other.detector.config == from_run.detector.config
+        state = other.detector.state_dict()
+        assert all(torch.equal(state[key], tensor) for key, tensor in from_run.detector.state_dict().items()), source
+
+
+def _logged_models(tracking: TrackingSettings) -> list[object]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking.uri)
+    found = client.get_experiment_by_name("tests")
+    assert found is not None
+    return list(client.search_logged_models([found.experiment_id]))
+
+
+def test_what_is_no_detector_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="no detector"):
+        open_detector(str(tmp_path))
+    with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
+        open_detector("models:/none@champion")
+
+
+def test_evaluating_other_classes_is_refused(tracking: TrackingSettings, folder: Path, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "other", drawn_records(2))
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    manifest["categories"][0]["name"] = "disc"
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match="only the data's: disc"):
+        evaluate_job.main([str(folder / "runs" / "run"), shards.uri])
+
+
+def test_a_kept_step_is_replayed_and_the_broken_image_and_module_named(
+    data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = experiment(tmp_path, data)
+    run = Run(job(setting), ALONE, Heard(), None)
+    run._begin()
+    with torch.no_grad():
+        run.learner.detector.encoder.pan_blocks[0].cv1.conv.weight.fill_(torch.inf)
+    batches = run._stream()
+    run._one_step(batches)
+    run._look_at_last()
+    assert run.skipped == 1
+    kept = f"{tmp_path}/runs/run/not_finite/{checkpoint.folder_name(0)}"
+    replay_job.main([kept])
+    said = capsys.readouterr().out
+    assert "4 of 4 images are not finite" in said
+    assert "first: output of encoder.pan_blocks.0" in said
+
+    healthy = {
+        key: torch.nan_to_num(tensor, posinf=0.01) for key, tensor in load_file(f"{kept}/model.safetensors").items()
+    }
+    save_file(healthy, f"{kept}/model.safetensors")
+    replay_job.main([kept])
+    assert "0 of 4 images are not finite" in capsys.readouterr().out
+
+
+def test_replaying_another_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="not a step that a training kept"):
+        replay_job.main([str(tmp_path)])
+
+
+def test_a_dry_run_tells_the_whole_plan(
+    data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = experiment(tmp_path, data, schedule={"steps": None, "epochs": 10, "clean_epochs": 2})
+    text = preview(setting, Cluster(workers=2))
+    for part in (
+        "reg_max: 32",
+        "24 images",
+        "60 steps of 4 images",
+        "from epoch 8, step 48",
+        "2 worker(s), each with 1 micro-batch(es) of 2 images",
+        "backbone ",
+        "GiB weights",
+    ):
+        assert part in text, part
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(dump(setting)))
+    train_job.main([str(tmp_path / "run.yaml"), "--dry-run"])
+    assert "60 steps of 4 images" in capsys.readouterr().out
+
+
+def test_the_estimated_memory_is_what_the_forward_pass_keeps(data: dict[str, str], tmp_path: Path) -> None:
+    config = experiment(tmp_path, data).model.config(8, experiment(tmp_path, data).loss)
+    state, small = estimated_bytes(config, micro_batch=2, boxes=3)
+    assert state == pytest.approx(5 * 4 * 3.75e6, rel=0.05)  # weights, gradients, two moments, averaged weights
+    _, twice = estimated_bytes(config, micro_batch=4, boxes=3)
+    assert twice == pytest.approx(2 * small, rel=0.2)
+    shards = load_shards(data["train"])
+    assert shards.manifest.statistics.most_crowded.boxes > 0
+
+
+def test_a_training_step_is_three_forward_passes_of_arithmetic() -> None:
+    published = (
+        7.17e9  # of the deployed network; in training there are denoising queries and every layer's heads besides
+    )
+    assert 3 * published < flops_per_image(ModelConfig.variant("n", num_classes=80), boxes=7) < 3 * 1.15 * published
+
+
+# Beginning with what another run made
+
+
+def test_a_run_begins_with_a_model_version_as_it_was_then(
+    tracking: TrackingSettings, folder: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = str(folder / "runs" / "begun")
+    place = pinned("models:/shapes@champion", run, tracking.uri)
+    assert place.startswith(run)
+    assert pinned("models:/shapes@champion", run, "http://127.0.0.1:1/gone") == place
+    setting = experiment(folder, data, model={"reg_max": 16}, init=place)
+    detector = Detector(setting.model.config(len(CLASSES), setting.loss))
+    origin = load_initial(detector, place, CLASSES)
+    assert origin.parent["model_version"] == "shapes/1"
+    assert any("reg_max" in line for line in origin.lines)
+    backbone = open_detector(str(folder / "runs" / "run")).detector.backbone.state_dict()
+    assert all(torch.equal(detector.backbone.state_dict()[key], tensor) for key, tensor in backbone.items())
+
+    (Path(place) / "model.safetensors").write_bytes((Path(place) / "model.safetensors").read_bytes()[:-1] + b"x")
+    with pytest.raises(ConfigError, match="damaged"):
+        load_initial(detector, place, CLASSES)
+
+
+@pytest.mark.parametrize("source", ["models:/none@champion", "runs:/0123456789abcdef0123456789abcdef"])
+def test_what_mlflow_does_not_know_is_refused(source: str, tracking: TrackingSettings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=source):
+        pinned(source, str(tmp_path / "run"), tracking.uri)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lineage_leads_from_a_run_to_its_parents_data_and_model(
+    tracking: TrackingSettings, folder: Path, data: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_version = experiment(folder, data, name="child", schedule={"steps": 1})
+    place = pinned("models:/shapes@champion", f"{from_version.storage}/child", tracking.uri)
+    from_run = experiment(folder, data, name="grandchild", schedule={"steps": 1}, init=str(folder / "runs" / "child"))
+    for setting in (from_version.model_copy(update={"init": place}), from_run):
+        own = replace(tracking, run_name=setting.name or "", run_key=None)
+        run = f"{setting.storage}/{setting.name}"
+        shards = load_shards(data["train"])
+        key = begin_or_continue(run, setting, shards, None, tracking_key=setting.name or "", allow_changes=False)
+        own = replace(own, run_key=key.tracking_key)
+        train(job(setting, tracking=own, tracking_folder=folder / f"queue-{setting.name}"), ALONE, Heard())
+    lineage_job.main([str(folder / "runs" / "grandchild")])
+    lines = capsys.readouterr().out.splitlines()
+    digest = load_shards(data["train"]).manifest.digest[:12]
+    assert lines[0].startswith("grandchild ")
+    assert sum(digest in line for line in lines) == 3
+    (child,) = (line for line in lines if "child  (" in line and "grand" not in line)
+    (first,) = (line for line in lines if "run  (" in line)
+    assert len(first) - len(first.lstrip(" │├└─")) > len(child) - len(child.lstrip(" │├└─"))
+    assert any("began with shapes/1" in line for line in lines)
+    assert any("model shapes/1" in line for line in lines)
+    assert lines[-1].endswith("began from scratch")
+    client = client_of(tracking.uri)
+    for name in ("child", "grandchild"):
+        assert len(client.get_run(find_run(client, name)).inputs.model_inputs) == 1

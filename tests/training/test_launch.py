@@ -1,0 +1,75 @@
+"""What `launch` hands to Ray Train, without starting Ray."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import FailureConfig
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, get_env_vars_to_propagate
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2.api.exceptions import ControllerError
+
+from pipeline.config import Cluster
+from pipeline.config_files import load_cluster
+from pipeline.training import launch
+from pipeline.training.preflight import Request
+from tests.support.training_runs import experiment, shard_folders
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class RecordedTrainer:
+    """A trainer that ends at once and keeps what Ray's own would take: its settings, and this process's variables."""
+
+    settings: dict[str, Any]
+    variables: dict[str, str]
+    message: str
+
+    def __init__(self, loop: Any, **settings: Any) -> None:
+        RecordedTrainer.settings = settings
+
+    def fit(self) -> Any:
+        RecordedTrainer.variables = get_env_vars_to_propagate()
+        RecordedTrainer.message = str(WorkerGroupStartupTimeoutError(num_workers=2))
+        return SimpleNamespace(return_value={"step": 6, "best_ap": None, "skipped_steps": 0})
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setenv(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "7")  # taken back after the test
+    monkeypatch.setattr(launch, "start_ray", lambda **_: None)
+    monkeypatch.setattr(launch, "start_mailbox", lambda: None)
+    monkeypatch.setattr(launch, "request_for", lambda *_, **__: Request(2, 2, 0.0, {"CPU": 0.5}))
+    monkeypatch.setattr(launch, "cpu_threads", lambda _: 1)
+    monkeypatch.setattr(launch, "problems_on_nodes", lambda *_: [])
+    monkeypatch.setattr(launch, "TorchTrainer", RecordedTrainer)
+
+    def start(cluster: Cluster) -> type[RecordedTrainer]:
+        launch.launch(experiment(tmp_path, shard_folders(tmp_path)), cluster)
+        return RecordedTrainer
+
+    return start
+
+
+@pytest.mark.parametrize("seconds", [0.5, 600])
+def test_the_start_timeout_of_the_cluster_file_reaches_ray_train(launched: Any, seconds: float) -> None:
+    trainer = launched(Cluster(start_timeout_s=seconds))
+    assert float(trainer.variables[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR]) == seconds
+    assert f"timed out after {float(seconds)} seconds" in trainer.message
+
+
+def test_the_cluster_file_wins_over_a_start_timeout_in_the_environment(launched: Any) -> None:
+    assert os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] == "7"
+    trainer = launched(load_cluster(CONFIGS / "clusters" / "several_nodes.yaml"))
+    assert float(trainer.variables[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR]) == 600
+
+
+def test_the_fourth_start_that_times_out_ends_the_run(launched: Any) -> None:
+    config: FailureConfig = launched(Cluster()).settings["run_config"].failure_config
+    policy = DefaultFailurePolicy(config)
+    timeouts = [policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) for _ in range(4)]
+    assert timeouts == [FailureDecision.RETRY] * 3 + [FailureDecision.RAISE]

@@ -1,0 +1,126 @@
+"""What follows from the length of a run."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import ConfigError, Experiment
+from pipeline.config_files import check, load_experiment
+from pipeline.training.schedule import derive, divided
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+COCO, OBJECTS365 = 118_287, 1_817_287  # images
+
+
+def experiment(**schedule: int) -> Experiment:
+    return check(Experiment, {"data": {"train": "a"}, "model": {"variant": "s"}, "schedule": schedule}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("file", "images", "epochs", "stage_two", "batch", "lr", "backbone_lr", "decay", "warmup", "ema_warmup"),
+    [  # the published table of recipes
+        ("coco/dfine_n.yaml", COCO, 160, 148, 128, 8e-4, 4e-4, 1e-4, 500, 1000),
+        ("coco/dfine_s.yaml", COCO, 132, 120, 32, 2e-4, 1e-4, 1e-4, 500, 1000),
+        ("coco/dfine_m.yaml", COCO, 132, 120, 32, 2e-4, 2e-5, 1e-4, 500, 1000),
+        ("coco/dfine_l.yaml", COCO, 80, 72, 32, 2.5e-4, 1.25e-5, 1.25e-4, 500, 1000),
+        ("coco/dfine_x.yaml", COCO, 80, 72, 32, 2.5e-4, 2.5e-6, 1.25e-4, 500, 1000),
+        ("objects365/dfine_n.yaml", OBJECTS365, 48, None, 128, 8e-4, 4e-4, 1e-4, 500, 1000),
+        ("objects365/dfine_s.yaml", OBJECTS365, 36, None, 32, 2.5e-4, 1.25e-4, 1.25e-4, 500, 1000),
+        ("objects365/dfine_m.yaml", OBJECTS365, 36, None, 32, 2.5e-4, 2.5e-5, 1.25e-4, 500, 1000),
+        ("objects365/dfine_l.yaml", OBJECTS365, 24, None, 32, 2.5e-4, 1.25e-5, 1.25e-4, 500, 1000),
+        ("objects365/dfine_x.yaml", OBJECTS365, 24, None, 32, 2.5e-4, 2.5e-6, 1.25e-4, 500, 1000),
+        ("objects365_to_coco/dfine_n.yaml", COCO, 64, 56, 128, 8e-4, 4e-4, 1e-4, 0, 0),
+        ("objects365_to_coco/dfine_s.yaml", COCO, 64, 56, 32, 2.5e-4, 1.25e-4, 1.25e-4, 0, 0),
+        ("objects365_to_coco/dfine_m.yaml", COCO, 56, 48, 32, 2.5e-4, 2.5e-5, 1.25e-4, 0, 0),
+        ("objects365_to_coco/dfine_l.yaml", COCO, 36, 30, 32, 2.5e-4, 1.25e-5, 1.25e-4, 0, 0),
+        ("objects365_to_coco/dfine_x.yaml", COCO, 36, 30, 32, 2.5e-4, 2.5e-6, 1.25e-4, 0, 0),
+        ("custom/dfine_n.yaml", COCO, 220, 200, 128, 8e-4, 4e-4, 1e-4, 500, 1000),
+        ("custom/dfine_s.yaml", COCO, 220, 200, 64, 4e-4, 2e-4, 1e-4, 500, 1000),
+        ("custom/dfine_m.yaml", COCO, 132, 120, 32, 2.5e-4, 2.5e-5, 1.25e-4, 500, 1000),
+        ("custom/dfine_l.yaml", COCO, 80, 72, 32, 2.5e-4, 1.25e-5, 1.25e-4, 500, 1000),
+        ("custom/dfine_x.yaml", COCO, 80, 72, 32, 2.5e-4, 2.5e-6, 1.25e-4, 500, 1000),
+    ],
+)
+def test_the_recipes_are_the_published_ones(
+    file: str,
+    images: int,
+    epochs: int,
+    stage_two: int | None,
+    batch: int,
+    lr: float,
+    backbone_lr: float,
+    decay: float,
+    warmup: int,
+    ema_warmup: int,
+) -> None:
+    recipe = load_experiment(CONFIGS / file)
+    schedule = derive(recipe, images=images, workers=4)
+    assert (schedule.epochs, schedule.strong_epochs, schedule.global_batch) == (epochs, stage_two, batch)
+    optimizer = schedule.optimizer
+    assert (optimizer.lr, optimizer.backbone_lr, optimizer.weight_decay) == pytest.approx((lr, backbone_lr, decay))
+    assert (schedule.warmup_steps, schedule.ema_warmup_steps) == (warmup, ema_warmup)
+    expected_decay = 0.9998 if file in ("coco/dfine_x.yaml", "custom/dfine_x.yaml") else 0.9999
+    assert schedule.ema_decay == pytest.approx(expected_decay, abs=1e-9)
+    repeat = {"n": 0, "s": 20, "m": 6, "l": 4, "x": 3}[recipe.model.variant]
+    if file == "objects365_to_coco/dfine_s.yaml":
+        repeat = 10
+    assert recipe.multiscale_repeat == repeat
+
+
+def test_rates_and_warm_ups_follow_the_batch() -> None:
+    usual = derive(experiment(epochs=100), images=100_000, workers=1)
+    twice = derive(experiment(epochs=100, global_batch=64), images=100_000, workers=1)
+    assert twice.optimizer.lr == pytest.approx(2 * usual.optimizer.lr)
+    assert twice.optimizer.backbone_lr == pytest.approx(2 * usual.optimizer.backbone_lr)
+    assert (twice.warmup_steps, twice.ema_warmup_steps) == (250, 500)
+    assert 1 - twice.ema_decay == pytest.approx(2 * (1 - usual.ema_decay))
+
+
+def test_the_average_can_follow_a_run_of_a_few_hundred_steps() -> None:
+    schedule = derive(experiment(epochs=20, global_batch=8), images=200, workers=1)
+    assert schedule.steps == 500
+    kept = 1.0
+    for update in range(1, schedule.steps + 1):
+        rising = 1 - 2.718281828 ** (-update / schedule.ema_warmup_steps) if schedule.ema_warmup_steps else 1
+        kept *= schedule.ema_decay * rising
+    assert kept < 1e-3  # of the random start is left in the end
+    assert schedule.ema_decay > 0.9  # and it still averages
+
+
+@given(images=st.integers(1, 5000), epochs=st.integers(1, 50), batch=st.integers(1, 64), workers=st.integers(1, 8))
+def test_a_schedule_is_whole_or_refused_with_a_batch_that_works(
+    images: int, epochs: int, batch: int, workers: int
+) -> None:
+    setting = experiment(epochs=epochs, global_batch=batch)
+    if batch % workers or batch > images:
+        with pytest.raises(ConfigError, match=r"nearest|or fewer"):
+            derive(setting, images=images, workers=workers)
+        return
+    schedule = derive(setting, images=images, workers=workers)
+    assert schedule.micro_batch * schedule.accumulation(workers) * workers == batch
+    assert schedule.steps == epochs * (images // batch)
+    assert 0 <= schedule.warmup_steps <= schedule.steps // 10
+    assert 0 <= schedule.ema_decay < 1
+    assert schedule.stage_two_step is None or 0 < schedule.stage_two_step < schedule.steps
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "workers", "said"),
+    [
+        (32, None, 3, "nearest that can is 30 or 33"),
+        (2, None, 4, "nearest that can is 4"),
+        (32, 5, 2, "nearest that do are 4 and 8"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
+    batch: int, micro: int | None, workers: int, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        divided(batch, micro, workers)
+
+
+def test_an_epoch_without_a_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match="exceeds the 20 images"):
+        derive(experiment(epochs=1), images=20, workers=2)

@@ -1,0 +1,282 @@
+"""The command itself, on a Ray of its own: killed as the world would, and compared with a run that was left alone."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.config_files import load_experiment
+from pipeline.training import checkpoint
+from pipeline.training.loop import Run
+from tests.support.training_runs import ALONE, Heard, job, shard_folders
+from tests.training.test_train_step import losses_of as losses_in_process
+from tests.training.test_train_step import one_thread
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    content = {
+        "storage": str(folder / "runs"),
+        "data": shard_folders(folder, images=48),
+        "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
+        "schedule": {"steps": STEPS, "global_batch": 8, "clean_epochs": 0, "micro_batch": 4},
+        "evaluation": {"every_steps": 1000, "pictures": 1},
+        "checkpoints": {"every_steps": 2},
+        "tracking": {"every_steps": 1},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    for workers in (1, 2):
+        cluster = {"workers": workers, "gpus_per_worker": 0, "cpus_per_worker": 0.5, "threads_per_worker": 1}
+        (folder / f"{workers}.yaml").write_text(yaml.safe_dump(cluster))
+    return folder
+
+
+def start(folder: Path, name: str, *, workers: int = 2) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.train",
+        folder / "run.yaml",
+        "--cluster",
+        folder / f"{workers}.yaml",
+        "--name",
+        name,
+    ]
+    environment = {**os.environ, "RAY_TMPDIR": "/tmp"}
+    environment.pop("RAY_ADDRESS", None)
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+
+def finish(folder: Path, name: str, *, workers: int = 2) -> None:
+    process = start(folder, name, workers=workers)
+    code = process.wait(timeout=400)
+    assert code == 0, (folder / f"{name}.log").read_text()[-4000:]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
+    until = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < until, log.read_text()[-4000:]
+        time.sleep(0.1)
+
+
+def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
+    checkpoints = str(folder / "runs" / name / "checkpoints")
+    wait_for(lambda: bool([s for s in checkpoint.steps_in(checkpoints) if s >= step]), process, folder / f"{name}.log")
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process ids below one, with their titles."""
+    parents, titles = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(") ")[2].split()[1])
+            titles[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    found = {pid}
+    while more := {p for p, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {p: titles[p] for p in found}
+
+
+def kill_one_worker(driver: subprocess.Popen[str]) -> None:
+    workers = [pid for pid, title in descendants(driver.pid).items() if title.startswith("ray::RayTrainWorker")]
+    assert len(workers) == 2, descendants(driver.pid)
+    os.kill(workers[-1], signal.SIGKILL)
+
+
+def kill_driver(driver: subprocess.Popen[str]) -> None:
+    below = descendants(driver.pid)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    for pid in below:  # and the machine that it ran on
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
+    place = folder / "runs" / name / "checkpoints" / checkpoint.folder_name(STEPS)
+    return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
+
+
+def losses_of(folder: Path, name: str) -> list[tuple[int, float]]:
+    """As the tracking database has them, in the order in which they were stored."""
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        (run,) = database.execute("select run_uuid, status from runs where name = ?", (name,)).fetchall()
+        assert run[1] == "FINISHED"
+        query = "select step, value from metrics where run_uuid = ? and key = 'train/loss' order by step, rowid"
+        return database.execute(query, (run[0],)).fetchall()
+
+
+def test_a_killed_worker_loses_nothing(folder: Path) -> None:
+    """Against the same steps in this process: one worker that accumulates, no Ray, nothing killed."""
+    driver = start(folder, "worker-killed")
+    wait_for_step(folder, "worker-killed", 2, driver)
+    kill_one_worker(driver)
+    log = folder / "worker-killed.log"
+    assert driver.wait(timeout=400) == 0, log.read_text()[-4000:]
+    said = log.read_text()
+    assert "continuing at step" in said
+    assert "after the launch" in said.partition("continuing")[0]
+    assert "after the workers were last heard of" in said.partition("continuing")[2]
+
+    setting = load_experiment(folder / "run.yaml", {"data.decode_in": "inline", "name": "alone"})
+    run = Run(job(setting), ALONE, Heard(), None)
+    with one_thread():
+        losses = losses_in_process(run, STEPS)
+    expected = [(step, pytest.approx(loss, rel=1e-4)) for step, loss in enumerate(losses, start=1)]
+    assert losses_of(folder, "worker-killed") == expected
+
+
+@pytest.mark.slow  # `test_run_folder` has the same without starting Ray
+def test_a_job_that_never_fits_is_refused_before_anything_starts(folder: Path) -> None:
+    (folder / "64.yaml").write_text(yaml.safe_dump({"workers": 64, "gpus_per_worker": 0}))
+    process = start(folder, "large", workers=64)
+    assert process.wait(timeout=120) == 1
+    assert "CPU: 64 x 0.5 and 1 for decoding are asked for" in (folder / "large.log").read_text()
+
+
+@pytest.mark.slow
+def test_killed_worker_and_killed_driver_give_the_same_bits(folder: Path) -> None:
+    finish(folder, "whole")
+    driver = start(folder, "killed")
+    wait_for_step(folder, "killed", 2, driver)
+    kill_one_worker(driver)
+    wait_for_step(folder, "killed", 6, driver)
+    kill_driver(driver)
+    finish(folder, "killed")
+
+    expected, found = tensors_of(folder, "whole"), tensors_of(folder, "killed")
+    assert len(expected) > 1000
+    assert [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])] == []
+    assert losses_of(folder, "killed") == losses_of(folder, "whole")
+    assert [step for step, _ in losses_of(folder, "killed")] == list(range(1, STEPS + 1))
+
+    again = start(folder, "whole")
+    assert again.wait(timeout=120) == 1
+    assert "run 'whole' is finished" in (folder / "whole.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_workers_then_one_then_two_make_the_same_run(folder: Path) -> None:
+    if not (folder / "runs" / "whole").exists():
+        finish(folder, "whole")
+    for workers, until in ((2, 2), (1, 6)):
+        driver = start(folder, "resized", workers=workers)
+        wait_for_step(folder, "resized", until, driver)
+        kill_driver(driver)
+    finish(folder, "resized", workers=2)
+    for (step, loss), (other_step, other) in zip(losses_of(folder, "resized"), losses_of(folder, "whole"), strict=True):
+        assert step == other_step
+        assert loss == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_learns_its_pictures(tmp_path: Path) -> None:
+    shards, runs = str(tmp_path / "shards"), str(tmp_path / "runs")
+    drawing = [
+        "synthetic",
+        "--images",
+        "12",
+        "--image-side",
+        "128",
+        "--max-shapes",
+        "4",
+        "--split",
+        "drawn",
+        "--out",
+        shards,
+    ]
+    settings = [f"storage={runs}", f"data.train={shards}", f"data.val={shards}"]
+    training = ["configs/demo.yaml", "--cluster", "configs/clusters/laptop.yaml", "--set", *settings]
+    for module, arguments in (("jobs.prepare", drawing), ("jobs.train", training)):
+        subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, timeout=1500)
+    result = json.loads((tmp_path / "runs" / "demo" / "result.json").read_text())
+    assert result["numbers"]["AP"] > 0.4
+    assert len(list((tmp_path / "runs" / "demo" / "evaluation" / "final").glob("pictures_*.png"))) == 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """A head as the README starts it; the address to submit to."""
+    port = free_port()
+    command = ["ray", "start", "--head", "--num-cpus=2", f"--port={free_port()}", f"--dashboard-port={port}"]
+    command += ["--disable-usage-stats", "--block", "--ray-client-server-port", str(free_port())]
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            [str(binaries / command[0]), *command[1:]], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(lambda: answers(f"{address}/api/version"), head, tmp_path / "head.log")
+        yield address
+    finally:
+        kill_driver(head)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_job_is_submitted_as_the_readme_says(folder: Path, cluster: str) -> None:
+    binary = str(Path(sys.executable).parent / "ray")
+    submit = [
+        binary,
+        "job",
+        "submit",
+        "--working-dir",
+        ".",
+        "--",
+        "python",
+        "-m",
+        "jobs.train",
+        str(folder / "run.yaml"),
+    ]
+    submit += ["--cluster", str(folder / "2.yaml"), "--name", "submitted"]
+    environment = {**os.environ, "RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"finished at step {STEPS}" in done.stdout
+    assert len(losses_of(folder, "submitted")) == STEPS
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        (tag,) = database.execute("select value from tags where key = 'ray.job'").fetchall()
+    assert tag[0] in done.stdout

@@ -1,0 +1,170 @@
+"""One step: the same on one worker and on two, with and without accumulation; running statistics and loss scale by hand."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from dfine_core.loss.criterion import Normalizers
+from pipeline.data.shards.manifest import load_shards
+from pipeline.training.group import Group
+from pipeline.training.loop import Run
+from pipeline.training.state import make_learner
+from pipeline.training.step import LossScale, RunningStatistics, to_micro_batch, train_step
+from tests.support.training_runs import ALONE, Heard, experiment, job, shard_folders
+
+MICRO = {"steps": 20, "global_batch": 8, "micro_batch": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return shard_folders(tmp_path_factory.mktemp("shards"), images=40)
+
+
+def losses_of(run: Run, steps: int) -> list[float]:
+    batches = run._stream()
+    losses = []
+    for _ in range(steps):
+        run._one_step(batches)
+        assert run._unchecked is not None
+        losses.append(float(run._unchecked.result.loss))
+    return losses
+
+
+def one_of_two(rank: int, folder: str, data: dict[str, str], steps: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    group = Group(rank, 2, torch.device("cpu"), lambda value: value)
+    run = Run(job(experiment(Path(folder), data, schedule=MICRO)), group, Heard(), None)
+    losses = losses_of(run, steps)
+    torch.save({"losses": losses, "state": run.learner.detector.state_dict()}, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As the workers have: another number sums in another order, which 20 steps make visible."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def compare_two_workers_with_one(data: dict[str, str], folder: Path, steps: int) -> float:
+    """The largest relative difference of the losses; the weights of the two workers are compared as well."""
+    mp.spawn(one_of_two, args=(str(folder), data, steps), nprocs=2)
+    first, second = (torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["losses"] == second["losses"]
+    assert all(torch.equal(first["state"][key], tensor) for key, tensor in second["state"].items())
+
+    run = Run(job(experiment(folder, data, name="alone", schedule=MICRO)), ALONE, Heard(), None)
+    assert run.schedule.accumulation(1) == 2
+    with one_thread():
+        alone = losses_of(run, steps)
+    return max(abs(a - b) / abs(b) for a, b in zip(alone, first["losses"], strict=True))
+
+
+@pytest.mark.slow  # `test_train_on_ray` compares fewer steps every time
+def test_two_workers_equal_one_that_accumulates_for_twenty_steps(data: dict[str, str], tmp_path: Path) -> None:
+    assert compare_two_workers_with_one(data, tmp_path, 20) < 1e-4
+
+
+def test_accumulated_gradients_are_those_of_the_mean_loss_with_shared_counts(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    """Against a plain loop: every micro-batch on its own, its sums divided by counts over both."""
+    run = Run(job(experiment(tmp_path, data, schedule=MICRO)), ALONE, Heard(), None)
+    learner = run.learner
+    batches = run._stream()
+    micro_batches = [to_micro_batch(next(batches), learner, size=(64, 64), seed=0) for _ in range(2)]
+
+    plain = copy.deepcopy(learner.detector)
+    outputs = [plain(m.images, m.targets, m.denoising) for m in micro_batches]
+    found = [learner.criterion.match(o, m.targets) for o, m in zip(outputs, micro_batches, strict=True)]
+    boxes = sum(m.targets.total for m in micro_batches) / 2
+    pairs = sum(len(f.union) for f in found) / 2
+    normalizers = Normalizers(torch.tensor(boxes), torch.tensor(pairs))
+    total = sum(
+        torch.stack(list(learner.criterion(o, m.targets, f, normalizers).values())).sum() / 2
+        for o, m, f in zip(outputs, micro_batches, found, strict=True)
+    )
+    assert isinstance(total, Tensor)
+    total.backward()  # type: ignore[no-untyped-call]
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()
+
+    result = train_step(learner, micro_batches)
+    assert float(result.loss) == pytest.approx(float(total.detach()), rel=1e-5)
+    assert float(result.grad_norm) == pytest.approx(float(norm), rel=1e-4)
+    clipped = {name: p.grad for name, p in learner.detector.named_parameters() if p.grad is not None}
+    for name, gradient in expected.items():
+        scaled = gradient * min(1.0, learner.clip_norm / float(norm))
+        torch.testing.assert_close(clipped[name], scaled, rtol=1e-3, atol=1e-6)
+
+
+def test_running_statistics_are_the_mean_of_what_each_micro_batch_would_have_made() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.copy_(torch.randn(3))  # type: ignore[union-attr]
+    batches = [torch.randn(4, 3, 5, 5) * scale for scale in (1, 2, 3)]
+    alone = []
+    for batch in batches:
+        one = copy.deepcopy(norm)
+        one(batch)
+        alone.append(torch.cat([one.running_mean, one.running_var]))  # type: ignore[list-item]
+    expected = torch.stack(alone).mean(0)
+
+    before = copy.deepcopy(norm.state_dict())
+    for finite in (False, True):
+        statistics = RunningStatistics(norm)
+        statistics.hold()
+        for batch in batches:
+            norm(batch)
+            statistics.take()
+        statistics.settle(statistics.mean(), torch.tensor(finite))
+        if not finite:
+            assert all(torch.equal(norm.state_dict()[key], tensor) for key, tensor in before.items())
+    torch.testing.assert_close(torch.cat([norm.running_mean, norm.running_var]), expected)  # type: ignore[list-item]
+    assert norm.num_batches_tracked == 1
+
+
+def test_the_loss_scale_halves_at_once_and_doubles_after_a_while() -> None:
+    scale = LossScale(torch.device("cpu"), enabled=True, growth_interval=3)
+    seen = []
+    for finite in (True, True, True, False, True, True, False, True, True, True):
+        scale.update(torch.tensor(finite))
+        seen.append(float(scale.scale) / 2**16)
+    assert seen == [1, 1, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_lower_precision_trains_and_stays_near_fp32(data: dict[str, str], tmp_path: Path, precision: Any) -> None:
+    def first_losses(name: str, kind: str) -> list[float]:
+        setting = experiment(tmp_path, data, name=name, schedule=MICRO, numerics={"precision": kind})
+        run = Run(job(setting), ALONE, Heard(), None)
+        losses = losses_of(run, 2)
+        assert all(parameter.isfinite().all() for parameter in run.learner.detector.parameters())
+        return losses
+
+    assert first_losses(precision, precision)[0] == pytest.approx(first_losses("fp32", "fp32")[0], rel=0.02)
+
+
+def test_channels_last_changes_nothing_but_the_layout(data: dict[str, str], tmp_path: Path) -> None:
+    shards = load_shards(data["train"])
+    losses = []
+    for channels_last in (False, True):
+        setting = experiment(tmp_path, data, schedule=MICRO, numerics={"channels_last": channels_last})
+        run = Run(job(setting), ALONE, Heard(), None)
+        learner = make_learner(
+            setting, run.schedule, num_classes=len(shards.manifest.categories), device=ALONE.device, workers=1
+        )
+        batch = to_micro_batch(next(run._stream()), learner, size=(64, 64), seed=0)
+        losses.append(float(train_step(learner, [batch]).loss))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

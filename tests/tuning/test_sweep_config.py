@@ -1,0 +1,333 @@
+"""Sweep files: what is taken, what is said about what is not, and the trials that follow."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.config_files import check, dump
+from pipeline.tuning.load import load_sweep
+from pipeline.tuning.resources import place
+from pipeline.tuning.space import Domain, active, distribution, grid, random, suggest
+from pipeline.tuning.sweep import (
+    Sweep,
+    confirm_trials,
+    default_point,
+    experiment_of,
+    replicate_trials,
+    rungs,
+    search_trials,
+)
+from tests.support.simulated_sweeps import loaded, written
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONDITIONAL = {
+    "loss.ddf": {"uniform": [0, 5], "when": {"model.regression": "fdr"}},  # written before what it waits for
+    "model.regression": {"choice": ["fdr", "direct"]},
+    "loss.ddf_temperature": {"choice": [2, 5], "when": {"model.regression": ["fdr"]}},
+}
+
+
+def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path) -> None:
+    space = {
+        "model.reg_mx": {"choice": [8, 16]},
+        "model.reg_max": {"choice": [8, 17, 64]},
+        "lernrate": {"uniform": [0, 1]},
+        "loss.ddf": {"uniform": [-1, 5]},
+        "loss.fgl": {"choice": [1], "when": {"loss.dff": 1}},
+        "schedule.global_batch": {"choice": [8, 9]},
+        "model.variant": {"grid": ["n", "s"]},
+    }
+    path = written(tmp_path, space=space, workers_per_trial=2, scheduler={"grace": 9}, cluster="none.yaml")
+    with pytest.raises(ConfigError) as raised:
+        load_sweep(path)
+    text = str(raised.value)
+    for part in (
+        "10 problem(s)",
+        "none.yaml: there is no such file",
+        "space.model.reg_mx: model: unknown key 'reg_mx'; did you mean reg_max",
+        "space.model.reg_max: 17 is refused: model: reg_max (17) must be an even number",
+        "space.lernrate: unknown key 'lernrate'",
+        "space.loss.ddf: -1 is refused: loss: ddf (-1.0) must not be negative",
+        "space.loss.fgl.when: loss.dff is not searched",
+        "9 is refused: schedule.global_batch (9) cannot be shared evenly by 2 workers",
+        "grid needs searcher.kind grid; write choice for optuna",
+        "scheduler.grace (9) leaves nothing to stop: a trial has 9 evaluation(s)",
+    ):
+        assert part in text, f"{part}\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        ({"trials": None}, "give trials or hours"),
+        ({"space": {}}, "name at least one key"),
+        ({"spcae": {}}, "unknown key 'spcae'; did you mean space"),
+        ({"metric": "mAP"}, "'mAP' is not measured: choose among AP, AP50"),
+        ({"metric": "latency"}, "known at the end of a trial only"),
+        ({"searcher": {"kind": "random", "objectives": ["AP", "latency"]}}, "two objectives need searcher optuna"),
+        ({"searcher": {"objectives": ["AP50", "latency"]}}, "name the metric (AP)"),
+        ({"searcher": {"kind": "grid"}, "space": {"loss.ddf": {"uniform": [0, 1]}}}, "grid needs a list of values"),
+        ({"gpus_per_worker": 1.5}, "only whole GPUs"),
+        ({"cpus_per_worker": 0, "gpus_per_worker": 0}, "a worker needs something"),
+        ({"name": "a b"}, "becomes a folder"),
+        ({"base": {"seed": 1}}, "it is filled in"),
+        ({"experiment": "none.yaml"}, "there is no such file"),
+        ({"set": {"model.reg_max": 7}}, "experiment: model: reg_max (7) must be an even number"),
+        ({"set": {"data.val": None}}, "data.val is missing"),
+        ({"set": {"init": "a.pth"}}, "set.init: the sweep itself decides"),
+        ({"space": {"seed": {"choice": [1, 2]}}}, "space.seed: the sweep itself decides"),
+        ({"space": {"loss.ddf": {"choice": []}}}, "it is empty"),
+        ({"space": {"loss.ddf": {"choice": [1, 2, 1.0]}}}, "1 is there twice"),
+        ({"space": {"loss.ddf": {}}}, "give one of choice, grid"),
+        ({"space": {"loss.ddf": {"choice": [1], "uniform": [0, 1]}}}, "not choice and uniform"),
+        ({"space": {"loss.ddf": {"uniform": [1, 0]}}}, "must be below the second"),
+        ({"space": {"loss.ddf": {"loguniform": [0, 1]}}}, "must lie above zero"),
+        ({"space": {"model.reg_max": {"integer": [8, 33, 2]}}}, "miss 33; the last one is 32"),
+        ({"space": {"loss.ddf": {"choice": [1], "when": {"loss.fgl": 3}}, "loss.fgl": {"choice": [1]}}}, "never 3"),
+        (
+            {
+                "space": {
+                    k: {"choice": [1], "when": {o: 1}} for k, o in (("loss.ddf", "loss.fgl"), ("loss.fgl", "loss.ddf"))
+                }
+            },
+            "wait for each other",
+        ),
+        (
+            {
+                "space": {
+                    "model.num_queries": {"choice": [50, 300]},
+                    "model.input_size": {"choice": [[128, 128], [512, 512]]},
+                }
+            },
+            "fewer than num_queries",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, sweep: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_sweep(written(tmp_path, **sweep))
+    assert said in str(raised.value)
+
+
+def test_values_that_are_right_alone_but_not_together_are_refused(tmp_path: Path) -> None:
+    space = {
+        "schedule.global_batch": {"choice": [8, 12]},
+        "schedule.micro_batch": {"choice": [2, 8]},
+    }
+    with pytest.raises(ConfigError, match=r"refused together .schedule.global_batch=12, schedule.micro_batch=8"):
+        load_sweep(written(tmp_path, space=space, searcher={"kind": "grid"}))
+
+
+def test_overrides_reach_the_sweep_and_through_it_the_experiment(tmp_path: Path) -> None:
+    overrides = {"trials": 3, "searcher.kind": "random", "schedule.steps": 600, "data.val": "elsewhere"}
+    sweep = load_sweep(written(tmp_path), overrides)
+    assert (sweep.trials, sweep.searcher.kind, sweep.name) == (3, "random", "sweep")
+    assert sweep.base["schedule"]["steps"] == 600
+    assert sweep.base["data"]["val"] == "elsewhere"
+
+
+def test_a_sweep_that_was_written_down_is_read_back_the_same(tmp_path: Path) -> None:
+    sweep = loaded(tmp_path, space=CONDITIONAL)
+    assert check(Sweep, json.loads(json.dumps(dump(sweep))), source="kept") == sweep
+
+
+def test_a_trial_is_the_experiment_with_set_point_seed_and_init_in_this_order(tmp_path: Path) -> None:
+    sweep = loaded(tmp_path, set={"loss.ddf": 0.25, "optimizer.lr": 1e-4}, init="pretrained.pth")
+    experiment = check(Experiment, experiment_of(sweep, {"loss.ddf": 5, "model.reg_max": 16}, seed=7), source="trial")
+    assert (experiment.loss.ddf, experiment.optimizer.lr, experiment.seed) == (5, 1e-4, 7)
+    assert experiment.init == "pretrained.pth"
+    assert experiment.model.config(3, experiment.loss).reg_max == 16
+    assert sweep.base["loss"] == {"ddf": 0.25}  # untouched by the trial
+
+
+def test_the_default_point_is_the_experiment_as_it_is(tmp_path: Path) -> None:
+    space = {
+        "optimizer.lr": {"loguniform": [1e-5, 1e-2]},
+        "model.reg_max": {"choice": [8, 16]},
+        "schedule.warmup_steps": {"choice": [10, 20]},
+    }
+    sweep = loaded(tmp_path, space=space)
+    default = default_point(sweep)
+    assert default == {"optimizer.lr": 8e-4, "model.reg_max": 32, "schedule.warmup_steps": None}  # D-FINE-N's recipe
+    own = check(Experiment, sweep.base, source="own")
+    again = check(Experiment, experiment_of(sweep, default, seed=0), source="default")
+    assert again.optimizer.config("n", 1) == own.optimizer.config("n", 1)
+    assert again.model == own.model
+    assert again.schedule == own.schedule
+
+
+def test_trial_ids_are_the_same_in_every_start_and_differ_by_point_seed_and_phase(tmp_path: Path) -> None:
+    sweep = loaded(tmp_path, replicates=3, seeds_per_point=2, confirm={"seeds": 2})
+    point = {"model.reg_max": 16, "loss.ddf": 1.5}
+    trials = [
+        *search_trials(sweep, point),
+        *replicate_trials(sweep),
+        *confirm_trials(sweep, [point, {"model.reg_max": 8, "loss.ddf": 5}]),
+    ]
+    assert len({trial.id for trial in trials}) == len(trials) == 2 + 3 + 4
+    assert len({trial.seed for trial in trials}) == 2 + 3 + 2  # confirmed points share theirs; no phase another's
+    later = loaded(tmp_path, set={"seed": 5})
+    assert {trial.seed for trial in replicate_trials(later)} == {1005, 1006, 1007}
+    swapped = {"loss.ddf": 1.5, "model.reg_max": 16.0}
+    assert [t.id for t in search_trials(sweep, swapped)] == [t.id for t in search_trials(sweep, point)]
+
+
+def test_rungs_are_the_schedulers(tmp_path: Path) -> None:
+    assert rungs(loaded(tmp_path, scheduler={"kind": "asha", "grace": 1, "reduction": 3}), 27) == (1, 3, 9)
+    assert rungs(loaded(tmp_path, scheduler={"kind": "none"}), 27) == ()
+    assert rungs(loaded(tmp_path, scheduler={"kind": "median", "grace": 2}), 5) == (2, 3, 4)
+
+
+def conditional() -> dict[str, Domain]:
+    return {key: Domain(**domain) for key, domain in CONDITIONAL.items()}
+
+
+def test_optuna_draws_conditional_points_that_its_own_importance_and_sampler_take() -> None:
+    space = conditional()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
+    points = []
+    for _ in range(20):
+        trial = study.ask()
+        point = suggest(space, trial)
+        points.append(point)
+        study.tell(trial, -abs(point.get("loss.ddf", 9) - 1))
+        assert trial.params.keys() == point.keys()
+        assert trial.distributions == {key: distribution(space[key]) for key in point}
+    directs = [point for point in points if point["model.regression"] == "direct"]
+    assert directs
+    assert all(point.keys() == {"model.regression"} for point in directs)
+    assert all(point.keys() == space.keys() for point in points if point not in directs)
+    assert abs(study.best_params["loss.ddf"] - 1) < 1
+
+
+def test_lists_and_truth_values_come_back_from_optuna_as_they_were_written() -> None:
+    sizes = Domain(choice=[[128, 128], [256, 256]])
+    switches = Domain(choice=[True, 1, None])
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [suggest({"size": sizes, "switch": switches}, study.ask()) for _ in range(30)]
+    assert {json.dumps(point["size"]) for point in points} == {"[128, 128]", "[256, 256]"}
+    assert {json.dumps(point["switch"]) for point in points} == {"true", "1", "null"}
+
+
+def test_a_grid_tries_every_combination_that_is_active_once() -> None:
+    space = {
+        "b": Domain(grid=[1, 2], when={"a": ["x", "y"]}),
+        "a": Domain(grid=["x", "y", "z"]),
+    }
+    assert grid(space) == [
+        {"a": "x", "b": 1},
+        {"a": "x", "b": 2},
+        {"a": "y", "b": 1},
+        {"a": "y", "b": 2},
+        {"a": "z"},
+    ]
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_drawn_values_are_candidates_and_present_exactly_where_active(seed: int) -> None:
+    space = {
+        **conditional(),
+        "q": Domain(quniform=[0.1, 0.7, 0.2]),
+        "i": Domain(integer=[8, 64, 2]),
+        "l": Domain(loguniform=[1e-5, 1e-1]),
+    }
+    point = random(space, seed)
+    assert point == random(space, seed)
+    for key, domain in space.items():
+        assert (key in point) == active(domain, point)
+        assert key not in point or domain.allows(point[key])
+    assert point["i"] % 2 == 0
+    assert (point["q"] - 0.1) / 0.2 == pytest.approx(round((point["q"] - 0.1) / 0.2))
+
+
+def test_drawing_covers_both_ends_of_a_range_and_halves_a_logarithmic_one_in_its_geometric_middle() -> None:
+    space = {"i": Domain(integer=[1, 3]), "l": Domain(loguniform=[1e-4, 1e-2])}
+    points = [random(space, seed) for seed in range(400)]
+    assert {point["i"] for point in points} == {1, 2, 3}
+    assert np.mean([point["l"] < 1e-3 for point in points]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_exponents_as_people_write_them_are_numbers() -> None:
+    domain = Domain(**yaml.safe_load("choice: [1e-4, 2E+3, '5', fdr]"))
+    assert domain.values == (1e-4, 2000.0, "5", "fdr")
+
+
+# Placement
+
+LAPTOP = {"CPU": 2.0, "memory": 4.0 * 2**30}
+GPU_NODE = {"CPU": 32.0, "GPU": 4.0, "memory": 64.0 * 2**30}
+DRIVER = {"CPU": 0.01, "memory": 1.0 * 2**30}
+
+
+def placed(sweep: Sweep, nodes: list[dict[str, float]], cluster: Cluster | None = None) -> Any:
+    total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    return place(sweep, cluster or Cluster(), total, nodes, driver=DRIVER, decoding_cpus=1.0)
+
+
+def test_two_trials_share_a_laptop_and_more_are_reduced_with_a_message(tmp_path: Path) -> None:
+    asked = loaded(tmp_path, cpus_per_worker=0.4, together=2)
+    assert (placed(asked, [LAPTOP]).together, placed(asked, [LAPTOP]).message) == (2, None)
+    more = placed(asked.model_copy(update={"together": 6}), [LAPTOP])
+    assert more.together == 2
+    assert "2 trial(s) at once instead of 6" in more.message
+    assert "of which 1 CPU decode" in more.message
+
+
+def test_what_never_fits_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    wide = loaded(tmp_path, cpus_per_worker=1.5)
+    with pytest.raises(
+        ConfigError, match=r"no trial would ever start.*1.5 CPU.*the cluster has 2 CPU, 4 GiB on 1 node"
+    ):
+        placed(wide, [LAPTOP])
+    with pytest.raises(ConfigError, match="no trial would ever start"):
+        placed(loaded(tmp_path, gpus_per_worker=1), [LAPTOP])
+    assert placed(wide, [LAPTOP], Cluster(autoscaling=True)).together == 1
+
+
+def test_a_worker_lies_on_one_node_so_rests_of_several_do_not_add_up(tmp_path: Path) -> None:
+    sweep = loaded(tmp_path, gpus_per_worker=3, trials=100)
+    assert placed(sweep, [GPU_NODE, GPU_NODE]).together == 2  # 8 GPUs, but one of each node stays over
+    halves = loaded(tmp_path, gpus_per_worker=0.5, workers_per_trial=2, set={"schedule.global_batch": 8}, trials=100)
+    assert placed(halves, [GPU_NODE] * 4).together == 16
+    assert placed(halves.model_copy(update={"trials": 5}), [GPU_NODE] * 4).together == 5
+
+
+def test_processes_that_drive_trials_need_memory(tmp_path: Path) -> None:
+    small = {**GPU_NODE, "memory": 2.5 * 2**30}
+    sweep = loaded(tmp_path, gpus_per_worker=0.5, trials=100, together=16)
+    assert placed(sweep, [small, small]).together == 4
+    assert "0.01 CPU with 1 GiB beside them" in placed(sweep, [small, small]).message
+
+
+# What is shipped
+
+
+def test_every_shipped_sweep_is_valid_and_says_how_to_run_it() -> None:
+    paths = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+    assert {path.stem for path in paths} >= {"fdr_golsd", "learning_rate", "small_data"}
+    for path in paths:
+        sweep = load_sweep(path)
+        assert sweep.replicates >= 2, "the noise would stay unknown"
+        comment = path.read_text().split("experiment:")[0]
+        for part in (f"python -m jobs.tune configs/sweeps/{path.name}", "Hardware:", "Cost:"):
+            assert part in comment, (path, part)
+
+
+def test_the_sweep_of_fdr_and_go_lsd_looks_at_all_their_settings() -> None:
+    space = load_sweep(CONFIGS / "sweeps" / "fdr_golsd.yaml").space
+    assert set(space) == {
+        *("model.reg_max", "model.reg_scale", "model.up", "model.numerics"),
+        *("loss.ddf", "loss.fgl", "loss.ddf_temperature"),
+    }
+    bins = {random({"bins": space["model.reg_max"]}, seed)["bins"] for seed in range(500)}
+    assert bins == set(range(8, 65, 2))
