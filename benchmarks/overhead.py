@@ -25,9 +25,11 @@ from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.ray_cluster import start_ray
 from pipeline.training import loop
-from pipeline.training.context import Job
-from pipeline.training.group import Group
+from pipeline.training.context import TrainJob, WorkerContext, resolve_data
 from pipeline.training.launch import launch
+from pipeline.training.nonfinite import NonFiniteGuard
+from pipeline.training.run_log import RunLog
+from pipeline.training.schedule import derive
 
 ON_RAY = "loop with Ray Train, Ray Data and MLflow"
 BARE_LOOP = "the same loop without them"
@@ -93,13 +95,16 @@ def bare_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, q
     dist.init_process_group("gloo", init_method=f"file://{meeting}/point", rank=rank, world_size=2)
     content = {**content, "storage": folder, "data": {**content["data"], "decode_in": "inline"}}
     experiment = check(Experiment, content, source="benchmark")
-    group = Group(rank, 2, torch.device("cpu"), lambda value: value)
-    run = loop.Run(Job(experiment=experiment, run=f"{folder}/run", tracking=None), group, Silent(), None)
-    batches = run._stream()
+    data = resolve_data(experiment.data)
+    schedule = derive(experiment, images=data.train.manifest.images, workers=2)
+    job = TrainJob(experiment, data, schedule, run=f"{folder}/run", tracking=None)
+    context = WorkerContext(rank, 2, torch.device("cpu"), broadcast=lambda value: value, console=SilentConsole())
+    state, guard, log = loop.new_state(job, context), NonFiniteGuard(job, context), RunLog(job, context)
+    batches = loop.open_stream(job, context, state)
     times = []
-    for _ in range(run.schedule.steps):
+    for _ in range(schedule.steps):
         started_at = time.perf_counter()
-        run._one_step(batches)
+        loop.run_step(job, context, state, batches, guard, log)
         times.append(time.perf_counter() - started_at)
     if rank == 0:
         # As the record has it: means over ten steps, the first ten left out.
@@ -108,9 +113,9 @@ def bare_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, q
     dist.destroy_process_group()
 
 
-class Silent:
-    def beat(self, step: int, doing: str) -> None: ...
-    def say(self, text: str) -> None: ...
+class SilentConsole:
+    def heartbeat(self, step: int, activity: str) -> None: ...
+    def print(self, text: str) -> None: ...
     def progress(self, step: int, note: str) -> None: ...
 
 

@@ -28,7 +28,7 @@ from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.ray_cluster import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
-from pipeline.training.run_dir import BEGAN, RESULT
+from pipeline.training.run_dir import RESULT, RUN_START
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
 from pipeline.tuning.driver import SweepInterruptedError, run_sweep
 from pipeline.tuning.load import load_sweep
@@ -104,7 +104,7 @@ def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
     trial = Trial(**config["trial"])
     run = storage.join(runs_folder(settings.folder), trial.id)
     storage.write_atomic(
-        storage.join(run, BEGAN), json.dumps({"tracking_key": uuid.uuid4().hex}).encode()
+        storage.join(run, RUN_START), json.dumps({"tracking_key": uuid.uuid4().hex}).encode()
     )  # for MLflow
     times: dict[str, Any] = {
         "process": psutil.Process().create_time(),

@@ -29,7 +29,7 @@ from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.ray_cluster import start_ray
-from pipeline.training.run_dir import BEGAN, RESULT
+from pipeline.training.run_dir import RESULT, RUN_START
 from pipeline.tuning.analysis.sweep_report import as_html, draw, make_report
 from pipeline.tuning.callbacks import Closing
 from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
@@ -140,7 +140,7 @@ def trained(settings: TrialSettings, trial: Trial, evaluation: int) -> float:
     )
     run = storage.join(runs_folder(settings.folder), trial.id)
     if evaluation == 1:
-        storage.write_atomic(storage.join(run, BEGAN), json.dumps({"tracking_key": uuid.uuid4().hex}).encode())
+        storage.write_atomic(storage.join(run, RUN_START), json.dumps({"tracking_key": uuid.uuid4().hex}).encode())
     if evaluation == EVALUATIONS:
         result = {"numbers": reading.metrics, "latency_ms": 5.0}
         storage.write_atomic(storage.join(run, RESULT), json.dumps(result).encode())

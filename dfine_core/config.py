@@ -4,8 +4,9 @@ Source: D-FINE, arXiv:2410.13842, and its released configurations.
 """
 
 import difflib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 
@@ -133,10 +134,10 @@ class ModelConfig:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Self:
-        """From its JSON form, where tuples are lists; `dataclasses.asdict` makes it.
+        """Read the JSON form that `to_plain` writes, where tuples are lists.
 
         Raises:
-            ValueError: it has fields that this version does not know, or values that do not fit.
+            ValueError: a field is unknown to this version, or a value is invalid.
         """
         known = {f.name for f in fields(cls)}
         unknown = [key for key in plain if key not in known]
@@ -146,6 +147,11 @@ class ModelConfig:
         if "loss" in plain:
             values["loss"] = LossConfig(**plain["loss"])
         return cls(**values)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return every field as JSON values: tuples become lists."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
     def with_(self, **settings: Any) -> Self:
         """A copy with fields replaced, checked again."""

@@ -277,7 +277,7 @@ def best_of_run(folder: str, files: Files) -> str | None:
     )
     if not complete:
         return None
-    best = _json(f"{folder}/{complete[-1]}/{METADATA}", files).get("standing", {}).get("best_step")
+    best = _json(f"{folder}/{complete[-1]}/{METADATA}", files).get("history", {}).get("best_step")
     return f"{folder}/{complete[-1]}" if best is None else f"{folder}/step-{best:08d}"
 
 

@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from jobs.command import location, user_errors
-from pipeline.training.nonfinite import replay
+from pipeline.training.replay import replay
 
 
 @user_errors()

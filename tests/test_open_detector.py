@@ -23,12 +23,13 @@ from pipeline.tracking.lineage import client_of, find_run
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training import checkpoint
 from pipeline.training.budget import estimated_bytes, flops_per_image
+from pipeline.training.context import ResolvedData
 from pipeline.training.dry_run import preview
-from pipeline.training.init_weights import load_initial, pinned
-from pipeline.training.loop import Run, train
+from pipeline.training.init_weights import load_initial, materialize_init
+from pipeline.training.loop import train
 from pipeline.training.run_dir import begin_or_continue
 from tests.support.drawn_shards import drawn_records, write_shards
-from tests.support.training_runs import ALONE, Heard, experiment, job, shard_folders
+from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
@@ -54,7 +55,7 @@ def tracking(folder: Path, data: dict[str, str]) -> TrackingSettings:
         evaluation={"every_steps": 2, "pictures": 1},
         tracking={"register_as": "shapes", "alias": "champion"},
     )
-    train(job(setting, tracking=settings, tracking_folder=folder / "queue"), ALONE, Heard())
+    train(job(setting, tracking=settings, outbox_folder=folder / "queue"), alone())
     return settings
 
 
@@ -63,7 +64,7 @@ def test_run_folder_checkpoint_mlflow_run_and_model_version_give_the_same_detect
 ) -> None:
     run = str(folder / "runs" / "run")
     steps = checkpoint.steps_in(f"{run}/checkpoints")
-    best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.folder_name(steps[-1])}").standing.best_step
+    best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.folder_name(steps[-1])}").history.best_step
     assert best is not None
     from_run = open_detector(run)
     assert from_run.origin.endswith(checkpoint.folder_name(best))
@@ -107,14 +108,12 @@ def test_a_kept_step_is_replayed_and_the_broken_image_and_module_named(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setting = experiment(tmp_path, data)
-    run = Run(job(setting), ALONE, Heard(), None)
-    run._begin()
+    run = SteppedRun.begin(job(setting))
     with torch.no_grad():
-        run.learner.detector.encoder.pan_blocks[0].cv1.conv.weight.fill_(torch.inf)
-    batches = run._stream()
-    run._one_step(batches)
-    run._look_at_last()
-    assert run.skipped == 1
+        run.state.detector.encoder.pan_blocks[0].cv1.conv.weight.fill_(torch.inf)
+    run.step(run.stream())
+    run.guard.check_previous(run.state)
+    assert run.state.skipped_steps == 1
     kept = f"{tmp_path}/runs/run/not_finite/{checkpoint.folder_name(0)}"
     replay_job.main([kept])
     said = capsys.readouterr().out
@@ -130,7 +129,7 @@ def test_a_kept_step_is_replayed_and_the_broken_image_and_module_named(
 
 
 def test_replaying_another_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="not a step that a training kept"):
+    with pytest.raises(SystemExit, match="not a kept step"):
         replay_job.main([str(tmp_path)])
 
 
@@ -179,9 +178,9 @@ def test_a_run_begins_with_a_model_version_as_it_was_then(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = str(folder / "runs" / "begun")
-    place = pinned("models:/shapes@champion", run, tracking.uri)
+    place = materialize_init("models:/shapes@champion", run, tracking.uri)
     assert place.startswith(run)
-    assert pinned("models:/shapes@champion", run, "http://127.0.0.1:1/gone") == place
+    assert materialize_init("models:/shapes@champion", run, "http://127.0.0.1:1/gone") == place
     setting = experiment(folder, data, model={"reg_max": 16}, init=place)
     detector = Detector(setting.model.config(len(CLASSES), setting.loss))
     origin = load_initial(detector, place, CLASSES)
@@ -198,7 +197,7 @@ def test_a_run_begins_with_a_model_version_as_it_was_then(
 @pytest.mark.parametrize("source", ["models:/none@champion", "runs:/0123456789abcdef0123456789abcdef"])
 def test_what_mlflow_does_not_know_is_refused(source: str, tracking: TrackingSettings, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=source):
-        pinned(source, str(tmp_path / "run"), tracking.uri)
+        materialize_init(source, str(tmp_path / "run"), tracking.uri)
     assert not (tmp_path / "run").exists()
 
 
@@ -206,15 +205,17 @@ def test_lineage_leads_from_a_run_to_its_parents_data_and_model(
     tracking: TrackingSettings, folder: Path, data: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from_version = experiment(folder, data, name="child", schedule={"steps": 1})
-    place = pinned("models:/shapes@champion", f"{from_version.storage}/child", tracking.uri)
+    place = materialize_init("models:/shapes@champion", f"{from_version.storage}/child", tracking.uri)
     from_run = experiment(folder, data, name="grandchild", schedule={"steps": 1}, init=str(folder / "runs" / "child"))
     for setting in (from_version.model_copy(update={"init": place}), from_run):
         own = replace(tracking, run_name=setting.name or "", run_key=None)
         run = f"{setting.storage}/{setting.name}"
         shards = load_shards(data["train"])
-        key = begin_or_continue(run, setting, shards, None, tracking_key=setting.name or "", allow_changes=False)
+        key = begin_or_continue(
+            run, setting, ResolvedData(shards, None), tracking_key=setting.name or "", allow_changes=False
+        )
         own = replace(own, run_key=key.tracking_key)
-        train(job(setting, tracking=own, tracking_folder=folder / f"queue-{setting.name}"), ALONE, Heard())
+        train(job(setting, tracking=own, outbox_folder=folder / f"queue-{setting.name}"), alone())
     lineage_job.main([str(folder / "runs" / "grandchild")])
     lines = capsys.readouterr().out.splitlines()
     digest = load_shards(data["train"]).manifest.digest[:12]

@@ -16,7 +16,7 @@ import jobs.predict
 from pipeline.open_detector import open_detector
 from pipeline.tracking.lineage import client_of, facts
 from pipeline.tracking.registry import register
-from pipeline.training.init_weights import pinned
+from pipeline.training.init_weights import materialize_init
 from tests.support.drawn_shards import drawn_records, write_shards
 
 PASSWORD = "hunter2"
@@ -65,9 +65,9 @@ def test_commands_tell_no_password(
         lambda address, folder: open_detector(MODEL),
         lambda address, folder: facts(client_of(address), MODEL),
         lambda address, folder: register(address, "0" * 32, "shapes"),
-        lambda address, folder: pinned(MODEL, str(folder / "run"), address),
+        lambda address, folder: materialize_init(MODEL, str(folder / "run"), address),
     ],
-    ids=["open_detector", "facts", "register", "pinned"],
+    ids=["open_detector", "facts", "register", "materialize_init"],
 )
 def test_errors_hold_no_password(call: Callable[[str, Path], Any], address: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\*\*\*@127\.0\.0\.1") as error:

@@ -15,13 +15,14 @@ from pydantic import Field, model_validator
 from pipeline import storage
 from pipeline.config import Cluster, Config, ConfigError, Experiment, FolderName, Location, Tracking
 from pipeline.config_files import check, dump, read_yaml, with_values
-from pipeline.data.shards.manifest import MANIFEST_NAME, load_shards
+from pipeline.data.shards.manifest import MANIFEST_NAME
 from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import relative_problems, submitted_job
 from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
+from pipeline.training.context import resolve_data
 from pipeline.training.launch import launch
 
 SOURCE = "jobs/pretrain_finetune.py"
@@ -149,8 +150,8 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
         run_name=chain.name,
         uri=chain.tracking.uri,
     )
-    settings = replace(settings, run_key=run_dir.key_made_once(folder))
-    with Tracker(run_dir.queue_folder(folder, settings.run_key or ""), settings) as tracker:
+    settings = replace(settings, run_key=run_dir.get_or_make_key(folder))
+    with Tracker(run_dir.outbox_folder(folder, settings.run_key or ""), settings) as tracker:
         job = {"ray.job": name} if (name := submitted_job()) else {}
         tracker.begin(flatten(dump(chain)), {"run_folder": folder, **job, **chain.tracking.tags}, (), SOURCE)
         parent_run_id = tracker.wait_for_run_id(REACHED_WITHIN_S)
@@ -179,9 +180,8 @@ def _carry_out(step: Step, prepare: Callable[[list[str]], None], parent_run_id: 
         if not _is_there(arguments[arguments.index("--out") + 1]):
             prepare(list(arguments))
     experiment = step.experiment
-    val = load_shards(experiment.data.val) if experiment.data.val else None
     run = storage.absolute(storage.join(experiment.storage, experiment.name or ""))
-    result = run_dir.result_of(run, experiment, load_shards(experiment.data.train), val)
+    result = run_dir.result_of(run, experiment, resolve_data(experiment.data))
     if result is not None:
         print(f"{experiment.name} is finished: left alone", flush=True)
         return result["numbers"]

@@ -1,21 +1,21 @@
-"""A checkpoint: a folder of tensors and text from which a run goes on as if nothing had happened.
+"""Checkpoint format: a folder of tensors and text from which a run resumes bitwise.
 
     checkpoints/step-00001300/
         model.safetensors       weights as trained
-        ema.safetensors         averaged weights: what is evaluated and shipped
+        ema.safetensors         averaged weights, evaluated and shipped
         optimizer.safetensors   moments and step counts by parameter name, and the loss scale
-        experiment.yaml         every value of the experiment, for people: a run continues with its own `run.json`
-        metadata.json           written last; a folder without it does not count
+        experiment.yaml         every value of the experiment, for people; a run resumes from its `run.json`
+        metadata.json           written last; a folder without it is incomplete and ignored
 
-It holds no random state: whatever is drawn in a run is keyed by its seed and its place (step, image, micro-batch), so the
-same draws come again on any number of workers.
+It holds no random state: every random draw of a run is keyed by its seed and by step, image or micro-batch, so it repeats on
+any number of workers.
 """
 
 import hashlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
-from pipeline.training.stage_two import Standing
-from pipeline.training.step import Learner
+from pipeline.training.stage_two import EvaluationHistory
+from pipeline.training.state import TrainState
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
@@ -41,7 +41,7 @@ FILES = ("model", "ema", "optimizer")
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that is missing, damaged or does not fit."""
+    """A checkpoint is missing, damaged, or of another model."""
 
 
 class Metadata(BaseModel):
@@ -52,69 +52,81 @@ class Metadata(BaseModel):
     step: int  # optimiser steps done
     epoch: int
     stage: Literal[1, 2]
-    standing: Standing
+    history: EvaluationHistory
     global_batch: int
     micro_batch: int
     workers: int
-    skipped_steps: int  # not finite
-    model: dict[str, Any]  # the detector's whole configuration
+    skipped_steps: int  # non-finite
+    model: dict[str, Any]  # complete ModelConfig
     categories: tuple[Category, ...]
-    data: dict[str, str]  # digest of each manifest, by its use: train, val
-    tracking_key: str | None = None  # under which the MLflow run is found
-    parent: dict[str, str] = {}  # where the first weights came from
+    data: dict[str, str]  # manifest digest by use: train, val
+    tracking_key: str | None = None  # finds the MLflow run
+    parent: dict[str, str] = {}  # source of the initial weights
     versions: dict[str, str] = {}
     commit: str | None = None
-    sha256: dict[str, str] = {}  # of each tensor file
+    sha256: dict[str, str] = {}  # by tensor file
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything a checkpoint holds, copied: training may go on while it is written."""
+    """Content of a checkpoint, copied to the host: training continues while it is written."""
 
     metadata: Metadata
     experiment: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]  # by file
+    tensors: dict[str, dict[str, Tensor]]  # by file and key
 
 
-def take_snapshot(learner: Learner, metadata: Metadata, experiment: dict[str, Any]) -> Snapshot:
-    average = learner.average
+def take_snapshot(state: TrainState, metadata: Metadata, experiment: dict[str, Any]) -> Snapshot:
+    """Copy the state to the host."""
     tensors = {
-        "model": learner.detector.state_dict(),
-        "ema": average.module.state_dict(),
+        "model": state.detector.state_dict(),
+        "ema": state.ema.module.state_dict(),
         "optimizer": {
-            **_optimizer_tensors(learner),
-            "loss_scale": learner.loss_scale.scale,
-            "finite_steps": learner.loss_scale.finite_steps,
-            "ema_updates": average.updates,
+            **_optimizer_tensors(state),
+            "loss_scale": state.loss_scale.scale,
+            "finite_steps": state.loss_scale.finite_steps,
+            "ema_updates": state.ema.updates,
         },
     }
     copied = {file: {key: _copied(tensor) for key, tensor in group.items()} for file, group in tensors.items()}
     return Snapshot(metadata, experiment, copied)
 
 
-def restore(learner: Learner, uri: str) -> Metadata:
-    """Bring a learner to the state in a checkpoint.
+def load_tensors(state: TrainState, uri: str) -> Metadata:
+    """Load weights, EMA, optimiser and loss scale of a checkpoint into `state`; its step and history stay as they are.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: the checkpoint is damaged, or of another model.
     """
     metadata = read_metadata(uri)
     tensors = {file: read_tensors(uri, file, metadata) for file in FILES}
     try:
-        learner.detector.load_state_dict(tensors["model"])
-        learner.average.module.load_state_dict(tensors["ema"])
+        state.detector.load_state_dict(tensors["model"])
+        state.ema.module.load_state_dict(tensors["ema"])
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{uri}: of another model: {error}") from None
     optimizer = tensors["optimizer"]
-    learner.loss_scale.scale.copy_(optimizer.pop("loss_scale"))
-    learner.loss_scale.finite_steps.copy_(optimizer.pop("finite_steps"))
-    learner.average.updates.copy_(optimizer.pop("ema_updates"))
-    _load_optimizer(learner, optimizer, uri)
+    state.loss_scale.scale.copy_(optimizer.pop("loss_scale"))
+    state.loss_scale.finite_steps.copy_(optimizer.pop("finite_steps"))
+    state.ema.updates.copy_(optimizer.pop("ema_updates"))
+    _load_optimizer(state, optimizer, uri)
+    return metadata
+
+
+def restore(state: TrainState, uri: str) -> Metadata:
+    """Bring `state` to the checkpoint, its step and history included.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another model.
+    """
+    metadata = load_tensors(state, uri)
+    state.step, state.history = metadata.step, metadata.history
+    state.skipped_steps, state.parent = metadata.skipped_steps, metadata.parent
     return metadata
 
 
 def weights_as_bytes(module: nn.Module) -> bytes:
-    """The state dict as a safetensors file; tensors that the module shares among its parts are written twice."""
+    """Serialise a state dict as safetensors; tensors shared by several submodules are written more than once."""
     return tensors_to_bytes({key: _copied(tensor) for key, tensor in module.state_dict().items()})
 
 
@@ -122,31 +134,31 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _names(learner: Learner) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in learner.detector.named_parameters()}
+def _names(state: TrainState) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in state.detector.named_parameters()}
 
 
-def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
-    names = _names(learner)
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    names = _names(state)
     return {
         f"{names[parameter]}/{key}": value
-        for parameter, state in learner.optimizer.state.items()
-        for key, value in state.items()
+        for parameter, moments in state.optimizer.state.items()
+        for key, value in moments.items()
     }
 
 
-def _load_optimizer(learner: Learner, tensors: Mapping[str, Tensor], uri: str) -> None:
+def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], uri: str) -> None:
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
         states.setdefault(name, {})[kind] = tensor
-    names = _names(learner)
-    ours = [names[p] for group in learner.optimizer.param_groups for p in group["params"]]
+    names = _names(state)
+    ours = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
     if states and set(ours) != set(states):
         raise CheckpointError(f"{uri}: its optimiser has other parameters than this run: {set(ours) ^ set(states)}")
-    saved = learner.optimizer.state_dict()
+    saved = state.optimizer.state_dict()
     saved["state"] = {number: states[name] for number, name in enumerate(ours)} if states else {}
-    learner.optimizer.load_state_dict(saved)
+    state.optimizer.load_state_dict(saved)
 
 
 # Files
@@ -157,7 +169,7 @@ def folder_name(step: int) -> str:
 
 
 def write(snapshot: Snapshot, folder: str) -> str:
-    """Write a checkpoint below `folder`; it appears there whole or not at all."""
+    """Write a checkpoint below `folder`, complete or not at all, and return its URI."""
     filesystem, _ = storage.resolve(folder)
     target = storage.join(folder, folder_name(snapshot.metadata.step))
     on_disk = isinstance(filesystem, fs.LocalFileSystem)
@@ -171,7 +183,7 @@ def write(snapshot: Snapshot, folder: str) -> str:
     metadata = snapshot.metadata.model_copy(update={"sha256": hashes})
     storage.write_atomic(storage.join(aside, METADATA), metadata.model_dump_json(indent=1).encode())
     if on_disk:
-        if storage.exists(target):  # written by a run that was rewound to before it
+        if storage.exists(target):  # the run was rewound to an earlier step since
             storage.remove_folder(target)
         Path(storage.resolve(aside)[1]).rename(storage.resolve(target)[1])
     return target
@@ -196,10 +208,10 @@ def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
 
 
 def read_file(uri: str, file: str, metadata: Metadata) -> bytes:
-    """The safetensors file of this name, as it was written.
+    """Read a safetensors file of a checkpoint and check its SHA-256.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     path = storage.join(uri, f"{file}.safetensors")
     try:
@@ -212,7 +224,7 @@ def read_file(uri: str, file: str, metadata: Metadata) -> bytes:
 
 
 def steps_in(folder: str) -> list[int]:
-    """Steps of the complete checkpoints in a folder, in order."""
+    """Steps of the complete checkpoints in a folder, ascending."""
     filesystem, path = storage.resolve(folder)
     found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     names = [
@@ -222,50 +234,47 @@ def steps_in(folder: str) -> list[int]:
     return sorted(int(name.removeprefix("step-")) for name in complete)
 
 
-def remove_superseded(folder: str, *, keep: int, standing: Standing) -> None:
-    """Leave the last `keep` checkpoints, the best ones of both stages, and the one that is being evaluated."""
+def remove_superseded(folder: str, *, keep: int, history: EvaluationHistory) -> None:
+    """Keep the last `keep` checkpoints, the best ones of both stages, and the one under evaluation; remove the rest."""
     steps = steps_in(folder)
-    kept = {*steps[-keep:], standing.best_step, standing.stage_one_step, standing.pending_step}
+    kept = {*steps[-keep:], history.best_step, history.stage_one_step, history.pending_step}
     for step in steps:
         if step not in kept:
             storage.remove_folder(storage.join(folder, folder_name(step)))
 
 
-class Writer:
-    """Writes snapshots in the background, in order, and removes those that are superseded."""
+class CheckpointWriter:
+    """Background thread that writes snapshots in order and removes superseded checkpoints."""
 
-    def __init__(self, folder: str, *, keep: int, on_written: Callable[[str], None] = lambda uri: None) -> None:
-        self.folder = folder
-        self._keep = keep
-        self._on_written = on_written
-        self._waiting: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)  # a second one waits: memory is bounded
+    def __init__(self, folder: str, *, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._queue: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)  # bounds memory: a second snapshot waits
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
         self._thread.start()
 
     def write(self, snapshot: Snapshot) -> None:
         self._raise_failure()
-        self._waiting.put(snapshot)
+        self._queue.put(snapshot)
 
     def wait(self) -> None:
-        """Until all that was handed over is in its place.
+        """Block until every snapshot is written.
 
         Raises:
-            Exception: of the first write that failed.
+            Exception: the first write that failed.
         """
-        self._waiting.join()
+        self._queue.join()
         self._raise_failure()
 
     def _work(self) -> None:
-        while (snapshot := self._waiting.get()) is not None:
+        while (snapshot := self._queue.get()) is not None:
             try:
-                uri = write(snapshot, self.folder)
-                remove_superseded(self.folder, keep=self._keep, standing=snapshot.metadata.standing)
-                self._on_written(uri)
+                write(snapshot, self._folder)
+                remove_superseded(self._folder, keep=self._keep, history=snapshot.metadata.history)
             except BaseException as error:
                 self._failure = self._failure or error
             finally:
-                self._waiting.task_done()
+                self._queue.task_done()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -1,30 +1,94 @@
-"""What the driver hands to its workers."""
+"""The job that the driver sends to its workers, and the context in which one worker trains it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline import storage
-from pipeline.config import Experiment
+from pipeline.config import Data, Experiment
+from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.tracking.settings import TrackingSettings
+from pipeline.training.schedule import Schedule
+
+if TYPE_CHECKING:  # the driver and Ray Train's controller import this module too, and need neither torch nor Ray Data
+    import torch
+
+    from pipeline.data.stream.stream import Broadcast
+    from pipeline.training.evaluation_task import SubmitEvaluation
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be done; plain data, the same for every worker."""
+class ResolvedData:
+    """The shard sets of an experiment, opened once."""
+
+    train: ShardSet
+    val: ShardSet | None
+
+    def digests(self) -> dict[str, str]:
+        """Manifest digest by use: train, and val if there is one."""
+        return {use: shards.manifest.digest for use, shards in (("train", self.train), ("val", self.val)) if shards}
+
+
+def resolve_data(data: Data) -> ResolvedData:
+    """Open the shard sets of an experiment.
+
+    Raises:
+        ManifestError: there is no shard set at one of the paths, or it is damaged.
+    """
+    return ResolvedData(load_shards(data.train), load_shards(data.val) if data.val else None)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything that defines a run: resolved and derived once by the driver, the same for every worker."""
 
     experiment: Experiment
+    data: ResolvedData
+    schedule: Schedule
     run: str  # folder or URI of the run
-    tracking: TrackingSettings | None  # None: not recorded
-    tracking_folder: Path | None = None  # of the queue, on a disk
-    micro_batch: int | None = None  # of the run that is continued
-    resume: str | None = None  # checkpoint of another run, to be continued by this one
-    threads: int | None = None  # of PyTorch on the CPU
-    evaluation_resources: dict[str, float] = field(default_factory=dict)  # CPU and GPU, of an evaluation beside
+    tracking: TrackingSettings | None  # None: the run is not tracked
+    outbox_folder: Path | None = None  # on a local disk
+    resume: str | None = None  # checkpoint of another run that this one continues
+    threads: int | None = None  # PyTorch threads of a worker that computes on the CPU
+    evaluation_resources: dict[str, float] = field(default_factory=dict)  # CPU and GPU of an asynchronous evaluation
+    profile_steps: int = 0  # steps that rank 0 records with PyTorch's profiler
     ray_job: str | None = None  # id of the submitted job
-    launched_at: float = field(default_factory=time.time)  # or, restarted, when the workers before were last heard of
+    launched_at: float = field(default_factory=time.time)  # after a restart: last heartbeat of the workers before
     restarted: bool = False  # by Ray, after a worker died
 
     @property
     def checkpoints(self) -> str:
         return storage.join(self.run, "checkpoints")
+
+
+class Console(Protocol):
+    """Sink for the progress of a worker."""
+
+    def heartbeat(self, step: int, activity: str) -> None:
+        """Report that the worker is at `step`, busy with `activity`."""
+
+    def print(self, text: str) -> None:
+        """Print a line or a table."""
+
+    def progress(self, step: int, note: str) -> None:
+        """Move the progress line: `step` steps are done."""
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """Distributed context of one worker: rank, device, collectives, console."""
+
+    rank: int
+    world_size: int
+    device: "torch.device"
+    broadcast: "Broadcast"  # rank 0's value on every rank; collective
+    console: Console
+    report: Callable[[dict[str, float]], None] = lambda metrics: None  # metrics of an evaluation to Ray; collective
+    submit_evaluation: "SubmitEvaluation | None" = None  # on rank 0, if evaluations are asynchronous
+
+    def print(self, text: str) -> None:
+        """Print on rank 0 alone."""
+        if self.rank == 0:
+            self.console.print(text)

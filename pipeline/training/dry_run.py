@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: `jobs.train --dry-run`."""
+"""Plan of a run, printed without starting it: `jobs.train --dry-run`."""
 
 from collections.abc import Iterator
 
@@ -9,35 +9,37 @@ from dfine_core import Detector, ModelConfig
 from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump
-from pipeline.data.shards.manifest import Manifest, load_shards
+from pipeline.data.shards.manifest import Manifest
 from pipeline.training.budget import budget_lines, estimated_bytes
+from pipeline.training.context import resolve_data
 from pipeline.training.schedule import Schedule, derive
 
 
 def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) -> str:
-    """
+    """Describe the resolved experiment, data, schedule, parameters, memory and time.
+
     Args:
-        measured: time a training step here, for the hours that a run would take.
+        measured: time a training step on this machine, and extrapolate.
     """
-    shards = load_shards(experiment.data.train)
-    val = load_shards(experiment.data.val) if experiment.data.val else None
+    data = resolve_data(experiment.data)
+    train = data.train.manifest
     workers = cluster.workers or max(1, torch.cuda.device_count())
     most = workers[1] if isinstance(workers, tuple) else workers
-    schedule = derive(experiment, images=shards.manifest.images, workers=most)
-    config = experiment.model.config(len(shards.manifest.categories), experiment.loss)
+    schedule = derive(experiment, images=train.images, workers=most)
+    config = experiment.model.config(len(train.categories), experiment.loss)
     sections = {
         "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
-        "data": "\n".join(_data_lines(shards.manifest) + (_data_lines(val.manifest) if val else ["val: none"])),
+        "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
         f"schedule for {most} worker(s), each with {schedule.accumulation(most)} micro-batch(es) of"
         f" {schedule.micro_batch} images a step": "\n".join(schedule.lines()),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
-        "memory of a worker": "\n".join(_memory_lines(config, schedule, shards.manifest)),
+        "memory of a worker": "\n".join(_memory_lines(config, schedule, train)),
         "time": "\n".join(
             budget_lines(
                 config,
                 schedule.steps * schedule.global_batch,
                 most,
-                boxes=round(shards.manifest.statistics.boxes_per_image.mean),
+                boxes=round(train.statistics.boxes_per_image.mean),
                 measured=measured,
             )
         ),

@@ -1,103 +1,160 @@
-"""How a run is evaluated: here, by all workers, while the training waits; or beside it, by another process."""
+"""Evaluation of the averaged weights: by all workers while training waits, or asynchronously in another process.
 
-from collections.abc import Iterable
+At most one asynchronous evaluation is in flight, which bounds memory. Its step is part of the history, so a run that
+resumes submits it again.
+"""
 
-from torch import nn
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
-from pipeline import storage
-from pipeline.data.shards.manifest import ShardSet
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.sample_images import sample_pictures
-from pipeline.tracking.tracker import Tracker
-from pipeline.training import checkpoint, run_log
-from pipeline.training.beside import Beside, Order, Outcome
-from pipeline.training.context import Job
-from pipeline.training.group import Group
-from pipeline.training.heartbeat import Console
-from pipeline.training.schedule import Schedule
-from pipeline.training.step import Learner
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint_manager import CheckpointManager
+from pipeline.training.context import TrainJob, WorkerContext
+from pipeline.training.evaluation_task import EvaluationRequest, EvaluationResult
+from pipeline.training.run_log import RunLog
+from pipeline.training.stage_two import with_evaluation
+from pipeline.training.state import TrainState
 
-DECODED_INLINE = 1000  # validation images of a worker up to which starting Ray Data takes longer than decoding them
+DECODED_INLINE = 1000  # validation images per worker; for fewer, Ray Data takes longer to start than to decode
 
 
-class Evaluations:
-    """Of one run, on this worker."""
+class Evaluator:
+    """Collective: all ranks call every method. Without validation data it does nothing."""
 
-    def __init__(
-        self, job: Job, group: Group, console: Console, tracker: Tracker | None, val: ShardSet, schedule: Schedule
-    ) -> None:
-        self._job, self._group, self._console, self._tracker = job, group, console, tracker
-        self._val, self._settings = val, job.experiment.evaluation
-        self._micro_batch = self._settings.micro_batch or 2 * schedule.micro_batch
-        self._truth: GroundTruth | None = None
-        self._beside = Beside(group.submit, group.broadcast)
+    def __init__(self, job: TrainJob, context: WorkerContext, log: RunLog) -> None:
+        self._job, self._context, self._log = job, context, log
+        self._val, self._settings = job.data.val, job.experiment.evaluation
+        self._micro_batch = self._settings.micro_batch or 2 * job.schedule.micro_batch
+        self._ground_truth: GroundTruth | None = None
+        self._in_flight: Future[EvaluationResult] | None = None  # on rank 0
 
-    def here(
-        self, detector: nn.Module, step: int, *, best_step: int | None = None, final: bool = False
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluate now, or submit an asynchronous evaluation where stage one allows it."""
+        if self._val is None:
+            return
+        if self._settings.beside and self._job.schedule.is_strong(state.step - 1):
+            self.submit(state)
+        else:
+            ap, report = self._evaluate_inline(state, title=f"step {state.step}")
+            self._record(state, ap, state.step, report)
+
+    def evaluate_initial(self, state: TrainState) -> None:
+        """Evaluate the weights that training starts from; the history does not count them."""
+        if self._val is not None:
+            self._evaluate_inline(state, title=f"step {state.step}")
+
+    def evaluate_best(self, state: TrainState) -> EvaluationReport | None:
+        """Evaluate the loaded best weights with pycocotools; return the report on rank 0."""
+        if self._val is None:
+            return None
+        best = state.history.best_step
+        _, report = self._evaluate_inline(state, title=f"best weights, of step {best}", final=True)
+        return report
+
+    def _evaluate_inline(
+        self, state: TrainState, *, title: str, final: bool = False
     ) -> tuple[float, EvaluationReport | None]:
-        """AP on all workers, the report on rank 0. Collective.
+        """AP on all ranks, and the report on rank 0."""
+        assert self._val is not None
+        context = self._context
+        context.console.heartbeat(state.step, "evaluating")
+        with self._log.paused():
+            if context.rank == 0 and self._ground_truth is None:
+                self._ground_truth = read_ground_truth(self._val)
+            few = self._val.manifest.images <= DECODED_INLINE * context.world_size
+            report = evaluate(
+                state.ema.module,
+                self._val,
+                self._ground_truth,
+                device=context.device,
+                rank=context.rank,
+                world_size=context.world_size,
+                broadcast=context.broadcast,
+                micro_batch=self._micro_batch,
+                decode_in="inline" if few else self._job.experiment.data.decode_in,
+                final=final,
+            )
+            if report is not None:
+                count = self._settings.pictures
+                rendered = sample_pictures(state.ema.module, self._val, device=context.device, count=count)
+                images = ((name, png(figure)) for name, figure in rendered)
+                self._log.evaluation(report, images, step=state.step, title=title, final=final)
+            return context.broadcast(None if report is None else report.numbers["AP"]), report
+
+    def _record(self, state: TrainState, ap: float, step: int, report: EvaluationReport | None) -> None:
+        """Add an evaluation to the history, and report it to Ray."""
+        value = 0.0 if ap != ap else ap  # NaN: the validation set has no boxes
+        stage_one = self._job.schedule.is_strong(step - 1)
+        state.history = with_evaluation(state.history, ap=value, step=step, stage_one=stage_one)
+        progress = {"step": float(step), "epoch": step / self._job.schedule.steps_per_epoch}
+        self._context.report({**(report.numbers if report is not None else {}), **progress})
+
+    # Asynchronous evaluation
+
+    def submit(self, state: TrainState) -> None:
+        """Submit the current averaged weights, once the evaluation in flight has ended."""
+        self.poll(state, wait=True)
+        state.history = replace(state.history, pending_step=state.step)
+        if self._context.rank == 0:
+            self._submit(state, checkpoint.weights_as_bytes(state.ema.module))
+
+    def resubmit(self, state: TrainState, checkpoints: CheckpointManager) -> None:
+        """Submit again what was in flight when the run was interrupted."""
+        step = state.history.pending_step
+        if step is not None and self._val is not None and self._context.rank == 0:
+            uri = checkpoints.uri(step)
+            self._submit(state, checkpoint.read_file(uri, "ema", checkpoint.read_metadata(uri)))
+
+    def _submit(self, state: TrainState, weights: bytes) -> None:
+        assert self._val is not None
+        assert self._context.submit_evaluation is not None, "asynchronous evaluation is not configured for this run"
+        request = EvaluationRequest(
+            model=state.detector.config.to_plain(),
+            weights=weights,
+            val=self._val,
+            micro_batch=self._micro_batch,
+            num_images=self._settings.pictures,
+        )
+        self._in_flight = self._context.submit_evaluation(request)
+
+    def poll(self, state: TrainState, *, wait: bool) -> None:
+        """Record the evaluation in flight if it has ended.
 
         Args:
-            best_step: of the weights, if they are not those of `step`.
+            wait: until it has.
         """
-        group = self._group
-        if group.rank == 0 and self._truth is None:
-            self._truth = read_ground_truth(self._val)
-        few = self._val.manifest.images <= DECODED_INLINE * group.world_size
-        report = evaluate(
-            detector,
-            self._val,
-            self._truth,
-            device=group.device,
-            rank=group.rank,
-            world_size=group.world_size,
-            broadcast=group.broadcast,
-            micro_batch=self._micro_batch,
-            decode_in="inline" if few else self._job.experiment.data.decode_in,
-            final=final,
-        )
-        if report is not None:
-            title = f"best weights, of step {best_step}" if final else f"step {step}"
-            drawn = sample_pictures(detector, self._val, device=group.device, count=self._settings.pictures)
-            self._keep(report, ((name, png(figure)) for name, figure in drawn), step, title, final=final)
-        return group.broadcast(None if report is None else report.numbers["AP"]), report
+        step = state.history.pending_step
+        if step is None or self._val is None:
+            return
+        result: EvaluationResult | None = None
+        outcome: _Outcome | None = None
+        if self._context.rank == 0 and self._in_flight is not None and (wait or self._in_flight.done()):
+            try:
+                result = self._in_flight.result()
+                outcome = _Outcome(ap=result.report.numbers["AP"])
+            except Exception as error:  # training must survive any failure of the other process
+                outcome = _Outcome(error=f"{type(error).__name__}: {error}")
+            self._in_flight = None
+        outcome = self._context.broadcast(outcome)
+        if outcome is None:
+            return
+        state.history = replace(state.history, pending_step=None)
+        if outcome.ap is None:
+            self._context.print(f"the evaluation of step {step} failed: {outcome.error}; training continues without it")
+            return
+        if result is not None:
+            self._log.evaluation(result.report, result.images, step=step, title=f"step {step}, asynchronous")
+        self._record(state, outcome.ap, step, result.report if result is not None else None)
 
-    def hand_over(self, learner: Learner, weights: bytes) -> None:
-        """On rank 0: have these averaged weights evaluated beside the training."""
-        self._beside.begin(
-            Order(
-                model=run_log.plain(learner.detector.config),
-                weights=weights,
-                val=self._val.uri,
-                micro_batch=self._micro_batch,
-                pictures=self._settings.pictures,
-            )
-        )
 
-    def answer(self, step: int, *, wait: bool) -> Outcome | None:
-        """Of the weights of `step`; None while they are being evaluated. Collective."""
-        outcome = self._beside.outcome(self._group.rank, wait=wait)
-        if outcome is not None and self._group.rank == 0:
-            if outcome.answer is None:
-                self._console.say(
-                    f"the evaluation of step {step} failed: {outcome.error}; the training goes on without it"
-                )
-            else:
-                self._keep(outcome.answer.report, outcome.answer.pictures, step, f"step {step}, beside the training")
-        return outcome
+@dataclass(frozen=True)
+class _Outcome:
+    """End of an asynchronous evaluation, as every rank learns it."""
 
-    def _keep(
-        self,
-        report: EvaluationReport,
-        pictures: Iterable[tuple[str, bytes]],
-        step: int,
-        title: str,
-        *,
-        final: bool = False,
-    ) -> None:
-        self._console.say(f"evaluation, {title}\n{report.table()}")
-        folder = storage.join(self._job.run, f"evaluation/{'final' if final else checkpoint.folder_name(step)}")
-        run_log.keep_evaluation(report, pictures, self._tracker, folder, step=step, final=final)
+    ap: float | None = None  # None: it failed
+    error: str = ""

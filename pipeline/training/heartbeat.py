@@ -1,13 +1,13 @@
-"""What the driver knows of its workers while they train: where each one is, and what there is to show.
+"""Progress and heartbeats of the workers, shown by the driver while they train.
 
-Workers send to one small actor and never wait for it; a thread of the driver asks it once a second, moves the progress line,
-prints what was said, and names the worker that has been silent for too long.
+Workers send to one small actor and never wait for it. A thread of the driver polls the actor once a second: it moves the
+progress line, prints messages, and names a worker that has been silent for too long.
 """
 
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -15,120 +15,111 @@ from ray.exceptions import RayError
 from pipeline.progress import Progress
 
 POLL_SECONDS = 1.0
-ANSWER_SECONDS = 10.0
-BEAT_SECONDS = 1.0  # at most one message of a worker in this time
-
-
-class Console(Protocol):
-    """Where a training speaks."""
-
-    def beat(self, step: int, doing: str) -> None:
-        """This worker lives; it is at `step`."""
-
-    def say(self, text: str) -> None:
-        """A line or a table for the person who watches."""
-
-    def progress(self, step: int, note: str) -> None:
-        """`step` steps are done."""
+REPLY_SECONDS = 10.0
+HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat per activity in this time
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     step: int
-    doing: str
+    activity: str
     at: float  # seconds since 1970, by the actor's clock
 
 
 @dataclass(frozen=True)
-class News:
-    """Since the last time it was asked for."""
+class ProgressUpdate:
+    """Everything that arrived since the previous poll."""
 
-    said: tuple[str, ...]
-    step: int | None
+    messages: tuple[str, ...]
+    step: int | None  # None: no progress since then
     note: str
-    beats: dict[int, Beat]  # by rank, all
+    heartbeats: dict[int, Heartbeat]  # latest one of every rank
     now: float
 
 
-class Mailbox:
-    """The actor."""
+class ProgressBoard:
+    """The actor that workers write to and the driver polls."""
 
     def __init__(self) -> None:
-        self._said: list[str] = []
+        self._messages: list[str] = []
         self._step: int | None = None
         self._note = ""
-        self._beats: dict[int, Beat] = {}
+        self._heartbeats: dict[int, Heartbeat] = {}
 
-    def beat(self, rank: int, step: int, doing: str) -> None:
-        self._beats[rank] = Beat(step, doing, time.time())
+    def heartbeat(self, rank: int, step: int, activity: str) -> None:
+        self._heartbeats[rank] = Heartbeat(step, activity, time.time())
 
-    def say(self, text: str) -> None:
-        self._said.append(text)
+    def print(self, text: str) -> None:
+        self._messages.append(text)
 
     def progress(self, step: int, note: str) -> None:
         self._step, self._note = step, note
 
-    def start(self) -> float | None:
-        """The workers start: when those before them were last heard of, if there were any."""
-        last = self._beats.get(0)
-        self._beats.clear()
+    def restart(self) -> float | None:
+        """Forget the heartbeats; return the time of rank 0's last one, if there was any."""
+        last = self._heartbeats.get(0)
+        self._heartbeats.clear()
         return last.at if last else None
 
-    def news(self) -> News:
-        news = News(tuple(self._said), self._step, self._note, dict(self._beats), time.time())
-        self._said.clear()
+    def poll(self) -> ProgressUpdate:
+        update = ProgressUpdate(tuple(self._messages), self._step, self._note, dict(self._heartbeats), time.time())
+        self._messages.clear()
         self._step = None
-        return news
+        return update
 
 
-def stopped_before(mailbox: Any) -> float | None:
-    """When workers before these were last heard of; None also if nobody knows. Called by rank 0 as it starts."""
+def start_progress_board() -> Any:
+    actor: Any = ray.remote(num_cpus=0, max_restarts=3)(ProgressBoard)
+    return actor.remote()
+
+
+def last_heartbeat_before_restart(board: Any) -> float | None:
+    """Time of the previous workers' last heartbeat; None at the first start. Rank 0 calls it as it starts."""
     try:
-        at: float | None = ray.get(mailbox.start.remote(), timeout=ANSWER_SECONDS)
+        at: float | None = ray.get(board.restart.remote(), timeout=REPLY_SECONDS)
     except RayError:
         return None
     return at
 
 
-def start_mailbox() -> Any:
-    actor: Any = ray.remote(num_cpus=0, max_restarts=3)(Mailbox)
-    return actor.remote()
-
-
 class WorkerConsole:
-    """A worker's end."""
+    """Console of a worker: sends to the board."""
 
-    def __init__(self, mailbox: Any, rank: int) -> None:
-        self._mailbox, self._rank = mailbox, rank
-        self._next_beat = 0.0
-        self._doing = ""
+    def __init__(self, board: Any, rank: int) -> None:
+        self._board, self._rank = board, rank
+        self._next_at = 0.0
+        self._activity = ""
 
-    def beat(self, step: int, doing: str) -> None:
+    def heartbeat(self, step: int, activity: str) -> None:
         now = time.monotonic()
-        if now >= self._next_beat or doing != self._doing:
-            self._next_beat, self._doing = now + BEAT_SECONDS, doing
-            self._mailbox.beat.remote(self._rank, step, doing)
+        if now >= self._next_at or activity != self._activity:
+            self._next_at, self._activity = now + HEARTBEAT_SECONDS, activity
+            self._board.heartbeat.remote(self._rank, step, activity)
 
-    def say(self, text: str) -> None:
-        self._mailbox.say.remote(text)
+    def print(self, text: str) -> None:
+        self._board.print.remote(text)
 
     def progress(self, step: int, note: str) -> None:
-        self._mailbox.progress.remote(step, note)
+        self._board.progress.remote(step, note)
 
 
-class Watch:
-    """The driver's end: a thread while the block runs."""
+class ProgressMonitor:
+    """Thread of the driver that polls the board while the block runs.
 
-    def __init__(self, mailbox: Any, *, name: str, steps: int, silent_s: float) -> None:
-        self._mailbox, self._silent_s = mailbox, silent_s
+    Args:
+        timeout_s: a worker without a heartbeat for longer is named.
+    """
+
+    def __init__(self, board: Any, *, name: str, steps: int, timeout_s: float) -> None:
+        self._board, self._timeout_s = board, timeout_s
         self._name, self._steps = name, steps
         self._bar: Progress | None = None
         self._shown = 0
-        self._named: dict[int, Beat] = {}
+        self._named: dict[int, Heartbeat] = {}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="progress")
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "ProgressMonitor":
         self._thread.start()
         return self
 
@@ -138,39 +129,42 @@ class Watch:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while True:
             last = self._stopped.wait(POLL_SECONDS)
             try:
-                self._show(ray.get(self._mailbox.news.remote(), timeout=10))
-            except Exception:  # the cluster is busy or going down; the training itself will say what is wrong
+                self._show(ray.get(self._board.poll.remote(), timeout=REPLY_SECONDS))
+            except Exception:  # the cluster is busy or going down: the training itself fails with the reason
                 if last:
                     return
                 continue
             if last:
                 return
 
-    def _show(self, news: News) -> None:
-        for text in news.said:
+    def _show(self, update: ProgressUpdate) -> None:
+        for text in update.messages:
             Progress.write(text)
-        if news.step is not None:
-            if self._bar is None or news.step < self._shown:  # the workers went back to a checkpoint
-                self._bar = Progress(self._name, total=self._steps, unit="step", initial=news.step)
+        if update.step is not None:
+            if self._bar is None or update.step < self._shown:  # the workers rewound to a checkpoint
+                self._bar = Progress(self._name, total=self._steps, unit="step", initial=update.step)
             else:
-                self._bar.advance(news.step - self._shown, news.note)
-            self._shown = news.step
-        for text in silent_workers(news, self._silent_s, self._named):
+                self._bar.advance(update.step - self._shown, update.note)
+            self._shown = update.step
+        for text in silent_workers(update, self._timeout_s, self._named):
             Progress.write(text)
 
 
-def silent_workers(news: News, silent_s: float, named: dict[int, Beat]) -> list[str]:
-    """A line for each worker that has been where it is for longer than `silent_s`; `named` remembers who was named."""
+def silent_workers(update: ProgressUpdate, timeout_s: float, named: dict[int, Heartbeat]) -> list[str]:
+    """One line for each worker without a heartbeat for longer than `timeout_s`; `named` remembers those reported before."""
     lines = []
-    for rank, beat in sorted(news.beats.items()):
-        if news.now - beat.at > silent_s and named.get(rank) != beat:
+    for rank, beat in sorted(update.heartbeats.items()):
+        if update.now - beat.at > timeout_s and named.get(rank) != beat:
             named[rank] = beat
+            others = ", ".join(
+                f"{r} {b.activity} at {b.step}" for r, b in sorted(update.heartbeats.items()) if r != rank
+            )
             lines.append(
-                f"worker {rank} has been {beat.doing} at step {beat.step} for {news.now - beat.at:.0f} s; the others:"
-                f" {', '.join(f'{r} {b.doing} at {b.step}' for r, b in sorted(news.beats.items()) if r != rank) or 'none'}"
+                f"worker {rank} has been {beat.activity} at step {beat.step} for {update.now - beat.at:.0f} s; the others:"
+                f" {others or 'none'}"
             )
     return lines

@@ -1,7 +1,7 @@
-"""First weights of a run: another run's, a model version's, a released file's or a backbone's, made to fit by names and bins.
+"""Initial weights of a run (`init`): another run, a model version, a released file or a backbone, fitted by names and bins.
 
-What only MLflow knows is copied into the run's folder by the driver (`pinned`): workers need no server, and an alias that
-moves on meanwhile does not change what the run began with.
+The driver copies a model of MLflow into the run's folder (`materialize_init`): workers need no server, and an alias that moves
+on does not change the start of the run.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Origin:
     parent: dict[str, str]
 
 
-def pinned(source: str, run: str, tracking_uri: str) -> str:
+def materialize_init(source: str, run: str, tracking_uri: str) -> str:
     """Where workers find the weights of `init`: what MLflow knows is copied into the folder of the run, once.
 
     Raises:
@@ -65,11 +65,11 @@ def pinned(source: str, run: str, tracking_uri: str) -> str:
 
 
 def refuse_unreadable_weights(init: str | None, resume: str | None) -> None:
-    """Read what a run would begin with, before workers start and fail one after the other.
+    """Read the initial weights on the driver, so that a damaged file fails once and not on every worker.
 
     Raises:
-        ConfigError: `init` is missing or damaged.
-        CheckpointError: `resume` is no checkpoint.
+        ConfigError: the weights of `init` are missing or damaged.
+        CheckpointError: `resume` is not a checkpoint.
     """
     if init and not init.startswith((RUN, MODEL)):
         with _named_in_errors(init):
@@ -157,7 +157,7 @@ def _checkpoint(folder: str) -> _Source:
 
 
 def _described(folder: str) -> _Source:
-    """An exported detector, or one that `pinned` has copied here."""
+    """An exported detector, or one that `materialize_init` has copied here."""
     described = storage.read_json(storage.join(folder, DESCRIPTION), "categories")
     content = storage.read_bytes(storage.join(folder, WEIGHTS))
     sha256 = hashlib.sha256(content).hexdigest()

@@ -1,119 +1,127 @@
-"""A step that was not finite, once more: which image, which term, and where in the network the first bad value appears."""
+"""Non-finite steps: detected one step late, counted, kept on disk; the run rewinds or stops when they persist."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
-from torch import Tensor, nn
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
 
-from dfine_core import Criterion, Detector, ModelConfig, Targets
+from dfine_core import Detector
 from pipeline import storage
-from pipeline.config import ConfigError
-from pipeline.data.augment.photometric import photometric_distort
+from pipeline.data.stream.batch import Batch
+from pipeline.errors import UserError
+from pipeline.training import checkpoint
+from pipeline.training.context import TrainJob, WorkerContext
+from pipeline.training.numerics import HostFlag
+from pipeline.training.state import TrainState
+from pipeline.training.step import StepResult
+
+FOLDER = "not_finite"  # in the run's folder
+ABOUT, MODEL = "about.json", "model.safetensors"
+
+
+class NotFiniteError(UserError, RuntimeError):
+    """Losses or gradients stay NaN or infinite after a rewind."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    rank: int
-    micro_batch: int
-    image_id: int
-    terms: dict[str, float]
-    first_module: str | None  # whose output is the first that is not finite, going forward
-    gradient_of: str | None  # first parameter whose gradient is not finite
+class PendingStep:
+    """A step whose finiteness has not reached the host yet."""
+
+    step: int
+    batches: Sequence[Batch]
+    result: StepResult
+    finite: HostFlag
+
+
+class NonFiniteGuard:
+    """Checks every step one step late, so that the host never waits for the device."""
+
+    def __init__(self, job: TrainJob, context: WorkerContext) -> None:
+        self._job, self._context = job, context
+        self._settings = job.experiment.not_finite
+        self._pending: PendingStep | None = None
+        self._consecutive = 0
+        self._last_images: list[int] = []
+        self._rewound_to: int | None = None
 
     @property
-    def finite(self) -> bool:
-        return all(value - value == 0 for value in self.terms.values()) and self.gradient_of is None
+    def limit_reached(self) -> bool:
+        """Whether too many steps in a row were non-finite."""
+        return self._consecutive >= self._settings.in_a_row
 
-    def __str__(self) -> str:
-        if self.finite:
-            return f"image {self.image_id}: finite, loss {sum(self.terms.values()):.4g}"
-        bad = ", ".join(name for name, value in self.terms.items() if value - value != 0) or "none"
-        where = f"output of {self.first_module}" if self.first_module else "no output of a module"
-        return f"image {self.image_id}: NOT FINITE; terms {bad}; first: {where}; gradient of {self.gradient_of or 'nothing'}"
+    def watch(self, state: TrainState, batches: Sequence[Batch], result: StepResult) -> None:
+        """Note the step that was just launched, and check the one before while the device works."""
+        launched = PendingStep(state.step, batches, result, HostFlag(result.finite))
+        self.check_previous(state)
+        self._pending = launched
 
+    def check_previous(self, state: TrainState) -> None:
+        """Read whether the noted step was finite; count it and keep its batch if it was not."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.finite:
+            self._consecutive = 0
+            return
+        state.skipped_steps += 1
+        # In fp16 a scale that is too large is ordinary: the next batch runs at a smaller one.
+        searching_scale = state.loss_scale.enabled and bool(pending.result.loss.isfinite())
+        if searching_scale and float(state.loss_scale.scale) >= 1:
+            return
+        self._consecutive += 1
+        self._last_images = [image_id for batch in pending.batches for image_id in batch.image_id.tolist()]
+        self._context.console.print(
+            f"worker {self._context.rank} skipped step {pending.step}: loss {float(pending.result.loss):g}, gradient norm"
+            f" {float(pending.result.grad_norm):g}, images {self._last_images}"
+        )
+        if state.skipped_steps <= self._settings.saved:
+            uri = save_step(self._job.run, pending.step, self._context.rank, pending.batches, state.detector)
+            self._context.print(f"its batch and weights are kept: `python -m jobs.replay {uri}` examines them")
 
-def replay(folder: str, *, precision: str, device: torch.device) -> Iterator[Finding]:
-    """Every image of a kept step on its own, forward and backward.
+    def begin_rewind(self, state: TrainState, checkpoints: Sequence[int]) -> None:
+        """Allow one return to the newest checkpoint.
 
-    Args:
-        folder: that the training named, `.../not_finite/step-...`.
-        precision: fp32, bf16 or fp16.
-    """
-    try:
-        about = storage.read_json(storage.join(folder, "about.json"), "model")
-        weights = tensors_from_bytes(storage.read_bytes(storage.join(folder, "model.safetensors")))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder}: not a step that a training kept; it names such folders when it skips a step"
-        ) from None
-    except SafetensorError as error:
-        raise ConfigError(f"{folder}: its model.safetensors is damaged: {error}") from None
-    detector = Detector(ModelConfig.from_plain(about["model"]))
-    detector.load_state_dict(weights)
-    detector.to(device).train()
-    criterion = Criterion(detector.config)
-    ranks = sorted(
-        int(name.removeprefix("rank-").removesuffix(".safetensors"))
-        for name in storage.sizes(folder)
-        if name.startswith("rank-")
-    )
-    for rank in ranks:
-        kept = tensors_from_bytes(storage.read_bytes(storage.join(folder, f"rank-{rank}.safetensors")))
-        for number in sorted({int(key.split("/")[0]) for key in kept}):
-            batch = {key.split("/")[1]: value for key, value in kept.items() if key.startswith(f"{number}/")}
-            yield from _of_batch(detector, criterion, batch, rank, number, precision, device)
+        Args:
+            checkpoints: steps of the complete checkpoints, ascending.
 
-
-def _of_batch(
-    detector: Detector,
-    criterion: Criterion,
-    batch: dict[str, Tensor],
-    rank: int,
-    number: int,
-    precision: str,
-    device: torch.device,
-) -> Iterator[Finding]:
-    images = photometric_distort(batch["images"].float() / 255, batch["photometric"]).to(device)
-    counts = batch["counts"].tolist()
-    boxes, labels = batch["boxes"].split(counts), batch["labels"].split(counts)
-    statistics = {name: buffer.clone() for name, buffer in detector.named_buffers()}
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    for place, image_id in enumerate(batch["image_id"].tolist()):
-        target = [{"labels": labels[place], "boxes": boxes[place]}]
-        targets = Targets.pack(target, detector.config.num_classes, device)
-        detector.zero_grad()
-        with _first_bad_output(detector) as first, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            output = detector(images[place : place + 1], targets, generator=torch.Generator(device).manual_seed(0))
-        terms = criterion(output, targets)
-        torch.stack(list(terms.values())).sum().backward()
-        gradients = ((name, p.grad) for name, p in detector.named_parameters() if p.grad is not None)
-        gradient_of = next((name for name, gradient in gradients if not gradient.isfinite().all()), None)
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        yield Finding(rank, number, int(image_id), values, first[0] if first else None, gradient_of)
-        for name, buffer in detector.named_buffers():
-            buffer.copy_(statistics[name])
+        Raises:
+            NotFiniteError: there is no checkpoint, or the run was rewound to it before.
+        """
+        if not checkpoints or checkpoints[-1] == self._rewound_to:
+            recurs = (
+                "again after rewinding to the last checkpoint"
+                if checkpoints
+                else "and there is no checkpoint to rewind to"
+            )
+            raise NotFiniteError(
+                f"{self._consecutive} steps in a row up to step {state.step} were not finite, {recurs}; the last images of"
+                f" worker {self._context.rank} are {self._last_images}. The first of the batches are kept in"
+                f" {storage.join(self._job.run, FOLDER)}: `python -m jobs.replay` finds the image and the module. A lower"
+                " optimizer.lr or numerics.precision=fp32 is the usual remedy."
+            )
+        self._rewound_to = checkpoints[-1]
+        self._consecutive = 0
 
 
-@contextmanager
-def _first_bad_output(detector: nn.Module) -> Iterator[list[str]]:
-    """Fills with names of modules in the order in which their outputs turned out not finite."""
-    found: list[str] = []
+def save_step(run: str, step: int, rank: int, batches: Sequence[Batch], detector: Detector) -> str:
+    """Write a worker's micro-batches of a step, and the weights it ran with; return the folder shared by all workers."""
+    folder = storage.join(storage.join(run, FOLDER), checkpoint.folder_name(step))
+    tensors: dict[str, Tensor] = {}
+    for batch in batches:
+        named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        named["counts"] = torch.tensor(batch.counts)
+        named["padding"] = torch.tensor(batch.padding)
+        tensors |= {f"{batch.micro_batch}/{name}": value.cpu().contiguous().clone() for name, value in named.items()}
+    storage.write_atomic(storage.join(folder, rank_file(rank)), tensors_to_bytes(tensors))
+    if rank == 0:
+        storage.write_atomic(storage.join(folder, MODEL), checkpoint.weights_as_bytes(detector))
+        about = {"step": step, "model": detector.config.to_plain()}
+        storage.write_atomic(storage.join(folder, ABOUT), json.dumps(about, indent=1).encode())
+    return folder
 
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-                found.append(name)
 
-        return look
-
-    handles = [m.register_forward_hook(watch(name)) for name, m in detector.named_modules() if name]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def rank_file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"

@@ -1,10 +1,10 @@
-"""The folder of a run: whose it is, what it began with, and whether it may be continued.
+"""The folder of a run: its files, the lock of its driver, and whether a start may continue it.
 
 <storage>/<name>/
-    run.json        what the run began with
-    driver.json     who trains it now
+    run.json        experiment and data digests at the first start
+    driver.json     host, process and heartbeat of the driver
     checkpoints/    evaluation/    not_finite/    tracking/    ray/
-    result.json     when it is finished
+    result.json     once the run is finished
 """
 
 import json
@@ -22,16 +22,16 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import ConfigError, Experiment
 from pipeline.config_files import dump
-from pipeline.data.shards.manifest import ShardSet
 from pipeline.tracking.names import flatten
 from pipeline.training import checkpoint
+from pipeline.training.context import ResolvedData
 
-BEGAN = "run.json"
+RUN_START = "run.json"
 DRIVER = "driver.json"
 RESULT = "result.json"
-BEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0  # a driver on another machine that has not been heard of for so long is gone
-# What may change without changing what is learnt.
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0  # a driver on another host without a heartbeat for so long is gone
+# Settings that do not change the result.
 NEUTRAL = (
     "storage",
     "tracking.",
@@ -44,107 +44,106 @@ NEUTRAL = (
     "data.prefetch",
     "not_finite.",
 )
-PLACES = ("data.train", "data.val")  # compared by digest
+PATHS = ("data.train", "data.val")  # compared by digest
 
 
 @dataclass(frozen=True)
-class Began:
-    tracking_key: str
-    micro_batch: int | None  # of the newest checkpoint; None at the first start
+class RunStart:
+    tracking_key: str  # finds the MLflow run
+    micro_batch: int | None  # as in the newest checkpoint; None at the first start
 
 
 def begin_or_continue(
     run: str,
     experiment: Experiment,
-    shards: ShardSet,
-    val: ShardSet | None,
+    data: ResolvedData,
     *,
     tracking_key: str,
     allow_changes: bool,
-) -> Began:
-    """Note what a new run begins with, or check that a known one may go on.
+) -> RunStart:
+    """Write the start of a new run, or check that an existing one may continue.
 
     Raises:
-        ConfigError: the name belongs to a finished run, or to one that began with something else.
+        ConfigError: the name belongs to a finished run, or to one with another experiment or other data.
     """
-    now = _beginning(experiment, shards, val)
-    path = storage.join(run, BEGAN)
+    now = _start_of(experiment, data)
+    path = storage.join(run, RUN_START)
     if not storage.exists(path):
         storage.write_atomic(path, json.dumps({**now, "tracking_key": tracking_key}, indent=1).encode())
-        return Began(tracking_key, micro_batch=None)
-    began = storage.read_json(path, "experiment", "data", "tracking_key")
-    changes = differences(began, now)
+        return RunStart(tracking_key, micro_batch=None)
+    before = storage.read_json(path, "experiment", "data", "tracking_key")
+    changes = differences(before, now)
     name = experiment.name
     if changes and not allow_changes:
         listed = "".join(f"\n  {line}" for line in changes)
         raise ConfigError(
-            f"run {name!r} began with something else:{listed}\nGive another --name, or --allow-changes to go on with these"
+            f"run {name!r} was started with other settings:{listed}\nGive another --name, or --allow-changes to continue with"
+            " these"
         )
     if not changes and storage.exists(storage.join(run, RESULT)):
         raise ConfigError(
             f"run {name!r} is finished, see {storage.join(run, RESULT)}: give another --name, or a longer schedule with"
-            " --allow-changes to go on"
+            " --allow-changes to continue"
         )
     if changes:
-        storage.write_atomic(path, json.dumps({**now, "tracking_key": began["tracking_key"]}, indent=1).encode())
-    return Began(began["tracking_key"], micro_batch=_last_micro_batch(run))
+        storage.write_atomic(path, json.dumps({**now, "tracking_key": before["tracking_key"]}, indent=1).encode())
+    return RunStart(before["tracking_key"], micro_batch=_last_micro_batch(run))
 
 
-def result_of(run: str, experiment: Experiment, shards: ShardSet, val: ShardSet | None) -> dict[str, Any] | None:
-    """What a finished run came to; None if it is not finished.
+def result_of(run: str, experiment: Experiment, data: ResolvedData) -> dict[str, Any] | None:
+    """Result of a finished run; None if it is not finished.
 
     Raises:
-        ConfigError: it is finished, and began with something else.
+        ConfigError: it is finished, and was started with other settings or data.
     """
     path = storage.join(run, RESULT)
     if not storage.exists(path):
         return None
-    began = storage.read_json(storage.join(run, BEGAN), "experiment", "data")
-    if changes := differences(began, _beginning(experiment, shards, val)):
+    before = storage.read_json(storage.join(run, RUN_START), "experiment", "data")
+    if changes := differences(before, _start_of(experiment, data)):
         listed = "".join(f"\n  {line}" for line in changes)
-        raise ConfigError(f"run {experiment.name!r} is finished, and began with something else:{listed}")
+        raise ConfigError(f"run {experiment.name!r} is finished, and was started with other settings:{listed}")
     result: dict[str, Any] = storage.read_json(path, "numbers")
     return result
 
 
-def _beginning(experiment: Experiment, shards: ShardSet, val: ShardSet | None) -> dict[str, Any]:
-    data = {"train": shards.manifest.digest, "val": val.manifest.digest if val else None}
-    return {"experiment": dump(experiment), "data": data}
+def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:
+    return {"experiment": dump(experiment), "data": {"val": None, **data.digests()}}
 
 
-def key_made_once(folder: str) -> str:
-    """The key under which MLflow knows what this folder is of; drawn when it is first asked for."""
+def get_or_make_key(folder: str) -> str:
+    """Tracking key of a run's, chain's or sweep's folder; made at the first call."""
     if (key := key_of(folder)) is None:
         key = uuid.uuid4().hex
-        storage.write_atomic(storage.join(folder, BEGAN), json.dumps({"tracking_key": key}).encode())
+        storage.write_atomic(storage.join(folder, RUN_START), json.dumps({"tracking_key": key}).encode())
     return key
 
 
-def queue_folder(run: str, key: str) -> Path:
-    """Where its record waits for MLflow: in the run's folder, or on this machine's disk where that is an object store."""
+def outbox_folder(run: str, key: str) -> Path:
+    """Local folder of the tracking outbox: inside the run's folder, or in the cache where that is an object store."""
     if "://" not in run:
         return Path(run) / "tracking"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ray-dfine" / key
 
 
 def key_of(run: str) -> str | None:
-    """Under which MLflow knows the run of this folder; None if it is no run's folder."""
-    path = storage.join(run, BEGAN)
+    """Tracking key of a run's folder; None if it is no run's folder."""
+    path = storage.join(run, RUN_START)
     return storage.read_json(path, "tracking_key")["tracking_key"] if storage.exists(path) else None
 
 
-def differences(began: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each key whose change means another result."""
-    before, after = flatten(began["experiment"]), flatten(now["experiment"])
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Compare two starts: one line for each setting or data set whose change alters the result."""
+    old, new = flatten(before["experiment"]), flatten(now["experiment"])
     lines = [
-        f"{key}: {before.get(key)!r} before, {after.get(key)!r} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(NEUTRAL) and key not in PLACES
+        f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(NEUTRAL) and key not in PATHS
     ]
     for use, digest in now["data"].items():
-        if began["data"].get(use) != digest:
+        if before["data"].get(use) != digest:
             lines.append(
-                f"data.{use}: other data, digest {str(began['data'].get(use))[:12]} before, {str(digest)[:12]} now"
+                f"data.{use}: other data, digest {str(before['data'].get(use))[:12]} before, {str(digest)[:12]} now"
             )
     return lines
 
@@ -160,17 +159,17 @@ def _last_micro_batch(run: str) -> int | None:
 
 
 @contextmanager
-def claimed(run: str) -> Iterator[None]:
-    """The run belongs to this process while the block runs.
+def driver_lock(run: str) -> Iterator[None]:
+    """Hold the run for this process while the block runs.
 
     Raises:
-        ConfigError: it belongs to another one that is alive.
+        ConfigError: another live process holds it.
     """
     path = storage.join(run, DRIVER)
     me = {"host": socket.gethostname(), "pid": os.getpid()}
     if storage.exists(path):
         other = storage.read_json(path, "host", "pid", "at")
-        if _lives(other, me):
+        if _is_alive(other, me):
             raise ConfigError(
                 f"{run} is being trained by process {other['pid']} on {other['host']}: wait for it, stop it, or give"
                 " another --name"
@@ -181,11 +180,11 @@ def claimed(run: str) -> Iterator[None]:
         storage.write_atomic(path, json.dumps({**me, "at": at}).encode())
 
     def beat() -> None:
-        while not ended.wait(BEAT_SECONDS):
+        while not ended.wait(HEARTBEAT_SECONDS):
             write(time.time())
 
     write(time.time())
-    thread = threading.Thread(target=beat, daemon=True, name="claim")
+    thread = threading.Thread(target=beat, daemon=True, name="driver lock")
     thread.start()
     try:
         yield
@@ -195,8 +194,8 @@ def claimed(run: str) -> Iterator[None]:
         write(0)
 
 
-def _lives(other: dict[str, Any], me: dict[str, Any]) -> bool:
+def _is_alive(other: dict[str, Any], me: dict[str, Any]) -> bool:
     if time.time() - other["at"] > STALE_SECONDS:
         return False
-    here = other["host"] == me["host"]
-    return not here or (other["pid"] != me["pid"] and os.path.exists(f"/proc/{other['pid']}"))
+    same_host = other["host"] == me["host"]
+    return not same_host or (other["pid"] != me["pid"] and os.path.exists(f"/proc/{other['pid']}"))

@@ -1,187 +1,300 @@
-"""What a run leaves behind besides checkpoints: params, metrics and pictures in MLflow, reports and results in its folder."""
+"""The log of a run: metrics on console and in MLflow, evaluation reports and the result in the run's folder."""
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import psutil
 import torch
 import yaml
-from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
 
-from dfine_core import Detector, ModelConfig
+from dfine_core import Detector
 from dfine_core.images import open_image
 from pipeline import provenance, storage
-from pipeline.config import Experiment
 from pipeline.config_files import dump
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
-from pipeline.data.stream.batch import Batch
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.model import log_detector
 from pipeline.tracking.names import Scalar, flatten
+from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import DatasetInput, Tracker
 from pipeline.training import checkpoint
+from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.run_dir import RESULT
-from pipeline.training.schedule import Schedule
-from pipeline.training.stage_two import Standing
+from pipeline.training.state import TrainState
+from pipeline.training.step import StepResult
 
 SOURCE = "jobs/train.py"
 
 
-def plain(config: ModelConfig) -> dict[str, Any]:
-    """As JSON has it."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return content
+@dataclass
+class MetricMeter:
+    """Losses summed on the device and times summed on the host, between two reports."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of finite steps, by name
+    finite_steps: Tensor | None = None
+    steps: int = 0
+    waited_s: float = 0.0  # for data
+    started_at: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult, waited_s: float) -> None:
+        values = {**result.terms, "loss": result.loss, "grad_norm": result.grad_norm}
+        for name, value in values.items():
+            finite_value = torch.where(result.finite, value, 0)
+            self.sums[name] = self.sums[name] + finite_value if name in self.sums else finite_value
+        finite = result.finite.float()
+        self.finite_steps = finite if self.finite_steps is None else self.finite_steps + finite
+        self.steps += 1
+        self.waited_s += waited_s
+
+    def read(self, images_per_step: int) -> dict[str, float]:
+        """Return the means since the last call, and start again. Waits for the device."""
+        if self.finite_steps is None:
+            return {}
+        *sums, finite_steps = torch.stack([*self.sums.values(), self.finite_steps]).tolist()
+        seconds = time.perf_counter() - self.started_at
+        values = {f"train/{name}": total / max(finite_steps, 1) for name, total in zip(self.sums, sums, strict=True)}
+        values |= {
+            "speed/images_per_s": self.steps * images_per_step / seconds,
+            "speed/step_s": seconds / self.steps,
+            "speed/data_wait_share": self.waited_s / seconds,
+        }
+        self.sums, self.finite_steps, self.steps, self.waited_s = {}, None, 0, 0.0
+        self.started_at = time.perf_counter()
+        return values
 
 
-def begin(
-    tracker: Tracker,
-    run: str,
-    experiment: Experiment,
-    schedule: Schedule,
-    shards: ShardSet,
-    val: ShardSet | None,
-    parent: dict[str, str],
-    ray_job: str | None,
-) -> None:
-    params = flatten(dump(experiment))
-    params |= flatten({"derived": asdict(schedule)})
-    params["model.num_classes"] = len(shards.manifest.categories)
-    tags = {
-        "variant": experiment.model.variant,
-        "data": shards.manifest.split,
-        "run_folder": run,
-        "digest.train": shards.manifest.digest,
-        **({"digest.val": val.manifest.digest} if val else {}),
-        **{f"parent.{key}": value for key, value in parent.items()},
-        "dfine.run": run,
-        **{f"version.{key}": value for key, value in provenance.versions().items()},
-        **experiment.tracking.tags,
-    }
-    if commit := provenance.code_commit():
-        tags["mlflow.source.git.commit"] = commit
-    if ray_job:
-        tags["ray.job"] = ray_job
-    datasets = [dataset(shards, "training"), *([dataset(val, "validation")] if val else [])]
-    tracker.begin(params, tags, datasets, SOURCE, parent)
-    tracker.text(yaml.safe_dump(dump(experiment), sort_keys=False), "experiment.yaml")
+class RunLog:
+    """Log of one run on this worker; rank 0 alone writes. A context manager that owns the tracker.
+
+    Args:
+        tracker: replaces the one that the job's tracking settings lead to.
+    """
+
+    def __init__(self, job: TrainJob, context: WorkerContext, tracker: Tracker | None = None) -> None:
+        self._job, self._context = job, context
+        if tracker is None and context.rank == 0 and job.tracking is not None and job.outbox_folder is not None:
+            tracker = Tracker(job.outbox_folder, job.tracking)
+        self._tracker = tracker
+        self._meter = MetricMeter()
+        self._entered_at = self._ready_at = time.time()
+        self._first_step_reported = False
+
+    def __enter__(self) -> Self:
+        if self._tracker is not None:
+            self._tracker.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tracker is not None:
+            self._tracker.__exit__(kind, error, trace)
+
+    @property
+    def run_key(self) -> str | None:
+        """Key that identifies the MLflow run; None if the run is not tracked."""
+        return self._tracker.run_key if self._tracker is not None else None
+
+    def run_id(self, timeout: float) -> str | None:
+        """MLflow's id of the run, once the server has given one."""
+        return self._tracker.wait_for_run_id(timeout=timeout) if self._tracker is not None else None
+
+    # Start
+
+    def begin(self, parent: dict[str, str]) -> None:
+        """Open the MLflow run: parameters, tags, data sets.
+
+        Args:
+            parent: source of the initial weights.
+        """
+        if self._tracker is None:
+            return
+        experiment, data = self._job.experiment, self._job.data
+        params = flatten(dump(experiment)) | flatten({"derived": asdict(self._job.schedule)})
+        params["model.num_classes"] = len(data.train.manifest.categories)
+        datasets = [dataset_input(data.train, "training")]
+        if data.val is not None:
+            datasets.append(dataset_input(data.val, "validation"))
+        self._tracker.begin(params, self._tags(parent), datasets, SOURCE, parent)
+        self._tracker.text(yaml.safe_dump(dump(experiment), sort_keys=False), "experiment.yaml")
+
+    def _tags(self, parent: dict[str, str]) -> dict[str, str]:
+        job = self._job
+        tags = {
+            "variant": job.experiment.model.variant,
+            "data": job.data.train.manifest.split,
+            "run_folder": job.run,
+            "dfine.run": job.run,
+            **{f"digest.{use}": digest for use, digest in job.data.digests().items()},
+            **{f"parent.{key}": value for key, value in parent.items()},
+            **{f"version.{key}": value for key, value in provenance.versions().items()},
+            **job.experiment.tracking.tags,
+        }
+        if commit := provenance.code_commit():
+            tags["mlflow.source.git.commit"] = commit
+        if job.ray_job:
+            tags["ray.job"] = job.ray_job
+        return tags
+
+    def ready(self) -> None:
+        """Note that the state is built and training begins."""
+        self._ready_at = time.time()
+
+    # Steps
+
+    def step(self, result: StepResult, waited_s: float) -> None:
+        """Add a step to the meter; report after the first one what the start took."""
+        self._meter.add(result, waited_s)
+        if not self._first_step_reported:
+            self._first_step_reported = True
+            self._report_start(waited_s)
+
+    def _report_start(self, waited_s: float) -> None:
+        now, job = time.time(), self._job
+        parts = {
+            "starting the workers": self._entered_at - job.launched_at,
+            "building the model and reading the checkpoint": self._ready_at - self._entered_at,
+            "waiting for the first data": waited_s,
+            "the step itself": now - self._ready_at - waited_s,
+        }
+        named = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(parts.items(), key=lambda p: -p[1]))
+        since = "workers' last heartbeat" if job.restarted else "launch"
+        self._context.print(f"first step {now - job.launched_at:.1f} s after the {since}: {named}")
+
+    def due(self, step: int) -> bool:
+        """Whether metrics are reported after `step` steps."""
+        return step % self._job.experiment.tracking.every_steps == 0 or step == self._job.schedule.steps
+
+    def report(self, state: TrainState) -> None:
+        """Report losses, rates, speed and memory since the last report."""
+        schedule = self._job.schedule
+        values = self._meter.read(schedule.global_batch)
+        rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+        values["train/lr"] = rates.get("rest", next(iter(rates.values())))
+        values["train/lr_backbone"] = rates.get("backbone", 0.0)
+        values["train/epoch"] = state.step / schedule.steps_per_epoch
+        values["train/skipped_steps"] = state.skipped_steps
+        values |= memory_metrics(self._context.device)
+        if self._context.rank != 0:
+            return
+        note = (
+            f"loss {values['train/loss']:.2f}, {values['speed/images_per_s']:.1f} images/s,"
+            f" data wait {values['speed/data_wait_share']:.1%}, {values['system/memory_gib']:.1f} GiB"
+        )
+        self._context.console.progress(state.step, note)
+        if self._tracker is not None:
+            self._tracker.metrics(values | system_metrics(), state.step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time inside the block from the speed metrics."""
+        started_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._meter.started_at += time.perf_counter() - started_at
+
+    # Evaluations and the end
+
+    def evaluation(
+        self,
+        report: EvaluationReport,
+        images: Iterable[tuple[str, bytes]],
+        *,
+        step: int,
+        title: str,
+        final: bool = False,
+    ) -> None:
+        """Print an evaluation, and write it to the run's folder and to MLflow.
+
+        Args:
+            images: name and PNG.
+        """
+        self._context.print(f"evaluation, {title}\n{report.table()}")
+        folder = storage.join(self._job.run, f"evaluation/{'final' if final else checkpoint.folder_name(step)}")
+        report.write(folder)
+        if self._tracker is not None:
+            self._tracker.metrics(report.metrics("final" if final else "val"), step)
+            if final:
+                _log_figures(self._tracker, report)
+        for name, png in images:
+            storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), png)
+            if self._tracker is not None:
+                self._tracker.image(name, open_image(png), step)
+
+    def finish(self, state: TrainState, report: EvaluationReport | None, latency_ms: float | None) -> None:
+        """Write the result of the run; log and register the best weights. On rank 0.
+
+        Args:
+            state: with the best weights loaded.
+        """
+        job = self._job
+        result = {
+            "step": state.step,
+            "best_step": state.history.best_step,
+            "numbers": report.numbers if report else None,
+            "evaluated": state.history.evaluated,
+            "latency_ms": latency_ms,
+        }
+        storage.write_atomic(storage.join(job.run, RESULT), json.dumps(result, indent=1).encode())
+        if self._tracker is None:
+            return
+        if latency_ms is not None:
+            self._tracker.metrics({"final/latency_ms": latency_ms}, state.step)
+        shards = job.data.val or job.data.train
+        detector: Detector = state.ema.module  # type: ignore[assignment]
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder, "detector.safetensors")
+            weights.write_bytes(checkpoint.weights_as_bytes(detector))
+            log_detector(
+                self._tracker,
+                config=detector.config,
+                weights=weights,
+                categories=[category.name for category in shards.manifest.categories],
+                metrics=report.metrics("final") if report else {},
+                example=_first_image(shards),
+                step=state.step,
+                register_as=job.experiment.tracking.register_as,
+                alias=job.experiment.tracking.alias,
+            )
+        self._tracker.finish("FINISHED")
 
 
-def dataset(shards: ShardSet, context: Any) -> DatasetInput:
+def dataset_input(shards: ShardSet, context: Any) -> DatasetInput:
+    """Describe a shard set as an MLflow data set."""
     digest = shards.manifest.digest
     return DatasetInput(name=shards.manifest.split, digest=digest, uri=storage.absolute(shards.uri), context=context)
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """Of this worker, in GiB: the device's high mark, or the process where that is the device."""
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Memory of this worker in GiB: peak of the GPU, or size of the process on a CPU."""
     if device.type == "cuda":
-        used, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        return {"system/memory_gib": most / 2**30, "system/memory_now_gib": used / 2**30}
+        used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return {"system/memory_gib": peak / 2**30, "system/memory_now_gib": used / 2**30}
     return {"system/memory_gib": psutil.Process().memory_info().rss / 2**30}
 
 
-def keep_evaluation(
-    report: EvaluationReport,
-    pictures: Iterable[tuple[str, bytes]],
-    tracker: Tracker | None,
-    folder: str,
-    *,
-    step: int,
-    final: bool,
-) -> None:
-    """The report in the run's folder, and what people look at in MLflow.
-
-    Args:
-        pictures: PNG by name.
-    """
-    report.write(folder)
-    if tracker is not None:
-        tracker.metrics(report.metrics("final" if final else "val"), step)
-        if final:
-            for name, figure in report.figures().items():
-                tracker.figure(figure, f"evaluation/{name}.png")
-            columns: dict[str, list[Scalar]] = {
-                "class": [c.name for c in report.per_class],
-                "AP": [c.ap for c in report.per_class],
-                "boxes": [c.boxes for c in report.per_class],
-            }
-            tracker.table(columns, "evaluation/per_class.json")
-    for name, picture in pictures:
-        storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), picture)
-        if tracker is not None:
-            tracker.image(name, open_image(picture), step)
-
-
-def finish(
-    run: str,
-    tracker: Tracker | None,
-    detector: Detector,
-    shards: ShardSet,
-    report: EvaluationReport | None,
-    standing: Standing,
-    experiment: Experiment,
-    step: int,
-    latency_ms: float | None = None,
-) -> None:
-    """The result, in the run's folder and in MLflow.
-
-    Args:
-        detector: the best averaged weights.
-    """
-    result = {
-        "step": step,
-        "best_step": standing.best_step,
-        "numbers": report.numbers if report else None,
-        "evaluated": standing.evaluated,
-        "latency_ms": latency_ms,
+def _log_figures(tracker: Tracker, report: EvaluationReport) -> None:
+    for name, figure in report.figures().items():
+        tracker.figure(figure, f"evaluation/{name}.png")
+    columns: dict[str, list[Scalar]] = {
+        "class": [c.name for c in report.per_class],
+        "AP": [c.ap for c in report.per_class],
+        "boxes": [c.boxes for c in report.per_class],
     }
-    storage.write_atomic(storage.join(run, RESULT), json.dumps(result, indent=1).encode())
-    if tracker is None:
-        return
-    if latency_ms is not None:
-        tracker.metrics({"final/latency_ms": latency_ms}, step)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "detector.safetensors")
-        weights.write_bytes(checkpoint.weights_as_bytes(detector))
-        log_detector(
-            tracker,
-            config=detector.config,
-            weights=weights,
-            categories=[category.name for category in shards.manifest.categories],
-            metrics=report.metrics("final") if report else {},
-            example=_an_image(shards),
-            step=step,
-            register_as=experiment.tracking.register_as,
-            alias=experiment.tracking.alias,
-        )
-    tracker.finish("FINISHED")
+    tracker.table(columns, "evaluation/per_class.json")
 
 
-def _an_image(shards: ShardSet) -> bytes:
+def _first_image(shards: ShardSet) -> bytes:
     (group, *_) = read_row_groups(locate_row_groups(shards), [0]).values()
     image: bytes = group.column("image")[0].as_py()
     return image
-
-
-# Steps that were not finite
-
-
-def save_not_finite(run: str, step: int, rank: int, batches: Sequence[Batch], detector: Detector) -> str:
-    """A worker's micro-batches of a step, and the weights that it was made with; the folder of all workers'."""
-    folder = storage.join(storage.join(run, "not_finite"), checkpoint.folder_name(step))
-    tensors: dict[str, torch.Tensor] = {}
-    for batch in batches:
-        named = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-        named["counts"] = torch.tensor(batch.counts)
-        named["padding"] = torch.tensor(batch.padding)
-        tensors |= {f"{batch.micro_batch}/{name}": value.cpu().contiguous().clone() for name, value in named.items()}
-    storage.write_atomic(storage.join(folder, f"rank-{rank}.safetensors"), tensors_to_bytes(tensors))
-    if rank == 0:
-        storage.write_atomic(storage.join(folder, "model.safetensors"), checkpoint.weights_as_bytes(detector))
-        about = {"step": step, "model": plain(detector.config)}
-        storage.write_atomic(storage.join(folder, "about.json"), json.dumps(about, indent=1).encode())
-    return folder

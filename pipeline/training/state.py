@@ -1,18 +1,25 @@
-"""From an experiment to what a step needs: detector, loss, optimiser, average, placed and wrapped for the workers."""
+"""Everything that training changes: the detector and what trains it, and the progress of the run."""
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfine_core import Criterion, Detector
 from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.optim import make_optimizer
 from pipeline.config import Experiment
+from pipeline.training.numerics import LossScale, RunningStatistics
 from pipeline.training.schedule import Schedule
-from pipeline.training.step import Learner, LossScale, Precision, RunningStatistics
+from pipeline.training.stage_two import EvaluationHistory
 
-# The same switch before and since torch 2.14.
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# DistributedDataParallel's switch has another name before torch 2.14.
 SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -20,10 +27,43 @@ SYNC_BUFFERS = next(
 )
 
 
-def make_learner(
-    experiment: Experiment, schedule: Schedule, *, num_classes: int, device: torch.device, workers: int
-) -> Learner:
-    """A detector with first weights drawn from the seed, and all that trains it."""
+@dataclass
+class TrainState:
+    """State of a run on one worker. Tensors live on `device`; a checkpoint holds all that is not derived from the config."""
+
+    detector: Detector  # its parameters are the optimiser's
+    model: nn.Module  # the module to call: the detector, or DistributedDataParallel around it, compiled or not
+    criterion: Criterion
+    optimizer: torch.optim.AdamW  # fused
+    ema: ExponentialMovingAverage  # evaluated and shipped
+    loss_scale: LossScale
+    statistics: RunningStatistics
+    device: torch.device
+    precision: Precision
+    max_grad_norm: float
+    channels_last: bool = False
+
+    step: int = 0  # optimiser steps done
+    history: EvaluationHistory = field(default_factory=EvaluationHistory)
+    skipped_steps: int = 0  # non-finite
+    parent: dict[str, str] = field(default_factory=dict)  # source of the initial weights
+
+    def autocast(self) -> AbstractContextManager[None]:
+        if self.precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return cast(AbstractContextManager[None], torch.autocast(self.device.type, dtype=dtype))
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set the rate of every parameter group to `factor` times its initial rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def build_train_state(
+    experiment: Experiment, schedule: Schedule, *, num_classes: int, device: torch.device, world_size: int
+) -> TrainState:
+    """Build a detector with random weights drawn from the seed, and everything that trains it."""
     numerics = experiment.numerics
     torch.manual_seed(experiment.seed)
     config = experiment.model.config(num_classes, experiment.loss)
@@ -31,38 +71,41 @@ def make_learner(
     detector.train()
     if numerics.channels_last:
         detector.to(memory_format=torch.channels_last)
-    average = ExponentialMovingAverage(detector, schedule.ema_decay, schedule.ema_warmup_steps)
-    synchronised = numerics.sync_batch_norm and device.type == "cuda" and workers > 1
-    if synchronised:
+    ema = ExponentialMovingAverage(detector, schedule.ema_decay, schedule.ema_warmup_steps)
+    if numerics.sync_batch_norm and device.type == "cuda" and world_size > 1:
         detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+
     optimizer = make_optimizer(detector, schedule.optimizer, fused=True)
-    for parameters in optimizer.param_groups:
-        parameters["initial_lr"] = parameters["lr"]
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+
     if numerics.compile:
         detector.backbone.compile()
         detector.encoder.compile()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
     model: torch.nn.Module = detector
-    if workers > 1:
-        # Buffers are put together in the step, see `RunningStatistics`.
+    if world_size > 1:
+        # DDP does not sync buffers: `RunningStatistics` averages them in the step.
         model = DistributedDataParallel(detector, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
-    precision = chosen_precision(numerics.precision, device)
-    return Learner(
+
+    precision = resolve_precision(numerics.precision, device)
+    return TrainState(
         detector=detector,
         model=model,
         criterion=Criterion(config).to(device),
         optimizer=optimizer,
-        average=average,
+        ema=ema,
         loss_scale=LossScale(device, enabled=precision == "fp16"),
         statistics=RunningStatistics(detector),
         device=device,
         precision=precision,
-        clip_norm=experiment.optimizer.clip_norm,
+        max_grad_norm=experiment.optimizer.clip_norm,
         channels_last=numerics.channels_last,
     )
 
 
-def chosen_precision(wanted: str, device: torch.device) -> Precision:
+def resolve_precision(wanted: str, device: torch.device) -> Precision:
+    """Resolve `auto`: bf16 on CUDA, fp32 on the CPU."""
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
     return "bf16" if device.type == "cuda" else "fp32"

@@ -1,4 +1,4 @@
-"""A Ray Train worker: finds its place among the others and trains."""
+"""The entry of a Ray Train worker: build its context, and train."""
 
 import logging
 from dataclasses import replace
@@ -10,33 +10,35 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.execution import collective_impl as collectives
 from ray.train.v2._internal.execution import context as reporting
 
-from pipeline.training.context import Job
-from pipeline.training.heartbeat import WorkerConsole, stopped_before
+from pipeline.training.context import TrainJob, WorkerContext
+from pipeline.training.heartbeat import WorkerConsole, last_heartbeat_before_restart
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """
+    """Train on this worker, and return the result of the run.
+
     Args:
-        config: {"job": Job, "mailbox": the driver's actor}.
+        config: {"job": TrainJob, "board": actor handle of the driver's `ProgressBoard`}.
     """
-    # Here, because Ray Train's controller imports this module too and has no use for them.
-    from pipeline.training.beside import on_ray
-    from pipeline.training.group import Group
+    # Imported here: Ray Train's controller imports this module too, and needs neither.
+    from pipeline.training.evaluation_task import on_ray
     from pipeline.training.loop import train
 
-    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # it tells of every report
-    logging.getLogger(collectives.__name__).setLevel(logging.ERROR)  # it warns of broadcasts above 1 kB
-    job: Job = config["job"]
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    if rank == 0 and (stopped_at := stopped_before(config["mailbox"])) is not None:
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # otherwise one line per report
+    logging.getLogger(collectives.__name__).setLevel(logging.ERROR)  # otherwise a warning for broadcasts above 1 kB
+    job: TrainJob = config["job"]
+    ray_context = ray.train.get_context()
+    rank = ray_context.get_world_rank()
+    if rank == 0 and (stopped_at := last_heartbeat_before_restart(config["board"])) is not None:
         job = replace(job, launched_at=stopped_at, restarted=True)
-    group = Group(
+    asynchronous = job.experiment.evaluation.beside and rank == 0
+    context = WorkerContext(
         rank=rank,
-        world_size=context.get_world_size(),
+        world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
         broadcast=broadcast_from_rank_zero,
+        console=WorkerConsole(config["board"], rank),
         report=ray.train.report,
-        submit=on_ray(job.evaluation_resources) if rank == 0 and job.experiment.evaluation.beside else None,
+        submit_evaluation=on_ray(job.evaluation_resources) if asynchronous else None,
     )
-    return train(job, group, WorkerConsole(config["mailbox"], rank))
+    return train(job, context)

@@ -94,7 +94,7 @@ def _close_run(settings: TrialSettings, run: str, key: str, record: TrialRecord)
         run_key=key,
         parent_run_id=settings.parent_run_id,
     )
-    with Tracker(run_dir.queue_folder(run, key), tracking) as tracker:
+    with Tracker(run_dir.outbox_folder(run, key), tracking) as tracker:
         told = {"status": record.status, "rung": record.rung, "reason": record.reason, **record.cost}
         tracker.tags({f"trial.{name}": str(value) for name, value in told.items() if value not in (None, "")})
         tracker.finish(MLFLOW_STATUS[record.status])  # type: ignore[arg-type]

@@ -35,9 +35,9 @@ from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
-from pipeline.training.init_weights import pinned
+from pipeline.training.init_weights import materialize_init
 from pipeline.training.preflight import DECODING_CPUS
-from pipeline.training.run_log import dataset
+from pipeline.training.run_log import dataset_input
 from pipeline.tuning.analysis.sweep_report import BINS, SweepReport, as_html, draw, make_report, table
 from pipeline.tuning.analysis.verdict import as_text, top_points
 from pipeline.tuning.callbacks import Closing
@@ -102,10 +102,10 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
     start_ray(dashboard=True)
     cluster, together = placed(sweep)
     folder = storage.absolute(storage.join(sweep.storage, sweep.name or "sweep"))
-    with run_dir.claimed(folder):
+    with run_dir.driver_lock(folder):
         key = _begin_or_continue(folder, sweep)
         tracking = replace(tracking, run_key=key)
-        with Tracker(run_dir.queue_folder(folder, key), tracking) as tracker:
+        with Tracker(run_dir.outbox_folder(folder, key), tracking) as tracker:
             _begin_record(tracker, sweep, folder)
             begun = as_trials_see_it(sweep, folder, tracking.uri)
             settings = TrialSettings(begun, folder, cluster, tracking.uri, tracker.wait_for_run_id(REACHED_WITHIN_S))
@@ -278,9 +278,9 @@ def _begin_or_continue(folder: str, sweep: Sweep) -> str:
     """
     uses = {use: sweep.base["data"][use] for use in ("train", "val")}
     now = {"sweep": dump(sweep), "data": {use: load_shards(uri).manifest.digest for use, uri in uses.items()}}
-    path = storage.join(folder, run_dir.BEGAN)
+    path = storage.join(folder, run_dir.RUN_START)
     if not storage.exists(path):
-        key = run_dir.key_made_once(folder)
+        key = run_dir.get_or_make_key(folder)
         storage.write_atomic(path, json.dumps({**now, "tracking_key": key, "began_at": time.time()}, indent=1).encode())
         return key
     began = storage.read_json(path, "sweep", "data", "tracking_key")
@@ -299,12 +299,12 @@ def _begin_or_continue(folder: str, sweep: Sweep) -> str:
 
 
 def _began_at(folder: str) -> float:
-    return float(storage.read_json(storage.join(folder, run_dir.BEGAN), "began_at")["began_at"])
+    return float(storage.read_json(storage.join(folder, run_dir.RUN_START), "began_at")["began_at"])
 
 
 def _begin_record(tracker: Tracker, sweep: Sweep, folder: str) -> None:
     uses: tuple[tuple[str, Any], ...] = (("train", "training"), ("val", "validation"))
-    datasets = [dataset(load_shards(sweep.base["data"][use]), context) for use, context in uses]
+    datasets = [dataset_input(load_shards(sweep.base["data"][use]), context) for use, context in uses]
     job = {"ray.job": name} if (name := submitted_job()) else {}
     params = flatten({name: value for name, value in dump(sweep).items() if name != "base"})
     tracker.begin(params, {"run_folder": folder, "sweep": sweep.name or "", **job}, datasets, SOURCE)
@@ -332,7 +332,7 @@ def _write(report: SweepReport, ledger: Ledger, tracker: Tracker) -> None:
 def as_trials_see_it(sweep: Sweep, folder: str, tracking_uri: str) -> Sweep:
     """The same from every working directory, and the same tomorrow: aliases move, so what MLflow knows is copied once."""
     data = {**sweep.base["data"], **{use: storage.absolute(sweep.base["data"][use]) for use in ("train", "val")}}
-    init = sweep.init and pinned(sweep.init, folder, tracking_uri)
+    init = sweep.init and materialize_init(sweep.init, folder, tracking_uri)
     return sweep.model_copy(update={"base": {**sweep.base, "data": data}, "init": init})
 
 

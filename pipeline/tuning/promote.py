@@ -29,7 +29,7 @@ def promote(folder: str, register_as: str | None = None) -> str:
         ConfigError: nothing was confirmed.
     """
     folder = storage.absolute(folder.rstrip("/"))
-    path = storage.join(folder, run_dir.BEGAN)
+    path = storage.join(folder, run_dir.RUN_START)
     if not storage.exists(path) or not storage.exists(storage.join(folder, RECORDS)):
         raise ConfigError(f"{folder}: not the folder of a sweep with results")
     sweep = check(Sweep, storage.read_json(path, "sweep")["sweep"], source=path)

@@ -28,7 +28,7 @@ from pipeline.data.shards.manifest import Category
 from pipeline.open_detector import open_detector
 from pipeline.tracking.model import save_detector
 from pipeline.training import checkpoint
-from pipeline.training.stage_two import Standing
+from pipeline.training.stage_two import EvaluationHistory
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
@@ -79,7 +79,7 @@ def run_folder(folder: Path, detector: Detector) -> Path:
             step=step,
             epoch=0,
             stage=1,
-            standing=Standing(best_ap=0.5, best_step=10),
+            history=EvaluationHistory(best_ap=0.5, best_step=10),
             global_batch=4,
             micro_batch=4,
             workers=1,

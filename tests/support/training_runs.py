@@ -1,5 +1,6 @@
-"""Small real runs for tests: drawn shards, D-FINE-N on pictures of 64 px, in this process and without Ray."""
+"""Small real runs for tests: drawn shards, D-FINE-N on images of 64 px, in this process and without Ray."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,29 +9,37 @@ import torch
 
 from pipeline.config import Experiment
 from pipeline.config_files import check
-from pipeline.training.context import Job
-from pipeline.training.group import Group
+from pipeline.data.stream.batch import Batch
+from pipeline.training import loop
+from pipeline.training.checkpoint_manager import CheckpointManager
+from pipeline.training.context import TrainJob, WorkerContext, resolve_data
+from pipeline.training.nonfinite import NonFiniteGuard
+from pipeline.training.run_log import RunLog
+from pipeline.training.schedule import derive
+from pipeline.training.state import TrainState
+from pipeline.training.step import StepResult
 from tests.support.drawn_shards import drawn_records, write_shards
 
 
 @dataclass
-class Heard:
-    """A console that keeps what it is told."""
+class RecordingConsole:
+    """A console that keeps everything printed to it."""
 
-    said: list[str] = field(default_factory=list)
+    printed: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    at: int = 0  # step of the last heartbeat
 
-    def beat(self, step: int, doing: str) -> None:
-        pass
+    def heartbeat(self, step: int, activity: str) -> None:
+        self.at = step
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def print(self, text: str) -> None:
+        self.printed.append(text)
 
     def progress(self, step: int, note: str) -> None:
         self.steps.append(step)
 
     def about(self, part: str) -> list[str]:
-        return [text for text in self.said if part in text]
+        return [text for text in self.printed if part in text]
 
 
 def shard_folders(folder: Path, *, images: int = 24, val: int = 6) -> dict[str, str]:
@@ -55,9 +64,53 @@ def experiment(folder: Path, data: dict[str, str], **sections: Any) -> Experimen
     return check(Experiment, content, source="test")
 
 
-def job(experiment: Experiment, **settings: Any) -> Job:
+def job(experiment: Experiment, *, workers: int = 1, **settings: Any) -> TrainJob:
+    data = resolve_data(experiment.data)
+    schedule = derive(experiment, images=data.train.manifest.images, workers=workers)
     run = f"{experiment.storage}/{experiment.name}"
-    return Job(**{"experiment": experiment, "run": run, "tracking": None, **settings})
+    values = {"experiment": experiment, "data": data, "schedule": schedule, "run": run, "tracking": None, **settings}
+    return TrainJob(**values)
 
 
-ALONE = Group(rank=0, world_size=1, device=torch.device("cpu"), broadcast=lambda value: value)
+def alone(console: RecordingConsole | None = None, **settings: Any) -> WorkerContext:
+    """Context of the only worker of a run."""
+    values = {
+        "rank": 0,
+        "world_size": 1,
+        "device": torch.device("cpu"),
+        "broadcast": lambda value: value,
+        "console": console or RecordingConsole(),
+        **settings,
+    }
+    return WorkerContext(**values)
+
+
+@dataclass
+class SteppedRun:
+    """The parts of a run, for tests that make its steps one by one."""
+
+    job: TrainJob
+    context: WorkerContext
+    state: TrainState
+    checkpoints: CheckpointManager
+    guard: NonFiniteGuard
+    log: RunLog
+
+    @classmethod
+    def begin(cls, job: TrainJob, context: WorkerContext | None = None) -> "SteppedRun":
+        """Build the parts, and restore or initialise the state."""
+        context = context or alone()
+        state = loop.new_state(job, context)
+        checkpoints = CheckpointManager(job, context, tracking_key=None)
+        checkpoints.restore_or_init(state)
+        return cls(job, context, state, checkpoints, NonFiniteGuard(job, context), RunLog(job, context))
+
+    def stream(self) -> Iterator[Batch]:
+        return loop.open_stream(self.job, self.context, self.state)
+
+    def step(self, batches: Iterator[Batch]) -> StepResult:
+        return loop.run_step(self.job, self.context, self.state, batches, self.guard, self.log)
+
+    def losses(self, steps: int) -> list[float]:
+        batches = self.stream()
+        return [float(self.step(batches).loss) for _ in range(steps)]

@@ -1,4 +1,4 @@
-"""Names that are taken, runs that changed, drivers that died; and what the driver says of silent workers."""
+"""Names that are taken, runs that changed, drivers that died, workers that are silent."""
 
 import json
 import os
@@ -10,10 +10,11 @@ import pytest
 
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.manifest import ShardSet
-from pipeline.training import run_dir
-from pipeline.training.heartbeat import Beat, Mailbox, silent_workers
+from pipeline.training import heartbeat, run_dir
+from pipeline.training.context import ResolvedData
+from pipeline.training.heartbeat import Heartbeat, ProgressBoard, silent_workers
 from pipeline.training.preflight import Request, refuse_what_never_fits
-from pipeline.training.run_dir import begin_or_continue, claimed
+from pipeline.training.run_dir import begin_or_continue, driver_lock
 from tests.support.drawn_shards import drawn_records, write_shards
 from tests.support.training_runs import experiment
 
@@ -23,9 +24,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return write_shards(tmp_path_factory.mktemp("shards") / "train", drawn_records(8))
 
 
-def begin(folder: Path, setting: Experiment, shards: ShardSet, *, allow: bool = False) -> run_dir.Began:
+def begin(folder: Path, setting: Experiment, shards: ShardSet, *, allow: bool = False) -> run_dir.RunStart:
     return begin_or_continue(
-        str(folder / "run"), setting, shards, None, tracking_key=f"key-{time.time_ns()}", allow_changes=allow
+        str(folder / "run"),
+        setting,
+        ResolvedData(shards, None),
+        tracking_key=f"key-{time.time_ns()}",
+        allow_changes=allow,
     )
 
 
@@ -73,14 +78,14 @@ def test_a_run_belongs_to_one_living_driver(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / run_dir.DRIVER
     path.write_text(json.dumps(parent))
-    with pytest.raises(ConfigError, match=f"is being trained by process {os.getppid()}"), claimed(run):
+    with pytest.raises(ConfigError, match=f"is being trained by process {os.getppid()}"), driver_lock(run):
         pass
     for gone in ({**parent, "pid": 2**22 + 1}, {**parent, "at": time.time() - 1000}, {**parent, "host": "x", "at": 0}):
         path.write_text(json.dumps(gone))
-        with claimed(run):
+        with driver_lock(run):
             assert json.loads(path.read_text())["pid"] == os.getpid()
     path.write_text(json.dumps({**parent, "host": "elsewhere"}))
-    with pytest.raises(ConfigError, match="on elsewhere"), claimed(run):
+    with pytest.raises(ConfigError, match="on elsewhere"), driver_lock(run):
         pass
 
 
@@ -105,33 +110,40 @@ def test_elastic_workers_get_a_micro_batch_that_all_their_numbers_share(tmp_path
     assert Cluster(workers=(2, 4)).workers == (2, 4)
 
 
-def test_a_worker_that_stays_where_it_is_is_named_once() -> None:
-    mailbox = Mailbox()
-    mailbox.beat(0, 13, "training")
-    mailbox.beat(1, 12, "waiting for data")
-    mailbox._beats[1] = Beat(12, "waiting for data", time.time() - 100)
-    named: dict[int, Beat] = {}
-    (line,) = silent_workers(mailbox.news(), 60, named)
+def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(heartbeat.time, "time", lambda: seconds)
+
+
+def test_a_worker_without_heartbeat_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = ProgressBoard()
+    at(monkeypatch, 900)
+    board.heartbeat(1, 12, "waiting for data")
+    at(monkeypatch, 1000)
+    board.heartbeat(0, 13, "training")
+    named: dict[int, Heartbeat] = {}
+    (line,) = silent_workers(board.poll(), 60, named)
     assert line.startswith("worker 1 has been waiting for data at step 12 for 100 s")
     assert "0 training at 13" in line
-    assert silent_workers(mailbox.news(), 60, named) == []
-    mailbox.beat(1, 13, "training")
-    assert silent_workers(mailbox.news(), 60, named) == []
+    assert silent_workers(board.poll(), 60, named) == []
+    board.heartbeat(1, 13, "training")
+    assert silent_workers(board.poll(), 60, named) == []
 
 
-def test_workers_that_start_again_learn_when_those_before_were_last_heard_of() -> None:
-    mailbox = Mailbox()
-    assert mailbox.start() is None
-    mailbox.beat(0, 13, "training")
-    mailbox._beats[0] = Beat(13, "training", 1000.0)
-    assert mailbox.start() == 1000.0
-    assert silent_workers(mailbox.news(), 60, {}) == []  # those before are not missed
+def test_restarted_workers_learn_the_time_of_the_last_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = ProgressBoard()
+    assert board.restart() is None
+    at(monkeypatch, 1000)
+    board.heartbeat(0, 13, "training")
+    at(monkeypatch, 2000)
+    assert board.restart() == 1000
+    assert silent_workers(board.poll(), 60, {}) == []  # the workers before are not missed
 
 
-def test_news_are_told_once() -> None:
-    mailbox = Mailbox()
-    mailbox.say("one")
-    mailbox.progress(3, "loss 1")
-    news = mailbox.news()
-    assert (news.said, news.step, news.note) == (("one",), 3, "loss 1")
-    assert (mailbox.news().said, mailbox.news().step) == ((), None)
+def test_messages_are_delivered_once() -> None:
+    board = ProgressBoard()
+    board.print("one")
+    board.progress(3, "loss 1")
+    update = board.poll()
+    assert (update.messages, update.step, update.note) == (("one",), 3, "loss 1")
+    update = board.poll()
+    assert (update.messages, update.step) == ((), None)

@@ -13,12 +13,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from dfine_core.loss.criterion import Normalizers
-from pipeline.data.shards.manifest import load_shards
-from pipeline.training.group import Group
-from pipeline.training.loop import Run
-from pipeline.training.state import make_learner
-from pipeline.training.step import LossScale, RunningStatistics, to_micro_batch, train_step
-from tests.support.training_runs import ALONE, Heard, experiment, job, shard_folders
+from pipeline.training.numerics import LossScale, RunningStatistics
+from pipeline.training.step import to_micro_batch, train_step
+from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
 MICRO = {"steps": 20, "global_batch": 8, "micro_batch": 4}
 
@@ -28,23 +25,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return shard_folders(tmp_path_factory.mktemp("shards"), images=40)
 
 
-def losses_of(run: Run, steps: int) -> list[float]:
-    batches = run._stream()
-    losses = []
-    for _ in range(steps):
-        run._one_step(batches)
-        assert run._unchecked is not None
-        losses.append(float(run._unchecked.result.loss))
-    return losses
-
-
 def one_of_two(rank: int, folder: str, data: dict[str, str], steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    group = Group(rank, 2, torch.device("cpu"), lambda value: value)
-    run = Run(job(experiment(Path(folder), data, schedule=MICRO)), group, Heard(), None)
-    losses = losses_of(run, steps)
-    torch.save({"losses": losses, "state": run.learner.detector.state_dict()}, f"{folder}/rank-{rank}.pt")
+    setting = experiment(Path(folder), data, schedule=MICRO)
+    run = SteppedRun.begin(job(setting, workers=2), alone(rank=rank, world_size=2))
+    losses = run.losses(steps)
+    torch.save({"losses": losses, "state": run.state.detector.state_dict()}, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -64,11 +51,11 @@ def compare_two_workers_with_one(data: dict[str, str], folder: Path, steps: int)
     assert first["losses"] == second["losses"]
     assert all(torch.equal(first["state"][key], tensor) for key, tensor in second["state"].items())
 
-    run = Run(job(experiment(folder, data, name="alone", schedule=MICRO)), ALONE, Heard(), None)
-    assert run.schedule.accumulation(1) == 2
+    run = SteppedRun.begin(job(experiment(folder, data, name="alone", schedule=MICRO)))
+    assert run.job.schedule.accumulation(1) == 2
     with one_thread():
-        alone = losses_of(run, steps)
-    return max(abs(a - b) / abs(b) for a, b in zip(alone, first["losses"], strict=True))
+        losses = run.losses(steps)
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, first["losses"], strict=True))
 
 
 @pytest.mark.slow  # `test_train_on_ray` compares fewer steps every time
@@ -80,19 +67,19 @@ def test_accumulated_gradients_are_those_of_the_mean_loss_with_shared_counts(
     data: dict[str, str], tmp_path: Path
 ) -> None:
     """Against a plain loop: every micro-batch on its own, its sums divided by counts over both."""
-    run = Run(job(experiment(tmp_path, data, schedule=MICRO)), ALONE, Heard(), None)
-    learner = run.learner
-    batches = run._stream()
-    micro_batches = [to_micro_batch(next(batches), learner, size=(64, 64), seed=0) for _ in range(2)]
+    run = SteppedRun.begin(job(experiment(tmp_path, data, schedule=MICRO)))
+    state = run.state
+    batches = run.stream()
+    micro_batches = [to_micro_batch(next(batches), state, size=(64, 64), seed=0) for _ in range(2)]
 
-    plain = copy.deepcopy(learner.detector)
+    plain = copy.deepcopy(state.detector)
     outputs = [plain(m.images, m.targets, m.denoising) for m in micro_batches]
-    found = [learner.criterion.match(o, m.targets) for o, m in zip(outputs, micro_batches, strict=True)]
+    found = [state.criterion.match(o, m.targets) for o, m in zip(outputs, micro_batches, strict=True)]
     boxes = sum(m.targets.total for m in micro_batches) / 2
     pairs = sum(len(f.union) for f in found) / 2
     normalizers = Normalizers(torch.tensor(boxes), torch.tensor(pairs))
     total = sum(
-        torch.stack(list(learner.criterion(o, m.targets, f, normalizers).values())).sum() / 2
+        torch.stack(list(state.criterion(o, m.targets, f, normalizers).values())).sum() / 2
         for o, m, f in zip(outputs, micro_batches, found, strict=True)
     )
     assert isinstance(total, Tensor)
@@ -100,12 +87,12 @@ def test_accumulated_gradients_are_those_of_the_mean_loss_with_shared_counts(
     expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     norm = torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()
 
-    result = train_step(learner, micro_batches)
+    result = train_step(state, micro_batches)
     assert float(result.loss) == pytest.approx(float(total.detach()), rel=1e-5)
     assert float(result.grad_norm) == pytest.approx(float(norm), rel=1e-4)
-    clipped = {name: p.grad for name, p in learner.detector.named_parameters() if p.grad is not None}
+    clipped = {name: p.grad for name, p in state.detector.named_parameters() if p.grad is not None}
     for name, gradient in expected.items():
-        scaled = gradient * min(1.0, learner.clip_norm / float(norm))
+        scaled = gradient * min(1.0, state.max_grad_norm / float(norm))
         torch.testing.assert_close(clipped[name], scaled, rtol=1e-3, atol=1e-6)
 
 
@@ -124,11 +111,11 @@ def test_running_statistics_are_the_mean_of_what_each_micro_batch_would_have_mad
     before = copy.deepcopy(norm.state_dict())
     for finite in (False, True):
         statistics = RunningStatistics(norm)
-        statistics.hold()
+        statistics.begin_step()
         for batch in batches:
             norm(batch)
-            statistics.take()
-        statistics.settle(statistics.mean(), torch.tensor(finite))
+            statistics.accumulate()
+        statistics.commit(statistics.mean(), torch.tensor(finite))
         if not finite:
             assert all(torch.equal(norm.state_dict()[key], tensor) for key, tensor in before.items())
     torch.testing.assert_close(torch.cat([norm.running_mean, norm.running_var]), expected)  # type: ignore[list-item]
@@ -148,23 +135,20 @@ def test_the_loss_scale_halves_at_once_and_doubles_after_a_while() -> None:
 def test_lower_precision_trains_and_stays_near_fp32(data: dict[str, str], tmp_path: Path, precision: Any) -> None:
     def first_losses(name: str, kind: str) -> list[float]:
         setting = experiment(tmp_path, data, name=name, schedule=MICRO, numerics={"precision": kind})
-        run = Run(job(setting), ALONE, Heard(), None)
-        losses = losses_of(run, 2)
-        assert all(parameter.isfinite().all() for parameter in run.learner.detector.parameters())
+        run = SteppedRun.begin(job(setting))
+        losses = run.losses(2)
+        assert all(parameter.isfinite().all() for parameter in run.state.detector.parameters())
         return losses
 
     assert first_losses(precision, precision)[0] == pytest.approx(first_losses("fp32", "fp32")[0], rel=0.02)
 
 
 def test_channels_last_changes_nothing_but_the_layout(data: dict[str, str], tmp_path: Path) -> None:
-    shards = load_shards(data["train"])
     losses = []
     for channels_last in (False, True):
         setting = experiment(tmp_path, data, schedule=MICRO, numerics={"channels_last": channels_last})
-        run = Run(job(setting), ALONE, Heard(), None)
-        learner = make_learner(
-            setting, run.schedule, num_classes=len(shards.manifest.categories), device=ALONE.device, workers=1
-        )
-        batch = to_micro_batch(next(run._stream()), learner, size=(64, 64), seed=0)
-        losses.append(float(train_step(learner, [batch]).loss))
+        run = SteppedRun.begin(job(setting))
+        batch = to_micro_batch(next(run.stream()), run.state, size=(64, 64), seed=0)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last) == channels_last
+        losses.append(float(train_step(run.state, [batch]).loss))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

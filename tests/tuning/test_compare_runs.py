@@ -12,14 +12,14 @@ from mlflow import MlflowClient
 
 from jobs import compare as compare_job
 from pipeline.config import ConfigError, Experiment
-from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.tracking.client import RunFacts, RunLookupError, Runs
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import run_dir, run_log
-from pipeline.training.schedule import derive
+from pipeline.training import run_dir
+from pipeline.training.context import resolve_data
+from pipeline.training.run_log import RunLog
 from pipeline.tuning.analysis.compare_runs import as_html, as_text, compare, open_runs, read_folder
-from tests.support.training_runs import experiment, shard_folders
+from tests.support.training_runs import alone, experiment, job, shard_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
@@ -34,9 +34,7 @@ def record_run(setting: Experiment, ap: float, parent: str | None = None) -> str
     """Everything that a training leaves behind but its checkpoints; the id of its MLflow run."""
     storage, name = Path(setting.storage), str(setting.name)
     run = str(storage / name)
-    shards = load_shards(setting.data.train)
-    val: ShardSet = load_shards(str(setting.data.val))
-    run_dir.begin_or_continue(run, setting, shards, val, tracking_key=f"key-{name}", allow_changes=False)
+    run_dir.begin_or_continue(run, setting, resolve_data(setting.data), tracking_key=f"key-{name}", allow_changes=False)
     numbers = {"AP": ap, "AP50": ap + 0.1, "AP_small": math.nan}
     result = {"step": 6, "best_step": 6, "numbers": numbers, "evaluated": {}}
     (storage / name / "result.json").write_text(json.dumps(result))
@@ -44,8 +42,7 @@ def record_run(setting: Experiment, ap: float, parent: str | None = None) -> str
         storage, experiment="tests", run_name=name, parent_run_id=parent, run_key=f"key-{name}"
     )
     with Tracker(storage / name / "tracking", tracking) as tracker:
-        schedule = derive(setting, images=shards.manifest.images, workers=1)
-        run_log.begin(tracker, run, setting, schedule, shards, val, {}, None)
+        RunLog(job(setting), alone(), tracker).begin({})
         tracker.metrics({"final/AP": ap, "final/AP50": ap + 0.1, "final/layers/iou_0": 0.5}, 6)
         tracker.finish("FINISHED")
         assert tracker.flush(60)

@@ -52,7 +52,7 @@ def ended(place: Path, **changes: Any) -> Ended:
         records.append(record)
     folder = place / "runs" / "bins"
     folder.mkdir(parents=True)
-    (folder / run_dir.BEGAN).write_text(json.dumps({"sweep": dump(sweep)}))
+    (folder / run_dir.RUN_START).write_text(json.dumps({"sweep": dump(sweep)}))
     write_records(folder / RECORDS, records)
     return Ended(folder, sweep, client, confirmed)
 

@@ -192,7 +192,7 @@ def ended_trials(settings: TrialSettings, count: int) -> Ledger:
         trial = Trial(number, "search", {"loss.ddf": float(number)}, seed=0)
         ledger.begin(trial)
         write_curve(settings.folder, trial, Curve((Reading(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0))
-        run_dir.key_made_once(f"{settings.folder}/runs/{trial.id}")
+        run_dir.get_or_make_key(f"{settings.folder}/runs/{trial.id}")
         ledger.settle(trial, failed=False)
     return ledger
 

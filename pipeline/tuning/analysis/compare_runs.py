@@ -14,7 +14,7 @@ from pipeline.evaluation.coco_metrics import NUMBERS
 from pipeline.tracking.client import RunFacts, Runs
 from pipeline.tracking.names import MAX_PARAM, RUN_KEY, flatten, mlflow_value
 from pipeline.training import checkpoint
-from pipeline.training.run_dir import BEGAN, NEUTRAL, RESULT
+from pipeline.training.run_dir import NEUTRAL, RESULT, RUN_START
 from pipeline.tuning.analysis.noise import Noise, pooled
 
 Part = Literal["config", "data", "code", "versions"]
@@ -80,16 +80,16 @@ def read_folder(folder: str) -> RunFacts | None:
     Raises:
         ConfigError: what it holds cannot be read.
     """
-    if not storage.exists(storage.join(folder, BEGAN)):
+    if not storage.exists(storage.join(folder, RUN_START)):
         return None
     try:
-        began = json.loads(storage.read_bytes(storage.join(folder, BEGAN)))
+        began = json.loads(storage.read_bytes(storage.join(folder, RUN_START)))
         params = {key: mlflow_value(value, MAX_PARAM) for key, value in flatten(began["experiment"]).items()}
         finished = storage.exists(storage.join(folder, RESULT))
         result = json.loads(storage.read_bytes(storage.join(folder, RESULT))) if finished else {}
         numbers = {name: float(value) for name, value in (result.get("numbers") or {}).items() if value is not None}
     except (ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{folder}: its {BEGAN} or {RESULT} is damaged: {error!r}") from None
+        raise ConfigError(f"{folder}: its {RUN_START} or {RESULT} is damaged: {error!r}") from None
     metadata = _newest_metadata(folder)
     return RunFacts(
         title=folder.rstrip("/").rpartition("/")[2],

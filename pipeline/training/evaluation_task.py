@@ -1,0 +1,66 @@
+"""One evaluation of copied weights, in a process of its own while training continues."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load as tensors_from_bytes
+
+from dfine_core import Detector, ModelConfig
+from dfine_core.checkpoints.weights import load_weights
+from pipeline.data.shards.manifest import ShardSet
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.figures import png
+from pipeline.evaluation.report import EvaluationReport
+from pipeline.evaluation.sample_images import sample_pictures
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Weights and data of one evaluation; plain values, to be sent to another process."""
+
+    model: dict[str, Any]  # ModelConfig as JSON values
+    weights: bytes  # safetensors
+    val: ShardSet
+    micro_batch: int
+    num_images: int  # rendered with ground truth and detections
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    report: EvaluationReport
+    images: tuple[tuple[str, bytes], ...]  # name and PNG
+
+
+SubmitEvaluation = Callable[[EvaluationRequest], "Future[EvaluationResult]"]
+
+
+def run_evaluation(request: EvaluationRequest) -> EvaluationResult:
+    """Evaluate in this process, on a GPU if it has one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    detector = Detector(ModelConfig.from_plain(request.model))
+    load_weights(detector, tensors_from_bytes(request.weights))
+    detector.to(device).eval()
+    report = evaluate(detector, request.val, device=device, micro_batch=request.micro_batch, decode_in="inline")
+    assert report is not None  # it is the only rank
+    rendered = sample_pictures(detector, request.val, device=device, count=request.num_images)
+    return EvaluationResult(report, tuple((name, png(figure)) for name, figure in rendered))
+
+
+def on_ray(resources: dict[str, float]) -> SubmitEvaluation:
+    """Submit evaluations as Ray tasks.
+
+    Args:
+        resources: CPU and GPU of each task.
+    """
+    import ray  # here: a run in one process needs no Ray
+
+    task = ray.remote(run_evaluation).options(
+        num_cpus=resources.get("CPU", 0),
+        num_gpus=resources.get("GPU", 0),
+        max_retries=3,
+        scheduling_strategy="DEFAULT",  # outside of the placement group of the training
+    )
+    return lambda request: task.remote(request).future()
