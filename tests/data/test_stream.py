@@ -7,7 +7,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +18,6 @@ import numpy as np
 import pytest
 import ray
 
-from pipeline.data.augment.augment import AugmentSettings
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_annotations
 from pipeline.data.stream import stream
@@ -28,15 +26,13 @@ from pipeline.data.stream.plan import DecodeIn
 from pipeline.data.stream.stream import Broadcast, StreamSettings, evaluation_stream, training_plan, training_stream
 from pipeline.ray_cluster import start_ray
 from tests.support.drawn_shards import drawn_records, stored_rows, write_shards
+from tests.support.streams import SETTINGS, Seen, planned, planned_batches, seen
 
 # Ray's DataContext sets fields of its own that Ray has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`use_\w+` is deprecated:DeprecationWarning:ray\.data\.context")
 
 T = TypeVar("T")
 ROWS = 150
-SETTINGS = StreamSettings(
-    global_batch=8, micro_batch=2, canvas=(32, 32), augment=AugmentSettings(), augment_epochs=1, seed=4, window_rows=32
-)  # 18 steps of 4 micro-batches an epoch, 4 steps a window, 6 rows dropped
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +45,6 @@ def cluster() -> Iterator[None]:
     start_ray(num_cpus=2)
     yield
     ray.shutdown()
-
-
-Seen = tuple[int, int, list[int], int, int]
-
-
-def seen(batch: Batch) -> Seen:
-    """What tells one batch from another: its place, images, pixels and boxes."""
-    pixels, boxes = (zlib.crc32(tensor.contiguous().numpy().tobytes()) for tensor in (batch.images, batch.boxes))
-    return batch.step, batch.micro_batch, batch.image_id.tolist(), pixels, boxes
-
-
-def planned_batches(shards: ShardSet, start_step: int, stop_step: int) -> list[Batch]:
-    here = replace(SETTINGS, decode_in="inline")
-    return list(training_stream(shards, here, start_step=start_step, stop_step=stop_step))
-
-
-def planned(shards: ShardSet, start_step: int, stop_step: int) -> list[Seen]:
-    return [seen(batch) for batch in planned_batches(shards, start_step, stop_step)]
 
 
 def on_workers(world_size: int, work: Callable[[int, Broadcast], T]) -> list[T]:

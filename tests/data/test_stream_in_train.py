@@ -14,8 +14,8 @@ from ray.train.torch import TorchTrainer
 from pipeline.data.shards.manifest import load_shards
 from pipeline.data.stream.stream import training_stream
 from pipeline.ray_cluster import start_ray
-from tests.data.test_stream import SETTINGS, planned, seen
 from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.streams import SETTINGS, planned, seen
 
 pytestmark = [
     pytest.mark.slow,

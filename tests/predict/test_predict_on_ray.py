@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from pipeline.predict.inputs import list_inputs
 from pipeline.predict.predict import HERE, PredictOptions, predict
 from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.processes import kill_driver, one_thread, wait_for
 from tests.support.s3_server import s3_bucket
 from tests.support.small_detectors import small_detector
-from tests.training.test_train_on_ray import kill_driver, wait_for
-from tests.training.test_train_step import one_thread
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,8 @@ from torch import Tensor
 
 from pipeline.config_files import load_experiment
 from pipeline.training import checkpoint
-from pipeline.training.loop import Run
-from tests.support.training_runs import ALONE, Heard, job, shard_folders
-from tests.training.test_train_step import losses_of as losses_in_process
-from tests.training.test_train_step import one_thread
+from tests.support.processes import descendants, kill_driver, one_thread, wait_for
+from tests.support.training_runs import SteppedRun, job, shard_folders
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -73,49 +70,15 @@ def finish(folder: Path, name: str, *, workers: int = 2) -> None:
     assert code == 0, (folder / f"{name}.log").read_text()[-4000:]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
-    until = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, log.read_text()[-4000:]
-        assert time.monotonic() < until, log.read_text()[-4000:]
-        time.sleep(0.1)
-
-
 def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
     checkpoints = str(folder / "runs" / name / "checkpoints")
     wait_for(lambda: bool([s for s in checkpoint.steps_in(checkpoints) if s >= step]), process, folder / f"{name}.log")
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Process ids below one, with their titles."""
-    parents, titles = {}, {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(") ")[2].split()[1])
-            titles[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue
-    found = {pid}
-    while more := {p for p, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {p: titles[p] for p in found}
 
 
 def kill_one_worker(driver: subprocess.Popen[str]) -> None:
     workers = [pid for pid, title in descendants(driver.pid).items() if title.startswith("ray::RayTrainWorker")]
     assert len(workers) == 2, descendants(driver.pid)
     os.kill(workers[-1], signal.SIGKILL)
-
-
-def kill_driver(driver: subprocess.Popen[str]) -> None:
-    below = descendants(driver.pid)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    for pid in below:  # and the machine that it ran on
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
@@ -142,12 +105,12 @@ def test_a_killed_worker_loses_nothing(folder: Path) -> None:
     said = log.read_text()
     assert "continuing at step" in said
     assert "after the launch" in said.partition("continuing")[0]
-    assert "after the workers were last heard of" in said.partition("continuing")[2]
+    assert "after the workers' last heartbeat" in said.partition("continuing")[2]
 
     setting = load_experiment(folder / "run.yaml", {"data.decode_in": "inline", "name": "alone"})
-    run = Run(job(setting), ALONE, Heard(), None)
+    run = SteppedRun.begin(job(setting))
     with one_thread():
-        losses = losses_in_process(run, STEPS)
+        losses = run.losses(STEPS)
     expected = [(step, pytest.approx(loss, rel=1e-4)) for step, loss in enumerate(losses, start=1)]
     assert losses_of(folder, "worker-killed") == expected
 

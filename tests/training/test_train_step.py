@@ -1,8 +1,6 @@
 """One step: the same on one worker and on two, with and without accumulation; running statistics and loss scale by hand."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from dfine_core.loss.criterion import Normalizers
 from pipeline.training.numerics import LossScale, RunningStatistics
 from pipeline.training.step import to_micro_batch, train_step
+from tests.support.processes import one_thread
 from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
 MICRO = {"steps": 20, "global_batch": 8, "micro_batch": 4}
@@ -33,15 +32,6 @@ def one_of_two(rank: int, folder: str, data: dict[str, str], steps: int) -> None
     losses = run.losses(steps)
     torch.save({"losses": losses, "state": run.state.detector.state_dict()}, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As the workers have: another number sums in another order, which 20 steps make visible."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def compare_two_workers_with_one(data: dict[str, str], folder: Path, steps: int) -> float:

@@ -1,0 +1,54 @@
+"""Processes of tests: waiting for them, killing them, and one thread for arithmetic that must repeat."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the workers do: another number sums in another order, which 20 steps make visible."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
+    until = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < until, log.read_text()[-4000:]
+        time.sleep(0.1)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process ids below one, with their titles."""
+    parents, titles = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(") ")[2].split()[1])
+            titles[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    found = {pid}
+    while more := {p for p, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {p: titles[p] for p in found}
+
+
+def kill_driver(driver: subprocess.Popen[str]) -> None:
+    below = descendants(driver.pid)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    for pid in below:  # and the machine that it ran on
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
