@@ -42,7 +42,7 @@ class RecordedTrainer:
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "7")  # taken back after the test
     monkeypatch.setattr(launch, "start_ray", lambda **_: None)
-    monkeypatch.setattr(launch, "start_mailbox", lambda: None)
+    monkeypatch.setattr(launch, "start_progress_board", lambda: None)
     monkeypatch.setattr(launch, "request_for", lambda *_, **__: Request(2, 2, 0.0, {"CPU": 0.5}))
     monkeypatch.setattr(launch, "cpu_threads", lambda _: 1)
     monkeypatch.setattr(launch, "problems_on_nodes", lambda *_: [])

@@ -14,7 +14,6 @@ from pyarrow import fs
 from pipeline import storage
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import SHARD_SCHEMA
-from pipeline.data.stream.plan import Rows
 from pipeline.errors import UserError
 
 ROW = pa.struct(list(SHARD_SCHEMA))
@@ -27,6 +26,17 @@ SHOWN = 3  # files in an error
 
 class ShardError(UserError, ValueError):
     """Shard files that are not those of their manifest."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a shard set, in order."""
+
+    group: NDArray[np.int64]  # [n] row group, counted through all shards of the manifest
+    row: NDArray[np.int64]  # [n] row within its group
+
+    def __len__(self) -> int:
+        return len(self.row)
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.shards.reader import Rows
 from pipeline.errors import UserError
 
 DEFAULT_WINDOW_ROWS = 2048
 # Where pixels are decoded: in data tasks, on any node; in threads of the training worker; or in its own thread and without
 # Ray, for one process, a debugger, a test.
 DecodeIn = Literal["task", "worker", "inline"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a shard set, in order."""
-
-    group: NDArray[np.int64]  # [n] row group, counted through all shards of the manifest
-    row: NDArray[np.int64]  # [n] row within its group
-
-    def __len__(self) -> int:
-        return len(self.row)
 
 
 @dataclass(frozen=True)
