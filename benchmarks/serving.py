@@ -1,6 +1,6 @@
 """What serving costs beside the bare detector, and what batches bring.
 
-    python -m benchmarks.serving runs/mine --pictures 48 --side 640
+    python -m benchmarks.serving runs/mine --num-images 48 --side 640
 
 Every picture is a JPEG of its own size. "Direct" reads and detects in this process. The server is the one of `jobs.serve`,
 asked by clients that each wait for their answer, with batches and without.
@@ -34,13 +34,13 @@ HOST, PORT = "127.0.0.1", 8765
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--pictures", type=int, default=48)
+    parser.add_argument("--num-images", type=int, default=48)
     parser.add_argument("--side", type=int, default=640, help="about, of a picture")
     args = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     random = np.random.default_rng(0)
-    pictures = [picture(random, args.side) for _ in range(args.pictures)]
+    pictures = [picture(random, args.side) for _ in range(args.num_images)]
     bare = load(args.model).deploy()
     gpus = float(torch.cuda.is_available())
     source = str(Path(args.model).absolute())
