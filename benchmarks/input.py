@@ -56,16 +56,16 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shards = load_shards(args.manifest) if args.manifest else drawn_shards(folder, args.images)
         settings = StreamSettings(
-            global_batch=args.micro_batch,
-            micro_batch=args.micro_batch,
+            global_batch_size=args.micro_batch_size,
+            micro_batch_size=args.micro_batch_size,
             canvas=CANVAS,
             augment=AugmentSettings(),
             window_rows=512,
         )
-        steps = 2 * (min(args.images, shards.manifest.images) // args.micro_batch)
+        steps = 2 * (min(args.images, shards.manifest.images) // args.micro_batch_size)
         bytes_per_image = sum(shard.bytes for shard in shards.manifest.shards) / shards.manifest.images
         print(f"{shards.manifest.images} images of {bytes_per_image / 1000:.0f} kB on average, to {CANVAS},", end=" ")
-        print(f"micro-batches of {args.micro_batch}, {args.processes} decoding processes\n")
+        print(f"micro-batches of {args.micro_batch_size}, {args.processes} decoding processes\n")
         print_augmentation(shards)
         print_throughput(shards, settings, steps, args.processes, args.rounds)
         print_seams(shards, settings)
@@ -127,7 +127,7 @@ class Pass:
     first_batch: float  # seconds
 
 
-def timed_pass(batches: Iterable[Batch], micro_batch: int) -> Pass:
+def timed_pass(batches: Iterable[Batch], micro_batch_size: int) -> Pass:
     started = time.perf_counter()
     ends, cpu = [], []
     for batch in batches:
@@ -135,7 +135,7 @@ def timed_pass(batches: Iterable[Batch], micro_batch: int) -> Pass:
         ends.append(time.perf_counter())
         cpu.append(cpu_seconds())
     half = len(ends) // 2
-    images = micro_batch * (len(ends) - 1 - half)
+    images = micro_batch_size * (len(ends) - 1 - half)
     return Pass(images / (ends[-1] - ends[half]), 1000 * (cpu[-1] - cpu[half]) / images, ends[0] - started)
 
 
@@ -148,7 +148,7 @@ def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, pro
         for table in read_window(pa.Table.from_pylist([asdict(window)]), source, plan)
     ]
     decoding = DecodeSettings(
-        settings.canvas, settings.micro_batch, Augmentation(settings.seed, settings.augment, strong_epochs=None)
+        settings.canvas, settings.micro_batch_size, Augmentation(settings.seed, settings.augment, strong_epochs=None)
     )
     loader = DataLoader(
         MicroBatches(encoded, decoding), batch_size=None, num_workers=processes, persistent_workers=True
@@ -164,7 +164,7 @@ def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, pro
     passes: dict[str, list[Pass]] = {name: [] for name in rows}
     for _ in range(rounds):
         for name, batches in rows.items():
-            passes[name].append(timed_pass(batches(), settings.micro_batch))
+            passes[name].append(timed_pass(batches(), settings.micro_batch_size))
     reference = statistics.median(p.images_per_second for p in passes["torch DataLoader"])
     for name, measured in passes.items():
         rate = statistics.median(p.images_per_second for p in measured)
@@ -237,7 +237,7 @@ def print_bytes_read(shards: ShardSet, settings: StreamSettings) -> None:
         for table in read_window(pa.Table.from_pylist([asdict(window)]), source, plan):
             needed += table.column("rows").chunk(0).nbytes
     ratio = (bytes_read() - before) / needed
-    expected = 1 + statistics.mean(source.rows.tolist()) / (plan.steps_per_window * plan.global_batch)
+    expected = 1 + statistics.mean(source.rows.tolist()) / (plan.steps_per_window * plan.global_batch_size)
     line("bytes read / bytes needed", f"{ratio:.3f}", f"arithmetic: {expected:.3f}")
 
 
@@ -247,13 +247,13 @@ def bytes_read() -> int:
 
 
 def print_memory(shards: ShardSet, settings: StreamSettings, images: int) -> None:
-    stop = images // settings.micro_batch
+    stop = images // settings.micro_batch_size
     samples = [
         (resident_mebibytes([os.getpid()]), resident_mebibytes(process_tree()), stored_mebibytes())
         for batch in training_stream(shards, settings, start_step=0, stop_step=stop)
         if batch.step % max(1, stop // 20) == 0
     ]
-    batch_mebibytes = settings.micro_batch * 3 * CANVAS[0] * CANVAS[1] / 2**20
+    batch_mebibytes = settings.micro_batch_size * 3 * CANVAS[0] * CANVAS[1] / 2**20
     halves = [np.max(half, axis=0) for half in np.array_split(np.array(samples[1:]), 2)]
     for name, first, second in zip(("this process", "all processes", "object store"), *halves, strict=True):
         values = f"{first:.0f}, then {second:.0f} MiB"

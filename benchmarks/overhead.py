@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
                 "storage": f"{folder}/runs",
                 "data": {"train": f"{folder}/train"},
                 "model": {"variant": "n", "input_size": [args.size, args.size], "num_queries": 60},
-                "schedule": {"steps": args.steps, "global_batch": 8, "clean_epochs": 0},
+                "schedule": {"steps": args.steps, "global_batch_size": 8, "no_aug_epochs": 0},
             }
             experiment = check(Experiment, content, source="benchmark")
             launch(experiment, Cluster(workers=2, gpus_per_worker=0, cpus_per_worker=0.5, threads_per_worker=1))

@@ -54,8 +54,8 @@ def files(folder: Path, steps: int, weights: tuple[float, ...]) -> tuple[str, st
         "experiment.yaml": {
             "data": {"train": str(folder / "data"), "val": str(folder / "data"), "decode_in": "worker"},
             "model": {"variant": "n", "input_size": [128, 128], "num_queries": 50},
-            "schedule": {"steps": steps, "global_batch": 6, "clean_epochs": 0},
-            "evaluation": {"every_steps": steps // 2, "pictures": 0},
+            "schedule": {"steps": steps, "global_batch_size": 6, "no_aug_epochs": 0},
+            "evaluation": {"every_steps": steps // 2, "num_images": 0},
         },
         "cluster.yaml": {"workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1},
         "sweep.yaml": {

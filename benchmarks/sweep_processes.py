@@ -77,7 +77,7 @@ def sweep_file(folder: Path, trials: int, gpus: int) -> Path:
     experiment = {
         "data": {"train": data, "val": data, "decode_in": "worker"},
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20},
-        "schedule": {"steps": EVALUATIONS, "global_batch": 8},
+        "schedule": {"steps": EVALUATIONS, "global_batch_size": 8},
         "evaluation": {"every_steps": 1},
     }
     (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))

@@ -28,11 +28,11 @@ __all__ = [
 ]
 DISTRIBUTION = "ray-dfine"
 
-# Imported at the first use of a name: who only reads `dfine_core.config` does not wait for PyTorch.
+# Lazy imports: `dfine_core.config` must be importable without loading PyTorch.
 _HOMES = {
     "config": ("VARIANTS", "LossConfig", "ModelConfig"),
-    "criterion": ("Criterion",),
-    "detector": ("Detector",),
+    "loss.criterion": ("Criterion",),
+    "model.detector": ("Detector",),
     "inference": ("ImageDetections", "LoadedDetector", "load"),
     "structures": ("DenoisingQueries", "DetectorOutput", "Targets"),
 }

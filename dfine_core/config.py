@@ -49,7 +49,7 @@ class OptimizerConfig:
     backbone_lr: float = 1e-4
     weight_decay: float = 1e-4
     decay_biases: bool = False  # of encoder and decoder; the released l and x decay them
-    groups: Literal["released", "fixed"] = "released"
+    param_groups: Literal["released", "fixed"] = "released"
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod

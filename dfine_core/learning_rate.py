@@ -4,16 +4,16 @@ import math
 
 
 def learning_rate_factor(
-    step: int, *, warmup_steps: int = 500, total_steps: int | None = None, final_factor: float = 1.0
+    step: int, *, warmup_steps: int = 500, total_steps: int | None = None, min_lr_ratio: float = 1.0
 ) -> float:
     """What every group's learning rate is multiplied by at `step` (from 0).
 
-    Linear warm-up to 1 at step `warmup_steps` - 1, then constant as released; with `total_steps` and a `final_factor` below 1
+    Linear warm-up to 1 at step `warmup_steps` - 1, then constant as released; with `total_steps` and a `min_lr_ratio` below 1
     a cosine from 1 to it.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if total_steps is None or final_factor == 1.0:
+    if total_steps is None or min_lr_ratio == 1.0:
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

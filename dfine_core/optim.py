@@ -30,7 +30,7 @@ def _group_of(module: nn.Module, name: str, config: OptimizerConfig) -> str:
     is_norm = isinstance(module, NORMS)
     is_bias = name.rsplit(".", 1)[-1].endswith("bias")
     if name.startswith("backbone."):
-        undecayed = config.groups == "fixed" and (is_norm or isinstance(module, LearnableAffine))
+        undecayed = config.param_groups == "fixed" and (is_norm or isinstance(module, LearnableAffine))
         return "backbone_no_decay" if undecayed else "backbone"
     return "no_decay" if is_norm or (is_bias and not config.decay_biases) else "rest"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.errors import UserError, in_one_line
-from pipeline.ray_job import lasting
+from pipeline.ray_job import absolute_location
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -42,25 +42,25 @@ def user_errors(exit_code: int | None = None) -> Iterator[None]:
 
 
 def add_set(parser: argparse.ArgumentParser, help: str) -> None:
-    """Add `--set KEY=VALUE ...`; given several times, all of them count. `pipeline.config.parse_overrides` reads them."""
+    """Add `--set KEY=VALUE ...`; given several times, all of them count. `pipeline.config_files.parse_overrides` reads them."""
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help)
 
 
 def location(text: str) -> str:
-    """The type of an argument that is a path or URI of data, weights or results."""
+    """Argument type: path or URI of data, weights or results; paths become absolute."""
     try:
-        return lasting(text)
+        return absolute_location(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def local_path(text: str) -> Path:
-    """The type of an argument that is a path on this machine's disk."""
+    """Argument type: path on this machine's disk."""
     return Path(location(text))
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number, `least` or more."""
+    """Argument type: whole number, `least` or more."""
 
     def integer(text: str) -> int:
         if (value := int(text)) < least:
@@ -71,14 +71,14 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """The type of an argument that is a number above 0."""
+    """Argument type: number above 0."""
     if not 0 < (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
 def share(text: str) -> float:
-    """The type of an argument that is a number in 0..1."""
+    """Argument type: number in 0..1."""
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
     return value

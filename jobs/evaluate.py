@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     refuse_other_classes(trained.names, shards)
     refuse_changed_files(shards)
     print(f"{trained.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
-    evaluate(trained, shards, args.out, args.micro_batch, args.pictures)
+    evaluate(trained, shards, args.out, args.micro_batch_size, args.pictures)
 
 
-def evaluate(trained: LoadedDetector, shards: ShardSet, out: str | None, micro_batch: int, pictures: int) -> None:
+def evaluate(trained: LoadedDetector, shards: ShardSet, out: str | None, micro_batch_size: int, pictures: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = trained.detector.to(device)
     start_ray()
-    found = detect(detector, shards, device=device, micro_batch=micro_batch, progress=True)
+    found = detect(detector, shards, device=device, micro_batch_size=micro_batch_size, progress=True)
     assert found is not None
     report = judge(found, read_ground_truth(shards), final=True)
     print(report.table())

@@ -1,7 +1,7 @@
 """Look into a step that was skipped because its loss or gradient was not finite.
 
-    python -m jobs.replay runs/mine/not_finite/step-00000123
-    python -m jobs.replay runs/mine/not_finite/step-00000123 --precision fp16
+    python -m jobs.replay runs/mine/non_finite/step-00000123
+    python -m jobs.replay runs/mine/non_finite/step-00000123 --precision fp16
 
 Every image of the step goes through the kept weights alone, forward and backward: which one breaks, in which term of the
 loss, in which module first. Try fp32 as well as the precision of the training: what breaks in fp16 alone is an overflow.

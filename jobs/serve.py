@@ -20,10 +20,9 @@ import torch
 
 from dfine_core.inference import DEFAULT_THRESHOLD
 from jobs.command import location, user_errors
-from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.config_files import check
-from pipeline.open_detector import MODEL, RUN, open_detector
+from pipeline.open_detector import open_detector
 from pipeline.serve.deployment import start, stop
 from pipeline.serve.replica import ServeSettings
 
@@ -56,8 +55,6 @@ def serve(settings: ServeSettings, host: str, port: int, *, detach: bool) -> Non
 def settings_of(args: argparse.Namespace) -> ServeSettings:
     """Raises: ConfigError, naming each value that cannot be."""
     given = {name: getattr(args, name) for name in ServeSettings.model_fields if getattr(args, name, None) is not None}
-    if not args.source.startswith((RUN, MODEL)):
-        given["source"] = storage.absolute(args.source)  # replicas have another working directory
     joins = bool(os.environ.get("RAY_ADDRESS"))
     gpus = given.setdefault("gpus", 0.0 if joins or not torch.cuda.is_available() else 1.0)
     if not joins and not gpus:

@@ -25,7 +25,7 @@ from pipeline.tuning.sweep import Sweep, evaluations_of, rungs
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.promote:
-        print(promote(args.promote, args.register_as))
+        print(promote(args.promote, args.registered_model_name))
         return
     if args.sweep is None:
         raise ConfigError("name a sweep file, see configs/sweeps/")

@@ -1,7 +1,7 @@
 """Schema of an experiment and of the cluster it runs on: every key with its type and default. Files: `config_files.py`.
 
-An experiment says what is learnt and how: it defines the result. A cluster file says where, and changes nothing but speed. What
-is left out follows from the variant and the length of the run (`pipeline/training/schedule.py`); `--dry-run` prints it.
+An experiment defines the result. A cluster file says where it runs, and changes only the speed. Values that are left out
+follow from the variant and the length of the run (`pipeline/training/schedule.py`); `--dry-run` prints them.
 """
 
 import difflib
@@ -27,7 +27,7 @@ from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from pipeline.data.augment.augment import AugmentSettings
 from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, DecodeIn
 from pipeline.errors import UserError
-from pipeline.ray_job import lasting
+from pipeline.ray_job import absolute_location
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -39,11 +39,31 @@ def _a_folder_name(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
-Location = Annotated[str, AfterValidator(lasting)]  # path or URI; absolute in a submitted job
+Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a path becomes absolute
 
 
 class ConfigError(UserError, ValueError):
-    """A file or a value that cannot be taken, with every problem that was found."""
+    """Invalid file or value, with every problem that was found."""
+
+
+# Keys that had another name before the first release.
+RENAMED_KEYS = {
+    "beside": "asynchronous",
+    "clean_epochs": "no_aug_epochs",
+    "clip_norm": "max_grad_norm",
+    "final_factor": "min_lr_ratio",
+    "global_batch": "global_batch_size",
+    "groups": "param_groups",
+    "in_a_row": "max_consecutive",
+    "micro_batch": "micro_batch_size",
+    "multiscale_repeat": "base_size_repeat",
+    "not_finite": "non_finite",
+    "pictures": "num_images",
+    "reference_batch": "base_batch_size",
+    "register_as": "registered_model_name",
+    "saved": "max_saved",
+    "silent_s": "heartbeat_timeout_s",
+}
 
 
 class Config(BaseModel):
@@ -51,18 +71,20 @@ class Config(BaseModel):
 
 
 def unknown_key(key: object, known: Sequence[str]) -> str:
-    """Message about a key that is not known, with those that it resembles."""
+    """Message about an unknown key: its new name if it was renamed, otherwise the known keys that resemble it."""
+    if key in RENAMED_KEYS and RENAMED_KEYS[str(key)] in known:
+        return f"unknown key {key!r}; it is called {RENAMED_KEYS[str(key)]}"
     close = difflib.get_close_matches(str(key), known, n=3)
     return f"unknown key {key!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}")
 
 
 def key_prefix(location: Sequence[Any]) -> str:
-    """Location of an error as a dotted key, to stand before its message; empty for the whole file."""
+    """Prefix of an error message: the location as a dotted key; empty for the whole file."""
     return ".".join(map(str, location)) + ": " if location else ""
 
 
 def plain_message(text: str) -> str:
-    """Pydantic's message without the prefix that it gives to a validator's own."""
+    """Pydantic's message without the prefix that it adds to messages of validators."""
     return text.removeprefix("Value error, ")
 
 
@@ -71,14 +93,14 @@ MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_cl
 
 class Data(Config):
     train: Location  # manifest, or its folder; a path or a URI
-    val: Location | None = None  # evaluated on; without it a run only trains
+    val: Location | None = None  # without it a run only trains
     decode_in: DecodeIn = "task"
-    prefetch: PositiveInt = 2  # micro-batches ready in each worker
-    window_rows: PositiveInt = DEFAULT_WINDOW_ROWS  # rows are shuffled within stretches of about this length
+    prefetch: PositiveInt = 2  # micro-batches that each worker keeps ready
+    window_rows: PositiveInt = DEFAULT_WINDOW_ROWS  # rows are shuffled within windows of about this length
 
 
 class Model(Config):
-    """A published variant, and any field of `dfine_core.ModelConfig` beside it. The class count comes from the data."""
+    """A published variant and any field of `dfine_core.ModelConfig`. The number of classes comes from the data."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     variant: Literal["n", "s", "m", "l", "x"] = "s"
@@ -109,46 +131,46 @@ _MODEL = TypeAdapter(ModelConfig)
 
 
 class Schedule(Config):
-    """How long, in what portions. `epochs` (or `steps`) is the one number to choose."""
+    """Length of the run and size of its steps. `epochs` (or `steps`) is the one number to choose."""
 
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
-    global_batch: PositiveInt | None = None  # images per step, over all workers; by the variant if left out
-    micro_batch: PositiveInt | None = None  # images that a worker holds at a time; all of its share if left out
-    clean_epochs: NonNegativeInt | None = None  # at the end: stage two, without strong augmentation
+    global_batch_size: PositiveInt | None = None  # images per step over all workers; default: the variant's recipe
+    micro_batch_size: PositiveInt | None = None  # images per forward pass of a worker; default: its whole share
+    no_aug_epochs: NonNegativeInt | None = None  # last epochs, without strong augmentation (stage two)
     warmup_steps: NonNegativeInt | None = None
-    final_factor: Share = 1.0  # of the learning rate at the end, reached by a cosine; 1 keeps it constant, as released
+    min_lr_ratio: Share = 1.0  # final / initial learning rate of a cosine; 1 keeps it constant, as released
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
-        if self.epochs is not None and self.clean_epochs is not None and self.clean_epochs > self.epochs:
-            raise ValueError(f"clean_epochs ({self.clean_epochs}) must lie in 0..epochs ({self.epochs})")
+        if self.epochs is not None and self.no_aug_epochs is not None and self.no_aug_epochs > self.epochs:
+            raise ValueError(f"no_aug_epochs ({self.no_aug_epochs}) must lie in 0..epochs ({self.epochs})")
         return self
 
 
 class Optimizer(Config):
-    """AdamW. What is left out is the variant's COCO recipe; rates are for a global batch of `reference_batch` images."""
+    """AdamW. Defaults are the variant's COCO recipe; rates are for a global batch of `base_batch_size` images."""
 
     lr: PositiveFloat | None = None
     backbone_lr: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat | None = None
     decay_biases: bool | None = None
-    groups: Literal["released", "fixed"] = "released"
+    param_groups: Literal["released", "fixed"] = "released"
     betas: tuple[Share, Share] = (0.9, 0.999)
-    reference_batch: PositiveInt | None = None
-    clip_norm: PositiveFloat = 0.1  # of the whole gradient
+    base_batch_size: PositiveInt | None = None
+    max_grad_norm: PositiveFloat = 0.1  # of all gradients together
 
     def config(self, variant: str, scale: float) -> OptimizerConfig:
-        """With rates multiplied by `scale`."""
-        given = self.model_dump(exclude={"reference_batch", "clip_norm"}, exclude_none=True)
+        """Fill in the recipe of the variant, and multiply the rates by `scale`."""
+        given = self.model_dump(exclude={"base_batch_size", "max_grad_norm"}, exclude_none=True)
         recipe = OptimizerConfig.for_variant(variant, **given)
         return OptimizerConfig(**{**vars(recipe), "lr": recipe.lr * scale, "backbone_lr": recipe.backbone_lr * scale})
 
 
 class AveragedWeights(Config):
-    """The exponential moving average that is evaluated and shipped; by the length of the run if left out."""
+    """Exponential moving average of the weights, evaluated and shipped; defaults follow from the length of the run."""
 
     decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     warmup_steps: NonNegativeInt | None = None
@@ -156,49 +178,49 @@ class AveragedWeights(Config):
 
 class Numerics(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
-    tf32: bool = True  # matrix products of fp32 on CUDA
+    tf32: bool = True  # for fp32 matrix products on CUDA
     compile: bool = False
     channels_last: bool = False
-    sync_batch_norm: bool = False  # batch statistics over all workers instead of each micro-batch; on CUDA alone
+    sync_batch_norm: bool = False  # statistics over all workers instead of each micro-batch; CUDA only
 
 
 class Evaluation(Config):
     every_epochs: PositiveInt = 1
     every_steps: PositiveInt | None = None  # instead of epochs
-    micro_batch: PositiveInt | None = None  # twice the training's if left out
-    pictures: NonNegativeInt = 6  # validation images drawn with truth and detections
-    beside: bool = False  # in stage one on other resources, while the training goes on; see `Cluster`
-    before_training: bool = False  # also evaluate the weights that it starts from
-    latency: bool = False  # at the end, time the best weights on one image
+    micro_batch_size: PositiveInt | None = None  # default: twice that of training
+    num_images: NonNegativeInt = 6  # validation images rendered with ground truth and detections
+    asynchronous: bool = False  # in stage one, on resources of its own (`Cluster.evaluation_*`)
+    before_training: bool = False  # also evaluate the initial weights
+    latency: bool = False  # measure the latency of the best weights at the end
 
 
 class Checkpoints(Config):
-    every_steps: PositiveInt | None = None  # besides one at every evaluation
-    keep: PositiveInt = 2  # of the latest; the best ones stay besides
+    every_steps: PositiveInt | None = None  # in addition to every evaluation
+    keep: PositiveInt = 2  # latest checkpoints; the best ones are kept in addition
 
 
-class NotFinite(Config):
-    """What happens to a loss or gradient that is NaN or infinite: the step is skipped everywhere, and counted."""
+class NonFinite(Config):
+    """Handling of NaN and infinite losses or gradients: all workers skip the step, and count it."""
 
-    in_a_row: PositiveInt = 5  # then the run goes back to its last checkpoint; the second time it stops
-    saved: NonNegativeInt = 3  # steps whose batch is kept for `jobs.replay`
+    max_consecutive: PositiveInt = 5  # then the run rewinds to its last checkpoint; the second time it stops
+    max_saved: NonNegativeInt = 3  # steps whose batch is kept for `dfine replay`
 
 
 class Tracking(Config):
-    uri: str | None = None  # MLFLOW_TRACKING_URI, or a SQLite file in `storage`
+    uri: str | None = None  # default: MLFLOW_TRACKING_URI, or a SQLite file in `storage`
     experiment: str = "dfine"
     tags: dict[str, str] = {}
-    register_as: str | None = None  # name of the model version made of the best weights
-    alias: str | None = None  # given to that version
+    registered_model_name: str | None = None  # registers the best weights under this name
+    alias: str | None = None  # alias of the registered version
     every_steps: PositiveInt = 10  # between two reports of losses and speed
 
 
 class Experiment(Config):
-    name: FolderName | None = None  # of the run; the file's name if left out
-    # Folder or URI in which runs keep their files, reachable from every node.
+    name: FolderName | None = None  # name of the run; default: the file's name
+    # Folder or URI that holds the runs, reachable from every node.
     storage: Location = Field(default="runs", validate_default=True)
     seed: NonNegativeInt = 0
-    init: Location | None = None  # weights to start from: a checkpoint or a released file
+    init: Location | None = None  # initial weights: a run, checkpoint, released file or model of MLflow
     data: Data
     model: Model = Model()
     loss: LossConfig = LossConfig()
@@ -206,43 +228,43 @@ class Experiment(Config):
     optimizer: Optimizer = Optimizer()
     ema: AveragedWeights = AveragedWeights()
     augment: AugmentSettings = AugmentSettings()
-    multiscale_repeat: NonNegativeInt = 0  # how often the base size counts among the sizes of a step; 0 keeps one size
+    base_size_repeat: NonNegativeInt = 0  # weight of the base size among the multi-scale sizes; 0: one size
     numerics: Numerics = Numerics()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
-    not_finite: NotFinite = NotFinite()
+    non_finite: NonFinite = NonFinite()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _multiscale_needs_squares(self) -> Self:
         height, width = self.model.config(1, self.loss).input_size
-        if self.multiscale_repeat and height != width:
-            raise ValueError(f"multiscale_repeat needs a square input_size, which is {height} x {width}: set it to 0")
+        if self.base_size_repeat and height != width:
+            raise ValueError(f"base_size_repeat needs a square input_size, which is {height} x {width}: set it to 0")
         return self
 
 
 class Cluster(Config):
-    """Where an experiment runs."""
+    """Cluster file: where an experiment runs."""
 
-    address: str | None = None  # of a running Ray; RAY_ADDRESS, or a cluster of this machine's own
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None  # (least, most); one per GPU, or one
-    gpus_per_worker: NonNegativeFloat | None = None  # 1 where the cluster has GPUs
+    address: str | None = None  # of a running Ray cluster; default: RAY_ADDRESS, or a new local cluster
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = (
+        None  # number or (least, most); default: one per GPU
+    )
+    gpus_per_worker: NonNegativeFloat | None = None  # default: 1 if the cluster has GPUs
     cpus_per_worker: NonNegativeFloat = 0.5
-    threads_per_worker: PositiveInt | None = None  # of PyTorch on the CPU; an equal share of the cores
+    threads_per_worker: PositiveInt | None = None  # PyTorch threads on the CPU; default: an equal share of the cores
     resources_per_worker: dict[str, PositiveFloat] = {}
-    autoscaling: bool = False  # nodes come when they are asked for: do not refuse what the cluster does not have yet
-    evaluation_cpus: NonNegativeFloat = 1.0  # of an evaluation beside the training
+    autoscaling: bool = False  # do not refuse requests that the cluster has no nodes for yet
+    evaluation_cpus: NonNegativeFloat = 1.0  # per asynchronous evaluation
     evaluation_gpus: NonNegativeFloat = 0.0
     accelerator_type: str | None = None
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: NonNegativeInt = 3  # restarts of the workers before the run fails
     max_preemptions: NonNegativeInt = 20
-    # Limit on one start or restart of all workers, the wait for new nodes included; the fourth that passes it ends the run.
+    # Limit on one start or restart of all workers, new nodes included; the fourth start that exceeds it ends the run.
     start_timeout_s: PositiveFloat = 120
-    collective_timeout_s: PositiveFloat = (
-        300  # a worker that waits longer for the others fails, and so restarts them all
-    )
-    silent_s: PositiveFloat = 60  # a worker that has not made a step for so long is named
+    collective_timeout_s: PositiveFloat = 300  # a worker that waits longer for the others fails, which restarts all
+    heartbeat_timeout_s: PositiveFloat = 60  # a worker without progress for longer is named
 
     @model_validator(mode="after")
     def _least_before_most(self) -> Self:

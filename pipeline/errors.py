@@ -6,7 +6,7 @@
     ├── CheckpointError           a checkpoint that is missing, damaged or does not fit
     ├── ConfigError               a file or a value that is not accepted, with every problem found
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
-    ├── NotFiniteError            losses or gradients that stay NaN or infinite
+    ├── NonFiniteError            losses or gradients that stay NaN or infinite
     ├── PlanError                 batch sizes that the images or the workers cannot be divided into
     ├── PrepareError              data that cannot become a shard set, or not in this folder
     ├── QueueInUseError           a tracking folder that another process writes to

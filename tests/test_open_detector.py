@@ -52,8 +52,8 @@ def tracking(folder: Path, data: dict[str, str]) -> TrackingSettings:
         folder,
         data,
         schedule={"steps": 4},
-        evaluation={"every_steps": 2, "pictures": 1},
-        tracking={"register_as": "shapes", "alias": "champion"},
+        evaluation={"every_steps": 2, "num_images": 1},
+        tracking={"registered_model_name": "shapes", "alias": "champion"},
     )
     train(job(setting, tracking=settings, outbox_folder=folder / "queue"), alone())
     return settings
@@ -114,7 +114,7 @@ def test_a_kept_step_is_replayed_and_the_broken_image_and_module_named(
     run.step(run.stream())
     run.guard.check_previous(run.state)
     assert run.state.skipped_steps == 1
-    kept = f"{tmp_path}/runs/run/not_finite/{checkpoint.folder_name(0)}"
+    kept = f"{tmp_path}/runs/run/non_finite/{checkpoint.folder_name(0)}"
     replay_job.main([kept])
     said = capsys.readouterr().out
     assert "4 of 4 images are not finite" in said
@@ -136,7 +136,7 @@ def test_replaying_another_folder_is_refused(tmp_path: Path) -> None:
 def test_a_dry_run_tells_the_whole_plan(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setting = experiment(tmp_path, data, schedule={"steps": None, "epochs": 10, "clean_epochs": 2})
+    setting = experiment(tmp_path, data, schedule={"steps": None, "epochs": 10, "no_aug_epochs": 2})
     text = preview(setting, Cluster(workers=2))
     for part in (
         "reg_max: 32",
@@ -155,9 +155,9 @@ def test_a_dry_run_tells_the_whole_plan(
 
 def test_the_estimated_memory_is_what_the_forward_pass_keeps(data: dict[str, str], tmp_path: Path) -> None:
     config = experiment(tmp_path, data).model.config(8, experiment(tmp_path, data).loss)
-    state, small = estimated_bytes(config, micro_batch=2, boxes=3)
+    state, small = estimated_bytes(config, micro_batch_size=2, boxes=3)
     assert state == pytest.approx(5 * 4 * 3.75e6, rel=0.05)  # weights, gradients, two moments, averaged weights
-    _, twice = estimated_bytes(config, micro_batch=4, boxes=3)
+    _, twice = estimated_bytes(config, micro_batch_size=4, boxes=3)
     assert twice == pytest.approx(2 * small, rel=0.2)
     shards = load_shards(data["train"])
     assert shards.manifest.statistics.most_crowded.boxes > 0

@@ -19,7 +19,7 @@ from dfine_core.checkpoints.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
 from pipeline.export.formats import Source, write_safetensors
-from pipeline.ray_job import lasting
+from pipeline.ray_job import absolute_location
 from pipeline.training.launch import user_error_of
 from tests.support.drawn_shards import drawn_records, write_shards
 from tests.support.small_detectors import small_detector
@@ -239,7 +239,7 @@ def _write_texts(folder: Path) -> None:
     experiment = {
         "data": {"train": "train", "val": "val"},
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
-        "schedule": {"steps": 6, "global_batch": 4, "clean_epochs": 0},
+        "schedule": {"steps": 6, "global_batch_size": 4, "no_aug_epochs": 0},
     }
     stage = {"name": "first", "experiment": "run.yaml"}
     texts = {
@@ -412,12 +412,12 @@ def test_a_job_takes_locations_that_do_not_depend_on_the_working_directory(
     location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(*next(iter(JOB.items())))
-    assert lasting(location) == location
+    assert absolute_location(location) == location
 
 
 def test_relative_locations_are_refused_in_a_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(next(iter(JOB)), raising=False)
-    assert lasting("runs") == "runs"
+    assert absolute_location("runs") == f"{os.getcwd()}/runs"
     monkeypatch.setenv(*next(iter(JOB.items())))
     with pytest.raises(ValueError, match=r"'\./runs/' is relative.*\$PWD/runs in the shell"):
-        lasting("./runs/")
+        absolute_location("./runs/")

@@ -51,7 +51,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     broadcast: Broadcast = _itself,
-    micro_batch: int,
+    micro_batch_size: int,
     decode_in: DecodeIn = "task",
     final: bool = False,
     progress: bool = False,
@@ -61,7 +61,7 @@ def evaluate(
     Args:
         detector: a `Detector`; evaluated in eval mode and float32, and left in the modes that it was in.
         truth: read from the shards if None; only rank 0 looks at it.
-        micro_batch: images that a worker holds at a time.
+        micro_batch_size: images that a worker holds at a time.
         final: let pycocotools have the last word, and compare.
         progress: show it, on rank 0.
     """
@@ -72,7 +72,7 @@ def evaluate(
         rank=rank,
         world_size=world_size,
         broadcast=broadcast,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch_size,
         decode_in=decode_in,
         progress=progress,
     )
@@ -89,7 +89,7 @@ def detect(
     rank: int = 0,
     world_size: int = 1,
     broadcast: Broadcast = _itself,
-    micro_batch: int,
+    micro_batch_size: int,
     decode_in: DecodeIn = "task",
     progress: bool = False,
 ) -> Found | None:
@@ -98,7 +98,7 @@ def detect(
     batches = evaluation_stream(
         shards,
         canvas=config.input_size,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world_size,
         broadcast=broadcast,
@@ -107,7 +107,7 @@ def detect(
     diagnostics = LayerDiagnostics(config, device)
     tables = []
     waited, started_at = 0.0, time.perf_counter()
-    number = ceil(shards.manifest.images / (micro_batch * world_size))
+    number = ceil(shards.manifest.images / (micro_batch_size * world_size))
     bar = Progress("evaluating", total=number, unit="batch") if progress and rank == 0 else nullcontext()
     with bar as shown, evaluation_mode(detector), torch.no_grad(), torch.autocast(device.type, enabled=False):
         while True:

@@ -49,7 +49,7 @@ def from_shards(shards: ShardSet, images: int) -> CheckSet:
     images = min(images, len(whole.image_id))
 
     def batches(input_size: tuple[int, int]) -> Iterator[Pictures]:
-        stream = evaluation_stream(shards, canvas=input_size, micro_batch=BATCH, decode_in="inline")
+        stream = evaluation_stream(shards, canvas=input_size, micro_batch_size=BATCH, decode_in="inline")
         left = images
         for batch in islice(stream, -(-images // BATCH)):
             real = min(left, len(batch.padding) - sum(batch.padding))

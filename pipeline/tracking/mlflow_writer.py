@@ -205,10 +205,10 @@ class Delivery:
             if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
                 self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, event["step"])])
             self._client.finalize_logged_model(model.model_id, "READY")
-        if event["register_as"]:
-            version = self._register(event["register_as"], model)
+        if event["registered_model_name"]:
+            version = self._register(event["registered_model_name"], model)
             if event["alias"]:
-                self._client.set_registered_model_alias(event["register_as"], event["alias"], version)
+                self._client.set_registered_model_alias(event["registered_model_name"], event["alias"], version)
 
     def _find_model(self, event: Event) -> LoggedModel | None:
         found = self._client.search_logged_models([self._experiment_id], f"tags.`{MODEL_KEY}` = '{event['key']}'")

@@ -87,14 +87,16 @@ def log_detector(
     example: bytes,
     step: int,
     name: str = "detector",
-    register_as: str | None = None,
+    registered_model_name: str | None = None,
     alias: str | None = None,
 ) -> None:
     """Make the detector a logged model of the tracker's run; see `save_detector` and `Tracker.model`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         save_detector(folder, config=config, weights=weights, categories=categories, example=example)
-        tracker.model(folder, name=name, step=step, metrics=metrics, register_as=register_as, alias=alias)
+        tracker.model(
+            folder, name=name, step=step, metrics=metrics, registered_model_name=registered_model_name, alias=alias
+        )
 
 
 def _public(package: str) -> str:

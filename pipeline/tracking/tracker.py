@@ -171,17 +171,17 @@ class Tracker:
         name: str,
         step: int,
         metrics: Mapping[str, float],
-        register_as: str | None = None,
+        registered_model_name: str | None = None,
         alias: str | None = None,
     ) -> None:
         """A saved MLflow model as a logged model of this run.
 
         Args:
             metrics: of this model, under the names that they have in the run at `step`.
-            register_as: also make it a version of this registered model, and let `alias` point to that.
+            registered_model_name: also make it a version of this registered model, and let `alias` point to that.
         """
-        if alias and not register_as:
-            raise ValueError(f"alias {alias!r} belongs to a registered model: give register_as")
+        if alias and not registered_model_name:
+            raise ValueError(f"alias {alias!r} belongs to a registered model: give registered_model_name")
         event = {
             "kind": "model",
             "key": uuid.uuid4().hex,
@@ -190,7 +190,7 @@ class Tracker:
             "step": int(step),
             "time": milliseconds(time.time()),
             "metrics": {key: float(value) for key, value in metrics.items()},
-            "register_as": register_as,
+            "registered_model_name": registered_model_name,
             "alias": alias,
         }
         self._queue.artifacts.append(event)

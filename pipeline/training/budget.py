@@ -49,7 +49,7 @@ def flops_per_image(config: ModelConfig, boxes: int, images: int = 2) -> float:
     return (1 + BACKWARD) * counter.get_total_flops() / images
 
 
-def estimated_bytes(config: ModelConfig, micro_batch: int, boxes: int) -> tuple[int, int]:
+def estimated_bytes(config: ModelConfig, micro_batch_size: int, boxes: int) -> tuple[int, int]:
     """Bytes of the state, and of what the forward pass keeps, found by running it on tensors without content.
 
     Args:
@@ -68,7 +68,7 @@ def estimated_bytes(config: ModelConfig, micro_batch: int, boxes: int) -> tuple[
 
         return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
-    parameters = _forward_without_content(config, micro_batch, boxes, keeping)
+    parameters = _forward_without_content(config, micro_batch_size, boxes, keeping)
     return parameters * STATE_VALUES * FLOAT_BYTES, sum(size for _, size in kept.values())
 
 

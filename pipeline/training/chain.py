@@ -35,7 +35,7 @@ class Stage(Config):
     experiment: str  # file, relative to the chain's
     set: dict[str, Any] = Field(default_factory=dict)  # values of the experiment, by dotted key
     cluster: str | Cluster | None = None  # file, relative to the chain's, or its values; the command's if left out
-    register_as: str | None = None  # name of the model version made of its best weights
+    registered_model_name: str | None = None  # name of the model version made of its best weights
     alias: str | None = None  # given to that version
 
 
@@ -101,7 +101,7 @@ def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cl
     run = f"{chain.name}-{stage.name}"
     fixed: dict[str, Any] = {"name": run, "storage": chain.storage, "tracking": dump(chain.tracking)}
     fixed["tracking"]["tags"] |= {"chain": chain.name, "stage": stage.name}
-    fixed["tracking"] |= {"register_as": stage.register_as, "alias": stage.alias}
+    fixed["tracking"] |= {"registered_model_name": stage.registered_model_name, "alias": stage.alias}
     if number:
         fixed["init"] = storage.join(chain.storage, f"{chain.name}-{chain.stages[number - 1].name}")
     if taken := sorted(fixed.keys() & {key.split(".")[0] for key in stage.set | overrides}):
@@ -143,9 +143,9 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
     Args:
         prepare: does what `jobs.prepare` does with its arguments.
     """
-    folder = storage.absolute(storage.join(chain.storage, chain.name))
+    folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
-        storage.absolute(chain.storage),
+        chain.storage,
         experiment=chain.tracking.experiment,
         run_name=chain.name,
         uri=chain.tracking.uri,
@@ -180,7 +180,7 @@ def _carry_out(step: Step, prepare: Callable[[list[str]], None], parent_run_id: 
         if not _is_there(arguments[arguments.index("--out") + 1]):
             prepare(list(arguments))
     experiment = step.experiment
-    run = storage.absolute(storage.join(experiment.storage, experiment.name or ""))
+    run = storage.join(experiment.storage, experiment.name or "")
     result = run_dir.result_of(run, experiment, resolve_data(experiment.data))
     if result is not None:
         print(f"{experiment.name} is finished: left alone", flush=True)

@@ -53,8 +53,8 @@ class Metadata(BaseModel):
     epoch: int
     stage: Literal[1, 2]
     history: EvaluationHistory
-    global_batch: int
-    micro_batch: int
+    global_batch_size: int
+    micro_batch_size: int
     workers: int
     skipped_steps: int  # non-finite
     model: dict[str, Any]  # complete ModelConfig

@@ -31,13 +31,13 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
         "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
         f"schedule for {most} worker(s), each with {schedule.accumulation(most)} micro-batch(es) of"
-        f" {schedule.micro_batch} images a step": "\n".join(schedule.lines()),
+        f" {schedule.micro_batch_size} images a step": "\n".join(schedule.lines()),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
         "memory of a worker": "\n".join(_memory_lines(config, schedule, train)),
         "time": "\n".join(
             budget_lines(
                 config,
-                schedule.steps * schedule.global_batch,
+                schedule.steps * schedule.global_batch_size,
                 most,
                 boxes=round(train.statistics.boxes_per_image.mean),
                 measured=measured,
@@ -73,10 +73,10 @@ def _parameter_lines(config: ModelConfig, schedule: Schedule) -> Iterator[str]:
 
 def _memory_lines(config: ModelConfig, schedule: Schedule, manifest: Manifest) -> list[str]:
     crowded = manifest.statistics.most_crowded.boxes
-    state, kept = estimated_bytes(config, schedule.micro_batch, crowded)
+    state, kept = estimated_bytes(config, schedule.micro_batch_size, crowded)
     return [
-        f"{(state + kept) / 2**30:.1f} GiB in fp32, if all {schedule.micro_batch} images are as crowded as the most crowded one"
-        f" ({crowded} boxes):",
+        f"{(state + kept) / 2**30:.1f} GiB in fp32, if all {schedule.micro_batch_size} images are as crowded as the most"
+        f" crowded one ({crowded} boxes):",
         f"  {state / 2**30:.2f} GiB weights, gradients, moments and averaged weights",
         f"  {kept / 2**30:.2f} GiB kept from the forward pass for the backward pass; about 0.6 of it in bf16",
         "  besides: PyTorch and its libraries, batches that wait, what the losses need",

@@ -24,7 +24,7 @@ class EvaluationRequest:
     model: dict[str, Any]  # ModelConfig as JSON values
     weights: bytes  # safetensors
     val: ShardSet
-    micro_batch: int
+    micro_batch_size: int
     num_images: int  # rendered with ground truth and detections
 
 
@@ -43,7 +43,9 @@ def run_evaluation(request: EvaluationRequest) -> EvaluationResult:
     detector = Detector(ModelConfig.from_plain(request.model))
     load_weights(detector, tensors_from_bytes(request.weights))
     detector.to(device).eval()
-    report = evaluate(detector, request.val, device=device, micro_batch=request.micro_batch, decode_in="inline")
+    report = evaluate(
+        detector, request.val, device=device, micro_batch_size=request.micro_batch_size, decode_in="inline"
+    )
     assert report is not None  # it is the only rank
     rendered = sample_pictures(detector, request.val, device=device, count=request.num_images)
     return EvaluationResult(report, tuple((name, png(figure)) for name, figure in rendered))

@@ -29,7 +29,7 @@ class Evaluator:
     def __init__(self, job: TrainJob, context: WorkerContext, log: RunLog) -> None:
         self._job, self._context, self._log = job, context, log
         self._val, self._settings = job.data.val, job.experiment.evaluation
-        self._micro_batch = self._settings.micro_batch or 2 * job.schedule.micro_batch
+        self._micro_batch = self._settings.micro_batch_size or 2 * job.schedule.micro_batch_size
         self._ground_truth: GroundTruth | None = None
         self._in_flight: Future[EvaluationResult] | None = None  # on rank 0
 
@@ -37,7 +37,7 @@ class Evaluator:
         """Evaluate now, or submit an asynchronous evaluation where stage one allows it."""
         if self._val is None:
             return
-        if self._settings.beside and self._job.schedule.is_strong(state.step - 1):
+        if self._settings.asynchronous and self._job.schedule.is_strong(state.step - 1):
             self.submit(state)
         else:
             ap, report = self._evaluate_inline(state, title=f"step {state.step}")
@@ -75,12 +75,12 @@ class Evaluator:
                 rank=context.rank,
                 world_size=context.world_size,
                 broadcast=context.broadcast,
-                micro_batch=self._micro_batch,
+                micro_batch_size=self._micro_batch,
                 decode_in="inline" if few else self._job.experiment.data.decode_in,
                 final=final,
             )
             if report is not None:
-                count = self._settings.pictures
+                count = self._settings.num_images
                 rendered = sample_pictures(state.ema.module, self._val, device=context.device, count=count)
                 images = ((name, png(figure)) for name, figure in rendered)
                 self._log.evaluation(report, images, step=state.step, title=title, final=final)
@@ -117,8 +117,8 @@ class Evaluator:
             model=state.detector.config.to_plain(),
             weights=weights,
             val=self._val,
-            micro_batch=self._micro_batch,
-            num_images=self._settings.pictures,
+            micro_batch_size=self._micro_batch,
+            num_images=self._settings.num_images,
         )
         self._in_flight = self._context.submit_evaluation(request)
 

@@ -47,7 +47,7 @@ def materialize_init(source: str, run: str, tracking_uri: str) -> str:
         ConfigError: MLflow does not know it.
     """
     if not source.startswith((RUN, MODEL)):
-        return storage.absolute(source)
+        return source
     folder = storage.join(run, "init")
     if storage.exists(storage.join(folder, ORIGIN)):
         return folder

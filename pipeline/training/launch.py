@@ -100,7 +100,7 @@ def launch(
         os.environ["RAY_ADDRESS"] = cluster.address
     start_ray(dashboard=True)
     request = request_for(
-        cluster, decodes=experiment.data.decode_in == "task", evaluates_beside=experiment.evaluation.beside
+        cluster, decodes=experiment.data.decode_in == "task", asynchronous_evaluation=experiment.evaluation.asynchronous
     )
     with run_dir.driver_lock(run):
         # 3. A new run, or an unfinished one with the same settings and data.
@@ -126,7 +126,7 @@ def launch(
             run=run,
             tracking=tracking,
             outbox_folder=run_dir.outbox_folder(run, start.tracking_key),
-            resume=storage.absolute(resume) if resume else None,
+            resume=resume,
             threads=cluster.threads_per_worker or cpu_threads(request),
             evaluation_resources={"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus},
             profile_steps=profile_steps,
@@ -145,9 +145,9 @@ def _schedule(experiment: Experiment, data: ResolvedData, request: Request, star
         ConfigError: one of these numbers cannot share the global batch.
     """
     images = data.train.manifest.images
-    micro_batch = start.micro_batch or request.micro_batch(experiment)
+    micro_batch_size = start.micro_batch_size or request.micro_batch_size(experiment)
     counts = range(request.least, request.most + 1)
-    return [derive(experiment, images=images, workers=n, micro_batch=micro_batch) for n in counts][-1]
+    return [derive(experiment, images=images, workers=n, micro_batch_size=micro_batch_size) for n in counts][-1]
 
 
 def _train(
@@ -185,7 +185,7 @@ def _train(
         ),
     )
     name = job.experiment.name or "training"
-    monitor = ProgressMonitor(board, name=name, steps=job.schedule.steps, timeout_s=cluster.silent_s)
+    monitor = ProgressMonitor(board, name=name, steps=job.schedule.steps, timeout_s=cluster.heartbeat_timeout_s)
     with monitor, _sigterm_interrupts():
         try:
             result = trainer.fit()

@@ -37,7 +37,7 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
         The result for the driver: step, skipped_steps, best_ap, run_id, and on rank 0 the COCO numbers of the best weights.
 
     Raises:
-        NotFiniteError: losses or gradients stay non-finite.
+        NonFiniteError: losses or gradients stay non-finite.
         CheckpointError: the checkpoint to resume is damaged or of another model.
     """
     experiment, schedule = job.experiment, job.schedule
@@ -142,7 +142,7 @@ def run_step(
 def step_size(job: TrainJob, state: TrainState) -> tuple[int, int]:
     """Height and width of the images in the next step: the input size, or a random one where multi-scale training is on."""
     height, width = state.detector.config.input_size
-    repeat = job.experiment.multiscale_repeat
+    repeat = job.experiment.base_size_repeat
     if not repeat or not job.schedule.is_strong(state.step):
         return height, width
     side = multiscale_size(job.experiment.seed, state.step, height, repeat)
@@ -159,8 +159,8 @@ def open_stream(job: TrainJob, context: WorkerContext, state: TrainState) -> Ite
     """This worker's micro-batches from the current step to the last, in the plan's order."""
     experiment, schedule = job.experiment, job.schedule
     settings = StreamSettings(
-        global_batch=schedule.global_batch,
-        micro_batch=schedule.micro_batch,
+        global_batch_size=schedule.global_batch_size,
+        micro_batch_size=schedule.micro_batch_size,
         canvas=state.detector.config.input_size,
         augment=experiment.augment,
         augment_epochs=schedule.strong_epochs,

@@ -18,11 +18,11 @@ from pipeline.training.numerics import HostFlag
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
 
-FOLDER = "not_finite"  # in the run's folder
+FOLDER = "non_finite"  # in the run's folder
 ABOUT, MODEL = "about.json", "model.safetensors"
 
 
-class NotFiniteError(UserError, RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """Losses or gradients stay NaN or infinite after a rewind."""
 
 
@@ -41,7 +41,7 @@ class NonFiniteGuard:
 
     def __init__(self, job: TrainJob, context: WorkerContext) -> None:
         self._job, self._context = job, context
-        self._settings = job.experiment.not_finite
+        self._settings = job.experiment.non_finite
         self._pending: PendingStep | None = None
         self._consecutive = 0
         self._last_images: list[int] = []
@@ -50,7 +50,7 @@ class NonFiniteGuard:
     @property
     def limit_reached(self) -> bool:
         """Whether too many steps in a row were non-finite."""
-        return self._consecutive >= self._settings.in_a_row
+        return self._consecutive >= self._settings.max_consecutive
 
     def watch(self, state: TrainState, batches: Sequence[Batch], result: StepResult) -> None:
         """Note the step that was just launched, and check the one before while the device works."""
@@ -77,7 +77,7 @@ class NonFiniteGuard:
             f"worker {self._context.rank} skipped step {pending.step}: loss {float(pending.result.loss):g}, gradient norm"
             f" {float(pending.result.grad_norm):g}, images {self._last_images}"
         )
-        if state.skipped_steps <= self._settings.saved:
+        if state.skipped_steps <= self._settings.max_saved:
             uri = save_step(self._job.run, pending.step, self._context.rank, pending.batches, state.detector)
             self._context.print(f"its batch and weights are kept: `python -m jobs.replay {uri}` examines them")
 
@@ -88,7 +88,7 @@ class NonFiniteGuard:
             checkpoints: steps of the complete checkpoints, ascending.
 
         Raises:
-            NotFiniteError: there is no checkpoint, or the run was rewound to it before.
+            NonFiniteError: there is no checkpoint, or the run was rewound to it before.
         """
         if not checkpoints or checkpoints[-1] == self._rewound_to:
             recurs = (
@@ -96,7 +96,7 @@ class NonFiniteGuard:
                 if checkpoints
                 else "and there is no checkpoint to rewind to"
             )
-            raise NotFiniteError(
+            raise NonFiniteError(
                 f"{self._consecutive} steps in a row up to step {state.step} were not finite, {recurs}; the last images of"
                 f" worker {self._context.rank} are {self._last_images}. The first of the batches are kept in"
                 f" {storage.join(self._job.run, FOLDER)}: `python -m jobs.replay` finds the image and the module. A lower"

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.manifest import ManifestError, load_shards
-from pipeline.training.schedule import REFERENCE_BATCH
+from pipeline.training.schedule import BASE_BATCH_SIZE
 
 DECODING_CPUS = 1.0  # the least that is left for data tasks
 
@@ -30,30 +30,30 @@ class Request:
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.per_worker.items())
         return f"{count} worker(s), each with {each}"
 
-    def micro_batch(self, experiment: Experiment) -> int | None:
+    def micro_batch_size(self, experiment: Experiment) -> int | None:
         """One that every number of workers can share; None where there is only one number.
 
         Raises:
             ConfigError: there is none.
         """
-        if self.least == self.most or experiment.schedule.micro_batch:
-            return experiment.schedule.micro_batch
-        global_batch = experiment.schedule.global_batch or REFERENCE_BATCH[experiment.model.variant]
+        if self.least == self.most or experiment.schedule.micro_batch_size:
+            return experiment.schedule.micro_batch_size
+        global_batch_size = experiment.schedule.global_batch_size or BASE_BATCH_SIZE[experiment.model.variant]
         counts = range(self.least, self.most + 1)
-        fitting = [m for m in range(global_batch, 0, -1) if all(global_batch % (m * n) == 0 for n in counts)]
+        fitting = [m for m in range(global_batch_size, 0, -1) if all(global_batch_size % (m * n) == 0 for n in counts)]
         if not fitting:
             raise ConfigError(
-                f"schedule.global_batch ({global_batch}) cannot be shared evenly by every number of workers from {self.least} to"
-                f" {self.most}: choose a multiple of all of them, or fewer numbers"
+                f"schedule.global_batch_size ({global_batch_size}) cannot be shared evenly by every number of workers from"
+                f" {self.least} to {self.most}: choose a multiple of all of them, or fewer numbers"
             )
         return fitting[0]
 
 
-def request_for(cluster: Cluster, *, decodes: bool, evaluates_beside: bool = False) -> Request:
+def request_for(cluster: Cluster, *, decodes: bool, asynchronous_evaluation: bool = False) -> Request:
     """
     Args:
         decodes: data tasks decode, and need cores of their own.
-        evaluates_beside: so do evaluations beside the training.
+        asynchronous_evaluation: so do evaluations beside the training.
 
     Raises:
         ConfigError: naming everything that the cluster lacks.
@@ -67,7 +67,7 @@ def request_for(cluster: Cluster, *, decodes: bool, evaluates_beside: bool = Fal
     per_worker = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker, **({"GPU": gpus} if gpus else {})}
     request = Request(least, most, gpus, {name: amount for name, amount in per_worker.items() if amount})
     if not cluster.autoscaling:
-        beside = {"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus} if evaluates_beside else {}
+        beside = {"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus} if asynchronous_evaluation else {}
         refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes, beside)
     return request
 
@@ -105,13 +105,14 @@ def problems_on_nodes(run: str, manifests: list[str]) -> list[str]:
     """What nodes cannot do: see the run's folder and write to it, read the data."""
     probe = storage.join(run, ".preflight")
     storage.write_atomic(probe, b"")
-    uris = [storage.absolute(uri) for uri in manifests]
     nodes = _nodes()
     if len(nodes) == 1:
         return []  # this one, which has just done both
     check = ray.remote(num_cpus=0)(_problems_here)
     tasks = [
-        check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(run, uris)
+        check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            run, manifests
+        )
         for node in nodes
     ]
     found: list[list[str]] = ray.get(tasks)

@@ -42,7 +42,7 @@ def replay(folder: str, *, precision: str, device: torch.device) -> Iterator[Rep
     """Run every image of a kept step on its own, forward and backward.
 
     Args:
-        folder: the one that the training printed, `.../not_finite/step-...`.
+        folder: the one that the training printed, `.../non_finite/step-...`.
         precision: fp32, bf16 or fp16.
     """
     try:

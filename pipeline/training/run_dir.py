@@ -3,7 +3,7 @@
 <storage>/<name>/
     run.json        experiment and data digests at the first start
     driver.json     host, process and heartbeat of the driver
-    checkpoints/    evaluation/    not_finite/    tracking/    ray/
+    checkpoints/    evaluation/    non_finite/    tracking/    ray/
     result.json     once the run is finished
 """
 
@@ -36,13 +36,13 @@ NEUTRAL = (
     "storage",
     "tracking.",
     "checkpoints.",
-    "evaluation.pictures",
+    "evaluation.num_images",
     "evaluation.before_training",
-    "evaluation.beside",
+    "evaluation.asynchronous",
     "evaluation.latency",
     "data.decode_in",
     "data.prefetch",
-    "not_finite.",
+    "non_finite.",
 )
 PATHS = ("data.train", "data.val")  # compared by digest
 
@@ -50,7 +50,7 @@ PATHS = ("data.train", "data.val")  # compared by digest
 @dataclass(frozen=True)
 class RunStart:
     tracking_key: str  # finds the MLflow run
-    micro_batch: int | None  # as in the newest checkpoint; None at the first start
+    micro_batch_size: int | None  # as in the newest checkpoint; None at the first start
 
 
 def begin_or_continue(
@@ -70,7 +70,7 @@ def begin_or_continue(
     path = storage.join(run, RUN_START)
     if not storage.exists(path):
         storage.write_atomic(path, json.dumps({**now, "tracking_key": tracking_key}, indent=1).encode())
-        return RunStart(tracking_key, micro_batch=None)
+        return RunStart(tracking_key, micro_batch_size=None)
     before = storage.read_json(path, "experiment", "data", "tracking_key")
     changes = differences(before, now)
     name = experiment.name
@@ -87,7 +87,7 @@ def begin_or_continue(
         )
     if changes:
         storage.write_atomic(path, json.dumps({**now, "tracking_key": before["tracking_key"]}, indent=1).encode())
-    return RunStart(before["tracking_key"], micro_batch=_last_micro_batch(run))
+    return RunStart(before["tracking_key"], micro_batch_size=_last_micro_batch(run))
 
 
 def result_of(run: str, experiment: Experiment, data: ResolvedData) -> dict[str, Any] | None:
@@ -152,7 +152,7 @@ def _last_micro_batch(run: str) -> int | None:
     folder = storage.join(run, "checkpoints")
     for step in reversed(checkpoint.steps_in(folder)):
         try:
-            return checkpoint.read_metadata(storage.join(folder, checkpoint.folder_name(step))).micro_batch
+            return checkpoint.read_metadata(storage.join(folder, checkpoint.folder_name(step))).micro_batch_size
         except checkpoint.CheckpointError:
             continue
     return None

@@ -177,7 +177,7 @@ class RunLog:
     def report(self, state: TrainState) -> None:
         """Report losses, rates, speed and memory since the last report."""
         schedule = self._job.schedule
-        values = self._meter.read(schedule.global_batch)
+        values = self._meter.read(schedule.global_batch_size)
         rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
         values["train/lr"] = rates.get("rest", next(iter(rates.values())))
         values["train/lr_backbone"] = rates.get("backbone", 0.0)
@@ -263,7 +263,7 @@ class RunLog:
                 metrics=report.metrics("final") if report else {},
                 example=_first_image(shards),
                 step=state.step,
-                register_as=job.experiment.tracking.register_as,
+                registered_model_name=job.experiment.tracking.registered_model_name,
                 alias=job.experiment.tracking.alias,
             )
         self._tracker.finish("FINISHED")
@@ -272,7 +272,7 @@ class RunLog:
 def dataset_input(shards: ShardSet, context: Any) -> DatasetInput:
     """Describe a shard set as an MLflow data set."""
     digest = shards.manifest.digest
-    return DatasetInput(name=shards.manifest.split, digest=digest, uri=storage.absolute(shards.uri), context=context)
+    return DatasetInput(name=shards.manifest.split, digest=digest, uri=shards.uri, context=context)
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

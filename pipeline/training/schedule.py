@@ -9,7 +9,7 @@ from dfine_core.config import OptimizerConfig
 from dfine_core.learning_rate import learning_rate_factor
 from pipeline.config import ConfigError, Experiment
 
-REFERENCE_BATCH = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # of the published recipes
+BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # of the published recipes
 CLEAN_SHARE = 0.09  # of the epochs, at the end; the published recipes spend 0.075 to 0.17 so
 EMA_HORIZON_SHARE = 0.2  # of the run that the average looks back over at most, lest it is still the start at the end
 
@@ -17,14 +17,14 @@ EMA_HORIZON_SHARE = 0.2  # of the run that the average looks back over at most, 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     images: int  # of the training set
-    global_batch: int
-    micro_batch: int
+    global_batch_size: int
+    micro_batch_size: int
     steps_per_epoch: int
     steps: int
     strong_epochs: int | None  # strong augmentation and multi-scale end before this epoch; None: they never do
     stage_two_step: int | None  # the first without strong augmentation
     warmup_steps: int
-    final_factor: float
+    min_lr_ratio: float
     ema_decay: float
     ema_warmup_steps: int
     evaluation_steps: int  # from one evaluation to the next
@@ -36,11 +36,11 @@ class Schedule:
 
     def accumulation(self, workers: int) -> int:
         """Micro-batches of a step that each worker goes through."""
-        return self.global_batch // self.micro_batch // workers
+        return self.global_batch_size // self.micro_batch_size // workers
 
     def learning_rate_factor(self, step: int) -> float:
         return learning_rate_factor(
-            step, warmup_steps=self.warmup_steps, total_steps=self.steps, final_factor=self.final_factor
+            step, warmup_steps=self.warmup_steps, total_steps=self.steps, min_lr_ratio=self.min_lr_ratio
         )
 
     def is_strong(self, step: int) -> bool:
@@ -56,9 +56,9 @@ class Schedule:
             "none" if self.stage_two_step is None else f"from epoch {self.strong_epochs}, step {self.stage_two_step}"
         )
         rates = self.optimizer
-        decay = "constant" if self.final_factor == 1 else f"a cosine to {self.final_factor:g} of it"
+        decay = "constant" if self.min_lr_ratio == 1 else f"a cosine to {self.min_lr_ratio:g} of it"
         return [
-            f"{self.steps} steps of {self.global_batch} images, {self.steps_per_epoch} per epoch of {self.images} images:"
+            f"{self.steps} steps of {self.global_batch_size} images, {self.steps_per_epoch} per epoch of {self.images} images:"
             f" {self.epochs:g} epochs",
             f"stage two (no strong augmentation): {stage_two}",
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
@@ -68,42 +68,42 @@ class Schedule:
         ]
 
 
-def derive(experiment: Experiment, *, images: int, workers: int, micro_batch: int | None = None) -> Schedule:
+def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_size: int | None = None) -> Schedule:
     """
     Args:
         images: of the training set.
-        micro_batch: of the run that is continued; the experiment's own comes first.
+        micro_batch_size: of the run that is continued; the experiment's own comes first.
 
     Raises:
         ConfigError: for a batch that the data or the workers cannot make, with the nearest that they can.
     """
     given, variant = experiment.schedule, experiment.model.variant
-    global_batch = given.global_batch or REFERENCE_BATCH[variant]
-    micro_batch = divided(global_batch, given.micro_batch or micro_batch, workers)
-    steps_per_epoch = images // global_batch
+    global_batch_size = given.global_batch_size or BASE_BATCH_SIZE[variant]
+    micro_batch_size = divided(global_batch_size, given.micro_batch_size or micro_batch_size, workers)
+    steps_per_epoch = images // global_batch_size
     if steps_per_epoch == 0:
         raise ConfigError(
-            f"schedule.global_batch ({global_batch}) exceeds the {images} images of data.train: an epoch would have no step;"
-            f" take {nearest_below(images, workers)} or fewer"
+            f"schedule.global_batch_size ({global_batch_size}) exceeds the {images} images of data.train: an epoch would"
+            f" have no step; take {nearest_below(images, workers)} or fewer"
         )
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
     epochs = -(-steps // steps_per_epoch)
-    clean = given.clean_epochs if given.clean_epochs is not None else round(CLEAN_SHARE * epochs)
+    clean = given.no_aug_epochs if given.no_aug_epochs is not None else round(CLEAN_SHARE * epochs)
     strong_epochs = epochs - clean if clean else None
 
-    scale = global_batch / (experiment.optimizer.reference_batch or REFERENCE_BATCH[variant])
+    scale = global_batch_size / (experiment.optimizer.base_batch_size or BASE_BATCH_SIZE[variant])
     warmup = given.warmup_steps
     decay, ema_warmup = experiment.ema.decay, experiment.ema.warmup_steps
     return Schedule(
         images=images,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         strong_epochs=strong_epochs,
         stage_two_step=None if strong_epochs is None else strong_epochs * steps_per_epoch,
         warmup_steps=min(round(500 / scale), steps // 10) if warmup is None else warmup,
-        final_factor=given.final_factor,
+        min_lr_ratio=given.min_lr_ratio,
         ema_decay=ema_horizon(scale, steps) if decay is None else decay,
         ema_warmup_steps=min(round(1000 / scale), steps // 20) if ema_warmup is None else ema_warmup,
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
@@ -116,30 +116,31 @@ def ema_horizon(scale: float, steps: int) -> float:
     return max(0.0, 1 - max(1e-4 * scale, 1 / max(1.0, EMA_HORIZON_SHARE * steps)))
 
 
-def divided(global_batch: int, micro_batch: int | None, workers: int) -> int:
+def divided(global_batch_size: int, micro_batch_size: int | None, workers: int) -> int:
     """The micro-batch with which `workers` share a global batch evenly.
 
     Raises:
         ConfigError: naming the nearest global batches, or the micro-batches that fit.
     """
-    if global_batch % workers:
-        below, above = nearest_below(global_batch, workers), -(-global_batch // workers) * workers
+    if global_batch_size % workers:
+        below, above = nearest_below(global_batch_size, workers), -(-global_batch_size // workers) * workers
         near = above if below == 0 else f"{below} or {above}"
         raise ConfigError(
-            f"schedule.global_batch ({global_batch}) cannot be shared evenly by {workers} workers: the nearest that can is {near}"
+            f"schedule.global_batch_size ({global_batch_size}) cannot be shared evenly by {workers} workers: the nearest"
+            f" that can is {near}"
         )
-    share = global_batch // workers
-    if micro_batch is None:
+    share = global_batch_size // workers
+    if micro_batch_size is None:
         return share
-    if share % micro_batch:
+    if share % micro_batch_size:
         divisors = [size for size in range(1, share + 1) if share % size == 0]
-        below = max(size for size in divisors if size < micro_batch)
-        fitting = [below, *[size for size in divisors if size > micro_batch][:1]]
+        below = max(size for size in divisors if size < micro_batch_size)
+        fitting = [below, *[size for size in divisors if size > micro_batch_size][:1]]
         raise ConfigError(
-            f"schedule.micro_batch ({micro_batch}) does not divide the {share} images of each of {workers} workers"
-            f" (global_batch {global_batch}): the nearest that do are {' and '.join(map(str, fitting))}"
+            f"schedule.micro_batch_size ({micro_batch_size}) does not divide the {share} images of each of {workers} workers"
+            f" (global_batch_size {global_batch_size}): the nearest that do are {' and '.join(map(str, fitting))}"
         )
-    return micro_batch
+    return micro_batch_size
 
 
 def nearest_below(batch: int, workers: int) -> int:

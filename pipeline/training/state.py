@@ -99,7 +99,7 @@ def build_train_state(
         statistics=RunningStatistics(detector),
         device=device,
         precision=precision,
-        max_grad_norm=experiment.optimizer.clip_norm,
+        max_grad_norm=experiment.optimizer.max_grad_norm,
         channels_last=numerics.channels_last,
     )
 

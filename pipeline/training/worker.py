@@ -31,7 +31,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     rank = ray_context.get_world_rank()
     if rank == 0 and (stopped_at := last_heartbeat_before_restart(config["board"])) is not None:
         job = replace(job, launched_at=stopped_at, restarted=True)
-    asynchronous = job.experiment.evaluation.beside and rank == 0
+    asynchronous = job.experiment.evaluation.asynchronous and rank == 0
     context = WorkerContext(
         rank=rank,
         world_size=ray_context.get_world_size(),

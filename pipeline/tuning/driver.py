@@ -92,7 +92,7 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
         SweepInterruptedError: by Ctrl-C or SIGTERM.
     """
     tracking = TrackingSettings.resolve(
-        storage.absolute(sweep.storage),
+        sweep.storage,
         experiment=tracking_of(sweep).experiment,
         run_name=sweep.name or "sweep",
         uri=tracking_of(sweep).uri,
@@ -101,7 +101,7 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
         refuse_changed_files(load_shards(sweep.base["data"][use]))
     start_ray(dashboard=True)
     cluster, together = placed(sweep)
-    folder = storage.absolute(storage.join(sweep.storage, sweep.name or "sweep"))
+    folder = storage.join(sweep.storage, sweep.name or "sweep")
     with run_dir.driver_lock(folder):
         key = _begin_or_continue(folder, sweep)
         tracking = replace(tracking, run_key=key)

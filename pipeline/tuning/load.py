@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import ConfigError, Experiment
 from pipeline.config_files import check, load_cluster, read_yaml, with_values
-from pipeline.training.schedule import REFERENCE_BATCH, divided
+from pipeline.training.schedule import BASE_BATCH_SIZE, divided
 from pipeline.tuning.space import Point, as_text, grid, grid_size, ordered, random, wanted
 from pipeline.tuning.sweep import Sweep, evaluations, experiment_of
 
@@ -139,8 +139,8 @@ def _combination_problems(sweep: Sweep) -> list[str]:
 def _refusals(sweep: Sweep, point: Point) -> list[str]:
     try:
         experiment = check(Experiment, experiment_of(sweep, point, seed=0), source="trial")
-        batch = experiment.schedule.global_batch or REFERENCE_BATCH[experiment.model.variant]
-        divided(batch, experiment.schedule.micro_batch, sweep.workers_per_trial)
+        batch = experiment.schedule.global_batch_size or BASE_BATCH_SIZE[experiment.model.variant]
+        divided(batch, experiment.schedule.micro_batch_size, sweep.workers_per_trial)
     except ConfigError as error:
         return _lines(error)
     return []

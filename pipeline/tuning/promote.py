@@ -18,12 +18,12 @@ from pipeline.tuning.trial_store import RECORDS
 FILE = "promoted.yaml"
 
 
-def promote(folder: str, register_as: str | None = None) -> str:
+def promote(folder: str, registered_model_name: str | None = None) -> str:
     """What was done, for people.
 
     Args:
         folder: of a sweep.
-        register_as: name of the model version; the sweep's name if left out.
+        registered_model_name: name of the model version; the sweep's name if left out.
 
     Raises:
         ConfigError: nothing was confirmed.
@@ -52,10 +52,14 @@ def promote(folder: str, register_as: str | None = None) -> str:
     del content["seed"]
     head = f"# Promoted from sweep {sweep.name}: {said}.\n#     python -m jobs.train {target}\n"
     storage.write_atomic(target, (head + as_yaml(content)).encode())
-    return "\n".join([said, f"experiment: {target}", _registered(tracking.uri, sweep, records, best, register_as)])
+    return "\n".join(
+        [said, f"experiment: {target}", _registered(tracking.uri, sweep, records, best, registered_model_name)]
+    )
 
 
-def _registered(uri: str, sweep: Sweep, records: list[TrialRecord], best: PointVerdict, register_as: str | None) -> str:
+def _registered(
+    uri: str, sweep: Sweep, records: list[TrialRecord], best: PointVerdict, registered_model_name: str | None
+) -> str:
     """The model of the middle one of the point's confirmation runs: the best of several would promise too much."""
     runs = [
         (value, record.id, record.run_id)
@@ -66,4 +70,4 @@ def _registered(uri: str, sweep: Sweep, records: list[TrialRecord], best: PointV
     if not runs:
         return "model: not registered, MLflow does not know the runs"
     _, trial, run_id = sorted(runs)[(len(runs) - 1) // 2]
-    return f"model: models:/{register(uri, run_id, register_as or sweep.name or 'sweep')}, of trial {trial}"
+    return f"model: models:/{register(uri, run_id, registered_model_name or sweep.name or 'sweep')}, of trial {trial}"

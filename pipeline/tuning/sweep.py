@@ -26,7 +26,7 @@ from pydantic import (
 from pipeline.config import Config, Experiment, FolderName, Location, Tracking
 from pipeline.config_files import check, dump, with_values
 from pipeline.evaluation.coco_metrics import NUMBERS
-from pipeline.training.schedule import REFERENCE_BATCH
+from pipeline.training.schedule import BASE_BATCH_SIZE
 from pipeline.tuning.space import Domain, Point, as_text
 
 LATENCY = "latency"  # of one image in milliseconds, measured when a trial ends; the lower the better
@@ -159,7 +159,7 @@ def default_point(sweep: Sweep) -> Point:
     experiment = check(Experiment, sweep.base, source=sweep.experiment)
     variant = experiment.model.variant
     recipe = {f"optimizer.{name}": value for name, value in vars(experiment.optimizer.config(variant, 1.0)).items()}
-    recipe |= dict.fromkeys(("schedule.global_batch", "optimizer.reference_batch"), REFERENCE_BATCH[variant])
+    recipe |= dict.fromkeys(("schedule.global_batch_size", "optimizer.base_batch_size"), BASE_BATCH_SIZE[variant])
     own = {key: value_at(dump(experiment), key) for key in sweep.space}
     return {key: recipe.get(key) if value is None else value for key, value in own.items()}
 

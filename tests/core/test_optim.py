@@ -35,7 +35,7 @@ def test_released_groups_have_the_published_members(variant: str) -> None:
 @pytest.mark.parametrize("mode", ["released", "fixed"])
 def test_every_trainable_parameter_is_in_exactly_one_group(mode: str) -> None:
     detector = Detector(ModelConfig.variant("s", num_classes=3))
-    groups = parameter_groups(detector, OptimizerConfig.for_variant("s", groups=mode))
+    groups = parameter_groups(detector, OptimizerConfig.for_variant("s", param_groups=mode))
     grouped = [id(p) for g in groups for p in g["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in detector.parameters() if p.requires_grad}
@@ -43,7 +43,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(mode: str) -> None:
 
 def test_fixed_groups_spare_the_backbones_norms() -> None:
     detector = Detector(ModelConfig.variant("s", num_classes=3))
-    groups = {g["name"]: g for g in parameter_groups(detector, OptimizerConfig.for_variant("s", groups="fixed"))}
+    groups = {g["name"]: g for g in parameter_groups(detector, OptimizerConfig.for_variant("s", param_groups="fixed"))}
     spared = {id(p) for p in groups["backbone_no_decay"]["params"]}
     stem = detector.backbone.stem.stem1
     assert {id(stem.bn.weight), id(stem.bn.bias), id(stem.lab.scale), id(stem.lab.bias)} <= spared
@@ -71,7 +71,7 @@ def test_the_learning_rate_warms_up_and_stays() -> None:
 
 
 def test_a_cosine_tail_ends_where_it_should() -> None:
-    tail = [learning_rate_factor(s, warmup_steps=10, total_steps=110, final_factor=0.1) for s in (10, 60, 110, 500)]
+    tail = [learning_rate_factor(s, warmup_steps=10, total_steps=110, min_lr_ratio=0.1) for s in (10, 60, 110, 500)]
     assert tail == pytest.approx([1, 0.55, 0.1, 0.1])
 
 

@@ -16,8 +16,8 @@ from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentat
 from tests.support.drawn_shards import drawn_records
 
 CANVAS = (32, 64)
-TRAINING = DecodeSettings(CANVAS, micro_batch=4, augmentation=Augmentation(3, AugmentSettings(), strong_epochs=2))
-EVALUATION = DecodeSettings(CANVAS, micro_batch=4, augmentation=None)
+TRAINING = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=Augmentation(3, AugmentSettings(), strong_epochs=2))
+EVALUATION = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=None)
 
 
 def encoded(records: Sequence[ImageRecord], epoch: int = 0) -> pa.Table:
@@ -88,7 +88,7 @@ def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> N
         crowd=np.array([False, False, True, False]),
     )
     width, height = record.width, record.height
-    (target,) = batch_of([record], replace(EVALUATION, micro_batch=1)).targets()
+    (target,) = batch_of([record], replace(EVALUATION, micro_batch_size=1)).targets()
     assert target["labels"].tolist() == [0, 1]
     expected = torch.tensor([[0, 0, 8, 8], [5, 5, width, height]]) / torch.tensor([width, height] * 2)
     centre, size = target["boxes"].split(2, dim=1)

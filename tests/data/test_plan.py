@@ -26,25 +26,25 @@ def steps_of_epoch(plan: BatchPlan, epoch: int) -> list[list[int]]:
     first = epoch * plan.steps_per_epoch
     windows = list(plan.windows(first, first + plan.steps_per_epoch))
     rows = [number for window in windows for number in numbered(plan.rows(window), plan.row_groups)]
-    return [rows[start : start + plan.global_batch] for start in range(0, len(rows), plan.global_batch)]
+    return [rows[start : start + plan.global_batch_size] for start in range(0, len(rows), plan.global_batch_size)]
 
 
 @st.composite
 def training_plans(draw: st.DrawFn) -> BatchPlan:
     row_groups = np.array(draw(row_group_counts))
-    micro_batch = draw(st.integers(1, 4))
-    micro_batches = draw(st.integers(1, max(1, int(row_groups.sum()) // micro_batch)))
-    if row_groups.sum() < micro_batch:
-        micro_batch = 1
-    global_batch = micro_batch * min(micro_batches, int(row_groups.sum()) // micro_batch)
+    micro_batch_size = draw(st.integers(1, 4))
+    micro_batches = draw(st.integers(1, max(1, int(row_groups.sum()) // micro_batch_size)))
+    if row_groups.sum() < micro_batch_size:
+        micro_batch_size = 1
+    global_batch_size = micro_batch_size * min(micro_batches, int(row_groups.sum()) // micro_batch_size)
     seed, window_rows = draw(st.integers(0, 2**40)), draw(st.integers(1, 60))
-    return BatchPlan(row_groups, global_batch, micro_batch, seed, window_rows)
+    return BatchPlan(row_groups, global_batch_size, micro_batch_size, seed, window_rows)
 
 
 @given(plan=training_plans(), epoch=st.integers(0, 3))
 def test_an_epoch_has_every_row_once_but_for_a_tail_shorter_than_a_step(plan: BatchPlan, epoch: int) -> None:
     rows = [row for step in steps_of_epoch(plan, epoch) for row in step]
-    assert len(set(rows)) == len(rows) == plan.num_rows - plan.num_rows % plan.global_batch
+    assert len(set(rows)) == len(rows) == plan.num_rows - plan.num_rows % plan.global_batch_size
 
 
 @given(row_groups=row_group_counts, seed=st.integers(0, 99), window_rows=st.integers(1, 50))
@@ -69,14 +69,14 @@ def test_a_window_knows_its_steps_wherever_the_stream_was_resumed(plan: BatchPla
     for window in plan.windows(start, stop):
         assert window.first_step == start + len(resumed)
         rows = numbered(plan.rows(window), plan.row_groups)
-        resumed += [rows[i : i + plan.global_batch] for i in range(0, len(rows), plan.global_batch)]
+        resumed += [rows[i : i + plan.global_batch_size] for i in range(0, len(rows), plan.global_batch_size)]
     assert resumed == whole[start:stop]
 
 
 @given(plan=training_plans())
 def test_a_window_reads_few_row_groups_and_shares_at_most_one_with_its_neighbour(plan: BatchPlan) -> None:
     order = plan.epoch_order(0)
-    window_rows = plan.steps_per_window * plan.global_batch
+    window_rows = plan.steps_per_window * plan.global_batch_size
     windows = [
         set(order.rows(s, min(s + window_rows, len(order))).group.tolist()) for s in range(0, len(order), window_rows)
     ]
@@ -86,19 +86,19 @@ def test_a_window_reads_few_row_groups_and_shares_at_most_one_with_its_neighbour
     assert read <= plan.num_rows + (len(windows) - 1) * int(plan.row_groups.max())
 
 
-@given(row_groups=row_group_counts, micro_batch=st.integers(1, 5), world_size=st.integers(1, 4))
+@given(row_groups=row_group_counts, micro_batch_size=st.integers(1, 5), world_size=st.integers(1, 4))
 def test_evaluation_has_every_row_once_in_order_and_as_many_micro_batches_for_each_worker(
-    row_groups: list[int], micro_batch: int, world_size: int
+    row_groups: list[int], micro_batch_size: int, world_size: int
 ) -> None:
-    plan = BatchPlan(np.array(row_groups), micro_batch * world_size, micro_batch, seed=None, window_rows=8)
+    plan = BatchPlan(np.array(row_groups), micro_batch_size * world_size, micro_batch_size, seed=None, window_rows=8)
     rows = [r for w in plan.windows(0, plan.steps_per_epoch) for r in numbered(plan.rows(w), row_groups)]
     assert rows == list(range(sum(row_groups)))
-    assert plan.steps_per_epoch == -(-sum(row_groups) // (micro_batch * world_size))
+    assert plan.steps_per_epoch == -(-sum(row_groups) // (micro_batch_size * world_size))
 
 
 def test_the_order_is_the_one_written_down() -> None:
     """Philox is specified bit by bit: a checkpoint continues in the same order under any version of numpy."""
-    plan = BatchPlan(np.array([3, 2, 4, 1]), global_batch=2, micro_batch=1, seed=7, window_rows=4)
+    plan = BatchPlan(np.array([3, 2, 4, 1]), global_batch_size=2, micro_batch_size=1, seed=7, window_rows=4)
     assert plan.epoch_order(0).groups.tolist() == [1, 3, 2, 0]  # so end to end 3 4 9 5 | 6 7 8 0 | 1 2
     assert steps_of_epoch(plan, 0) == [[9, 4], [5, 3], [0, 8], [7, 6], [1, 2]]
 
@@ -114,32 +114,32 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_micro_batches_belong_to_steps_whatever_the_number_of_workers() -> None:
-    plan = BatchPlan(np.array([32] * 8), global_batch=24, micro_batch=4, seed=0)
+    plan = BatchPlan(np.array([32] * 8), global_batch_size=24, micro_batch_size=4, seed=0)
     assert [plan.accumulation(workers) for workers in (1, 2, 3, 6)] == [6, 3, 2, 1]
     with pytest.raises(ValueError, match="4 workers cannot share the 6 micro-batches"):
         plan.accumulation(4)
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "micro_batch", "seed", "message"),
+    ("global_batch_size", "micro_batch_size", "seed", "message"),
     [
-        (10, 4, 0, "global_batch=10 must be a multiple of micro_batch=4"),
+        (10, 4, 0, "global_batch_size=10 must be a multiple of micro_batch_size=4"),
         (0, 1, 0, "both > 0"),
         (4, 4, -1, "seed=-1"),
-        (64, 4, 0, "an epoch of 32 images has no step of global_batch=64"),
+        (64, 4, 0, "an epoch of 32 images has no step of global_batch_size=64"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(
-    global_batch: int, micro_batch: int, seed: int, message: str
+    global_batch_size: int, micro_batch_size: int, seed: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        BatchPlan(np.array([32]), global_batch, micro_batch, seed)
+        BatchPlan(np.array([32]), global_batch_size, micro_batch_size, seed)
 
 
 def test_a_window_of_an_epoch_of_1_8_million_rows_is_planned_without_shuffling_the_other_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = BatchPlan(np.full(56_250, 32), global_batch=128, micro_batch=32, seed=0)
+    plan = BatchPlan(np.full(56_250, 32), global_batch_size=128, micro_batch_size=32, seed=0)
     last = list(plan.windows(0, plan.steps_per_epoch))[-1]
     argsort, lengths = np.argsort, []
 
@@ -168,7 +168,7 @@ def same_group_pairs(plan: BatchPlan, epochs: int) -> float:
     """Mean number of pairs in a batch whose rows come from one row group: neighbours in the source, so perhaps alike."""
     pairs, batches = 0, 0
     for window in plan.windows(0, epochs * plan.steps_per_epoch):
-        for batch in plan.rows(window).group.reshape(-1, plan.global_batch):
+        for batch in plan.rows(window).group.reshape(-1, plan.global_batch_size):
             counts = np.bincount(batch)
             pairs += int((counts * (counts - 1) // 2).sum())
             batches += 1
@@ -185,7 +185,7 @@ def test_a_batch_mixes_its_window_as_a_uniform_shuffle_of_the_window_would() -> 
     of 16,384 rows it would be 0.94. The excess falls as 1 / window_rows."""
     row_groups = np.full(512, 32)
     for window_rows in (512, 2048, 16_384):
-        plan = BatchPlan(row_groups, global_batch=32, micro_batch=32, seed=1, window_rows=window_rows)
+        plan = BatchPlan(row_groups, global_batch_size=32, micro_batch_size=32, seed=1, window_rows=window_rows)
         assert same_group_pairs(plan, epochs=2) == pytest.approx(
             expected_same_group_pairs(32, 32, window_rows), rel=0.05
         )

@@ -142,7 +142,7 @@ def test_segments_follow_each_other_without_a_seam(
 def test_evaluation_has_every_image_once_and_as_many_batches_for_each_worker(shards: ShardSet, cluster: None) -> None:
     def work(rank: int, broadcast: Broadcast) -> list[Batch]:
         return list(
-            evaluation_stream(shards, canvas=(32, 32), micro_batch=8, rank=rank, world_size=2, broadcast=broadcast)
+            evaluation_stream(shards, canvas=(32, 32), micro_batch_size=8, rank=rank, world_size=2, broadcast=broadcast)
         )
 
     workers = on_workers(2, work)
@@ -155,7 +155,7 @@ def test_evaluation_has_every_image_once_and_as_many_batches_for_each_worker(sha
         if not padding
     ]
     assert kept == stored_rows(shards).column("image_id").to_pylist()
-    here = evaluation_stream(shards, canvas=(32, 32), micro_batch=8, world_size=2, decode_in="inline")
+    here = evaluation_stream(shards, canvas=(32, 32), micro_batch_size=8, world_size=2, decode_in="inline")
     assert [seen(batch) for batch in workers[0]] == [seen(batch) for batch in here]
 
 
@@ -202,7 +202,7 @@ def test_a_broken_image_is_replaced_in_training_and_stops_an_evaluation(tmp_path
     assert records[5].file_name in replacement.reason
     assert sum(len(batch.image_id) for batch in batches) == 16
     with pytest.raises(ray.exceptions.RayTaskError, match=f"image {records[5].image_id}, {records[5].file_name}"):
-        list(evaluation_stream(shards, canvas=(32, 32), micro_batch=4))
+        list(evaluation_stream(shards, canvas=(32, 32), micro_batch_size=4))
 
 
 def test_a_shard_that_changed_since_its_manifest_is_refused(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
     run = stream._Run(
         locate_row_groups(shards),
         plan,
-        stream.DecodeSettings(settings.canvas, settings.micro_batch, augmentation=None),
+        stream.DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation=None),
         settings.decode_in,
         settings.prefetch,
         rank=0,
@@ -285,7 +285,7 @@ def object_store() -> tuple[float, bool]:
 
 def test_a_slow_worker_holds_up_the_stream_instead_of_filling_the_object_store(shards: ShardSet, cluster: None) -> None:
     """36 batches of 6.3 MB; 227 MB if all of them were decoded at once."""
-    settings = replace(SETTINGS, canvas=(512, 512), global_batch=8, micro_batch=8)
+    settings = replace(SETTINGS, canvas=(512, 512), global_batch_size=8, micro_batch_size=8)
     mebibytes = 8 * 512 * 512 * 3 / 2**20
     most = 0.0
     for batch in training_stream(shards, settings, start_step=0, stop_step=36):

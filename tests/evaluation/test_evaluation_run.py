@@ -75,7 +75,7 @@ class Oracle(nn.Module):
 
 
 def test_a_detector_that_knows_the_truth_scores_one(records: list[ImageRecord], shards: ShardSet) -> None:
-    report = evaluate(Oracle(records), shards, device=CPU, micro_batch=4, decode_in="inline", final=True)
+    report = evaluate(Oracle(records), shards, device=CPU, micro_batch_size=4, decode_in="inline", final=True)
     assert report is not None
     assert report.images == IMAGES
     assert report.boxes == sum(int((~record.crowd).sum()) for record in records) > 0
@@ -91,7 +91,9 @@ def _evaluate_on_rank(rank: int, world_size: int, folder: str, uri: str) -> None
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     shards = load_shards(uri)
-    found = detect(detector(), shards, device=CPU, rank=rank, world_size=world_size, micro_batch=4, decode_in="inline")
+    found = detect(
+        detector(), shards, device=CPU, rank=rank, world_size=world_size, micro_batch_size=4, decode_in="inline"
+    )
     assert (found is None) == (rank > 0)
     if found is not None:
         np.savez(Path(folder) / f"of_{world_size}.npz", **vars(found.detections))
@@ -123,7 +125,7 @@ def test_parts_keep_the_mode_that_they_were_in(shards: ShardSet) -> None:
     model = detector().train()
     model.backbone.eval()
     before = [part.training for part in model.modules()]
-    detect(model, shards, device=CPU, micro_batch=8, decode_in="inline")
+    detect(model, shards, device=CPU, micro_batch_size=8, decode_in="inline")
     assert [part.training for part in model.modules()] == before
     assert len(set(before)) == 2
 
@@ -193,7 +195,7 @@ def test_the_same_images_are_drawn_every_time(shards: ShardSet) -> None:
 
 def test_a_detector_that_regresses_directly_has_no_refinement_to_show(shards: ShardSet) -> None:
     model = Detector(CONFIG.with_(regression="direct"))
-    report = evaluate(model, shards, device=CPU, micro_batch=8, decode_in="inline")
+    report = evaluate(model, shards, device=CPU, micro_batch_size=8, decode_in="inline")
     assert report is not None
     assert "layers" in report.figures()
     assert [name.split("/")[0] for name, _ in sample_pictures(model, shards, device=CPU, count=2)] == ["pictures"] * 2

@@ -268,7 +268,9 @@ def labelled(record: ImageRecord, boxes: NDArray[np.float32], labels: NDArray[np
 def test_pycocotools_takes_the_detections_and_finds_the_ap_of_the_evaluation(tmp_path: Path) -> None:
     shards = self_labelled(small_detector(), tmp_path / "shards")
     predict(small_detector(), list_inputs([shards.uri]), str(tmp_path / "out"), replace(OPTIONS, threshold=0.0))
-    found = detect(small_detector().detector, shards, device=torch.device("cpu"), micro_batch=5, decode_in="inline")
+    found = detect(
+        small_detector().detector, shards, device=torch.device("cpu"), micro_batch_size=5, decode_in="inline"
+    )
     assert found is not None
     expected = judge(found, read_ground_truth(shards)).numbers
     assert 0.05 < expected["AP"] < 0.95

@@ -18,7 +18,7 @@ Truth = Callable[[Point], float]  # what a point reaches at the end, on average
 EXPERIMENT: dict[str, Any] = {
     "data": {"train": "train", "val": "val"},
     "model": {"variant": "n", "input_size": [128, 128], "num_queries": 50},
-    "schedule": {"steps": 900, "global_batch": 8},
+    "schedule": {"steps": 900, "global_batch_size": 8},
     "evaluation": {"every_steps": 100},
 }
 SPACE: dict[str, Any] = {

@@ -10,7 +10,13 @@ from pipeline.data.stream.stream import StreamSettings, training_stream
 
 Seen = tuple[int, int, list[int], int, int]
 SETTINGS = StreamSettings(
-    global_batch=8, micro_batch=2, canvas=(32, 32), augment=AugmentSettings(), augment_epochs=1, seed=4, window_rows=32
+    global_batch_size=8,
+    micro_batch_size=2,
+    canvas=(32, 32),
+    augment=AugmentSettings(),
+    augment_epochs=1,
+    seed=4,
+    window_rows=32,
 )  # 18 steps of 4 micro-batches an epoch, 4 steps a window, 6 rows dropped
 
 

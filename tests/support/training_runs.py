@@ -55,8 +55,8 @@ def experiment(folder: Path, data: dict[str, str], **sections: Any) -> Experimen
         "storage": str(folder / "runs"),
         "data": {**data, "decode_in": "inline"},
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
-        "schedule": {"steps": 6, "global_batch": 4, "clean_epochs": 0},
-        "evaluation": {"pictures": 0, "every_steps": 1000},
+        "schedule": {"steps": 6, "global_batch_size": 4, "no_aug_epochs": 0},
+        "evaluation": {"num_images": 0, "every_steps": 1000},
         "tracking": {"every_steps": 1},
     }
     for name, value in sections.items():

@@ -106,7 +106,7 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
             metrics={"val/AP": 0.5},
             example=picture.read_bytes(),
             step=40,
-            register_as="dfine",
+            registered_model_name="dfine",
             alias="champion",
         )
         assert tracker.flush(60)

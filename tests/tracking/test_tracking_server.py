@@ -92,7 +92,7 @@ def log_tiny_detector(tracker: Tracker, folder: Path) -> None:
         metrics={"val/AP": 0.5},
         example=example.getvalue(),
         step=7,
-        register_as="dfine",
+        registered_model_name="dfine",
         alias="champion",
     )
 

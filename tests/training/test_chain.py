@@ -1,6 +1,7 @@
 """Chains of trainings: what a file comes to, every problem at once, and a real one from pretraining to fine-tuning."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,14 +24,14 @@ MARGIN = 0.4  # of AP: fine-tuned from pretrained weights against the same steps
 def chain_file(folder: Path, **changes: Any) -> Path:
     experiment = {
         "data": {"train": str(folder / "few"), "val": str(folder / "few")},
-        "schedule": {"steps": 4, "global_batch": 4},
+        "schedule": {"steps": 4, "global_batch_size": 4},
     }
     (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     content: dict[str, Any] = {
         "name": "mine",
         "storage": str(folder / "runs"),
         "stages": [
-            {"name": "pretrain", "experiment": "experiment.yaml", "register_as": "many"},
+            {"name": "pretrain", "experiment": "experiment.yaml", "registered_model_name": "many"},
             {"name": "finetune", "experiment": "experiment.yaml", "set": {"seed": 3}, "cluster": {"workers": 2}},
         ],
     }
@@ -46,7 +47,10 @@ def test_a_stage_begins_with_the_run_before_it_under_the_chains_name(tmp_path: P
     assert first.experiment.init is None
     assert second.experiment.init == f"{tmp_path}/elsewhere/mine-pretrain"
     assert (first.experiment.schedule.steps, second.experiment.schedule.steps) == (9, 4)
-    assert (first.experiment.tracking.register_as, second.experiment.tracking.register_as) == ("many", None)
+    assert (first.experiment.tracking.registered_model_name, second.experiment.tracking.registered_model_name) == (
+        "many",
+        None,
+    )
     assert (first.experiment.seed, second.experiment.seed) == (0, 3)
     assert (first.cluster.workers, second.cluster.workers) == (7, 2)
     assert second.experiment.tracking.tags["stage"] == "finetune"
@@ -96,7 +100,7 @@ def test_the_shipped_chains_are_valid_and_say_how_they_are_run(path: Path) -> No
     assert steps[1].experiment.init == f"{chain.storage}/{steps[0].experiment.name}"
     for step in steps:
         outs = {line.split("--out ")[1] for line in step.stage.prepare}
-        assert outs == {step.experiment.data.train, step.experiment.data.val}
+        assert {os.path.abspath(out) for out in outs} == {step.experiment.data.train, step.experiment.data.val}
 
 
 def run(*arguments: str) -> str:

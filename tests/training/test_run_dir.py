@@ -103,10 +103,10 @@ def test_requests_that_never_fit_are_refused_with_every_reason() -> None:
 
 
 def test_elastic_workers_get_a_micro_batch_that_all_their_numbers_share(tmp_path: Path) -> None:
-    setting = experiment(tmp_path, {"train": "x"}, schedule={"global_batch": 24})
-    assert Request(2, 4, 0, {}).micro_batch(setting) == 2  # 24 = 12 micro-batches of 2: for 2, 3 and 4 workers
+    setting = experiment(tmp_path, {"train": "x"}, schedule={"global_batch_size": 24})
+    assert Request(2, 4, 0, {}).micro_batch_size(setting) == 2  # 24 = 12 micro-batches of 2: for 2, 3 and 4 workers
     with pytest.raises(ConfigError, match="every number of workers from 2 to 5"):
-        Request(2, 5, 0, {}).micro_batch(setting)
+        Request(2, 5, 0, {}).micro_batch_size(setting)
     assert Cluster(workers=(2, 4)).workers == (2, 4)
 
 

@@ -57,7 +57,7 @@ def test_the_recipes_are_the_published_ones(
 ) -> None:
     recipe = load_experiment(CONFIGS / file)
     schedule = derive(recipe, images=images, workers=4)
-    assert (schedule.epochs, schedule.strong_epochs, schedule.global_batch) == (epochs, stage_two, batch)
+    assert (schedule.epochs, schedule.strong_epochs, schedule.global_batch_size) == (epochs, stage_two, batch)
     optimizer = schedule.optimizer
     assert (optimizer.lr, optimizer.backbone_lr, optimizer.weight_decay) == pytest.approx((lr, backbone_lr, decay))
     assert (schedule.warmup_steps, schedule.ema_warmup_steps) == (warmup, ema_warmup)
@@ -66,12 +66,12 @@ def test_the_recipes_are_the_published_ones(
     repeat = {"n": 0, "s": 20, "m": 6, "l": 4, "x": 3}[recipe.model.variant]
     if file == "objects365_to_coco/dfine_s.yaml":
         repeat = 10
-    assert recipe.multiscale_repeat == repeat
+    assert recipe.base_size_repeat == repeat
 
 
 def test_rates_and_warm_ups_follow_the_batch() -> None:
     usual = derive(experiment(epochs=100), images=100_000, workers=1)
-    twice = derive(experiment(epochs=100, global_batch=64), images=100_000, workers=1)
+    twice = derive(experiment(epochs=100, global_batch_size=64), images=100_000, workers=1)
     assert twice.optimizer.lr == pytest.approx(2 * usual.optimizer.lr)
     assert twice.optimizer.backbone_lr == pytest.approx(2 * usual.optimizer.backbone_lr)
     assert (twice.warmup_steps, twice.ema_warmup_steps) == (250, 500)
@@ -79,7 +79,7 @@ def test_rates_and_warm_ups_follow_the_batch() -> None:
 
 
 def test_the_average_can_follow_a_run_of_a_few_hundred_steps() -> None:
-    schedule = derive(experiment(epochs=20, global_batch=8), images=200, workers=1)
+    schedule = derive(experiment(epochs=20, global_batch_size=8), images=200, workers=1)
     assert schedule.steps == 500
     kept = 1.0
     for update in range(1, schedule.steps + 1):
@@ -93,13 +93,13 @@ def test_the_average_can_follow_a_run_of_a_few_hundred_steps() -> None:
 def test_a_schedule_is_whole_or_refused_with_a_batch_that_works(
     images: int, epochs: int, batch: int, workers: int
 ) -> None:
-    setting = experiment(epochs=epochs, global_batch=batch)
+    setting = experiment(epochs=epochs, global_batch_size=batch)
     if batch % workers or batch > images:
         with pytest.raises(ConfigError, match=r"nearest|or fewer"):
             derive(setting, images=images, workers=workers)
         return
     schedule = derive(setting, images=images, workers=workers)
-    assert schedule.micro_batch * schedule.accumulation(workers) * workers == batch
+    assert schedule.micro_batch_size * schedule.accumulation(workers) * workers == batch
     assert schedule.steps == epochs * (images // batch)
     assert 0 <= schedule.warmup_steps <= schedule.steps // 10
     assert 0 <= schedule.ema_decay < 1

@@ -16,7 +16,7 @@ from pipeline.training.step import to_micro_batch, train_step
 from tests.support.processes import one_thread
 from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
-MICRO = {"steps": 20, "global_batch": 8, "micro_batch": 4}
+MICRO = {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluation_task import EvaluationResult, SubmitEvaluation, run_evaluation
 from pipeline.training.loop import train
-from pipeline.training.nonfinite import NotFiniteError
+from pipeline.training.nonfinite import NonFiniteError
 from pipeline.training.run_log import MetricMeter
 from pipeline.training.step import StepResult
 from tests.support.training_runs import RecordingConsole, SteppedRun, alone, experiment, job, shard_folders
@@ -105,7 +105,7 @@ def test_an_evaluated_run_keeps_its_last_and_best_checkpoints_and_its_result(
     setting = experiment(
         tmp_path,
         data,
-        schedule={"steps": 18, "clean_epochs": 1},
+        schedule={"steps": 18, "no_aug_epochs": 1},
         evaluation={"every_steps": 3},
         checkpoints={"keep": 1},
     )
@@ -156,14 +156,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_kept_for_replay(
     assert result["skipped_steps"] == 1
     (line,) = console.about("skipped step 3")
     assert "images [" in line
-    kept = Path(f"{tmp_path}/runs/run/not_finite/{checkpoint.folder_name(3)}")
+    kept = Path(f"{tmp_path}/runs/run/non_finite/{checkpoint.folder_name(3)}")
     assert load_file(kept / "rank-0.safetensors")["0/images"].shape == (4, 3, 64, 64)
 
 
 def test_after_some_in_a_row_the_run_rewinds_and_continues(
     data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = experiment(tmp_path, data, checkpoints={"every_steps": 2}, not_finite={"in_a_row": 2})
+    setting = experiment(tmp_path, data, checkpoints={"every_steps": 2}, non_finite={"max_consecutive": 2})
     console = RecordingConsole()
     hit = make_infinite(monkeypatch, console, {2, 3}, once=True)
     result = train(job(setting), alone(console))
@@ -176,10 +176,10 @@ def test_after_some_in_a_row_the_run_rewinds_and_continues(
 def test_if_it_recurs_the_run_stops_and_names_the_images(
     data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = experiment(tmp_path, data, checkpoints={"every_steps": 2}, not_finite={"in_a_row": 2})
+    setting = experiment(tmp_path, data, checkpoints={"every_steps": 2}, non_finite={"max_consecutive": 2})
     console = RecordingConsole()
     make_infinite(monkeypatch, console, {2, 3})
-    with pytest.raises(NotFiniteError, match=r"again after rewinding .* the last images of worker 0 are \[\d+, \d+"):
+    with pytest.raises(NonFiniteError, match=r"again after rewinding .* the last images of worker 0 are \[\d+, \d+"):
         train(job(setting), alone(console))
 
 
@@ -262,9 +262,9 @@ def result_of(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_asynchronous_evaluations_equal_inline_ones(data: dict[str, str], tmp_path: Path) -> None:
-    inline = experiment(tmp_path, data, name="inline", evaluation={"every_steps": 2, "pictures": 1})
+    inline = experiment(tmp_path, data, name="inline", evaluation={"every_steps": 2, "num_images": 1})
     train(job(inline), alone())
-    away = experiment(tmp_path, data, name="away", evaluation={"every_steps": 2, "pictures": 1, "beside": True})
+    away = experiment(tmp_path, data, name="away", evaluation={"every_steps": 2, "num_images": 1, "asynchronous": True})
     console = RecordingConsole()
     with ThreadPoolExecutor(1) as elsewhere:
         train(job(away), asynchronous(lambda request: elsewhere.submit(run_evaluation, request), console))
@@ -278,7 +278,7 @@ def test_asynchronous_evaluations_equal_inline_ones(data: dict[str, str], tmp_pa
 
 
 def test_an_evaluation_in_flight_at_a_kill_is_submitted_again(data: dict[str, str], tmp_path: Path) -> None:
-    setting = experiment(tmp_path, data, evaluation={"every_steps": 2, "pictures": 0, "beside": True})
+    setting = experiment(tmp_path, data, evaluation={"every_steps": 2, "num_images": 0, "asynchronous": True})
     never: Future[EvaluationResult] = Future()
     run_and_kill(job(setting), after=3, written=2, submit_evaluation=lambda request: never)
     with ThreadPoolExecutor(1) as elsewhere:
@@ -287,7 +287,7 @@ def test_an_evaluation_in_flight_at_a_kill_is_submitted_again(data: dict[str, st
 
 
 def test_an_evaluation_that_fails_elsewhere_does_not_end_the_training(data: dict[str, str], tmp_path: Path) -> None:
-    setting = experiment(tmp_path, data, evaluation={"every_steps": 3, "pictures": 0, "beside": True})
+    setting = experiment(tmp_path, data, evaluation={"every_steps": 3, "num_images": 0, "asynchronous": True})
     failed: Future[EvaluationResult] = Future()
     failed.set_exception(MemoryError("no room there"))
     console = RecordingConsole()

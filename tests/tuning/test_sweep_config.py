@@ -42,7 +42,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         "lernrate": {"uniform": [0, 1]},
         "loss.ddf": {"uniform": [-1, 5]},
         "loss.fgl": {"choice": [1], "when": {"loss.dff": 1}},
-        "schedule.global_batch": {"choice": [8, 9]},
+        "schedule.global_batch_size": {"choice": [8, 9]},
         "model.variant": {"grid": ["n", "s"]},
     }
     path = written(tmp_path, space=space, workers_per_trial=2, scheduler={"grace": 9}, cluster="none.yaml")
@@ -57,7 +57,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         "space.lernrate: unknown key 'lernrate'",
         "space.loss.ddf: -1 is refused: loss: ddf (-1.0) must not be negative",
         "space.loss.fgl.when: loss.dff is not searched",
-        "9 is refused: schedule.global_batch (9) cannot be shared evenly by 2 workers",
+        "9 is refused: schedule.global_batch_size (9) cannot be shared evenly by 2 workers",
         "grid needs searcher.kind grid; write choice for optuna",
         "scheduler.grace (9) leaves nothing to stop: a trial has 9 evaluation(s)",
     ):
@@ -119,10 +119,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path, sweep: dict[str, Any], said: 
 
 def test_values_that_are_right_alone_but_not_together_are_refused(tmp_path: Path) -> None:
     space = {
-        "schedule.global_batch": {"choice": [8, 12]},
-        "schedule.micro_batch": {"choice": [2, 8]},
+        "schedule.global_batch_size": {"choice": [8, 12]},
+        "schedule.micro_batch_size": {"choice": [2, 8]},
     }
-    with pytest.raises(ConfigError, match=r"refused together .schedule.global_batch=12, schedule.micro_batch=8"):
+    with pytest.raises(
+        ConfigError, match=r"refused together .schedule.global_batch_size=12, schedule.micro_batch_size=8"
+    ):
         load_sweep(written(tmp_path, space=space, searcher={"kind": "grid"}))
 
 
@@ -143,7 +145,7 @@ def test_a_trial_is_the_experiment_with_set_point_seed_and_init_in_this_order(tm
     sweep = loaded(tmp_path, set={"loss.ddf": 0.25, "optimizer.lr": 1e-4}, init="pretrained.pth")
     experiment = check(Experiment, experiment_of(sweep, {"loss.ddf": 5, "model.reg_max": 16}, seed=7), source="trial")
     assert (experiment.loss.ddf, experiment.optimizer.lr, experiment.seed) == (5, 1e-4, 7)
-    assert experiment.init == "pretrained.pth"
+    assert experiment.init == str(Path.cwd() / "pretrained.pth")
     assert experiment.model.config(3, experiment.loss).reg_max == 16
     assert sweep.base["loss"] == {"ddf": 0.25}  # untouched by the trial
 
@@ -297,7 +299,9 @@ def test_what_never_fits_is_refused_with_what_there_is(tmp_path: Path) -> None:
 def test_a_worker_lies_on_one_node_so_rests_of_several_do_not_add_up(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, gpus_per_worker=3, trials=100)
     assert placed(sweep, [GPU_NODE, GPU_NODE]).together == 2  # 8 GPUs, but one of each node stays over
-    halves = loaded(tmp_path, gpus_per_worker=0.5, workers_per_trial=2, set={"schedule.global_batch": 8}, trials=100)
+    halves = loaded(
+        tmp_path, gpus_per_worker=0.5, workers_per_trial=2, set={"schedule.global_batch_size": 8}, trials=100
+    )
     assert placed(halves, [GPU_NODE] * 4).together == 16
     assert placed(halves.model_copy(update={"trials": 5}), [GPU_NODE] * 4).together == 5
 

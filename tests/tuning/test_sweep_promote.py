@@ -67,7 +67,7 @@ def run_with_model(client: MlflowClient, experiment: str) -> str:
 
 def test_the_best_point_becomes_an_experiment_and_its_middle_run_a_model_version(tmp_path: Path) -> None:
     found = ended(tmp_path, set={"schedule.steps": 500})
-    said = promote(f"{found.folder}/", register_as="cells")
+    said = promote(f"{found.folder}/", registered_model_name="cells")
     assert "AP 0.4367 over 3 run(s)" in said
     assert "better" in said.splitlines()[0]
 
@@ -79,7 +79,7 @@ def test_the_best_point_becomes_an_experiment_and_its_middle_run_a_model_version
 
     version = found.client.get_model_version("cells", "1")
     assert version.run_id == found.confirmed[0.44]
-    assert promote(str(found.folder), register_as="cells") == said
+    assert promote(str(found.folder), registered_model_name="cells") == said
     assert [v.version for v in found.client.search_model_versions("name = 'cells'")] == [1]
 
 

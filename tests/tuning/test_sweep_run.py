@@ -40,7 +40,7 @@ def sweep_file(folder: Path, **changes: Any) -> Path:
     experiment = {
         "data": {"train": str(folder / "data"), "val": str(folder / "data"), "decode_in": "worker"},
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20},
-        "schedule": {"steps": EVALUATIONS, "global_batch": 4},
+        "schedule": {"steps": EVALUATIONS, "global_batch_size": 4},
         "evaluation": {"every_steps": 1},
     }
     (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))

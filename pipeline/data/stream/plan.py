@@ -2,7 +2,7 @@
 
 One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and their rows laid end to
 end; that sequence is cut into windows and the rows of each window are shuffled. Global step k of the epoch is the rows at
-positions k * global_batch to (k + 1) * global_batch; what remains after the last whole step is dropped.
+positions k * global_batch_size to (k + 1) * global_batch_size; what remains after the last whole step is dropped.
 
 A window takes no notice of where row groups end, so it shares at most one with each neighbour: reading it touches about
 window_rows / group_rows + 1 groups. Nothing here depends on the number of workers; a window costs O(window_rows).
@@ -98,21 +98,22 @@ class BatchPlan:
     """Steps cut into micro-batches; micro-batch m of a step belongs to worker m % world_size."""
 
     row_groups: NDArray[np.int64]  # [G] rows of each row group
-    global_batch: int  # images per step, over all workers
-    micro_batch: int  # images that a worker holds at a time
+    global_batch_size: int  # images per step, over all workers
+    micro_batch_size: int  # images that a worker holds at a time
     seed: int | None  # of the shuffle; None, for evaluation: file order, and the incomplete last step is kept
     window_rows: int = DEFAULT_WINDOW_ROWS
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1 or self.global_batch < 1 or self.global_batch % self.micro_batch:
+        if self.micro_batch_size < 1 or self.global_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
             raise PlanError(
-                f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}, both > 0"
+                f"global_batch_size={self.global_batch_size} must be a multiple of"
+                f" micro_batch_size={self.micro_batch_size}, both > 0"
             )
         if self.seed is not None and self.seed < 0:
             raise PlanError(f"seed={self.seed} must not be negative")
         if self.steps_per_epoch == 0:
             raise PlanError(
-                f"an epoch of {self.num_rows} images has no step of global_batch={self.global_batch}: make it smaller"
+                f"an epoch of {self.num_rows} images has no step of global_batch_size={self.global_batch_size}: make it smaller"
             )
 
     @property
@@ -121,17 +122,17 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, remainder = divmod(self.num_rows, self.global_batch)
+        whole, remainder = divmod(self.num_rows, self.global_batch_size)
         return whole + (self.seed is None and remainder > 0)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one step, over all workers."""
-        return self.global_batch // self.micro_batch
+        return self.global_batch_size // self.micro_batch_size
 
     @property
     def steps_per_window(self) -> int:
-        return max(1, round(self.window_rows / self.global_batch))
+        return max(1, round(self.window_rows / self.global_batch_size))
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one step that each of `world_size` workers goes through."""
@@ -139,13 +140,13 @@ class BatchPlan:
         if remainder:
             raise PlanError(
                 f"{world_size} workers cannot share the {self.micro_batches} micro-batches of a step evenly"
-                f" (global_batch={self.global_batch}, micro_batch={self.micro_batch}): change one of these, or the"
-                " number of workers"
+                f" (global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}): change one of"
+                " these, or the number of workers"
             )
         return count
 
     def epoch_order(self, epoch: int) -> RowOrder:
-        window_rows = self.steps_per_window * self.global_batch  # whole steps, so that no step needs two windows
+        window_rows = self.steps_per_window * self.global_batch_size  # whole steps, so that no step needs two windows
         if self.seed is None:
             return file_order(self.row_groups, window_rows=window_rows)
         return shuffled_order(self.row_groups, seed=self.seed, epoch=epoch, window_rows=window_rows)
@@ -161,8 +162,8 @@ class BatchPlan:
             step = stop
 
     def rows(self, window: Window) -> Rows:
-        """[steps * global_batch] rows of a window's steps; fewer where evaluation's last step is incomplete."""
+        """[steps * global_batch_size] rows of a window's steps; fewer where evaluation's last step is incomplete."""
         first_of_epoch = window.epoch * self.steps_per_epoch
-        start = (window.first_step - first_of_epoch) * self.global_batch
-        stop = (window.stop_step - first_of_epoch) * self.global_batch
+        start = (window.first_step - first_of_epoch) * self.global_batch_size
+        stop = (window.stop_step - first_of_epoch) * self.global_batch_size
         return self.epoch_order(window.epoch).rows(start, min(stop, self.num_rows))

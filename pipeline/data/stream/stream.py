@@ -38,8 +38,8 @@ READY_BATCHES = 3  # for each worker, beyond those that it has fetched
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    global_batch: int  # images per step, over all workers
-    micro_batch: int  # images that a worker holds at a time
+    global_batch_size: int  # images per step, over all workers
+    micro_batch_size: int  # images that a worker holds at a time
     canvas: tuple[int, int]  # height, width
     augment: AugmentSettings
     augment_epochs: int | None = None  # strong augmentation ends before this epoch; None: it never does
@@ -54,8 +54,8 @@ def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
     source = locate_row_groups(shards)
     return BatchPlan(
         source.rows,
-        global_batch=settings.global_batch,
-        micro_batch=settings.micro_batch,
+        global_batch_size=settings.global_batch_size,
+        micro_batch_size=settings.micro_batch_size,
         seed=settings.seed,
         window_rows=min(settings.window_rows, int(MAX_WINDOW_BYTES / source.row_bytes)),
     )
@@ -77,12 +77,12 @@ def training_stream(
 ) -> Iterator[Batch]:
     """The micro-batches of worker `rank`, for global steps start to stop, through as many epochs as that takes.
 
-    They are on their way from this call on. Each step is `global_batch / micro_batch / world_size` batches. The call is
+    They are on their way from this call on. Each step is `global_batch_size / micro_batch_size / world_size` batches. The call is
     collective, and so is a `next` now and then: workers must go through their streams in step.
     """
     plan = training_plan(shards, settings)
     augmentation = Augmentation(settings.seed, settings.augment, settings.augment_epochs)
-    decoding = DecodeSettings(settings.canvas, settings.micro_batch, augmentation)
+    decoding = DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation)
     run = _Run(
         locate_row_groups(shards), plan, decoding, settings.decode_in, settings.prefetch, rank, world_size, broadcast
     )
@@ -93,7 +93,7 @@ def evaluation_stream(
     shards: ShardSet,
     *,
     canvas: tuple[int, int],
-    micro_batch: int,
+    micro_batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     broadcast: Broadcast = _itself,
@@ -106,8 +106,10 @@ def evaluation_stream(
         UndecodableImageError: naming the image. Left out, it would change the result without a word.
     """
     source = locate_row_groups(shards)
-    plan = BatchPlan(source.rows, global_batch=micro_batch * world_size, micro_batch=micro_batch, seed=None)
-    decoding = DecodeSettings(canvas, micro_batch, augmentation=None)
+    plan = BatchPlan(
+        source.rows, global_batch_size=micro_batch_size * world_size, micro_batch_size=micro_batch_size, seed=None
+    )
+    decoding = DecodeSettings(canvas, micro_batch_size, augmentation=None)
     run = _Run(source, plan, decoding, decode_in, prefetch, rank, world_size, broadcast)
     return run.batches(0, plan.steps_per_epoch)
 
@@ -218,12 +220,12 @@ class _Run:
         context.target_max_block_size = 1  # byte: a block is complete with its first row
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        window_bytes = self.source.row_bytes * self.plan.steps_per_window * self.plan.global_batch
+        window_bytes = self.source.row_bytes * self.plan.steps_per_window * self.plan.global_batch_size
         height, width = self.decoding.canvas
         bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
         if self.decode_in == "task":
             in_workers = self.world_size * (self.prefetch + READY_BATCHES)
-            bounds["MapBatches(decode_micro_batch)"] = in_workers * self.plan.micro_batch * height * width * 3
+            bounds["MapBatches(decode_micro_batch)"] = in_workers * self.plan.micro_batch_size * height * width * 3
         bound_living_outputs(context, bounds)
 
     @property

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pipeline.data.augment.augment import AugmentSettings, Sample, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.mixing import mixed_batch
-from pipeline.data.shards.reader import ROW, RowGroups, read_row_groups, take_rows
+from pipeline.data.shards.reader import ROW, RowGroups, Rows, read_row_groups, take_rows
 from pipeline.data.shards.records import ImageRecord, records_from_table
-from pipeline.data.stream.plan import BatchPlan, Rows, Window
+from pipeline.data.stream.plan import BatchPlan, Window
 
 ENCODED_SCHEMA = pa.schema(
     [
@@ -61,7 +61,7 @@ class DecodeSettings:
     """How the encoded images of a micro-batch become pixels."""
 
     canvas: tuple[int, int]  # height, width
-    micro_batch: int
+    micro_batch_size: int
     augmentation: Augmentation | None  # None for evaluation
 
 
@@ -78,7 +78,7 @@ def read_window(item: pa.Table, source: RowGroups, plan: BatchPlan) -> Iterator[
     groups = {group: table.combine_chunks().to_batches()[0].to_struct_array() for group, table in tables.items()}
     for number in range((window.stop_step - window.first_step) * plan.micro_batches):
         step, micro_batch = divmod(number, plan.micro_batches)
-        part = slice(number * plan.micro_batch, (number + 1) * plan.micro_batch)
+        part = slice(number * plan.micro_batch_size, (number + 1) * plan.micro_batch_size)
         yield _one_row(
             ENCODED_SCHEMA,
             step=window.first_step + step,
@@ -118,10 +118,10 @@ def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     if settings.augmentation is not None:
         seed, strength = settings.augmentation.seed, settings.augmentation.of_epoch(epoch)
         samples = mixed_batch(samples, image_ids, seed=seed, epoch=epoch, settings=strength)
-    images = np.zeros((settings.micro_batch, *settings.canvas, 3), np.uint8)
+    images = np.zeros((settings.micro_batch_size, *settings.canvas, 3), np.uint8)
     for image, sample in zip(images, samples, strict=False):
         image[:] = sample.image
-    padding = [identity_photometric()] * (settings.micro_batch - len(samples))
+    padding = [identity_photometric()] * (settings.micro_batch_size - len(samples))
     return _one_row(
         DECODED_SCHEMA,
         step=encoded.column("step")[0],
