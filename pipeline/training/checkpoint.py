@@ -45,6 +45,8 @@ class CheckpointError(UserError, ValueError):
 
 
 class Metadata(BaseModel):
+    """Content of metadata.json."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
@@ -254,6 +256,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def write(self, snapshot: Snapshot) -> None:
+        """Queue a snapshot; blocks while another one waits."""
         self._raise_failure()
         self._queue.put(snapshot)
 
