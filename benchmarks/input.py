@@ -34,9 +34,9 @@ from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import records_from_table
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.stream import stream
-from pipeline.data.stream.batch import Batch, batch_from_arrow
+from pipeline.data.stream.batch import Batch, batches_from_arrow
 from pipeline.data.stream.stream import StreamSettings, training_plan, training_stream
-from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
+from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_block, read_window
 from pipeline.ray_cluster import start_ray
 
 CANVAS = (640, 640)
@@ -115,7 +115,7 @@ class MicroBatches(IterableDataset[Batch]):
         worker = get_worker_info()
         assert worker is not None
         for table in self.encoded[worker.id :: worker.num_workers]:
-            yield batch_from_arrow(decode_micro_batch(table, self.decoding), self.decoding.canvas)
+            yield from batches_from_arrow(decode_block(table, self.decoding), self.decoding.canvas)
 
 
 @dataclass(frozen=True)
