@@ -37,7 +37,7 @@ GROUP_WORKERS = 4  # workers that share a coordinator
 BLOCK_BYTES = 32 << 20  # of a decoded block, about
 BLOCK_STEPS = 32  # most steps of a block
 EXECUTION_BLOCKS = 4000  # of one execution of a group: its bookkeeping grows with its blocks
-READY_BLOCKS = 3  # for each worker, beyond those that it has fetched
+READY_BATCHES = 3  # for each worker, beyond those that it has fetched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,8 @@ class _Run:
         height, width = self.decoding.canvas
         bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
         if self.decode_in == "task":
-            blocks = workers * (self._prefetched_blocks + READY_BLOCKS)
+            ready = -(-READY_BATCHES // self._block_steps)
+            blocks = workers * (self._prefetched_blocks + ready)
             block_bytes = self._block_steps * self.plan.micro_batch_size * height * width * 3
             bounds["MapBatches(decode_block)"] = blocks * block_bytes
         bound_living_outputs(context, bounds)
