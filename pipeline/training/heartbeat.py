@@ -188,8 +188,8 @@ class ProgressMonitor:
             else:
                 self._bar.advance(update.step - self._shown, update.note)
             self._shown = update.step
-        if text := silent_workers(update, self._timeout_s, self._named):
-            Progress.write(text)
+        if silent := silent_workers(update, self._timeout_s, self._named):
+            Progress.write(silent)
 
 
 def silent_workers(update: ProgressUpdate, timeout_s: float, named: dict[int, Heartbeat]) -> str | None:
