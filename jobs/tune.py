@@ -18,7 +18,7 @@ from pipeline.config_files import parse_overrides
 from pipeline.tuning.driver import run_sweep
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.promote import promote
-from pipeline.tuning.sweep import Sweep, evaluations_of, rungs
+from pipeline.tuning.sweep import Sweep, evaluations_per_trial, rungs
 
 
 @user_errors()
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(sweep: Sweep) -> str:
     """What the sweep would do, for people."""
-    total = evaluations_of(sweep)
+    total = evaluations_per_trial(sweep)
     halts = rungs(sweep, total) if total else ()
     budget = f"{sweep.trials} points" if sweep.trials else f"{sweep.hours:g} hours" if sweep.hours else "the whole grid"
     stops = f", bad ones stopped after evaluation {', '.join(map(str, halts))} of {total}" if halts else ""

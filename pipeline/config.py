@@ -63,6 +63,7 @@ RENAMED_KEYS = {
     "register_as": "registered_model_name",
     "saved": "max_saved",
     "silent_s": "heartbeat_timeout_s",
+    "together": "max_concurrent_trials",
 }
 
 

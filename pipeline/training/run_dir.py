@@ -114,7 +114,7 @@ def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:
 
 
 def get_or_make_key(folder: str) -> str:
-    """Tracking key of a run's, chain's or sweep's folder; made at the first call."""
+    """Tracking key of a run's or chain's folder; made at the first call."""
     if (key := key_of(folder)) is None:
         key = uuid.uuid4().hex
         storage.write_atomic(storage.join(folder, RUN_START), json.dumps({"tracking_key": key}).encode())

@@ -55,6 +55,11 @@ class Schedule:
         """Whether the weights are evaluated after `step` steps."""
         return step == self.steps or (step > 0 and step % self.evaluation_steps == 0)
 
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations of the whole run."""
+        return _evaluations(self.steps, self.evaluation_steps)
+
     def lines(self) -> list[str]:
         """Describe the schedule, one fact per line."""
         stage_two = (
@@ -69,7 +74,7 @@ class Schedule:
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
-            f"evaluations: every {self.evaluation_steps} steps, {-(-self.steps // self.evaluation_steps)} in all",
+            f"evaluations: every {self.evaluation_steps} steps, {self.evaluations} in all",
         ]
 
 
@@ -115,6 +120,21 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
         optimizer=experiment.optimizer.config(variant, scale),
     )
+
+
+def evaluations_without_data(experiment: Experiment) -> int | None:
+    """Number of evaluations of the whole run; None if it depends on the number of images."""
+    length, evaluation = experiment.schedule, experiment.evaluation
+    if length.epochs and not evaluation.every_steps:
+        return _evaluations(length.epochs, evaluation.every_epochs)
+    if length.steps and evaluation.every_steps:
+        return _evaluations(length.steps, evaluation.every_steps)
+    return None
+
+
+def _evaluations(length: int, interval: int) -> int:
+    """One at the end of each interval, and one at the end of the run."""
+    return -(-length // interval)
 
 
 def ema_horizon(scale: float, steps: int) -> float:
