@@ -126,7 +126,9 @@ class ProgressCallback(Callback):
 
     def __init__(self, store: TrialStore, reporter: TrialStatusReporter, total: str) -> None:
         self._store, self._reporter, self._total = store, reporter, total
-        self._ended_before = {record.id for record in store.ordered() if record.status in ENDED}  # in earlier starts
+        self._ended_before = {
+            record.id for record in store.ordered() if record.status in ENDED
+        }  # ids from earlier starts
         self._shown_at, self._lines = 0.0, 0
         self._began_at = time.time()
 

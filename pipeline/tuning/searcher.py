@@ -52,9 +52,9 @@ class SpaceSearcher(Searcher):
         searched = sorted((record for record in known if record.phase == "search"), key=lambda record: record.number)
         self._known_points = list({canonical_text(record.point): record.point for record in searched}.values())
         self._waiting = list(first)
-        self._running: dict[str, Trial] = {}  # by Tune's id
-        self._ended: dict[str, list[TrialRecord]] = {}  # by point
-        self._asked: dict[str, optuna.Trial] = {}  # by point
+        self._running: dict[str, Trial] = {}  # keyed by Tune's trial id
+        self._ended: dict[str, list[TrialRecord]] = {}  # keyed by the point's text
+        self._asked: dict[str, optuna.Trial] = {}  # keyed by the point's text
         self._begun = 0  # number of points
         self._grid = grid_points(sweep.space) if sweep.searcher.kind == "grid" else []
         self._study = _optuna_study(sweep) if sweep.searcher.kind == "optuna" else None

@@ -109,7 +109,7 @@ class Sweep(Config):
 class Trial:
     """One training: a point and a seed."""
 
-    index: int  # in its phase
+    index: int  # position in its phase
     phase: Phase
     point: Point
     seed: int

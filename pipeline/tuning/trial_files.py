@@ -21,8 +21,8 @@ class TrialSettings:
     """Settings that all trials of a sweep share; plain data."""
 
     sweep: Sweep
-    folder: str  # of the sweep
-    cluster: Cluster  # as one trial may use it
+    folder: str  # the sweep's folder or URI
+    cluster: Cluster  # resources of one trial
     tracking_uri: str = field(repr=False)  # may hold a password, so the experiment does not contain it
     parent_run_id: str | None
 
@@ -33,7 +33,7 @@ class TrialProgress:
 
     evaluations: tuple[TrialEvaluation, ...] = ()
     seconds: float = 0.0  # spent in all starts
-    error: str = ""  # that ended it
+    error: str = ""  # reason of the failure that ended it
 
 
 def record_failure(config: dict[str, Any], work: Callable[..., None], settings: TrialSettings) -> None:

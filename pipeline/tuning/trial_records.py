@@ -41,7 +41,7 @@ class TrialRecord:
     final: dict[str, float] = field(default_factory=dict)  # metrics of the best weights, once it is finished
     latency_ms: float | None = None  # per image
     cost: dict[str, float] = field(default_factory=dict)  # "gpu_s" or "cpu_s"
-    run_id: str | None = None  # in MLflow, once its final status is recorded there
+    run_id: str | None = None  # MLflow run, once its final status is recorded there
     ap_before_training: float | None = None  # AP of the initial weights
 
     @property

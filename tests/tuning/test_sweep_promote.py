@@ -24,7 +24,7 @@ BEST = {"model.reg_max": 16, "loss.ddf": 0.5}
 RESULTS = (0.46, 0.41, 0.44)  # results of its confirmation
 
 
-def truth(point: Point) -> float:
+def true_mean(point: Point) -> float:
     return 0.4 + 0.05 * float(point == BEST)
 
 
@@ -44,7 +44,7 @@ def ended(root: Path, **changes: Any) -> Ended:
     sweep = loaded(root, name="bins", searcher={"kind": "grid"}, trials=None, tracking={"uri": uri}, **changes)
     confirmed: dict[float, str] = {}
     records: list[TrialRecord] = []
-    for record in simulated(sweep, truth, sd=0.002):
+    for record in simulated(sweep, true_mean, sd=0.002):
         if record.phase == "confirm" and record.point == BEST and len(confirmed) < len(RESULTS):
             result = RESULTS[len(confirmed)]
             confirmed[result] = run_with_model(client, experiment)
@@ -74,7 +74,7 @@ def test_the_best_point_becomes_an_experiment_and_its_median_run_a_model_version
     experiment = load_experiment(found.folder / PROMOTED)
     assert (experiment.model.reg_max, experiment.loss.ddf, experiment.schedule.steps) == (16, 0.5, 500)
     assert experiment.name == "bins-promoted"
-    assert experiment.model.num_queries == 50  # of the experiment's file
+    assert experiment.model.num_queries == 50  # from the experiment's file
     assert Path(experiment.data.train).is_absolute()
 
     version = found.client.get_model_version("cells", "1")

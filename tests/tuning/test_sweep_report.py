@@ -35,7 +35,7 @@ SPACE = {
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
-def truth(point: Point) -> float:
+def true_mean(point: Point) -> float:
     if point.get("optimizer.lr", 8e-4) > 2e-2:
         return 0.01  # training does not converge
     return 0.42 - 0.03 * float(point["loss.ddf"] < 1) - 0.03 * float(point.get("model.regression") == "direct")
@@ -52,7 +52,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 
 @pytest.fixture(scope="module")
 def records(sweep: Sweep) -> list[TrialRecord]:
-    found = simulated(sweep, truth, sd=0.008, rungs=(1, 3))
+    found = simulated(sweep, true_mean, sd=0.008, rungs=(1, 3))
     found[7] = changed(found[7], status="failed", reason="<b>out of memory</b>", curve=(), final={}, rung=None)
     found[8] = changed(found[8], status="running", curve=found[8].curve[:1], final={}, rung=None)
     return found
@@ -121,10 +121,10 @@ def test_names_and_reasons_are_escaped(page: str) -> None:
 
 
 def test_every_figure_is_there_and_each_is_valid_svg_that_follows_the_pages_colours(report: SweepReport) -> None:
-    drawn = draw_figures(report)
-    assert list(drawn) == ["effects", "cost", "importance", "map", "pareto", "parallel"]
+    figures = draw_figures(report)
+    assert list(figures) == ["effects", "cost", "importance", "map", "pareto", "parallel"]
     ids: list[str] = []
-    for name, figure in drawn.items():
+    for name, figure in figures.items():
         text = svg(figure, name)
         root = ElementTree.fromstring(text)
         assert root.tag.endswith("svg")
@@ -142,7 +142,7 @@ def test_every_trial_is_a_row_with_its_config_status_and_cost(report: SweepRepor
     assert rows["status"].count("running") == 1
     assert sum(str(status).startswith("pruned after") for status in rows["status"]) > 10
     assert rows["AP before training"][0] == 0.0123
-    assert rows["loss.ddf_temperature"].count(None) > 0  # where it was inactive
+    assert rows["loss.ddf_temperature"].count(None) > 0  # inactive keys have no value
     assert rows["GPU s"][0] == round(records[0].cost_s)
 
 
@@ -204,7 +204,7 @@ def test_the_cost_of_re_binning_is_shown_for_each_trial_with_the_ap_of_the_initi
 
 @pytest.mark.slow
 def test_a_thousand_trials_make_a_page_of_a_few_megabytes_in_half_a_minute(sweep: Sweep) -> None:
-    many = simulated(sweep, truth, sd=0.008, rungs=(1, 3), points=1000)
+    many = simulated(sweep, true_mean, sd=0.008, rungs=(1, 3), points=1000)
     assert len(many) >= 1000
     began = time.process_time()
     page = report_page(make_report(sweep, many))

@@ -28,7 +28,7 @@ from tests.support.simulated_sweeps import loaded, phases, simulated, stopped
 
 GRID = {"model.reg_max": Domain(choice=[8, 16, 32, 64]), "loss.ddf": Domain(choice=[0, 0.5, 1.5, 5])}
 DEFAULT: Point = {"model.reg_max": 32, "loss.ddf": 1.5}
-SD = 0.01  # of a run's AP
+SD = 0.01  # standard deviation of one run's AP
 
 
 def effects_of(points: list[Point], values: np.ndarray, space: dict[str, Domain], default: Point) -> list[Effect]:
@@ -112,7 +112,7 @@ def test_one_key_is_an_ordinary_comparison_of_means() -> None:
 
 
 def test_a_balanced_design_has_the_effects_and_intervals_of_a_two_way_analysis_of_variance() -> None:
-    """In a full grid the effect is the difference of marginal means; the error has the residual degrees of freedom."""
+    """The effect in a full grid is the difference of marginal means; the error has the residual degrees of freedom."""
     space = {"a": Domain(choice=[0, 1, 2, 3]), "b": Domain(choice=[0, 1])}
     points = [{"a": a, "b": b} for a in range(4) for b in range(2)]
     table = np.array([[0.40, 0.43], [0.35, 0.37], [0.41, 0.48], [0.44, 0.45]])  # [a, b]
@@ -443,7 +443,7 @@ def test_a_key_that_decides_is_found_and_keys_that_do_not_stay_below_chance(tmp_
             assert one.low <= one.share <= one.high
             hits[one.key] += one.counts
     assert hits["a"] == 3
-    assert sum(hits[key] for key in "bcd") <= 3  # of 9, where 5 % are expected
+    assert sum(hits[key] for key in "bcd") <= 3  # out of 9 comparisons, of which 5 % exceed the threshold by chance
 
 
 def test_importance_is_empty_for_few_trials(tmp_path: Path) -> None:

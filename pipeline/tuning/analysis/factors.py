@@ -23,7 +23,7 @@ class Factor:
     labels: tuple[str, ...]
     reference: int
     values: tuple[Any, ...] = ()  # one per level of a list
-    edges: tuple[float, ...] = ()  # of the intervals, ascending; the last interval includes its upper end
+    edges: tuple[float, ...] = ()  # interval bounds, ascending; the last interval includes its upper end
     default: Any = None
 
     def level(self, value: Any) -> int:

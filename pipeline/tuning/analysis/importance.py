@@ -24,7 +24,7 @@ from pipeline.tuning.analysis.verdict import common_evaluation
 from pipeline.tuning.space import Point, Space, category, distribution
 from pipeline.tuning.trial_records import TrialRecord
 
-BEST_SHARE = 0.25  # of the trials count as the best
+BEST_SHARE = 0.25  # share of the trials that count as the best
 MIN_TRIALS = 8
 DRAWS, FEWER_DRAWS = 60, 20  # random halves, and shuffles; many trials need fewer
 MANY = 200
@@ -36,7 +36,7 @@ class Importance:
     """Importance of one key."""
 
     key: str
-    share: float  # of the variance of being among the best, explained by this key alone
+    share: float  # explained share of the variance of being among the best
     low: float  # 95 % interval
     high: float
     chance: float  # 95th percentile for a key without any effect

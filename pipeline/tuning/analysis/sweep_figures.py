@@ -29,7 +29,7 @@ INK, PAPER = "#1a1b1c", "#fdfcfb"  # placeholders for the page's colours of text
 BLUE, ORANGE, GREEN, RED, GREY = "#3d85c6", "#e0872d", "#2f9e68", "#cf4a3d", "#9aa3ad"
 WORD_COLOURS = {"better": GREEN, "worse": RED, "not distinguishable": GREY}
 MANY = 150  # trials; above it, lines are thinner and rasterized
-MAX_EFFECTS = 60  # in one figure
+MAX_EFFECTS = 60  # per figure
 SHADES = LinearSegmentedColormap.from_list("shades", colormaps["viridis"](np.linspace(0.08, 0.88, 64)))
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),

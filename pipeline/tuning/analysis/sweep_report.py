@@ -37,7 +37,7 @@ class SweepReport:
     """Records of a sweep with everything derived from them."""
 
     sweep: Sweep
-    records: tuple[TrialRecord, ...]  # by number
+    records: tuple[TrialRecord, ...]  # in order of their numbers
     default: Point
     rungs: tuple[int, ...]
     verdict: SweepVerdict

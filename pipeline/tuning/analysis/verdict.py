@@ -51,7 +51,7 @@ class SweepVerdict:
     mode: Mode
     alpha: float
     evaluation: int | None  # number of the evaluation at which settings are compared; None before any
-    noise: Noise  # at that evaluation
+    noise: Noise  # noise at that evaluation
     final_noise: Noise  # final results of finished trials
     effects: tuple[Effect, ...]
     points: tuple[PointVerdict, ...]
