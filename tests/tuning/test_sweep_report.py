@@ -171,7 +171,7 @@ def test_a_report_can_be_made_at_any_time(sweep: Sweep, records: list[TrialRecor
 
 def test_a_single_key_and_a_single_value_make_a_report(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, space={"model.reg_max": {"choice": [16]}}, trials=1, confirm={"top": 1})
-    report = make_report(sweep, simulated(sweep, lambda point: 0.4))
+    report = make_report(sweep, simulated(sweep, lambda _: 0.4))
     assert "map" not in draw_figures(report)
     assert Checked(report_page(report)).open == []
 
@@ -187,7 +187,7 @@ def test_the_cost_of_re_binning_is_shown_for_each_trial_with_the_ap_of_the_initi
     before = {8: 0.25, 16: 0.35, 32: 0.4}
     known = [
         changed(record, ap_before_training=before[record.point["model.reg_max"]])
-        for record in simulated(sweep, lambda point: 0.4)
+        for record in simulated(sweep, lambda _: 0.4)
     ]
     bins = {"reg_max": 32, "reg_scale": 4.0, "up": 0.5}
     report = make_report(sweep, known, bins)

@@ -410,7 +410,7 @@ CONTINUOUS = {
 }
 
 
-def continuous(tmp_path: Path) -> tuple[dict[str, Domain], list[list[Point]]]:
+def continuous() -> tuple[dict[str, Domain], list[list[Point]]]:
     space = {key: Domain(**domain) for key, domain in CONTINUOUS.items()}
     return space, [[random_point(space, [seed, n]) for n in range(40)] for seed in range(3)]
 
@@ -432,8 +432,8 @@ def as_records(points: list[Point], values: np.ndarray) -> list[object]:
     ]
 
 
-def test_a_key_that_decides_is_found_and_keys_that_do_not_stay_below_chance(tmp_path: Path) -> None:
-    space, sweeps = continuous(tmp_path)
+def test_a_key_that_decides_is_found_and_keys_that_do_not_stay_below_chance() -> None:
+    space, sweeps = continuous()
     hits: Counter[str] = Counter()
     for seed, points in enumerate(sweeps):
         noise = SD * np.random.default_rng(seed).standard_normal(len(points))
@@ -446,8 +446,8 @@ def test_a_key_that_decides_is_found_and_keys_that_do_not_stay_below_chance(tmp_
     assert sum(hits[key] for key in "bcd") <= 3  # out of 9 comparisons, of which 5 % exceed the threshold by chance
 
 
-def test_importance_is_empty_for_few_trials(tmp_path: Path) -> None:
-    space, (points, *_) = continuous(tmp_path)
+def test_importance_is_empty_for_few_trials() -> None:
+    space, (points, *_) = continuous()
     assert importances(as_records(points[:6], np.arange(6.0)), space, "AP") == ()  # type: ignore[arg-type]
 
 
