@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add_set(arguments, help="replace values")
     arguments.add_argument("--check", action="store_true", help="check the file, and end")
     arguments.add_argument("--promote", type=location, metavar="FOLDER", help="of a finished sweep")
-    arguments.add_argument("--register-as", metavar="NAME", help="with --promote: name of the model version")
+    arguments.add_argument("--registered-model-name", metavar="NAME", help="with --promote: name of the model version")
     return arguments
 
 
