@@ -27,6 +27,7 @@ from pipeline.training import checkpoint
 from pipeline.training.context import ResolvedData
 
 RUN_START = "run.json"
+SWEEP_START = "sweep.json"  # in the folder of a sweep
 DRIVER = "driver.json"
 RESULT = "result.json"
 HEARTBEAT_SECONDS = 10.0
@@ -129,9 +130,12 @@ def outbox_folder(run: str, key: str) -> Path:
 
 
 def key_of(run: str) -> str | None:
-    """Tracking key of a run's folder; None if it is no run's folder."""
-    path = storage.join(run, RUN_START)
-    return storage.read_json(path, "tracking_key")["tracking_key"] if storage.exists(path) else None
+    """Tracking key of the folder of a run, chain or sweep; None if it is none of these."""
+    for start in (RUN_START, SWEEP_START):
+        if storage.exists(path := storage.join(run, start)):
+            key: str = storage.read_json(path, "tracking_key")["tracking_key"]
+            return key
+    return None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

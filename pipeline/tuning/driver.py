@@ -54,7 +54,6 @@ from pipeline.tuning.trial_records import ENDED
 from pipeline.tuning.trial_store import TrialStore
 
 SOURCE = "jobs/tune.py"
-SWEEP_START = "sweep.json"
 REPORT = "report.html"
 RUN_ID_TIMEOUT_S = 30.0  # for MLflow to create the sweep's run, which the trials name as their parent
 DRAIN_TIMEOUT_S = 30.0  # for the last processes of stopped trials to end, and for MLflow to receive their status
@@ -271,7 +270,7 @@ def _begin_or_continue(folder: str, sweep: Sweep, data: ResolvedData) -> str:
         ConfigError: the name belongs to another sweep.
     """
     now = {"sweep": dump(sweep), "data": data.digests()}
-    path = storage.join(folder, SWEEP_START)
+    path = storage.join(folder, run_dir.SWEEP_START)
     if not storage.exists(path):
         key = uuid.uuid4().hex
         storage.write_atomic(path, json.dumps({**now, "tracking_key": key, "began_at": time.time()}, indent=1).encode())
@@ -293,7 +292,7 @@ def _begin_or_continue(folder: str, sweep: Sweep, data: ResolvedData) -> str:
 
 
 def _began_at(folder: str) -> float:
-    return float(storage.read_json(storage.join(folder, SWEEP_START), "began_at")["began_at"])
+    return float(storage.read_json(storage.join(folder, run_dir.SWEEP_START), "began_at")["began_at"])
 
 
 def _begin_mlflow_run(tracker: Tracker, sweep: Sweep, data: ResolvedData, folder: str) -> None:

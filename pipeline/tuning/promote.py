@@ -5,10 +5,11 @@ from pipeline.config import ConfigError
 from pipeline.config_files import as_yaml, check
 from pipeline.tracking.registry import register
 from pipeline.tracking.settings import TrackingSettings
+from pipeline.training.run_dir import SWEEP_START
 from pipeline.tuning.analysis.factors import point_text
 from pipeline.tuning.analysis.sweep_report import make_report
 from pipeline.tuning.analysis.verdict import PointVerdict
-from pipeline.tuning.driver import SWEEP_START, sweep_for_trials
+from pipeline.tuning.driver import sweep_for_trials
 from pipeline.tuning.space import canonical_text
 from pipeline.tuning.sweep import Sweep, experiment_of, tracking_of
 from pipeline.tuning.trial_records import TrialRecord, read_records

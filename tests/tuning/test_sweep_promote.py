@@ -11,7 +11,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
 from pipeline.config import ConfigError
 from pipeline.config_files import dump, load_experiment
-from pipeline.tuning.driver import SWEEP_START
+from pipeline.training.run_dir import SWEEP_START
 from pipeline.tuning.promote import PROMOTED, promote
 from pipeline.tuning.space import Point
 from pipeline.tuning.sweep import Sweep
