@@ -123,18 +123,6 @@ class DenoisingQueries:
     positive_target: Tensor  # index into the batch's boxes
 
 
-def positive_slots(counts: Sequence[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, slot and box index of every positive denoising slot: [groups * T] int64 each, on the CPU."""
-    per_image = torch.tensor(counts, dtype=torch.int64)
-    most = max(counts, default=0)
-    image = torch.arange(len(counts)).repeat_interleave(per_image)
-    first = per_image.cumsum(0) - per_image
-    target = torch.arange(int(per_image.sum()))
-    slot = target - first[image]  # the box's place within its image
-    query = (torch.arange(groups) * 2 * most).unsqueeze(1) + slot  # [groups, T]
-    return image.repeat(groups), query.flatten(), target.repeat(groups)
-
-
 @dataclass(frozen=True)
 class DetectorOutput:
     """Detections, and in training what the loss needs besides."""

@@ -7,12 +7,14 @@ is untouched.
 Source: DINO, arXiv:2203.03605.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from dfine_core.config import ModelConfig
-from dfine_core.structures import DenoisingQueries, Targets, positive_slots
+from dfine_core.structures import DenoisingQueries, Targets
 
 
 def draw(
@@ -80,6 +82,18 @@ def draw_for(
         box_noise_scale=config.box_noise_scale,
         generator=generator,
     )
+
+
+def positive_slots(counts: Sequence[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, slot and box index of every positive denoising slot: [groups * T] int64 each, on the CPU."""
+    per_image = torch.tensor(counts, dtype=torch.int64)
+    most = max(counts, default=0)
+    image = torch.arange(len(counts)).repeat_interleave(per_image)
+    first = per_image.cumsum(0) - per_image
+    target = torch.arange(int(per_image.sum()))
+    slot = target - first[image]  # index of the box within its image
+    query = (torch.arange(groups) * 2 * most).unsqueeze(1) + slot  # [groups, T]
+    return image.repeat(groups), query.flatten(), target.repeat(groups)
 
 
 def blocked(slots: int, num_queries: int, *, group_slots: int, device: torch.device) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from dfine_core.config import ModelConfig
-from dfine_core.model.layers import ConvNorm, SelfAttention, fuse_conv_norm
+from dfine_core.model.layers import ConvNorm, SelfAttention
 
 
 class RepVGGBlock(nn.Module):
@@ -25,10 +26,11 @@ class RepVGGBlock(nn.Module):
         return F.silu(self.conv(x) if hasattr(self, "conv") else self.conv1(x) + self.conv2(x))
 
     def fuse(self) -> None:
+        """Replace both branches by one 3x3 convolution, in place; in eval mode only."""
         if hasattr(self, "conv"):
             return
-        wide = fuse_conv_norm(self.conv1.conv, self.conv1.norm)
-        point = fuse_conv_norm(self.conv2.conv, self.conv2.norm)
+        wide = fuse_conv_bn_eval(self.conv1.conv, self.conv1.norm)
+        point = fuse_conv_bn_eval(self.conv2.conv, self.conv2.norm)
         with torch.no_grad():
             wide.weight += F.pad(point.weight, (1, 1, 1, 1))
             cast(Tensor, wide.bias).add_(cast(Tensor, point.bias))

@@ -8,27 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def fuse_conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """One convolution that equals `norm(conv(x))` in evaluation."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    fused = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        cast("tuple[int, int]", conv.kernel_size),
-        cast("tuple[int, int]", conv.stride),
-        cast("tuple[int, int]", conv.padding),
-        groups=conv.groups,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    with torch.no_grad():
-        fused.weight.copy_(conv.weight * gain.reshape(-1, 1, 1, 1))
-        cast(Tensor, fused.bias).copy_(norm.bias - norm.running_mean * gain)
-    return fused
+from torch.nn.utils import fuse_conv_bn_eval
 
 
 class ConvNorm(nn.Module):
@@ -47,13 +27,18 @@ class ConvNorm(nn.Module):
         return F.silu(x) if self.silu else x
 
     def fuse(self) -> None:
+        """Replace convolution and norm by one convolution, in place; in eval mode only."""
         if not hasattr(self, "conv_bn_fused"):
-            self.conv_bn_fused = fuse_conv_norm(self.conv, self.norm)
+            self.conv_bn_fused = fuse_conv_bn_eval(self.conv, self.norm)
             del self.conv, self.norm
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose four vectors are constants, for backbones trained at small batch sizes."""
+    """Batch norm whose four vectors are constants, for backbones trained at small batch sizes.
+
+    Unlike torchvision's, gain and shift are cast to the dtype of x: under autocast that one would return float32, and so
+    widen every activation after it.
+    """
 
     weight: Tensor
     bias: Tensor

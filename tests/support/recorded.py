@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfine_core.structures import DenoisingQueries, positive_slots
+from dfine_core.model.denoising import positive_slots
+from dfine_core.structures import DenoisingQueries
 
 FOLDER = Path(__file__).parents[1] / "golden"
 DERIVED = ("decoder.anchors", "decoder.valid_mask")
