@@ -64,10 +64,10 @@ def test_run_folder_checkpoint_mlflow_run_and_model_version_give_the_same_detect
 ) -> None:
     run = str(folder / "runs" / "run")
     steps = checkpoint.steps_in(f"{run}/checkpoints")
-    best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.folder_name(steps[-1])}").history.best_step
+    best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.step_folder(steps[-1])}").history.best_step
     assert best is not None
     from_run = open_detector(run)
-    assert from_run.origin.endswith(checkpoint.folder_name(best))
+    assert from_run.origin.endswith(checkpoint.step_folder(best))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     (run_id,) = {m.source_run_id for m in _logged_models(tracking)}
     for source in (from_run.origin, f"runs:/{run_id}", "models:/shapes@champion", "models:/shapes/1"):
@@ -114,7 +114,7 @@ def test_a_kept_step_is_replayed_and_the_broken_image_and_module_named(
     run.step(run.stream())
     run.guard.check_previous(run.state)
     assert run.state.skipped_steps == 1
-    kept = f"{tmp_path}/runs/run/non_finite/{checkpoint.folder_name(0)}"
+    kept = f"{tmp_path}/runs/run/non_finite/{checkpoint.step_folder(0)}"
     replay_job.main([kept])
     said = capsys.readouterr().out
     assert "4 of 4 images are not finite" in said

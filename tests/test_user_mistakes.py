@@ -142,7 +142,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("evaluate detector train --pictures -1", ("--pictures", "-1"), {}),
     ("evaluate {folder}/detector {folder}/train --out found", ("--out", "$PWD/found"), JOB),
     # predict
-    ("predict nowhere photos --out out", ("nowhere", "no detector"), {}),
+    ("predict nowhere photos --out out", ("nowhere", "does not exist"), {}),
     ("predict detector nowhere --out out", ("nowhere", "no such file or folder"), {}),
     ("predict detector empty --out out", ("no images or videos", "empty"), {}),
     ("predict detector photos/*.gif --out out", ("*.gif", "no file fits"), {}),
@@ -154,7 +154,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("predict detector photos --out sftp://host/out --workers 0", ("sftp://host/out", "unknown scheme"), {}),
     ("predict {folder}/detector {folder}/photos --out out", ("--out", "$PWD/out"), JOB),
     # export
-    ("export nowhere --to onnx --out out", ("nowhere", "no detector"), {}),
+    ("export nowhere --to onnx --out out", ("nowhere", "does not exist"), {}),
     ("export detector --to tflite --out out", ("--to", "tflite", "onnx"), {}),
     ("export detector --to released --out notes.txt", ("notes.txt",), {}),
     ("export detector --to released --out out --input-size 100", ("--input-size", "multiple of 32"), {}),
@@ -169,14 +169,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("export broken.pth --to released --out out", ("broken.pth",), {}),
     ("export {folder}/detector --to released --out out", ("--out", "$PWD/out"), JOB),
     # serve
-    ("serve nowhere", ("nowhere", "no detector"), {}),
+    ("serve nowhere", ("nowhere", "does not exist"), {}),
     ("serve detector --threshold 2", ("threshold", "less than or equal to 1"), {}),
     ("serve detector --batch 0", ("batch", "greater than 0"), {}),
     ("serve detector --port 70000", ("--port", "70000"), {}),
     ("serve detector --detach", ("--detach", "RAY_ADDRESS"), {}),
     ("serve detector", ("MODEL", "$PWD/detector"), JOB),
     # benchmark
-    ("benchmark nowhere", ("nowhere", "no detector"), {}),
+    ("benchmark nowhere", ("nowhere", "does not exist"), {}),
     ("benchmark nowhere.onnx", ("nowhere.onnx", "no such file"), {}),
     ("benchmark broken.onnx", ("broken.onnx",), {}),
     ("benchmark broken.pt2", ("broken.pt2", "torch.export"), {}),

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dfine_core
-from dfine_core import Detector, ImageDetections, LoadedDetector, ModelConfig, load
+from dfine_core import Detector, ImageDetections, LoadedDetector, LoadError, ModelConfig, load
 from dfine_core.checkpoints.class_transfer import coco_names
 from dfine_core.checkpoints.weights import save_released
 from dfine_core.images import read_image
-from dfine_core.inference import LoadError, from_description, predict_batch, prepare
+from dfine_core.inference import from_description, predict_batch, prepare
 from pipeline.config import ConfigError
 from pipeline.data.augment.decode import decode_rgb, stretch
 from pipeline.data.shards.manifest import Category
@@ -106,7 +106,7 @@ def sources(
         "mlflow": folder / "mlflow",
         "exported": exported(folder / "exported", weights),
         "run": run,
-        "checkpoint": run / "checkpoints" / checkpoint.folder_name(10),
+        "checkpoint": run / "checkpoints" / checkpoint.step_folder(10),
     }
 
 
@@ -187,7 +187,7 @@ def test_paths_bytes_arrays_and_pictures_single_or_several_are_one(sources: dict
         (found,) = loaded(image)
         assert same(found, expected), type(image)
     assert all(same(found, expected) for found in loaded(pixels[None]))
-    several = loaded([pixels, pixels[:50], picture], batch=2)
+    several = loaded([pixels, pixels[:50], picture], batch_size=2)
     assert [len(found.scores) > 0 for found in several] == [True] * 3
     torch.testing.assert_close(several[2].boxes, expected.boxes)
     assert loaded([]) == []
@@ -198,6 +198,106 @@ def test_deployed_it_detects_the_same_up_to_rounding(sources: dict[str, Path], p
     (plain,) = loaded(picture)
     (fused,) = loaded.deploy()(picture)
     torch.testing.assert_close(fused.boxes, plain.boxes, rtol=1e-5, atol=1e-3)
+
+
+# Draw, save, print
+
+
+def test_a_saved_detector_opens_again_with_equal_detections(
+    sources: dict[str, Path], picture: Path, tmp_path: Path
+) -> None:
+    loaded = load(sources["run"], "cpu")
+    folder = loaded.save(tmp_path / "new" / "saved")
+    assert sorted(path.name for path in folder.iterdir()) == ["detector.json", "model.safetensors"]
+    again = load(folder, "cpu")
+    assert (again.config, again.names, again.category_ids) == (loaded.config, loaded.names, loaded.category_ids)
+    assert same(again(picture)[0], loaded(picture)[0])
+    again.save(folder)  # over itself
+    assert same(load(folder, "cpu")(picture)[0], loaded(picture)[0])
+
+
+def test_a_detector_is_saved_neither_fused_nor_among_other_files(sources: dict[str, Path], tmp_path: Path) -> None:
+    loaded = load(sources["exported"], "cpu")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        loaded.save(tmp_path)
+    with pytest.raises(ValueError, match=r"save it before"):
+        loaded.deploy().save(tmp_path / "fused")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_printing_a_detector_names_origin_classes_size_and_device(sources: dict[str, Path]) -> None:
+    loaded = load(sources["run"], "cpu")
+    text = str(loaded)
+    assert len(text.splitlines()) <= 7
+    assert loaded.path == f"{sources['checkpoint']}/ema.safetensors"
+    numbers = sum(parameter.numel() for parameter in loaded.detector.parameters())
+    stored = Path(loaded.path).stat().st_size
+    assert loaded.size_bytes == pytest.approx(stored, rel=0.02)  # the file has a header besides
+    for part in (
+        f"from {sources['checkpoint']}",
+        loaded.path,
+        "80: person, bicycle",
+        "72 more",
+        "160 x 96 pixels",
+        f"{numbers / 1e6:.2f} million",
+        f"{loaded.size_bytes / 1e6:.1f} MB",
+        "cpu",
+    ):
+        assert part in text, part
+    released = load(sources["released"], "cpu")
+    assert released.path == released.origin == str(sources["released"])
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), 40])
+def test_a_threshold_outside_0_to_1_is_refused(threshold: float, sources: dict[str, Path], picture: Path) -> None:
+    with pytest.raises(ValueError, match=rf"threshold \({threshold}\) must lie in 0\.\.1"):
+        load(sources["exported"], "cpu")(picture, threshold=threshold)
+
+
+def test_iterating_gives_every_detection_as_plain_values(sources: dict[str, Path], picture: Path) -> None:
+    (found,) = load(sources["exported"], "cpu")(picture)
+    rows = list(found)
+    assert len(rows) == len(found) == len(found.scores) > 0
+    assert [row.name for row in rows] == list(found.names)
+    assert torch.tensor([row.box for row in rows]).equal(found.boxes)
+    assert [row.label for row in rows] == found.labels.tolist()
+    assert [row.score for row in rows] == found.scores.tolist()
+
+
+def test_drawing_marks_the_boxes_and_leaves_the_rest_and_the_source_as_they_were(picture: Path) -> None:
+    white = Image.new("RGB", (200, 150), "white")
+    boxes = torch.tensor([[40.0, 60, 120, 120], [150, 2, 190, 146]])
+    found = ImageDetections(boxes, torch.tensor([0.9, 0.5]), torch.tensor([0, 1]), ("cat", "dog"))
+    drawn = np.asarray(found.draw(white))
+    assert drawn.shape == (150, 200, 3)
+    assert (np.asarray(white) == 255).all()
+    coloured = (drawn != 255).any(-1)
+    assert coloured[60:121, 40].all()  # left edge
+    assert coloured[120, 40:121].all()  # lower edge
+    assert not coloured[63:118, 43:118].any()  # the caption stands above its box, not in it
+    assert coloured[45:58, 42:60].any()
+    assert not coloured[:, :38].any()
+    assert tuple(drawn[100, 40]) != tuple(drawn[100, 150])  # a colour for each class
+    assert found.draw(picture).size == (WIDTH, HEIGHT)
+    nothing = ImageDetections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), ())
+    assert np.array_equal(np.asarray(nothing.draw(white)), np.asarray(white))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(10.0, 0, 80, 60), (120.0, 40, 199, 149), (-30.0, -20, 60, 50), (150.0, 100, 260, 190), (90.0, 70, 40, 30)],
+)
+def test_a_caption_stays_in_the_image_and_beside_its_box_where_there_is_room(box: tuple[float, ...]) -> None:
+    white = Image.new("RGB", (200, 150), "white")
+    found = ImageDetections(torch.tensor([box]), torch.tensor([0.5]), torch.tensor([2]), ("traffic light",))
+    drawn = np.asarray(found.draw(white))
+    left, right = sorted(np.clip((box[0], box[2]), 0, 199).astype(int))
+    top, bottom = sorted(np.clip((box[1], box[3]), 0, 149).astype(int))
+    assert (drawn[top + 3 : bottom - 2, left + 3 : right - 2] == 255).all()
+    outside = drawn.copy()
+    outside[top : bottom + 1, left : right + 1] = 255
+    assert (outside != 255).any()
 
 
 class RunsCode:
@@ -225,7 +325,7 @@ def test_what_is_no_detector_is_refused_with_what_was_found(sources: dict[str, P
     for source, message in (
         (tmp_path, "it holds .*notes.txt"),
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "nowhere.pth", "No such file"),
+        (tmp_path / "nowhere.pth", r"nowhere\.pth does not exist"),
         (tmp_path / "other.pth", "not the weights of a detector"),
     ):
         with pytest.raises(LoadError, match=message):
@@ -245,7 +345,7 @@ def test_what_only_mlflow_knows_is_opened_by_the_pipeline_alone(source: str, mon
 
 def test_a_damaged_checkpoint_is_named(detector: Detector, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", detector)
-    path = run / "checkpoints" / checkpoint.folder_name(10) / "ema.safetensors"
+    path = run / "checkpoints" / checkpoint.step_folder(10) / "ema.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
