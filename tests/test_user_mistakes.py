@@ -69,14 +69,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml", ("'./mlruns'", "http://HOST:PORT"), {"MLFLOW_TRACKING_URI": "./mlruns"}),
     ("train run.yaml --set init=nowhere.pth", ("init", "nowhere.pth", "does not exist"), {}),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: empty",), {}),
+    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
     ("train run.yaml --resume empty", ("empty", "not a checkpoint"), {}),
     ("train run.yaml --dry-run --set data.train=nowhere", ("nowhere/manifest.json",), {}),
     ("train run.yaml --set storage=notes.txt", ("notes.txt",), {}),
     # train: as a submitted job
     ("train run.yaml", ("storage", "'runs'", "$PWD/runs", "data.train", "$PWD/train", "data.val"), JOB),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: empty",), {}),
+    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
     ("train run.yaml --resume empty", ("--resume", "'empty'", "$PWD/empty"), JOB),
     # pretrain_finetune
     ("pretrain_finetune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
