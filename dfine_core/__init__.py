@@ -1,4 +1,4 @@
-"""D-FINE, the detector: plain PyTorch, tensors in, tensors out."""
+"""D-FINE object detector in plain PyTorch: tensors in, tensors out."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Boxes drawn into an image, each with its caption beside it; needs Pillow alone."""
+"""Boxes rendered into an image, each with its caption beside it; needs Pillow alone."""
 
 import colorsys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Images from untrusted sources: the one place that opens them, and their conversion to RGB.
+"""Images from untrusted sources: the only opener in the project, and the conversion to RGB.
 
 Format and size are checked by the header, before any pixel is decoded. EXIF orientation is not applied, as in training and
 evaluation: boxes are in the pixels as they are stored. Needs NumPy and Pillow alone, so that data tasks start without torch.
@@ -24,15 +24,15 @@ OpenedImage: TypeAlias = PIL.Image.Image
 
 
 class ImageError(ValueError):
-    """An image that cannot be used, with the reason."""
+    """Reason why an image cannot be used."""
 
 
 class UnknownFormatError(ImageError):
-    """Not an image, or one of a format outside `FORMATS`."""
+    """Error of bytes that are not an image, or one of a format outside `FORMATS`."""
 
 
 class TooManyPixelsError(ImageError):
-    """An image that is larger than the limit by its header."""
+    """Error of an image that is larger than the limit by its header."""
 
 
 def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None = PIXEL_LIMIT) -> OpenedImage:
@@ -69,7 +69,7 @@ def to_rgb(image: OpenedImage) -> OpenedImage:
     """Decode to RGB: 16-bit levels lose their lower byte, an alpha channel is dropped.
 
     Raises:
-        ImageError: it is broken, or its levels have no known range.
+        ImageError: the image is broken, or its levels have no known range.
     """
     if image.mode in ("I", "F"):
         raise ImageError(f"an image of mode {image.mode}, levels of unknown range; convert it to 8 or 16 bits")

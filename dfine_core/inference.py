@@ -1,4 +1,4 @@
-"""Trained detectors: opened from their files, and called with images.
+"""Trained detectors, opened from their files and called with images.
 
 detector = load("runs/mine")    # or a checkpoint, an exported folder, an MLflow model's folder, a released .pth
 for found in detector(["a.jpg", "b.jpg"], threshold=0.5):

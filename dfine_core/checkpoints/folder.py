@@ -37,7 +37,7 @@ _EXPECTED = (
 
 
 class LoadError(ValueError):
-    """There is no detector, it is damaged, or something that opens it is missing."""
+    """Error of opening a detector: there is none, it is damaged, or a library that reads it is missing."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class StoredDetector:
     folder: str  # the one really read; the file, if it was released
     path: str  # file of the weights
     sha256: str | None = None  # content of that file; None for a released one
-    metadata: dict[str, Any] | None = None  # of a checkpoint, as written
+    metadata: dict[str, Any] | None = None  # metadata.json of a checkpoint, as written
 
 
 # Checkpoints of a run
@@ -131,7 +131,7 @@ def read_detector(folder: str, files: FileReader = ON_DISK) -> StoredDetector:
     """Read the detector of a checkpoint, a run, an exported folder or an MLflow model.
 
     Raises:
-        LoadError: there is no detector, or it is damaged; the message names what was found instead.
+        LoadError: there is no detector, or it is damaged; the message names the content of the folder.
     """
     try:
         names = set(files.list_folder(folder))
@@ -172,7 +172,7 @@ def make_description(config: ModelConfig, names: Sequence[str], category_ids: Se
 
 
 def tensors_from_bytes(content: bytes, origin: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
+    """Parse a safetensors file.
 
     Raises:
         LoadError: the file is damaged, or safetensors is not installed.
@@ -189,7 +189,7 @@ def tensors_from_bytes(content: bytes, origin: str) -> dict[str, Tensor]:
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Content of a safetensors file; tensors that share storage are written more than once."""
+    """Serialise as a safetensors file; tensors that share storage are written more than once."""
     from safetensors.torch import save
 
     return save({key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()})

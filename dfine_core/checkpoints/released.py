@@ -33,7 +33,7 @@ def read_released(path: str) -> StoredDetector:
 
 
 def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
-    """The published variant with as many decoder layers and as wide an encoder; what else differs fails at loading."""
+    """Published variant with as many decoder layers and as wide an encoder; any other difference fails at loading."""
     try:
         outputs = len(weights["decoder.dec_bbox_head.0.layers.2.bias"])
         width = len(weights["encoder.input_proj.0.conv.weight"])

@@ -1,4 +1,4 @@
-"""Small blocks that several parts of the network share. Attribute names follow the released state dict."""
+"""Small blocks shared by several parts of the network. Attribute names follow the released state dict."""
 
 import math
 from collections.abc import Iterable
@@ -23,6 +23,7 @@ class ConvNorm(nn.Module):
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve a map [B, C, H, W]."""
         x = self.conv_bn_fused(x) if hasattr(self, "conv_bn_fused") else self.norm(self.conv(x))
         return F.silu(x) if self.silu else x
 
@@ -54,6 +55,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise a map [B, C, H, W]."""
         gain = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * gain
         return x * gain.to(x.dtype).reshape(-1, 1, 1) + shift.to(x.dtype).reshape(-1, 1, 1)
@@ -71,12 +73,13 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform the last dimension."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
     def zero_last(self) -> None:
-        """Start as the constant 0: the head adds nothing until it has learnt something."""
+        """Initialise the output to the constant 0, so that the head changes nothing before training."""
         last = cast(nn.Linear, self.layers[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -95,7 +98,7 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """x, position: [B, T, D] (position may broadcast); allowed: [T, T] bool, True = may attend."""
+        """Attend among tokens [B, T, D]; position may broadcast; allowed: [T, T] bool, True = may attend."""
         dim = x.shape[-1]
         query_key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
         query, key = query_key.chunk(2, dim=-1)

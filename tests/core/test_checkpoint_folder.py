@@ -1,4 +1,4 @@
-"""Folders of checkpoints: complete ones, the best one, and what damage looks like, on a reader that is no disk."""
+"""Checkpoint folders on a reader in memory: complete ones, the best one, and damaged ones."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from dfine_core.checkpoints.folder import (
 
 
 def reader(files: dict[str, bytes]) -> FileReader:
-    """Files in memory, as an object store has them: a folder exists by what lies below it."""
+    """Reader of files in memory, as in an object store: a folder exists if anything lies below it."""
 
     def list_folder(folder: str) -> list[str]:
         if folder in files:
@@ -72,7 +72,7 @@ def test_a_tensor_file_is_read_only_if_it_is_what_was_written() -> None:
         read_tensor_file("f", "model", None, files)
 
 
-def test_a_missing_folder_a_file_and_an_empty_run_are_told_apart() -> None:
+def test_a_missing_folder_a_file_and_an_empty_run_have_messages_of_their_own() -> None:
     files = reader({"model.onnx": b"", "run/run.json": b"{}", "run/checkpoints/step-00000001/ema.safetensors": b""})
     for source, message in (
         ("nowhere", "^nowhere does not exist$"),

@@ -1,4 +1,4 @@
-"""The opener of images: which formats and sizes it takes, and that nothing else in the project opens images."""
+"""Opener of images: accepted formats and sizes, and that nothing else in the project opens images."""
 
 import io
 import re
@@ -85,7 +85,7 @@ def test_the_opener_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("kind", "name"), [("ICO", "ICO"), ("PCX", "PCX"), ("SGI", "SGI"), (None, "EPS"), (None, None)]
 )
-def test_a_format_outside_the_list_is_refused_with_its_name_wherever_it_comes_in(
+def test_a_format_outside_the_list_is_refused_with_its_name_at_every_entrance(
     kind: str | None, name: str | None, tmp_path: Path
 ) -> None:
     data = encoded(Image.new("RGB", (8, 8), "red"), kind) if kind else EPS if name else b"not an image"
@@ -116,7 +116,7 @@ def test_every_format_of_the_list_gives_the_same_pixels_from_shards_and_to_detec
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of so many pixels by its header, with hardly any behind it."""
+    """PNG whose header claims so many pixels, with hardly any data behind it."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return start + encoded(Image.new("RGB", (4, 3)), "PNG")[33:]
