@@ -122,7 +122,7 @@ def _predictions(
 
 
 def _draw(config: ModelConfig, targets: list[dict[str, Tensor]], generator: torch.Generator) -> DenoisingQueries:
-    return denoising.draw(
+    return denoising.sample_queries(
         Targets.pack(targets, config.num_classes, torch.device("cpu")),
         num_classes=config.num_classes,
         num_queries=config.num_queries,

@@ -19,8 +19,8 @@ BELOW = {
 OURS = set(BELOW)
 CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the standard library
 # Files of the core that use more; the detector needs none of this.
-ALSO = {"dfine_core/images.py": {"PIL"}}
-BORROWED = {"dfine_core/inference.py": {"safetensors"}}  # imported when it is needed, inside a function
+ALSO = {"dfine_core/images.py": {"PIL"}, "dfine_core/drawing.py": {"PIL"}}
+BORROWED = {"dfine_core/checkpoints/folder.py": {"safetensors"}}  # imported when it is needed, inside a function
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
 FOUNDATION = ("errors", "redaction", "progress", "provenance", "ray_job", "ray_cluster", "storage", "html_pages")

@@ -69,14 +69,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml", ("'./mlruns'", "http://HOST:PORT"), {"MLFLOW_TRACKING_URI": "./mlruns"}),
     ("train run.yaml --set init=nowhere.pth", ("init", "nowhere.pth", "does not exist"), {}),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: empty",), {}),
+    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
     ("train run.yaml --resume empty", ("empty", "not a checkpoint"), {}),
     ("train run.yaml --dry-run --set data.train=nowhere", ("nowhere/manifest.json",), {}),
     ("train run.yaml --set storage=notes.txt", ("notes.txt",), {}),
     # train: as a submitted job
     ("train run.yaml", ("storage", "'runs'", "$PWD/runs", "data.train", "$PWD/train", "data.val"), JOB),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: empty",), {}),
+    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
     ("train run.yaml --resume empty", ("--resume", "'empty'", "$PWD/empty"), JOB),
     # pretrain_finetune
     ("pretrain_finetune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
@@ -142,7 +142,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("evaluate detector train --pictures -1", ("--pictures", "-1"), {}),
     ("evaluate {folder}/detector {folder}/train --out found", ("--out", "$PWD/found"), JOB),
     # predict
-    ("predict nowhere photos --out out", ("nowhere", "no detector"), {}),
+    ("predict nowhere photos --out out", ("nowhere", "does not exist"), {}),
     ("predict detector nowhere --out out", ("nowhere", "no such file or folder"), {}),
     ("predict detector empty --out out", ("no images or videos", "empty"), {}),
     ("predict detector photos/*.gif --out out", ("*.gif", "no file fits"), {}),
@@ -154,7 +154,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("predict detector photos --out sftp://host/out --workers 0", ("sftp://host/out", "unknown scheme"), {}),
     ("predict {folder}/detector {folder}/photos --out out", ("--out", "$PWD/out"), JOB),
     # export
-    ("export nowhere --to onnx --out out", ("nowhere", "no detector"), {}),
+    ("export nowhere --to onnx --out out", ("nowhere", "does not exist"), {}),
     ("export detector --to tflite --out out", ("--to", "tflite", "onnx"), {}),
     ("export detector --to released --out notes.txt", ("notes.txt",), {}),
     ("export detector --to released --out out --input-size 100", ("--input-size", "multiple of 32"), {}),
@@ -169,14 +169,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("export broken.pth --to released --out out", ("broken.pth",), {}),
     ("export {folder}/detector --to released --out out", ("--out", "$PWD/out"), JOB),
     # serve
-    ("serve nowhere", ("nowhere", "no detector"), {}),
+    ("serve nowhere", ("nowhere", "does not exist"), {}),
     ("serve detector --threshold 2", ("threshold", "less than or equal to 1"), {}),
     ("serve detector --batch 0", ("batch", "greater than 0"), {}),
     ("serve detector --port 70000", ("--port", "70000"), {}),
     ("serve detector --detach", ("--detach", "RAY_ADDRESS"), {}),
     ("serve detector", ("MODEL", "$PWD/detector"), JOB),
     # benchmark
-    ("benchmark nowhere", ("nowhere", "no detector"), {}),
+    ("benchmark nowhere", ("nowhere", "does not exist"), {}),
     ("benchmark nowhere.onnx", ("nowhere.onnx", "no such file"), {}),
     ("benchmark broken.onnx", ("broken.onnx",), {}),
     ("benchmark broken.pt2", ("broken.pt2", "torch.export"), {}),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfine_core.images import read_image
-from dfine_core.inference import prepare, sizes_of
+from dfine_core.inference import image_sizes, prepare
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.sources.synthetic import synthetic_image
@@ -113,7 +113,7 @@ def ragged(batches: Iterator[Pictures]) -> Iterator[Pictures]:
 def _opened(readers: Sequence[tuple[str, Callable[[], bytes]]], input_size: tuple[int, int]) -> Iterator[Pictures]:
     for start in range(0, len(readers), BATCH):
         opened = [_read(name, read()) for name, read in readers[start : start + BATCH]]
-        yield Pictures(prepare(opened, input_size), sizes_of(opened), torch.arange(start, start + len(opened)))
+        yield Pictures(prepare(opened, input_size), image_sizes(opened), torch.arange(start, start + len(opened)))
 
 
 def _read(name: str, content: bytes) -> PIL.Image.Image:

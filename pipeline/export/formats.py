@@ -21,8 +21,9 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from dfine_core import DISTRIBUTION, Detector, __version__
+from dfine_core.checkpoints.folder import DESCRIPTION
 from dfine_core.checkpoints.weights import save_released
-from dfine_core.inference import DESCRIPTION, LoadedDetector, predict_batch
+from dfine_core.inference import LoadedDetector, predict_batch
 from pipeline.redaction import redact
 
 if TYPE_CHECKING:

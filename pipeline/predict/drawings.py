@@ -14,7 +14,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
 from dfine_core.images import read_image
-from dfine_core.inference import LoadedDetector, prepare, sizes_of
+from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
 from pipeline.data.prepare.image_files import read_file
 from pipeline.data.shards.manifest import Category
@@ -129,7 +129,7 @@ def write_drawings(
 
 def explanation(loaded: LoadedDetector, image: Image.Image, names: Sequence[str], title: str) -> bytes:
     """PNG of how the surest box of an image came about, see `refinement_view`."""
-    _, output = loaded.predict(prepare([image], loaded.config.input_size), sizes_of([image]), every_layer=True)
+    _, output = loaded.predict(prepare([image], loaded.config.input_size), image_sizes([image]), every_layer=True)
     assert output.matching is not None
     logits = output.logits[0]
     query, label = divmod(int(logits.flatten().argmax()), loaded.config.num_classes)

@@ -14,7 +14,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from dfine_core.images import FORMATS, ImageError, TooManyPixels, open_image, read_image
+from dfine_core.images import FORMATS, ImageError, TooManyPixelsError, open_image, read_image
 from dfine_core.model.postprocess import MAX_DETECTIONS
 from pipeline.errors import UserError
 
@@ -150,7 +150,7 @@ def _size(image: Encoded) -> tuple[int, int]:
     try:
         with open_image(image.content) as opened:
             return opened.size
-    except TooManyPixels:
+    except TooManyPixelsError:
         raise RequestError(413, "far too many pixels: scale it down", field=image.field) from None
     except ImageError:
         known = ", ".join(FORMATS)

@@ -158,7 +158,7 @@ def _last_micro_batch(run: str) -> int | None:
     folder = storage.join(run, "checkpoints")
     for step in reversed(checkpoint.steps_in(folder)):
         try:
-            return checkpoint.read_metadata(storage.join(folder, checkpoint.folder_name(step))).micro_batch_size
+            return checkpoint.read_metadata(storage.join(folder, checkpoint.step_folder(step))).micro_batch_size
         except checkpoint.CheckpointError:
             continue
     return None

@@ -6,7 +6,6 @@ A user chooses `schedule.epochs` and the batch; everything else scales with thes
 from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
-from dfine_core.learning_rate import learning_rate_factor
 from pipeline.config import ConfigError, Experiment
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
@@ -43,6 +42,8 @@ class Schedule:
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor on the initial learning rates in the step after `step` steps."""
+        from dfine_core.optim import learning_rate_factor  # here: commands derive a schedule without loading torch
+
         return learning_rate_factor(
             step, warmup_steps=self.warmup_steps, total_steps=self.steps, min_lr_ratio=self.min_lr_ratio
         )

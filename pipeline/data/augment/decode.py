@@ -15,7 +15,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from dfine_core.images import ImageError, check_pixels, open_image, stretched, to_rgb
+from dfine_core.images import ImageError, check_pixels, open_image, stretch_image, to_rgb
 from pipeline.errors import UserError
 
 # Images are decoded in many tasks or threads at once; OpenCV's own threads would only compete with them.
@@ -144,7 +144,7 @@ def crop_and_place(
 
 def stretch(pixels: NDArray[np.uint8], canvas: tuple[int, int]) -> NDArray[np.uint8]:
     """[*canvas, 3] the whole image through Pillow's antialiased bilinear filter, as in the released evaluation."""
-    return stretched(Image.fromarray(pixels), canvas)
+    return stretch_image(Image.fromarray(pixels), canvas)
 
 
 def _antialias_sigma(shrink: float) -> float:

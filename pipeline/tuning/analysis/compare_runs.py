@@ -113,7 +113,7 @@ def _newest_metadata(folder: str) -> checkpoint.Metadata | None:
     checkpoints = storage.join(folder, "checkpoints")
     for step in reversed(checkpoint.steps_in(checkpoints)):
         try:
-            return checkpoint.read_metadata(storage.join(checkpoints, checkpoint.folder_name(step)))
+            return checkpoint.read_metadata(storage.join(checkpoints, checkpoint.step_folder(step)))
         except checkpoint.CheckpointError:
             continue
     return None
