@@ -18,7 +18,7 @@ import pipeline.errors
 from dfine_core.checkpoints.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
-from pipeline.export.formats import Source, write_safetensors
+from pipeline.export.formats import ExportSource, write_safetensors
 from pipeline.ray_job import absolute_location
 from pipeline.training.launch import user_error_of
 from tests.support.drawn_shards import drawn_records, write_shards
@@ -223,7 +223,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_detectors(folder: Path) -> None:
-    write_safetensors(Source(small_detector()), folder / "detector")
+    write_safetensors(ExportSource(small_detector()), folder / "detector")
     for name in ("cut", "described"):
         shutil.copytree(folder / "detector", folder / name)
     (weights,) = (folder / "cut").glob("*.safetensors")
