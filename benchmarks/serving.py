@@ -45,7 +45,7 @@ def main() -> None:
     gpus = float(torch.cuda.is_available())
     source = str(Path(args.model).absolute())
     for batch in (8, 1):
-        settings = ServeSettings(source=source, batch=batch, max_waiting=64, cpus=threads, gpus=gpus)
+        settings = ServeSettings(source=source, batch_size=batch, max_waiting=64, cpus=threads, gpus=gpus)
         deployment.start(settings, host=HOST, port=PORT)
         try:
             if batch > 1:

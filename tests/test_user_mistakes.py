@@ -145,7 +145,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("predict nowhere photos --out out", ("nowhere", "no detector"), {}),
     ("predict detector nowhere --out out", ("nowhere", "no such file or folder"), {}),
     ("predict detector empty --out out", ("no images or videos", "empty"), {}),
-    ("predict detector photos/*.gif --out out", ("*.gif", "no file fits"), {}),
+    ("predict detector photos/*.gif --out out", ("*.gif", "no file matches"), {}),
     ("predict detector photos --out out --threshold 1.5", ("--threshold", "1.5", "0..1"), {}),
     ("predict detector photos --out out --threshold high", ("--threshold", "'high'"), {}),
     ("predict detector photos --out out --batch 0", ("--batch", "0"), {}),
