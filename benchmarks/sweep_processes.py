@@ -1,10 +1,10 @@
-"""A sweep of many trials that sleep instead of training: what starting them costs, and how long a free place waits.
+"""Cost of starting trials, and idle time of free slots, in a sweep whose trials sleep instead of training.
 
     python -m benchmarks.sweep_processes --trials 200 --gpus 256 --gpus-per-trial 8 --seconds 20
 
-All but the training is a sweep as it is: Optuna, ASHA, Tune's loop, a process per trial, records, MLflow, verdict, report. GPUs
-are only numbers to Ray here. The processes of trials, which on a cluster are spread over its nodes, share this machine's
-cores: so their starting is told apart from what the one driver does. `benchmarks.sweep_scale` has the driver alone.
+Everything except the training is real: Optuna, ASHA, Tune's loop, a process per trial, records, MLflow, verdict, report. GPUs
+are only numbers to Ray here. The processes of trials, which a cluster spreads over its nodes, share the cores of this
+machine. Their start is therefore reported separately from the driver's work. `benchmarks.sweep_scale` has the driver alone.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pipeline.tuning.records import Reading
 from pipeline.tuning.sweep import Trial
 
 EVALUATIONS = 9
-SECONDS = "SWEEP_SCALE_SECONDS"  # of a whole trial
+SECONDS = "SWEEP_SCALE_SECONDS"  # duration of a trial
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="of a whole trial")
     args = parser.parse_args()
     os.environ.update(QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {SECONDS: str(args.seconds)})
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         memory = args.gpus * 2**30
         ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
@@ -64,9 +64,9 @@ def main() -> None:
         times = [json.loads(path.read_text()) for path in (folder / "runs/sweep/times").iterdir()]
         places = args.gpus // args.gpus_per_trial
         for line in (
-            *of_places(times, places),
-            *of_the_driver(spent, len(times)),
-            *of_the_record(folder, times, ended),
+            *slot_lines(times, places),
+            *driver_lines(spent, len(times)),
+            *record_lines(folder, times, ended),
         ):
             print(line)
         print(f"{'the whole sweep':48}{(ended - began) / 60:9.1f} min")
@@ -100,7 +100,7 @@ def sweep_file(folder: Path, trials: int, gpus: int) -> Path:
 
 
 def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
-    """AP that grows to what the rate allows, with noise of 0.01."""
+    """Trial whose AP approaches a limit set by the learning rate, with noise of 0.01."""
     trial = Trial(**config["trial"])
     run = storage.join(runs_folder(settings.folder), trial.id)
     storage.write_atomic(
@@ -127,17 +127,15 @@ def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
     storage.write_atomic(storage.join(run, RESULT), json.dumps(result).encode())
 
 
-def of_places(times: list[dict[str, float]], places: int) -> list[str]:
-    """How long places of trials were empty between the first begin and the last begin: later there is nothing to begin."""
+def slot_lines(times: list[dict[str, float]], places: int) -> list[str]:
+    """Idle time of trial slots between the first and the last start; later there is nothing to start."""
     begins = np.sort([trial["began"] for trial in times])
     ends = np.sort([trial["ended"] for trial in times])
     until = begins[-1]
     worked = sum(min(trial["ended"], until) - trial["began"] for trial in times)
     empty = places * (until - begins[0]) - worked
     starting = np.array([trial["began"] - trial["process"] for trial in times])
-    waits = (
-        begins[places:] - ends[: len(begins) - places]
-    )  # the k-th to begin after the first takes the k-th place that is left
+    waits = begins[places:] - ends[: len(begins) - places]  # the k-th later trial takes the k-th slot that becomes free
     return [
         f"{'trials':48}{len(times):9}",
         f"{'at once':48}{places:9}",
@@ -151,7 +149,7 @@ def of_places(times: list[dict[str, float]], places: int) -> list[str]:
 
 
 def cpu_seconds() -> dict[str, float]:
-    """Of processes that a cluster has one of; they live still."""
+    """CPU seconds of the running processes that a cluster has only one of."""
     mine = psutil.Process()
     spent = {"driver": sum(mine.cpu_times()[:2])}
     for process in mine.children(recursive=True):
@@ -164,13 +162,13 @@ def cpu_seconds() -> dict[str, float]:
     return spent
 
 
-def of_the_driver(spent: dict[str, float], trials: int) -> list[str]:
+def driver_lines(spent: dict[str, float], trials: int) -> list[str]:
     return [
         f"{f'CPU of {name}':48}{used:9.1f} s, {1000 * used / trials:.0f} ms a trial" for name, used in spent.items()
     ]
 
 
-def of_the_record(folder: Path, times: list[dict[str, float]], ended: float) -> list[str]:
+def record_lines(folder: Path, times: list[dict[str, float]], ended: float) -> list[str]:
     store = f"sqlite:///{folder}/runs/mlflow.db"
     client = MlflowClient(store, registry_uri=store)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

@@ -1,9 +1,9 @@
-"""A thousand trials on 256 GPUs: what the one driver of a sweep does for them, event by event.
+"""Work of a sweep's driver for a thousand trials on 256 GPUs, event by event.
 
     python -m benchmarks.sweep_scale --trials 1000 --places 256
 
-Time is simulated, so that only what the driver does takes any: Optuna's next point, ASHA's decisions, records, the console,
-MLflow, verdict and report, each as it is in a sweep. Trials and their processes are not there: `benchmarks.sweep_processes`.
+Time is simulated, so that only the driver's work takes any: Optuna's next point, ASHA's decisions, records, the console,
+MLflow, verdict and report, each as it is in a sweep. Trials and their processes are left out; see `benchmarks.sweep_processes`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--places", type=int, default=256, help="trials at once")
     args = parser.parse_args()
-    start_ray()  # for parts of Tune that ask for a cluster
+    start_ray()  # some parts of Tune need a cluster
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
@@ -89,12 +89,12 @@ class Clock:
 
 
 def simulate(settings: TrialSettings, ledger: Ledger, closing: Closing, places: int, clock: Clock) -> None:
-    """The search, with Tune's loop replaced by a queue of what happens next."""
+    """Run the search with an event queue in place of Tune's loop."""
     points = Points(settings.sweep, replicate_trials(settings.sweep)[:1], [], ledger.settle, float("inf"))
     scheduler = scheduler_of(settings)
     scheduler.set_search_properties(settings.sweep.metric, settings.sweep.mode)
     watcher = Watcher(ledger, closing, str(settings.sweep.trials))
-    waiting: list[tuple[float, str, SimpleNamespace]] = []  # when a trial evaluates next
+    waiting: list[tuple[float, str, SimpleNamespace]] = []  # time of the next evaluation of each trial
 
     def begin(now: float) -> None:
         name = uuid.uuid4().hex[:8]
@@ -130,7 +130,7 @@ def simulate(settings: TrialSettings, ledger: Ledger, closing: Closing, places: 
 
 
 def trained(settings: TrialSettings, trial: Trial, evaluation: int) -> float:
-    """AP that grows to what the rate allows, with noise of 0.01, in the files that a training would have written."""
+    """Write the files of a training whose AP approaches a limit set by the learning rate, with noise of 0.01."""
     luck = np.random.default_rng([trial.seed, trial.index]).standard_normal()
     most = 0.5 - 0.1 * abs(np.log10(trial.point["optimizer.lr"] / 1e-3)) + 0.01 * luck
     ap = float(most * (1 - 0.5**evaluation))
