@@ -1,8 +1,8 @@
-"""Overhead of Ray Tune: a sweep of short trainings, one at a time, against the same trainings as consecutive commands.
+"""Overhead of Ray Tune: a sweep of short trainings, one at a time, compared with the same trainings as separate commands.
 
     python -m benchmarks.sweep_overhead --trials 3 --steps 40
 
-Both start from an empty folder and end with results on disk; the sweep also writes its verdict and report.
+Both start from an empty folder, and end with results on disk. The sweep also makes its verdict and report.
 """
 
 import argparse
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     weights = WEIGHTS[: args.trials]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
         experiment, cluster, sweep = files(folder, args.steps, weights)
         source = [
             "synthetic",
@@ -33,7 +33,7 @@ def main() -> None:
             "--image-side",
             "128",
             "--split",
-            "synthetic",
+            "drawn",
             "--out",
             str(folder / "data"),
         ]
@@ -65,7 +65,7 @@ def files(folder: Path, steps: int, weights: tuple[float, ...]) -> tuple[str, st
             "space": {"loss.ddf": {"grid": list(weights)}},
             "searcher": {"kind": "grid"},
             "scheduler": {"kind": "none"},
-            "together": 1,
+            "max_concurrent_trials": 1,
             "replicates": 0,
             "confirm": {"top": 0},
         },
@@ -76,7 +76,7 @@ def files(folder: Path, steps: int, weights: tuple[float, ...]) -> tuple[str, st
 
 
 def command(module: str, *arguments: str) -> float:
-    """Run a command and return its duration in seconds."""
+    """Run a module, and return its duration in seconds."""
     started_at = time.perf_counter()
     subprocess.run([sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started_at

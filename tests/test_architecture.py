@@ -23,7 +23,7 @@ ALSO = {"dfine_core/images.py": {"PIL"}}
 BORROWED = {"dfine_core/inference.py": {"safetensors"}}  # imported when it is needed, inside a function
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
-FOUNDATION = ("errors", "redaction", "progress", "provenance", "ray_job", "ray_cluster", "storage")
+FOUNDATION = ("errors", "redaction", "progress", "provenance", "ray_job", "ray_cluster", "storage", "html_pages")
 EMPTY = {"__init__", "data.__init__"}
 LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides the foundation and itself
     "data.shards": set(),
@@ -90,12 +90,13 @@ ENTRANCES = {
         *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "stream")),
         *(f"pipeline/training/{name}.py" for name in ("evaluation_task", "heartbeat", "launch", "preflight", "worker")),
         *("pipeline/predict/predict.py", "pipeline/serve/deployment.py"),
-        *(f"pipeline/tuning/{name}.py" for name in ("driver", "searcher", "trial", "watcher")),
+        *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),
     ),
     "fastapi": ("pipeline/serve/deployment.py",),
     "starlette": tuple(
         f"pipeline/serve/{name}.py" for name in ("body_limit", "deployment", "replica", "request_parsing")
     ),
+    "jinja2": ("pipeline/html_pages.py",),
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
     "onnx": ("pipeline/export/formats.py",),

@@ -100,7 +100,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("tune sweep.yaml --set trials=1 --set storage=s3://bucket/runs", ("MLFLOW_TRACKING_URI",), {}),
     ("tune sweep.yaml --set metric=mAP --check", ("mAP",), {}),
     ("tune --promote empty", ("empty", "not the folder of a sweep"), {}),
-    ("tune --promote brokenrun", ("brokenrun",), {}),
+    ("tune --promote brokensweep", ("brokensweep/sweep.json",), {}),
     ("tune sweep.yaml", ("storage", "$PWD/runs"), JOB),
     # prepare
     ("prepare coco --split train --out out", ("--images and --annotations",), {}),
@@ -207,7 +207,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with data, a detector and files for all commands, many of them broken."""
     folder = tmp_path_factory.mktemp("user")
-    for name in ("empty", "photos", "bad", "old", "odd", "brokenrun", "brokenstep"):
+    for name in ("empty", "photos", "bad", "old", "odd", "brokenrun", "brokensweep", "brokenstep"):
         (folder / name).mkdir()
     records = drawn_records(12, longest_side=64)
     for name in ("train", "val", "gone", "torn"):
@@ -265,7 +265,8 @@ def _write_texts(folder: Path) -> None:
         "broken.pt2": "nothing",
         "broken.pth": "nothing",
         "brokenrun/run.json": "{",
-        "brokenrun/records.json": "{",
+        "brokensweep/sweep.json": "{",
+        "brokensweep/records.json": "{",
         "brokenstep/about.json": "{",
         "brokenstep/model.safetensors": "",
     }

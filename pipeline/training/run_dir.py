@@ -49,6 +49,8 @@ PATHS = ("data.train", "data.val")  # compared by digest
 
 @dataclass(frozen=True)
 class RunStart:
+    """Facts of an existing run that a continuing start takes over."""
+
     tracking_key: str  # finds the MLflow run
     micro_batch_size: int | None  # as in the newest checkpoint; None at the first start
 
@@ -112,7 +114,7 @@ def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:
 
 
 def get_or_make_key(folder: str) -> str:
-    """Tracking key of a run's, chain's or sweep's folder; made at the first call."""
+    """Tracking key of a run's or chain's folder; made at the first call."""
     if (key := key_of(folder)) is None:
         key = uuid.uuid4().hex
         storage.write_atomic(storage.join(folder, RUN_START), json.dumps({"tracking_key": key}).encode())

@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from pipeline import html_pages
 from pipeline.data.doctor.examine import Report, SplitReport
 from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding, plural
 from pipeline.data.doctor.row_checks import SIDE_EDGES, TINY_SIDE
@@ -90,14 +90,9 @@ def as_html(report: Report, shard_sets: Sequence[ShardSet], *, seed: int = 0) ->
         seed: of the choice of images on the sheet.
     """
     sheet = [picture(shard_sets[n], shard, row) for n, shard, row in chosen_rows(shard_sets, SHEET_PICTURES, seed)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.data.doctor"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("doctor.html.j2").render(
+    return html_pages.render(
+        "pipeline.data.doctor",
+        "doctor.html.j2",
         report=report,
         verdict=verdict(report),
         splits=[
