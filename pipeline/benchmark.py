@@ -33,7 +33,7 @@ WARM_UP_CALLS, WARM_UP_SECONDS = 5, 1.0  # both are reached before anything is t
 
 @dataclass(frozen=True)
 class Subject:
-    """A callable detector with the facts that a report needs."""
+    """Callable detector with the facts that a report needs."""
 
     name: str
     # Takes images [B, 3, H, W] float32 in 0..1 and sizes [B, 2]; returns when the device has finished.

@@ -21,7 +21,7 @@ LOG_ERRORS_ONLY = 3  # log level of onnxruntime
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """An exported detector in its runtime."""
+    """Exported detector in its runtime."""
 
     # Maps images [B, 3, H, W] float32 in 0..1 and sizes [B, 2] int64 to the runtime's own outputs: labels, boxes, scores.
     run: Callable[[Tensor, Tensor], Any]

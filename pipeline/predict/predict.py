@@ -216,6 +216,7 @@ class PartWriter:
         self.threads = threads
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Write the parts of a batch and return their counts."""
         parts = batch["part"].tolist()
         counts = [write_part(self.loaded, self.inputs, self.plan, part, self.out, self.threads) for part in parts]
         return {name: np.array([getattr(each, name) for each in counts]) for name in COUNTS}

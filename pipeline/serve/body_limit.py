@@ -37,6 +37,7 @@ class BodyLimit:
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Forward the request with a limited body."""
         received = 0
 
         async def limited_receive() -> Message:

@@ -49,8 +49,7 @@ def exported(model: LoadedDetector, folder: Path) -> ExportResult:
 
 @traced
 def test_exported_files_are_accepted_on_images(exported: ExportResult, folder: Path) -> None:
-    print(exported.table())
-    assert [result.verdict.reason for result in exported.results] == [None] * len(QUICK)
+    assert [result.verdict.reason for result in exported.results] == [None] * len(QUICK), exported.table()
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         ["export.json", *(FORMATS[name].file for name in QUICK)]
     )
@@ -59,9 +58,8 @@ def test_exported_files_are_accepted_on_images(exported: ExportResult, folder: P
 
 
 @traced
-def test_the_report_names_source_versions_differences_and_digests(
-    exported: ExportResult, folder: Path, model: LoadedDetector
-) -> None:
+@pytest.mark.usefixtures("exported")
+def test_the_report_names_source_versions_differences_and_digests(folder: Path, model: LoadedDetector) -> None:
     report = json.loads((folder / "export.json").read_text())
     assert report["names"] == list(model.names)
     assert report["input_size"] == [64, 64]
@@ -301,8 +299,7 @@ def test_larger_variants_at_another_size_are_accepted(variant: str, tmp_path: Pa
     config = small().variant(variant, num_classes=8, input_size=(128, 128), num_queries=100)
     other = at_input_size(loaded(config), (160, 160))
     done = export(other, list(FORMATS), tmp_path, from_synthetic_images(4, longest_side=200))
-    print(done.table())
-    assert done.accepted
+    assert done.accepted, done.table()
 
 
 @pytest.mark.slow
