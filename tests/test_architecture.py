@@ -284,7 +284,7 @@ def test_every_part_of_pipeline_has_its_layer_and_imports_lower_ones_alone() -> 
     ("part", "source", "bad"),
     [
         ("evaluation", "from pipeline.training import loop", "training"),
-        ("training", "def f():\n    from pipeline.export.formats import Source", "export"),
+        ("training", "def f():\n    from pipeline.export.formats import ExportSource", "export"),
         ("training", "from pipeline import export", "export"),
         ("data.shards", "import pipeline.config as config", "config"),
         ("data.shards", "from pipeline.data.stream import plan", "data.stream"),

@@ -18,7 +18,7 @@ import pipeline.errors
 from dfine_core.checkpoints.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
-from pipeline.export.formats import Source, write_safetensors
+from pipeline.export.formats import ExportSource, write_safetensors
 from pipeline.ray_job import absolute_location
 from pipeline.training.launch import user_error_of
 from tests.support.drawn_shards import drawn_records, write_shards
@@ -145,7 +145,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("predict nowhere photos --out out", ("nowhere", "does not exist"), {}),
     ("predict detector nowhere --out out", ("nowhere", "no such file or folder"), {}),
     ("predict detector empty --out out", ("no images or videos", "empty"), {}),
-    ("predict detector photos/*.gif --out out", ("*.gif", "no file fits"), {}),
+    ("predict detector photos/*.gif --out out", ("*.gif", "no file matches"), {}),
     ("predict detector photos --out out --threshold 1.5", ("--threshold", "1.5", "0..1"), {}),
     ("predict detector photos --out out --threshold high", ("--threshold", "'high'"), {}),
     ("predict detector photos --out out --batch 0", ("--batch", "0"), {}),
@@ -223,7 +223,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_detectors(folder: Path) -> None:
-    write_safetensors(Source(small_detector()), folder / "detector")
+    write_safetensors(ExportSource(small_detector()), folder / "detector")
     for name in ("cut", "described"):
         shutil.copytree(folder / "detector", folder / name)
     (weights,) = (folder / "cut").glob("*.safetensors")
