@@ -17,23 +17,20 @@ from scipy import stats
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pipeline.data.augment.augment import (
-    AugmentSettings,
-    Photometric,
-    Sample,
-    augmented_sample,
+from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.augment.generators import keyed_generator
+from pipeline.data.augment.geometry import (
+    Rectangle,
+    View,
     boxes_on_canvas,
     composed_view,
     draw_large_scale_jitter,
-    draw_photometric,
     draw_view,
     draw_zoom_out,
-    keyed_generator,
-    mean_grey,
-    multiscale_size,
-    plain_sample,
 )
-from pipeline.data.augment.decode import Rectangle, UndecodableImageError, View
+from pipeline.data.augment.photometric_parameters import Photometric, draw_photometric, mean_grey
+from pipeline.data.augment.samples import AnnotatedImage, Sample, augmented_sample, plain_sample
+from pipeline.data.augment.settings import AugmentSettings
 
 RELEASED = AugmentSettings()
 CANVAS = (640, 640)
@@ -55,7 +52,7 @@ def card(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
 
 def sample_of(encoded: bytes, boxes: NDArray[np.float32], *, width: int, height: int, **changes: object) -> Sample:
     keyed = {"seed": 1, "epoch": 0, "image_id": 7, "settings": RELEASED, "canvas": (160, 200)} | changes
-    return augmented_sample(encoded, width, height, boxes, np.arange(len(boxes)), **keyed)
+    return augmented_sample(AnnotatedImage(encoded, width, height, boxes, np.arange(len(boxes))), **keyed)
 
 
 def same(first: Sample, second: Sample) -> bool:
@@ -96,7 +93,7 @@ def test_clean_settings_leave_flip_and_resize() -> None:
 def test_settings_that_cannot_be_meant_are_refused() -> None:
     with pytest.raises(ValueError, match=r"zoom_out_probability \(1.5\) must lie in 0..1"):
         AugmentSettings(zoom_out_probability=1.5)
-    with pytest.raises(ValueError, match=r"iou_crop_options .* need a 1"):
+    with pytest.raises(ValueError, match=r"iou_crop_options .* must include 1 \(no crop\)"):
         AugmentSettings(iou_crop_options=(0.5, 0.9))
 
 
@@ -114,7 +111,7 @@ def test_a_sample_depends_on_seed_epoch_and_image_alone() -> None:
 
 def test_another_process_draws_the_same() -> None:
     code = (
-        "from pipeline.data.augment.augment import keyed_generator\n"
+        "from pipeline.data.augment.generators import keyed_generator\n"
         "print(keyed_generator('image', 2**63 + 5, 3, 2**40).random(4).tolist())"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -159,7 +156,8 @@ def test_a_sample_has_the_documented_shapes_and_types() -> None:
     boxes = np.array([[10, 10, 60, 50], [70, 5, 110, 80], [-30, -20, -5, -5]], np.float32)
     encoded = card(120, 90, (0, 0, 1, 1))
     clean = sample_of(encoded, boxes, width=120, height=90, settings=RELEASED.clean())
-    for sample in (clean, plain_sample(encoded, 120, 90, boxes, np.arange(3, dtype=np.int32), canvas=(160, 200))):
+    image = AnnotatedImage(encoded, 120, 90, boxes, np.arange(3, dtype=np.int32))
+    for sample in (clean, plain_sample(image, canvas=(160, 200))):
         assert (sample.image.shape, sample.image.dtype) == ((160, 200, 3), np.uint8)
         assert (sample.boxes.shape, sample.boxes.dtype) == ((2, 4), np.float32)
         assert (sample.labels.tolist(), sample.labels.dtype) == ([0, 1], np.int64)
@@ -173,7 +171,7 @@ def test_an_evaluation_sample_is_the_released_one() -> None:
     random = np.random.default_rng(0)
     encoded = jpeg(random.integers(0, 256, (90, 120, 3), np.uint8))
     boxes = np.array([[12, 9, 60, 45], [0, 0, 130, 90]], np.float32)  # the second reaches over the edge
-    sample = plain_sample(encoded, 120, 90, boxes, np.array([4, 5]), canvas=(160, 200))
+    sample = plain_sample(AnnotatedImage(encoded, 120, 90, boxes, np.array([4, 5])), canvas=(160, 200))
     released = v2.Resize((160, 200))(Image.open(io.BytesIO(encoded)).convert("RGB"))
     np.testing.assert_array_equal(sample.image, np.asarray(released))
     np.testing.assert_allclose(sample.boxes, [[0.3, 0.3, 0.4, 0.4], [0.5, 0.5, 1, 1]], atol=1e-6)
@@ -256,20 +254,6 @@ def test_the_mean_grey_is_that_of_pillow() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
     expected = np.asarray(Image.fromarray(pixels).convert("L")).mean() / 255
     assert mean_grey(pixels) == pytest.approx(expected, abs=0.5 / 255)
-
-
-# Sizes of a step
-
-
-def test_multiscale_sizes_are_those_of_the_release() -> None:
-    drawn = [multiscale_size(0, step, base=640, repeat=20) for step in range(3000)]
-    sides, counts = np.unique(drawn, return_counts=True)
-    assert sides.tolist() == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-    expected = np.array([1, 1, 1, 1, 1, 20, 1, 1, 1, 1, 1]) / 30 * len(drawn)
-    assert stats.chisquare(counts, expected).pvalue > 1e-4
-    assert drawn[:50] == [multiscale_size(0, step, base=640, repeat=20) for step in range(50)]
-    assert drawn[:50] != [multiscale_size(1, step, base=640, repeat=20) for step in range(50)]
-    assert {multiscale_size(0, step, base=512, repeat=0) for step in range(50)} == {512}
 
 
 # Distributions

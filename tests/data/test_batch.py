@@ -8,8 +8,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.data.augment.augment import AugmentSettings, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.augment.photometric_parameters import identity_photometric
+from pipeline.data.augment.samples import AnnotatedImage, augmented_sample, plain_sample
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, table_from_records
 from pipeline.data.stream.batch import Batch, Replacement, batch_from_arrow
 from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_micro_batch
@@ -47,11 +49,7 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
     for i, (record, target) in enumerate(zip(records, batch.targets(), strict=True)):
         learned = ~record.crowd
         sample = augmented_sample(
-            record.image,
-            record.width,
-            record.height,
-            record.boxes[learned],
-            record.labels[learned],
+            AnnotatedImage(record.image, record.width, record.height, record.boxes[learned], record.labels[learned]),
             seed=3,
             epoch=epoch,
             image_id=record.image_id,
@@ -154,7 +152,8 @@ def test_evaluation_fills_up_its_last_batches_and_says_so(real: int) -> None:
     assert not batch.images[real:].any()
     assert [len(target["labels"]) for target in batch.targets()[real:]] == [0] * (4 - real)
     for i, record in enumerate(records):
-        sample = plain_sample(record.image, record.width, record.height, record.boxes, record.labels, canvas=CANVAS)
+        image = AnnotatedImage(record.image, record.width, record.height, record.boxes, record.labels)
+        sample = plain_sample(image, canvas=CANVAS)
         np.testing.assert_array_equal(batch.images[i].permute(1, 2, 0).numpy(), sample.image)
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.data.augment.augment import (
-    AugmentSettings,
+from pipeline.data.augment.photometric import photometric_distort, resize_images
+from pipeline.data.augment.photometric_parameters import (
     Photometric,
     draw_photometric,
     identity_photometric,
     mean_grey,
 )
-from pipeline.data.augment.photometric import photometric_distort, resize_images
+from pipeline.data.augment.settings import AugmentSettings
 
 Row = dict[Photometric, float]
 

@@ -3,7 +3,7 @@
 import zlib
 from dataclasses import replace
 
-from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import StreamSettings, training_stream

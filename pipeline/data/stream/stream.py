@@ -20,7 +20,7 @@ import torch
 from ray.data import DataContext, DataIterator, Dataset, TaskPoolStrategy
 from ray.data.collate_fn import ArrowBatchCollateFn
 
-from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import RowGroups, locate_row_groups
 from pipeline.data.stream.backpressure import bound_living_outputs

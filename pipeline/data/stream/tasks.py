@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.augment.augment import AugmentSettings, Sample, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.mixing import mixed_batch
+from pipeline.data.augment.photometric_parameters import identity_photometric
+from pipeline.data.augment.samples import Sample, augmented_sample, plain_sample, without_crowd
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.reader import ROW, RowGroups, Rows, read_row_groups, take_rows
 from pipeline.data.shards.records import ImageRecord, records_from_table
 from pipeline.data.stream.plan import BatchPlan, Window
@@ -139,12 +141,11 @@ def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
 
 
 def _sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample:
-    learned = ~record.crowd
-    picture = record.image, record.width, record.height, record.boxes[learned], record.labels[learned]
+    image = without_crowd(record)
     if settings.augmentation is None:
-        return plain_sample(*picture, canvas=settings.canvas)
+        return plain_sample(image, canvas=settings.canvas)
     return augmented_sample(
-        *picture,
+        image,
         seed=settings.augmentation.seed,
         epoch=epoch,
         image_id=record.image_id,
