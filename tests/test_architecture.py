@@ -4,11 +4,12 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.support.source_imports import imports
 
 ROOT = Path(__file__).parent.parent
 BELOW = {
@@ -23,7 +24,7 @@ ALSO = {"dfine_core/images.py": {"PIL"}}
 BORROWED = {"dfine_core/inference.py": {"safetensors"}}  # imported when it is needed, inside a function
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
-FOUNDATION = ("errors", "redaction", "progress", "provenance", "ray_job", "ray_cluster", "storage")
+FOUNDATION = ("errors", "redaction", "progress", "provenance", "ray_job", "ray_internals", "ray_cluster", "storage")
 EMPTY = {"__init__", "data.__init__"}
 LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides the foundation and itself
     "data.shards": set(),
@@ -85,7 +86,7 @@ ENTRANCES = {
         *(f"pipeline/training/{name}.py" for name in ("checkpoint", "dry_run", "run_log")),
     ),
     "ray": (
-        "pipeline/ray_cluster.py",
+        *("pipeline/ray_cluster.py", "pipeline/ray_internals.py"),
         *("pipeline/data/doctor/examine.py", "pipeline/data/prepare/prepare.py"),
         *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "stream")),
         *(f"pipeline/training/{name}.py" for name in ("evaluation_task", "heartbeat", "launch", "preflight", "worker")),
@@ -112,23 +113,6 @@ ONCE = {
     "dfine_core/inference.py": (DEFAULT_THRESHOLDS, POSTPROCESSES),
     "dfine_core/model/postprocess.py": (MOST_DETECTIONS,),
 }
-
-
-@cache
-def imports(source: str) -> tuple[str, ...]:
-    """Full names of everything a module imports, wherever in it and however: `from a import b` gives a and a.b."""
-    return tuple(_imports(source))
-
-
-def _imports(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield "." if node.level else f"{node.module}"
-            yield from () if node.level else (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            yield from (given.value for given in node.args if isinstance(given, ast.Constant))
 
 
 def roots(source: str) -> set[str]:

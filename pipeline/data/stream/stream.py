@@ -23,7 +23,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import RowGroups, locate_row_groups
-from pipeline.data.stream.backpressure import bound_living_outputs
+from pipeline.data.stream.backpressure import bound_outputs
 from pipeline.data.stream.batch import Batch, batch_from_arrow
 from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, BatchPlan, DecodeIn, Window
 from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
@@ -226,7 +226,7 @@ class _Run:
         if self.decode_in == "task":
             in_workers = self.world_size * (self.prefetch + READY_BATCHES)
             bounds["MapBatches(decode_micro_batch)"] = in_workers * self.plan.micro_batch_size * height * width * 3
-        bound_living_outputs(context, bounds)
+        bound_outputs(context, bounds)
 
     @property
     def _feeds_gpu(self) -> bool:
