@@ -90,7 +90,7 @@ def write_part(loaded: LoadedDetector, inputs: Inputs, plan: Plan, number: int, 
             batch = []
     if batch:
         _detect(loaded, batch, plan)
-    with storage.open_atomic(storage.join(storage.join(out, PARTS), part_name(number))) as file:
+    with storage.open_atomic(storage.join(out, PARTS, part_name(number))) as file:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file, compression="zstd")
     return Counts(
         pictures=len(rows),
@@ -100,7 +100,7 @@ def write_part(loaded: LoadedDetector, inputs: Inputs, plan: Plan, number: int, 
 
 
 def read_part(out: str, number: int) -> pa.Table:
-    content = storage.read_bytes(storage.join(storage.join(out, PARTS), part_name(number)))
+    content = storage.read_bytes(storage.join(out, PARTS, part_name(number)))
     return pq.read_table(pa.BufferReader(content))
 
 

@@ -230,7 +230,7 @@ def steps_in(folder: str) -> list[int]:
     names = [
         info.base_name for info in found if info.type == fs.FileType.Directory and info.base_name.startswith("step-")
     ]
-    complete = [name for name in names if storage.exists(storage.join(storage.join(folder, name), METADATA))]
+    complete = [name for name in names if storage.exists(storage.join(folder, name, METADATA))]
     return sorted(int(name.removeprefix("step-")) for name in complete)
 
 

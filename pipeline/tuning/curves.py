@@ -75,4 +75,4 @@ def write_curve(folder: str, trial: Trial, curve: Curve) -> None:
 
 
 def _curve_path(folder: str, trial: Trial) -> str:
-    return storage.join(folder, f"curves/{trial.id}.json")
+    return storage.join(folder, "curves", f"{trial.id}.json")

@@ -86,7 +86,7 @@ class Ledger:
     def _with_results(self, record: TrialRecord, trial: Trial) -> TrialRecord:
         record = self._with_curve(record, trial)
         run = storage.join(runs_folder(self.settings.folder), trial.id)
-        before = _json(storage.join(run, "evaluation/step-00000000/report.json"))
+        before = _json(storage.join(run, "evaluation", "step-00000000", "report.json"))
         if before is not None:
             record = replace(record, ap_before_training=before["numbers"]["AP"])
         result = _json(storage.join(run, RESULT))

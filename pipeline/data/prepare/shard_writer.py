@@ -70,7 +70,7 @@ def shard_uri(out: str, index: int) -> str:
 
 
 def receipt_uri(out: str, index: int) -> str:
-    return storage.join(out, f"{WORK_FOLDER}/shard-{index:05d}.json")
+    return storage.join(out, WORK_FOLDER, f"shard-{index:05d}.json")
 
 
 def work_table(images: Iterable[tuple[ImageEntry, list[BoxEntry]]]) -> pa.Table:

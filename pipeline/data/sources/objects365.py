@@ -49,9 +49,9 @@ def objects365_source(
     root = storage.absolute(root)
     if split not in ("train", "val"):
         raise SourceError(f"split is {split!r}; Objects365 has train and val")
-    files = {"val": val_json or storage.join(root, "annotations/zhiyuan_objv2_val.json")}
+    files = {"val": val_json or storage.join(root, "annotations", "zhiyuan_objv2_val.json")}
     if split == "train":
-        files["train"] = train_json or storage.join(root, "annotations/zhiyuan_objv2_train.json")
+        files["train"] = train_json or storage.join(root, "annotations", "zhiyuan_objv2_train.json")
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         categories = read_categories(files["val"])
