@@ -22,8 +22,8 @@ from dfine_core.model import distribution
 from dfine_core.model.postprocess import Detections, best_pairs
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data.prepare.image_files import BadImageError, read_file
-from pipeline.data.shards.manifest import Data
+from pipeline.data.prepare.image_files import BadImageError, read_image_file
+from pipeline.data.shards.manifest import FrozenModel
 from pipeline.predict.inputs import Inputs, Picture, Unreadable, read_pictures
 
 PARTS = "parts"
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
 AHEAD = 3  # micro-batches that are decoded or being decoded
 
 
-class Plan(Data):
+class Plan(FrozenModel):
     """What makes the parts what they are: files of one plan go together."""
 
     version: int = 1
@@ -156,7 +156,7 @@ def _open(picture: Picture | Unreadable, input_size: tuple[int, int]) -> _Opened
     if isinstance(picture, Unreadable):
         return _Opened(row | {"rejected": picture.detail}, None)
     try:
-        content = read_file(picture.content) if isinstance(picture.content, str) else picture.content
+        content = read_image_file(picture.content) if isinstance(picture.content, str) else picture.content
         image = read_image(content)
     except (BadImageError, PermissionError, ValueError) as error:
         return _Opened(row | {"rejected": f"{error}"}, None)

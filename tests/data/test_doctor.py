@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.doctor import main
-from pipeline.data.doctor.examine import Report, examine, groups_of_equal
-from pipeline.data.doctor.findings import KINDS, Finding
-from pipeline.data.doctor.html_report import as_html, as_text
-from pipeline.data.doctor.thumbnails import picture
+from pipeline.data.doctor.examine import DoctorReport, examine, groups_of_equal
+from pipeline.data.doctor.findings import FINDING_KINDS, Finding
+from pipeline.data.doctor.html_report import doctor_page, doctor_text
+from pipeline.data.doctor.thumbnails import thumbnail
 from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.shards.manifest import MANIFEST_NAME, ShardSet, load_shards
@@ -81,12 +81,12 @@ def with_row(shards: ShardSet, change: Callable[[Row], None]) -> ShardSet:
     return with_table(shards, pa.Table.from_pylist(rows, schema=SHARD_SCHEMA))
 
 
-def serious(report: Report) -> set[str]:
+def serious(report: DoctorReport) -> set[str]:
     """Codes of errors and warnings; the sets here are too small for all classes to be frequent."""
     return {f.code for f in report.findings if f.severity != "note"} - {"class-rare", "class-empty"}
 
 
-def only(report: Report, code: str) -> Finding:
+def only(report: DoctorReport, code: str) -> Finding:
     (finding,) = [finding for finding in report.findings if finding.code == code]
     return finding
 
@@ -243,20 +243,20 @@ def test_a_damaged_row_is_found_and_named(
     if code.startswith(("box", "label", "area")):
         assert finding.examples[0].box == 1
     assert serious(report) - {"statistics-differ"} == {code}
-    assert BROKEN_NAME in as_text(report)
-    assert picture(damaged, 0, BROKEN_ROW) or code in UNREADABLE
+    assert BROKEN_NAME in doctor_text(report)
+    assert thumbnail(damaged, 0, BROKEN_ROW) or code in UNREADABLE
 
 
-def test_an_image_that_was_turned_is_said_to_lie_on_its_side(shards: ShardSet) -> None:
+def test_a_rotated_image_is_reported_as_rotated(shards: ShardSet) -> None:
     turned = with_row(shards, lambda row: row.update(width=row["height"], height=row["width"]))
-    detail = "the image is 35 x 48, its row says 48 x 35, as if it lay on its side"
+    detail = "the image is 35 x 48, its row says 48 x 35, as if rotated by 90 degrees"
     assert only(examine([turned]), "image-size").examples[0].detail == detail
 
 
 def test_without_decoding_a_cut_image_is_not_found_and_the_report_says_so(shards: ShardSet) -> None:
     report = examine([with_row(shards, cut_off)], decode=False)
     assert not serious(report)
-    assert "images were not decoded" in as_text(report)
+    assert "images were not decoded" in doctor_text(report)
 
 
 def test_without_decoding_a_wrong_size_is_found(shards: ShardSet) -> None:
@@ -354,7 +354,7 @@ def test_the_other_shards_are_checked_although_one_is_lost(
     assert serious(report) == codes
     assert all(only(report, code).examples[0].shard == "part-00012.parquet" for code in codes)
     assert report.splits[0].images_counted == SHARD_ROWS
-    assert as_html(report, [shards])
+    assert doctor_page(report, [shards])
 
 
 def test_a_row_group_that_cannot_be_read_does_not_hide_the_others(shards: ShardSet) -> None:
@@ -458,7 +458,7 @@ def test_the_page_stands_alone_and_shows_every_box(shards: ShardSet, tmp_path: P
     assert main([shards.uri, "--html", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
     linked = [value for _, tag in page.tags for name in ("src", "href") if (value := tag.get(name))]
-    assert len(linked) == ROWS + 4  # pictures, plots
+    assert len(linked) == ROWS + 4  # thumbnails, plots
     assert all(value.startswith("data:image/") for value in linked)
     drawn = sorted(
         tuple(float(tag[name] or 0) for name in ("x", "y", "width", "height"))
@@ -477,14 +477,14 @@ def test_names_from_the_data_are_text_on_the_page(shards: ShardSet) -> None:
             category["name"] = evil
 
     shards = with_manifest(shards, rename)
-    page = Page(as_html(examine([shards]), [shards]))
+    page = Page(doctor_page(examine([shards]), [shards]))
     assert "script" not in {tag for tag, _ in page.tags}
     assert evil in page.texts
 
 
 def test_every_kind_says_what_to_do() -> None:
-    assert KINDS
-    assert all(kind.meaning.endswith(".") and kind.advice.endswith(".") for kind in KINDS.values())
+    assert FINDING_KINDS
+    assert all(kind.meaning.endswith(".") and kind.advice.endswith(".") for kind in FINDING_KINDS.values())
 
 
 @given(st.lists(st.integers(0, 6)))

@@ -248,7 +248,7 @@ def test_strict_names_what_it_found_and_finishes_nothing(cluster: str, tmp_path:
 def test_a_folder_without_its_images_is_an_error(cluster: str, tmp_path: Path) -> None:
     folder = write_coco(tmp_path / "in", drawn(3))
     (folder / "images").rename(folder / "elsewhere")
-    with pytest.raises(PrepareError, match="none of 3 images tried can be used; the first: missing file"):
+    with pytest.raises(PrepareError, match="none of 3 sampled images can be used; the first: missing file"):
         shards_of(folder, tmp_path / "out")
 
 
@@ -318,7 +318,9 @@ def test_other_work_in_the_same_folder_is_refused(cluster: str, tmp_path: Path, 
     else:
         with pytest.raises(PrepareError, match="strict"):
             shards_of(folder, tmp_path / "out", strict=True)
-    with pytest.raises(PrepareError, match=r"holds other work: seed is 0 there and 1 now\. Choose another --out"):
+    with pytest.raises(
+        PrepareError, match=r"holds a different shard set: seed is 0 there and 1 now\. Choose another --out"
+    ):
         shards_of(folder, tmp_path / "out", seed=1)
     with pytest.raises(PrepareError, match="split is 'train' there and 'val' now"):
         shards_of(folder, tmp_path / "out", split="val")

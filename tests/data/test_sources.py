@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.sources.coco import coco_source
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 from pipeline.data.sources.objects365 import VAL_ID_OFFSET, objects365_source
 from pipeline.data.sources.synthetic import (
     CLASSES,
     Scene,
-    draw_scene,
-    draw_uri,
+    render_scene,
+    render_uri,
     synthetic_image,
     synthetic_scene,
     synthetic_source,
@@ -30,7 +30,7 @@ from pipeline.data.sources.yolo import yolo_source
 Row = tuple[ImageEntry, list[BoxEntry]]
 
 
-def read(source: Source) -> tuple[tuple[Category, ...], list[Row], list[tuple[Any, ...]]]:
+def read(source: DatasetSource) -> tuple[tuple[Category, ...], list[Row], list[tuple[Any, ...]]]:
     """Categories, rows by image id, and what was rejected without its id."""
     index = AnnotationIndex(shuffle=False)
     categories = source.fill(index)
@@ -116,7 +116,7 @@ def coco_content() -> dict[str, Any]:
     }
 
 
-def coco(folder: Path, content: dict[str, Any]) -> Source:
+def coco(folder: Path, content: dict[str, Any]) -> DatasetSource:
     path = folder / "instances.json"
     path.write_text(json.dumps(content))
     return coco_source(str(folder / "images"), str(path))
@@ -195,7 +195,7 @@ def test_a_coco_file_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(SourceError, match="no `categories`"):
         read(coco_source(str(tmp_path), str(path)))
-    with pytest.raises(SourceError, match="there is no such file"):
+    with pytest.raises(SourceError, match="no such file"):
         coco_source(str(tmp_path), str(tmp_path / "nothing.json"))
 
 
@@ -259,9 +259,7 @@ def test_objects365_is_found_however_it_was_unpacked(tmp_path: Path, layout: str
 
 def test_objects365_without_its_images_says_where_it_looked(tmp_path: Path) -> None:
     root = objects365(tmp_path, "elsewhere/{part}/{patch}/{name}")
-    with pytest.raises(
-        SourceError, match=r"none of its first 8 images was found; looked for\n  .*/val/images/v1/patch0/"
-    ):
+    with pytest.raises(SourceError, match=r"none of its first 8 images exists; tried\n  .*/val/images/v1/patch0/"):
         read(objects365_source(str(root), "val"))
 
 
@@ -325,7 +323,7 @@ def test_voc_boxes_that_are_none_are_listed_and_the_image_stays(tmp_path: Path) 
 
 def test_a_wrong_voc_folder_is_refused(tmp_path: Path) -> None:
     root = voc(tmp_path, "")
-    with pytest.raises(SourceError, match=r"there is no such list; there are: train"):
+    with pytest.raises(SourceError, match=r"no such list; available: train"):
         voc_source(root, "val")
     (root / "Annotations/a.xml").write_text("<annotation>")
     with pytest.raises(SourceError, match=r"a\.xml: not valid XML"):
@@ -377,7 +375,7 @@ def test_yolo_is_read_however_its_yaml_says_it(tmp_path: Path, data: str) -> Non
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("names: [cat, dog]\nval: images/train", "no split 'train'; there are: val"),
+        ("names: [cat, dog]\nval: images/train", "no split 'train'; available: val"),
         ("train: images/train", "names is None"),
         ("train: images/train\nnames: {1: cat, 2: dog}", r"class numbers \[1, 2\]; expected 0\.\.1"),
         ("train: images/nothing\nnames: [cat]", "does not exist"),
@@ -405,9 +403,9 @@ def test_drawn_boxes_are_tight_about_what_is_drawn() -> None:
     checked = 0
     for index in range(60):
         scene = synthetic_scene(index, longest_side=128)
-        ground = draw_scene(Scene(scene.width, scene.height, (), (), scene.texture_seed)).astype(int)
+        ground = render_scene(Scene(scene.width, scene.height, (), (), scene.texture_seed)).astype(int)
         for shape in scene.shapes[:1]:
-            alone = draw_scene(Scene(scene.width, scene.height, (shape,), (), scene.texture_seed))
+            alone = render_scene(Scene(scene.width, scene.height, (shape,), (), scene.texture_seed))
             rows, columns = np.nonzero(np.abs(alone - ground).max(2) > 6)
             edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             np.testing.assert_allclose(shape.box, edges, atol=2.01)  # a corner of a star fades into its pixel
@@ -446,7 +444,7 @@ def test_the_synthetic_source_indexes_what_it_will_draw() -> None:
     assert len(rows) == 12
     for index, (entry, boxes) in enumerate(rows):
         expected = synthetic_image(index, seed=3, longest_side=64)
-        image = draw_uri(entry.uri)
+        image = render_uri(entry.uri)
         assert image == expected.image
         assert simplejpeg.decode_jpeg(image).shape == (entry.height, entry.width, 3)
         np.testing.assert_array_equal(np.float32(corners(boxes)).reshape(-1, 4), expected.boxes)

@@ -228,7 +228,7 @@ def test_windows_of_large_images_are_shortened(shards: ShardSet, monkeypatch: py
 
 def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
     plan = training_plan(shards, settings)
-    run = stream._Run(
+    run = stream._WorkerStream(
         locate_row_groups(shards),
         plan,
         stream.DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation=None),
