@@ -43,7 +43,7 @@ def jpeg(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def card(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
-    """A dark picture with one bright rectangle."""
+    """A dark image with one bright rectangle."""
     pixels = np.full((height, width, 3), 60, np.uint8)
     left, top, right, bottom = box
     pixels[top:bottom, left:right] = 220
@@ -90,7 +90,7 @@ def test_clean_settings_leave_flip_and_resize() -> None:
     assert custom.clean().min_box_size == 2.0
 
 
-def test_settings_that_cannot_be_meant_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"zoom_out_probability \(1.5\) must lie in 0..1"):
         AugmentSettings(zoom_out_probability=1.5)
     with pytest.raises(ValueError, match=r"iou_crop_options .* must include 1 \(no crop\)"):
@@ -121,7 +121,7 @@ def test_another_process_draws_the_same() -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), flip=st.booleans())
 def test_a_box_stays_on_its_object(seed: int, flip: bool) -> None:
-    """The bright rectangle is found again in the pixels, whatever was drawn."""
+    """The bright rectangle is at its box in the pixels, for any random view."""
     random = np.random.default_rng(seed)
     width, height = random.integers(60, 400, 2).tolist()
     left, top = int(random.integers(0, width - 30)), int(random.integers(0, height - 30))
@@ -178,12 +178,12 @@ def test_an_evaluation_sample_is_the_released_one() -> None:
     assert sample.labels.tolist() == [4, 5]
 
 
-def test_an_undecodable_image_says_why() -> None:
+def test_the_error_of_an_undecodable_image_has_the_reason() -> None:
     with pytest.raises(UndecodableImageError, match="cannot be opened: cannot identify"):
         sample_of(b"no image", NO_BOXES, width=4, height=3)
 
 
-def test_a_picture_without_boxes_is_never_cropped() -> None:
+def test_an_image_without_boxes_is_never_cropped() -> None:
     """torchvision draws options until "as is", which comes to the same."""
     image = tv_tensors.Image(torch.zeros(1, 30, 40, dtype=torch.uint8))
     no_boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(30, 40))
@@ -282,8 +282,8 @@ def released_draws(count: int) -> dict[str, NDArray[np.float64]]:
         boxes = tv_tensors.BoundingBoxes(torch.tensor(corners).float(), format="XYXY", canvas_size=(height, width))
         labels = torch.arange(len(corners))
         boxes = zoom_out(boxes)
-        picture = tv_tensors.Image(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, *boxes.canvas_size))
-        _, boxes = crop(picture, boxes)  # needs a picture for its size
+        canvas = tv_tensors.Image(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, *boxes.canvas_size))
+        _, boxes = crop(canvas, boxes)  # needs an image for its size
         crop_height, crop_width = boxes.canvas_size
         boxes, labels = sanitise(boxes, labels)
         resized = resize(flip(boxes))
@@ -307,7 +307,7 @@ def our_draws(count: int) -> dict[str, NDArray[np.float64]]:
 
 
 def statistics(crop_width: float, crop_height: float, boxes: NDArray[np.float32], count: int) -> dict[str, float]:
-    """Of one draw: crop sides relative to the image, and boxes xyxy in pixels of the canvas."""
+    """Statistics of one draw: crop sides relative to the image, and boxes xyxy in pixels of the canvas."""
     left, top, right, bottom = boxes.astype(np.float64).T
     return {
         "crop width": crop_width,
@@ -334,24 +334,24 @@ def assert_equally_distributed(ours: NDArray[np.float64], released: NDArray[np.f
 
 
 @pytest.fixture(params=[400, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])], scope="module")
-def drawn(request: pytest.FixtureRequest) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+def sampled(request: pytest.FixtureRequest) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
     torch.manual_seed(0)
     return our_draws(request.param), released_draws(request.param)
 
 
 def test_crops_and_surviving_boxes_are_distributed_as_released(
-    drawn: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    sampled: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
 ) -> None:
-    ours, released = drawn
+    ours, released = sampled
     for name in released:
         assert_equally_distributed(ours[name], released[name], name)
 
 
 def test_as_many_boxes_survive_as_released(
-    drawn: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    sampled: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
 ) -> None:
     """In each scene, within 4.5 standard errors; over 5,000 draws of a scene that is 2 % of its boxes."""
-    ours, released = drawn
+    ours, released = sampled
     for scene in range(len(SCENES)):
         survived = [draws["surviving"][scene :: len(SCENES)] for draws in (ours, released)]
         difference = survived[0].mean() - survived[1].mean()
@@ -360,11 +360,11 @@ def test_as_many_boxes_survive_as_released(
 
 
 def test_box_sizes_have_the_released_quantiles(
-    drawn: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    sampled: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
 ) -> None:
     """In each scene as many of our boxes lie below a released decile, within 4.5 standard errors (at most 4.5 % of
     the boxes over 5,000 draws of a scene)."""
-    ours, released = drawn
+    ours, released = sampled
     for scene in range(len(SCENES)):
         our_sides, sides = (draws["side"][scene :: len(SCENES)].round(3) for draws in (ours, released))
         our_sides, sides = our_sides[~np.isnan(our_sides)], sides[~np.isnan(sides)]
@@ -378,8 +378,8 @@ def test_box_sizes_have_the_released_quantiles(
 def test_photometric_parameters_are_distributed_as_released(count: int) -> None:
     released = v2.RandomPhotometricDistort()
     torch.manual_seed(0)
-    picture = [tv_tensors.Image(torch.zeros(3, 1, 1))]
-    theirs = [released.make_params(picture) for _ in range(count)]
+    image = [tv_tensors.Image(torch.zeros(3, 1, 1))]
+    theirs = [released.make_params(image) for _ in range(count)]
     generator = np.random.default_rng(0)
     ours = np.stack([draw_photometric(generator, RELEASED) for _ in range(count)])
     for column, key in enumerate(["brightness_factor", "contrast_factor", "saturation_factor", "hue_factor"]):
@@ -392,6 +392,6 @@ def test_photometric_parameters_are_distributed_as_released(count: int) -> None:
     orders = [
         (0, 1, 2) if p["channel_permutation"] is None else tuple(p["channel_permutation"].tolist()) for p in theirs
     ]
-    drawn_orders = list(map(tuple, ours[:, Photometric.RED_FROM : Photometric.BLUE_FROM + 1].astype(int).tolist()))
+    sampled_orders = list(map(tuple, ours[:, Photometric.RED_FROM : Photometric.BLUE_FROM + 1].astype(int).tolist()))
     for order in sorted(set(orders)):
-        assert drawn_orders.count(order) / count == pytest.approx(orders.count(order) / count, abs=tolerance), order
+        assert sampled_orders.count(order) / count == pytest.approx(orders.count(order) / count, abs=tolerance), order

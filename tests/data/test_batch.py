@@ -66,12 +66,12 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
     assert batch.replaced == ()
 
 
-def test_mixing_that_was_asked_for_happens_until_the_clean_epochs() -> None:
+def test_configured_mixing_happens_until_the_clean_epochs() -> None:
     records = drawn_records(4)
     mixup = Augmentation(3, AugmentSettings(mixup_probability=1), strong_epochs=2)
     mixed = replace(TRAINING, augmentation=mixup)
     alone, joined = batch_of(records), batch_of(records, mixed)
-    assert len(joined.labels) > len(alone.labels)  # the boxes of both pictures count
+    assert len(joined.labels) > len(alone.labels)  # the boxes of both images count
     assert all(a <= b for a, b in zip(alone.counts, joined.counts, strict=True))
     assert not torch.equal(alone.images, joined.images)
     assert torch.equal(batch_of(records, epoch=2).images, batch_of(records, mixed, epoch=2).images)
@@ -127,7 +127,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_na
     assert all(records[replacement.image_id - 1].file_name in replacement.reason for replacement in batch.replaced)
 
 
-def test_a_micro_batch_of_which_nothing_can_be_decoded_is_an_error_that_names_every_image() -> None:
+def test_a_micro_batch_without_a_decodable_image_is_an_error_that_names_every_image() -> None:
     records = [broken(record) for record in drawn_records(4)]
     with pytest.raises(UndecodableImageError) as error:
         batch_of(records)
@@ -141,7 +141,7 @@ def test_evaluation_does_not_replace_images() -> None:
 
 
 @pytest.mark.parametrize("real", [3, 1, 0])
-def test_evaluation_fills_up_its_last_batches_and_says_so(real: int) -> None:
+def test_evaluation_pads_its_last_batches_and_marks_the_padding(real: int) -> None:
     records = drawn_records(real)
     batch = batch_of(records, EVALUATION)
     assert batch.padding == (False,) * real + (True,) * (4 - real)

@@ -1,4 +1,4 @@
-"""Shards damaged as the world damages them, and what the doctor says about each."""
+"""Realistic damage to shards, and the findings of the doctor for each."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def with_manifest(shards: ShardSet, change: Callable[[Row], None]) -> ShardSet:
 
 
 def with_table(shards: ShardSet, table: pa.Table) -> ShardSet:
-    """Another first shard, with the hash and size of the new file: only looking into it tells that it is wrong."""
+    """Replace the first shard, with the hash and size of the new file: only its content shows that it is wrong."""
     path = Path(shards.shard_uri(0))
     pq.write_table(table, path, row_group_size=GROUP_ROWS, compression="none")
     content = path.read_bytes()
@@ -91,12 +91,12 @@ def only(report: DoctorReport, code: str) -> Finding:
     return finding
 
 
-def place(finding: Finding) -> list[tuple[str | None, int | None, int | None, str | None]]:
+def locations(finding: Finding) -> list[tuple[str | None, int | None, int | None, str | None]]:
     return [(e.shard, e.row, e.image_id, e.file_name) for e in finding.examples]
 
 
 UNREADABLE = ("list-lengths", "value-missing")
-BROKEN_PLACE = [("part-00000.parquet", BROKEN_ROW, BROKEN_ID, BROKEN_NAME)]
+BROKEN_LOCATION = [("part-00000.parquet", BROKEN_ROW, BROKEN_ID, BROKEN_NAME)]
 
 
 def test_a_prepared_set_has_no_errors(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_damaged_row_is_found_and_named(
     report = examine([damaged])
     finding = only(report, code)
     assert finding.count == 1
-    assert place(finding) == BROKEN_PLACE
+    assert locations(finding) == BROKEN_LOCATION
     assert detail in finding.examples[0].detail
     if code.startswith(("box", "label", "area")):
         assert finding.examples[0].box == 1
@@ -253,7 +253,7 @@ def test_a_rotated_image_is_reported_as_rotated(shards: ShardSet) -> None:
     assert only(examine([turned]), "image-size").examples[0].detail == detail
 
 
-def test_without_decoding_a_cut_image_is_not_found_and_the_report_says_so(shards: ShardSet) -> None:
+def test_without_decoding_a_truncated_image_is_not_found_and_the_report_states_that(shards: ShardSet) -> None:
     report = examine([with_row(shards, cut_off)], decode=False)
     assert not serious(report)
     assert "images were not decoded" in doctor_text(report)
@@ -303,7 +303,7 @@ def test_a_repeated_id_names_both_images(tmp_path: Path) -> None:
     report = examine([written(tmp_path / "train", records)])
     finding = only(report, "image-id-repeated")
     assert serious(report) == {"image-id-repeated"}
-    assert place(finding) == [("part-00000.parquet", 3, 4, "00000003.jpg")]
+    assert locations(finding) == [("part-00000.parquet", 3, 4, "00000003.jpg")]
     assert finding.examples[0].detail == "the same in part-00012.parquet row 8, image 4 (00000020.jpg)"
 
 
@@ -323,7 +323,7 @@ def test_an_image_in_two_splits_is_an_error(tmp_path: Path, shards: ShardSet) ->
     report = examine([shards, val])
     finding = only(report, "image-in-splits")
     assert finding.splits == ("drawn", "val")
-    assert place(finding) == [("part-00012.parquet", 2, 15, "00000014.jpg")]
+    assert locations(finding) == [("part-00012.parquet", 2, 15, "00000014.jpg")]
     assert finding.examples[0].detail == "also in val: part-00000.parquet row 2, image 77 (seen.jpg)"
     assert serious(report) == {"image-in-splits"}
 
@@ -369,7 +369,7 @@ def test_a_row_group_that_cannot_be_read_does_not_hide_the_others(shards: ShardS
     assert report.splits[0].images_counted == ROWS - GROUP_ROWS
 
 
-def test_other_row_groups_than_the_manifest_says_are_an_error(shards: ShardSet) -> None:
+def test_row_groups_that_differ_from_the_manifest_are_an_error(shards: ShardSet) -> None:
     def change(manifest: Row) -> None:
         manifest["shards"][0]["row_groups"] = [4, 5, 3]
 
@@ -415,7 +415,9 @@ def test_rejected_rows_are_counted_by_reason(shards: ShardSet) -> None:
 # The command
 
 
-def test_the_exit_code_tells_errors(shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_is_1_if_there_are_errors(
+    shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([f"{shards.uri}/{MANIFEST_NAME}"]) == 0
     assert "0 errors" in capsys.readouterr().out
     Path(shards.shard_uri(0)).unlink()
@@ -482,17 +484,17 @@ def test_names_from_the_data_are_text_on_the_page(shards: ShardSet) -> None:
     assert evil in page.texts
 
 
-def test_every_kind_says_what_to_do() -> None:
+def test_every_kind_of_finding_has_advice() -> None:
     assert FINDING_KINDS
     assert all(kind.meaning.endswith(".") and kind.advice.endswith(".") for kind in FINDING_KINDS.values())
 
 
 @given(st.lists(st.integers(0, 6)))
 def test_groups_of_equal_are_those_of_a_loop(values: list[int]) -> None:
-    places: dict[int, list[int]] = {}
+    positions: dict[int, list[int]] = {}
     for n, value in enumerate(values):
-        places.setdefault(value, []).append(n)
-    several = [places[value] for value in sorted(places) if len(places[value]) > 1]
+        positions.setdefault(value, []).append(n)
+    several = [positions[value] for value in sorted(positions) if len(positions[value]) > 1]
     assert [group.tolist() for group in groups_of_equal(np.array(values, np.int64))] == several
     as_bytes = np.frombuffer(np.array([[0, value] for value in values], np.int64).tobytes(), "V16")
     assert sorted(group.tolist() for group in groups_of_equal(as_bytes)) == sorted(several)

@@ -74,7 +74,7 @@ def on_workers(world_size: int, work: Callable[[int, Broadcast], T]) -> list[T]:
 def streamed(
     shards: ShardSet, world_size: int, start_step: int, stop_step: int, settings: StreamSettings = SETTINGS
 ) -> list[list[Seen]]:
-    """What each worker sees."""
+    """Batches of each worker."""
 
     def work(rank: int, broadcast: Broadcast) -> list[Seen]:
         batches = training_stream(
@@ -174,7 +174,7 @@ def test_resuming_reads_nothing_from_before_the_window_of_that_step(tmp_path: Pa
         planned(shards, 0, 18)
 
 
-def test_a_worker_that_gets_another_ones_batches_says_so(shards: ShardSet, cluster: None) -> None:
+def test_a_worker_that_receives_the_batches_of_another_one_fails(shards: ShardSet, cluster: None) -> None:
     def work(rank: int, broadcast: Broadcast) -> None:
         def swapped(value: Any) -> Any:
             return broadcast(value)[::-1]
@@ -252,8 +252,8 @@ def test_reading_and_decoding_stay_two_operators_with_one_block_per_micro_batch(
     assert "->" not in stats
 
 
-def test_whoever_looks_for_the_cluster_from_within_finds_this_one(cluster: None) -> None:
-    """Also while others run on the machine, or have left their address behind."""
+def test_a_process_in_the_cluster_that_looks_up_the_cluster_finds_this_one(cluster: None) -> None:
+    """Holds while other clusters run on the machine, or have left their address behind."""
 
     def found() -> str:
         from ray._private.services import canonicalize_bootstrap_address_or_die
