@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     start_ray(num_cpus=args.processes)
     with tempfile.TemporaryDirectory() as folder:
-        shards = load_shards(args.manifest) if args.manifest else drawn_shards(folder, args.images)
+        shards = load_shards(args.manifest) if args.manifest else synthetic_shards(folder, args.images)
         settings = StreamSettings(
             global_batch_size=args.micro_batch_size,
             micro_batch_size=args.micro_batch_size,
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         print_memory(shards, settings, args.memory_images)
 
 
-def drawn_shards(folder: str, images: int) -> ShardSet:
+def synthetic_shards(folder: str, images: int) -> ShardSet:
     source = synthetic_source(images, longest_side=640)
     return prepare(source, f"{folder}/drawn", split="drawn", options=PrepareOptions(shard_mib=16))
 

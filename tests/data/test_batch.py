@@ -15,7 +15,7 @@ from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, table_from_records
 from pipeline.data.stream.batch import Batch, Replacement, batch_from_arrow
 from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_micro_batch
-from tests.support.drawn_shards import drawn_records
+from tests.support.synthetic_shards import synthetic_records
 
 CANVAS = (32, 64)
 TRAINING = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=Augmentation(3, AugmentSettings(), strong_epochs=2))
@@ -40,7 +40,7 @@ def broken(record: ImageRecord) -> ImageRecord:
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     batch = batch_of(records, epoch=epoch)
     settings = AugmentSettings() if epoch < 2 else AugmentSettings().clean()
     assert (batch.step, batch.micro_batch) == (11, 1)
@@ -67,7 +67,7 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
 
 
 def test_configured_mixing_happens_until_the_clean_epochs() -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     mixup = Augmentation(3, AugmentSettings(mixup_probability=1), strong_epochs=2)
     mixed = replace(TRAINING, augmentation=mixup)
     alone, joined = batch_of(records), batch_of(records, mixed)
@@ -79,7 +79,7 @@ def test_configured_mixing_happens_until_the_clean_epochs() -> None:
 
 def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> None:
     record = replace(
-        drawn_records(1)[0],
+        synthetic_records(1)[0],
         boxes=np.array([[-9, -9, 8, 8], [5, 5, 99, 99], [1, 1, 9, 9], [4, 60, 9, 60]], np.float32),
         labels=np.array([0, 1, 2, 3], np.int32),
         areas=np.ones(4, np.float32),
@@ -94,7 +94,7 @@ def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> N
 
 
 def test_targets_of_images_without_boxes_are_empty_and_typed() -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     none = {name: getattr(records[0], name)[:0] for name in ("boxes", "labels", "areas", "crowd")}
     batch = batch_of([replace(record, **none) for record in records])
     assert batch.counts == (0, 0, 0, 0)
@@ -105,7 +105,7 @@ def test_targets_of_images_without_boxes_are_empty_and_typed() -> None:
 
 
 def test_the_pixels_are_those_of_the_block_not_a_copy() -> None:
-    decoded = decode_micro_batch(encoded(drawn_records(4)), TRAINING)
+    decoded = decode_micro_batch(encoded(synthetic_records(4)), TRAINING)
     images = decoded.column("images").chunk(0).flatten()
     assert batch_from_arrow(decoded, CANVAS).images.data_ptr() == images.buffers()[1].address
 
@@ -114,7 +114,7 @@ def test_the_pixels_are_those_of_the_block_not_a_copy() -> None:
 def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_named(
     bad: list[int], stand_ins: dict[int, int]
 ) -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     whole = batch_of(records)
     batch = batch_of([broken(record) if i in bad else record for i, record in enumerate(records)])
     for i in range(4):
@@ -128,21 +128,21 @@ def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_na
 
 
 def test_a_micro_batch_without_a_decodable_image_is_an_error_that_names_every_image() -> None:
-    records = [broken(record) for record in drawn_records(4)]
+    records = [broken(record) for record in synthetic_records(4)]
     with pytest.raises(UndecodableImageError) as error:
         batch_of(records)
     assert all(record.file_name in str(error.value) for record in records)
 
 
 def test_evaluation_does_not_replace_images() -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     with pytest.raises(UndecodableImageError, match=f"image {records[2].image_id}, {records[2].file_name}"):
         batch_of([*records[:2], broken(records[2]), records[3]], EVALUATION)
 
 
 @pytest.mark.parametrize("real", [3, 1, 0])
 def test_evaluation_pads_its_last_batches_and_marks_the_padding(real: int) -> None:
-    records = drawn_records(real)
+    records = synthetic_records(real)
     batch = batch_of(records, EVALUATION)
     assert batch.padding == (False,) * real + (True,) * (4 - real)
     assert batch.image_id.tolist() == [record.image_id for record in records] + [-1] * (4 - real)
@@ -158,7 +158,7 @@ def test_evaluation_pads_its_last_batches_and_marks_the_padding(real: int) -> No
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
-    batch = replace(batch_of(drawn_records(4)), replaced=(Replacement(7, "broken"),))
+    batch = replace(batch_of(synthetic_records(4)), replaced=(Replacement(7, "broken"),))
     moved = batch.to("meta")
     tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     assert tensors == {"images", "photometric", "boxes", "labels", "image_id", "orig_size"}

@@ -29,7 +29,7 @@ from pipeline.data.shards.manifest import MANIFEST_NAME, ShardSet, load_shards
 from pipeline.data.shards.records import REJECTED_SCHEMA, SHARD_SCHEMA, ImageRecord
 from pipeline.data.sources.synthetic import CLASSES, synthetic_source
 from pipeline.ray_cluster import start_ray
-from tests.support.drawn_shards import drawn_records, stored_rows, write_shards
+from tests.support.synthetic_shards import stored_rows, synthetic_records, write_shards
 
 ROWS, GROUP_ROWS, SHARD_ROWS = 24, 4, 12
 BROKEN_ROW, BROKEN_ID, BROKEN_NAME = 5, 6, "00000005.jpg"  # of the first shard; it has boxes
@@ -46,7 +46,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> ShardSet:
-    return written(tmp_path / "train", drawn_records(ROWS))
+    return written(tmp_path / "train", synthetic_records(ROWS))
 
 
 def written(folder: Path, records: Sequence[ImageRecord]) -> ShardSet:
@@ -112,7 +112,7 @@ def test_a_prepared_set_has_no_errors(tmp_path: Path) -> None:
 
 
 def test_classes_sizes_and_empty_images_are_those_that_a_loop_counts(tmp_path: Path) -> None:
-    records = drawn_records(40, longest_side=320)
+    records = synthetic_records(40, longest_side=320)
     report = examine([written(tmp_path / "train", records)])
     boxes, tiny, empty = Counter[str](), 0, []
     for record in records:
@@ -276,7 +276,7 @@ def test_the_worst_boxes_are_the_examples(tmp_path: Path) -> None:
         return replace(record, boxes=boxes)
 
     overshoot = [2.0 + 7 * n % 23 for n in range(ROWS)]  # px, in no order
-    records = [reaching_over(record, px) for record, px in zip(drawn_records(ROWS), overshoot, strict=True)]
+    records = [reaching_over(record, px) for record, px in zip(synthetic_records(ROWS), overshoot, strict=True)]
     finding = only(examine([written(tmp_path / "train", records)]), "box-past-edge")
     worst = np.argsort(overshoot, kind="stable")[::-1][:5]
     assert finding.count == ROWS
@@ -298,7 +298,7 @@ def test_more_boxes_than_queries_are_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_repeated_id_names_both_images(tmp_path: Path) -> None:
-    records = drawn_records(ROWS)
+    records = synthetic_records(ROWS)
     records[20] = replace(records[20], image_id=records[3].image_id)
     report = examine([written(tmp_path / "train", records)])
     finding = only(report, "image-id-repeated")
@@ -308,7 +308,7 @@ def test_a_repeated_id_names_both_images(tmp_path: Path) -> None:
 
 
 def test_a_file_that_occurs_twice_in_a_split_is_a_warning(tmp_path: Path) -> None:
-    records = drawn_records(ROWS)
+    records = synthetic_records(ROWS)
     twin = records[3]
     records[20] = replace(twin, image_id=21, file_name="twin.jpg")
     report = examine([written(tmp_path / "train", records)])
@@ -317,12 +317,12 @@ def test_a_file_that_occurs_twice_in_a_split_is_a_warning(tmp_path: Path) -> Non
 
 
 def test_an_image_in_two_splits_is_an_error(tmp_path: Path, shards: ShardSet) -> None:
-    others = drawn_records(5, seed=1)
-    others[2] = replace(drawn_records(ROWS)[14], image_id=77, file_name="seen.jpg")
+    others = synthetic_records(5, seed=1)
+    others[2] = replace(synthetic_records(ROWS)[14], image_id=77, file_name="seen.jpg")
     val = with_manifest(written(tmp_path / "val", others), lambda manifest: manifest.update(split="val"))
     report = examine([shards, val])
     finding = only(report, "image-in-splits")
-    assert finding.splits == ("drawn", "val")
+    assert finding.splits == ("synthetic", "val")
     assert locations(finding) == [("part-00012.parquet", 2, 15, "00000014.jpg")]
     assert finding.examples[0].detail == "also in val: part-00000.parquet row 2, image 77 (seen.jpg)"
     assert serious(report) == {"image-in-splits"}
@@ -332,7 +332,7 @@ def test_splits_with_other_categories_are_an_error(tmp_path: Path, shards: Shard
     def rename(manifest: Row) -> None:
         manifest["categories"][2]["name"] = "tricorn"
 
-    other = with_manifest(written(tmp_path / "val", drawn_records(5, seed=1)), rename)
+    other = with_manifest(written(tmp_path / "val", synthetic_records(5, seed=1)), rename)
     finding = only(examine([shards, other]), "categories-differ")
     assert "2 is 'triangle' and 'tricorn'" in finding.examples[0].detail
 

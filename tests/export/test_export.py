@@ -23,7 +23,7 @@ from pipeline.export.check_images import CheckSet, drawn, from_shards
 from pipeline.export.export import Export, export
 from pipeline.export.formats import FORMATS, Format, Source, at_input_size, write_safetensors
 from pipeline.export.gate import FULL, OPENERS, TOLERANCES, judge_files
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
 PICTURES = 7
@@ -250,7 +250,7 @@ def test_the_command_compares_average_precision_on_shards(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shards = write_shards(tmp_path / "val", drawn_records(8, longest_side=64))
+    shards = write_shards(tmp_path / "val", synthetic_records(8, longest_side=64))
 
     def with_truth(given: object, images: int) -> CheckSet:
         checked = from_shards(shards, images)

@@ -15,8 +15,8 @@ from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.export import gate
 from pipeline.export.check_images import CheckSet, Pictures, drawn, from_files, from_shards, only, ragged
 from pipeline.export.gate import FULL, UNLIKE, Tolerance, differences, judge_files, summary
-from tests.support.drawn_scenes import AWAY, BOX, truth_of
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_scenes import AWAY, BOX, ground_truth_of
+from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
 SIZE = torch.tensor([[100, 50]])  # width, height
@@ -64,7 +64,7 @@ def test_the_summary_counts_what_agrees_in_score_and_box() -> None:
 
 
 def test_the_truth_of_some_images_is_theirs_alone() -> None:
-    whole = truth_of([(0, BOX), (1, AWAY)], [(2, BOX)], [(1, BOX)], crowd=[3])
+    whole = ground_truth_of([(0, BOX), (1, AWAY)], [(2, BOX)], [(1, BOX)], crowd=[3])
     part = only(whole, np.array([100, 102]))
     assert part.image_id.tolist() == [100, 102]
     assert part.image.tolist() == [0, 0, 1]
@@ -74,7 +74,7 @@ def test_the_truth_of_some_images_is_theirs_alone() -> None:
 
 
 def test_pictures_of_a_shard_set_come_in_order_with_their_truth(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "val", drawn_records(9, longest_side=64))
+    shards = write_shards(tmp_path / "val", synthetic_records(9, longest_side=64))
     checked = from_shards(shards, 5)
     batches = list(ragged(checked.batches((64, 96))))
     assert [tuple(batch.pixels.shape) for batch in batches] == [(count, 3, 64, 96) for count in (1, 2, 2)]
@@ -87,7 +87,7 @@ def test_pictures_of_a_shard_set_come_in_order_with_their_truth(tmp_path: Path) 
 
 
 def test_pictures_of_files_are_read_as_everywhere(tmp_path: Path) -> None:
-    record = drawn_records(1, longest_side=64)[0]
+    record = synthetic_records(1, longest_side=64)[0]
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jpg").write_bytes(record.image)
     (tmp_path / "notes.txt").write_text("no image")
@@ -150,7 +150,7 @@ def test_an_average_precision_that_fell_is_refused_although_the_detections_agree
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The truth is what the detector finds best; the file gives exactly those one score too low to come first."""
-    shards = write_shards(tmp_path / "val", drawn_records(6, longest_side=64))
+    shards = write_shards(tmp_path / "val", synthetic_records(6, longest_side=64))
     checked = from_shards(shards, 6)
     assert checked.truth is not None
     tolerant = Tolerance(score=1.0, box=1.0, share=0.0, ap=0.001)

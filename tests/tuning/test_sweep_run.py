@@ -28,7 +28,7 @@ from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
 from pipeline.tuning.trial import evaluations_in, experiment_of_trial
 from pipeline.tuning.trial_store import Ledger
 from pipeline.tuning.watcher import Watcher, summary, table
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parents[2]
 EVALUATIONS = 4
@@ -36,7 +36,7 @@ EVALUATIONS = 4
 
 def sweep_file(folder: Path, **changes: Any) -> Path:
     if not (folder / "data").exists():
-        write_shards(folder / "data", drawn_records(8))
+        write_shards(folder / "data", synthetic_records(8))
     experiment = {
         "data": {"train": str(folder / "data"), "val": str(folder / "data"), "decode_in": "worker"},
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20},
