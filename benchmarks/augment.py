@@ -24,31 +24,22 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfine_core.images import read_image
-from pipeline.data.augment.augment import (
-    AugmentSettings,
-    Sample,
-    augmented_sample,
-    draw_photometric,
-    draw_view,
-    keyed_generator,
-    plain_sample,
-)
-from pipeline.data.augment.decode import View, crop_and_place, decode_rgb
+from pipeline.data.augment.decode import crop_and_place, decode_rgb
+from pipeline.data.augment.generators import keyed_generator
+from pipeline.data.augment.geometry import View, draw_view
 from pipeline.data.augment.photometric import photometric_distort
+from pipeline.data.augment.photometric_parameters import draw_photometric
+from pipeline.data.augment.samples import AnnotatedImage, Sample, augmented_sample, plain_sample
+from pipeline.data.augment.settings import AugmentSettings
 
 CANVAS = (640, 640)
 SETTINGS = AugmentSettings()
 RELEASED = "released chain: torchvision v2 on Pillow"
 
 
-@dataclass(frozen=True)
-class Annotated:
+@dataclass(frozen=True, kw_only=True)
+class Annotated(AnnotatedImage):
     image_id: int
-    encoded: bytes
-    width: int
-    height: int
-    boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels
-    labels: NDArray[np.int64]  # [G]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,9 +72,7 @@ def rows() -> dict[str, Callable[[Annotated], object]]:
         "    draws, scaled decode": decoded_pixels,
         "    draws, scaled decode, resampling": resized,
         "released evaluation": lambda image: released_inputs(image)[0].resize(CANVAS[::-1], Image.Resampling.BILINEAR),
-        "our evaluation": lambda image: plain_sample(
-            image.encoded, image.width, image.height, image.boxes, image.labels, canvas=CANVAS
-        ),
+        "our evaluation": lambda image: plain_sample(image, canvas=CANVAS),
     }
 
 
@@ -130,18 +119,7 @@ def released_inputs(image: Annotated) -> tuple[Image.Image, tv_tensors.BoundingB
 
 
 def augmented(image: Annotated) -> Sample:
-    return augmented_sample(
-        image.encoded,
-        image.width,
-        image.height,
-        image.boxes,
-        image.labels,
-        seed=0,
-        epoch=0,
-        image_id=image.image_id,
-        settings=SETTINGS,
-        canvas=CANVAS,
-    )
+    return augmented_sample(image, seed=0, epoch=0, image_id=image.image_id, settings=SETTINGS, canvas=CANVAS)
 
 
 def distorted(sample: Sample) -> torch.Tensor:

@@ -26,7 +26,7 @@ from ray._private.internal_api import memory_summary
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from benchmarks import augment as augment_benchmark
-from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.shards.manifest import ShardSet, load_shards

@@ -16,7 +16,7 @@ from jobs.command import location, user_errors
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.doctor.examine import examine
-from pipeline.data.doctor.html_report import as_html, as_text
+from pipeline.data.doctor.html_report import doctor_page, doctor_text
 from pipeline.data.shards.manifest import load_shards
 from pipeline.ray_cluster import start_ray
 
@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("a shard set is named twice; name each split once")
     start_ray(args.num_cpus)
     report = examine(shard_sets, decode=args.decode)
-    print(report.model_dump_json() if args.json else as_text(report))
+    print(report.model_dump_json() if args.json else doctor_text(report))
     if args.html:
-        storage.write_atomic(args.html, as_html(report, shard_sets, seed=args.seed).encode())
+        storage.write_atomic(args.html, doctor_page(report, shard_sets, seed=args.seed).encode())
         print(f"doctor: see {args.html}", file=sys.stderr)
     return 1 if report.count("error") else 0
 

@@ -19,7 +19,7 @@ from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources import objects365
 from pipeline.data.sources.coco import coco_source
-from pipeline.data.sources.index import Source, SourceError
+from pipeline.data.sources.index import DatasetSource, SourceError
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.sources.voc import voc_source
 from pipeline.data.sources.yolo import yolo_source
@@ -52,7 +52,7 @@ def prepare_shards(args: argparse.Namespace) -> None:
     print(f"rejected: {reasons(rejected)}, see rejected.parquet" if rejected else "rejected: nothing")
 
 
-def _source(args: argparse.Namespace) -> Source:
+def _source(args: argparse.Namespace) -> DatasetSource:
     match args.source:
         case "coco":
             if args.root is None and (args.images is None or args.annotations is None):

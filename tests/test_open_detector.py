@@ -28,7 +28,7 @@ from pipeline.training.dry_run import preview
 from pipeline.training.init_weights import load_initial, materialize_init
 from pipeline.training.loop import train
 from pipeline.training.run_dir import begin_or_continue
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -97,7 +97,7 @@ def test_a_folder_without_a_detector_is_refused(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.usefixtures("tracking")
 def test_evaluating_other_classes_is_refused(folder: Path, tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "other", drawn_records(2))
+    shards = write_shards(tmp_path / "other", synthetic_records(2))
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     manifest["categories"][0]["name"] = "disc"
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))

@@ -17,7 +17,7 @@ from pipeline.open_detector import open_detector
 from pipeline.tracking.lineage import client_of, facts
 from pipeline.tracking.registry import register
 from pipeline.training.init_weights import materialize_init
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 PASSWORD = "hunter2"
 MODEL = "models:/shapes@champion"
@@ -49,7 +49,7 @@ COMMANDS: dict[str, Call] = {
 def test_commands_tell_no_password(
     name: str, address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_shards(tmp_path / "shards", drawn_records(2))
+    write_shards(tmp_path / "shards", synthetic_records(2))
     with pytest.raises(SystemExit) as ended:
         COMMANDS[name](tmp_path)
     said = "".join(capfd.readouterr()) + caplog.text + str(ended.value)

@@ -21,8 +21,8 @@ from pipeline.config_files import parse_overrides
 from pipeline.export.formats import ExportSource, write_safetensors
 from pipeline.ray_job import absolute_location
 from pipeline.training.launch import user_error_of
-from tests.support.drawn_shards import drawn_records, write_shards
 from tests.support.small_detectors import small_detector
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "command"}
@@ -209,7 +209,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     for name in ("empty", "photos", "bad", "old", "odd", "brokenrun", "brokensweep", "brokenstep"):
         (folder / name).mkdir()
-    records = drawn_records(12, longest_side=64)
+    records = synthetic_records(12, longest_side=64)
     for name in ("train", "val", "gone", "torn"):
         write_shards(folder / name, records)
     (folder / "photos" / "one.jpg").write_bytes(records[0].image)

@@ -18,8 +18,8 @@ from dfine_core.config import ModelConfig
 from dfine_core.inference import DEFAULT_THRESHOLD, predict_batch
 from dfine_core.model import distribution
 from dfine_core.structures import QueryPredictions
-from pipeline.data.augment.augment import plain_sample
 from pipeline.data.augment.decode import decode_rgb
+from pipeline.data.augment.samples import plain_sample, without_crowd
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import ImageRecord, records_from_table
@@ -206,7 +206,7 @@ class _Seen:
 
 def _seen_by(detector: nn.Module, config: ModelConfig, record: ImageRecord, device: torch.device) -> _Seen:
     boxes, labels = record.boxes[~record.crowd], record.labels[~record.crowd]
-    sample = plain_sample(record.image, record.width, record.height, boxes, labels, canvas=config.input_size)
+    sample = plain_sample(without_crowd(record), canvas=config.input_size)
     pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None].to(device)
     size = torch.tensor([[record.width, record.height]], device=device)
     with evaluation_mode(detector), torch.no_grad(), torch.autocast(device.type, enabled=False):

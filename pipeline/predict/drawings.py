@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dfine_core.images import read_image
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
-from pipeline.data.prepare.image_files import read_file
+from pipeline.data.prepare.image_files import read_image_file
 from pipeline.data.shards.manifest import Category
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.sample_images import MOST_DRAWN, refinement_view
@@ -161,7 +161,7 @@ def _sample(out: str, inputs: Inputs, plan: PredictPlan, count: int) -> Iterator
 
 def _open(source: InputImage) -> Image.Image:
     content = source.content
-    return read_image(read_file(content) if isinstance(content, str) else content)
+    return read_image(read_image_file(content) if isinstance(content, str) else content)
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -22,8 +22,8 @@ from dfine_core.model import distribution
 from dfine_core.model.postprocess import Detections, best_pairs
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data.prepare.image_files import BadImageError, read_file
-from pipeline.data.shards.manifest import Data
+from pipeline.data.prepare.image_files import BadImageError, read_image_file
+from pipeline.data.shards.manifest import FrozenModel
 from pipeline.predict.inputs import InputImage, Inputs, MissingFrame, read_images
 
 PARTS_FOLDER = "parts"
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
 BATCHES_AHEAD = 3  # micro-batches decoded in advance
 
 
-class PredictPlan(Data):
+class PredictPlan(FrozenModel):
     """Everything that the content of the parts depends on: parts of equal plans belong together."""
 
     version: int = 1
@@ -165,7 +165,7 @@ def _decode(source: InputImage | MissingFrame, input_size: tuple[int, int]) -> _
     if isinstance(source, MissingFrame):
         return _DecodedImage(row | {"rejected": source.detail}, None)
     try:
-        content = read_file(source.content) if isinstance(source.content, str) else source.content
+        content = read_image_file(source.content) if isinstance(source.content, str) else source.content
         image = read_image(content)
     except (BadImageError, PermissionError, ValueError) as error:
         return _DecodedImage(row | {"rejected": f"{error}"}, None)

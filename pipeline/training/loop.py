@@ -13,7 +13,6 @@ import torch
 
 from dfine_core import Detector
 from dfine_core.inference import LoadedDetector
-from pipeline.data.augment.augment import multiscale_size
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import StreamSettings, training_stream
 from pipeline.evaluation.report import EvaluationReport
@@ -21,6 +20,7 @@ from pipeline.training import stage_two
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluator import Evaluator
+from pipeline.training.multiscale import multiscale_size
 from pipeline.training.nonfinite import NonFiniteGuard
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.run_log import RunLog

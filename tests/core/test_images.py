@@ -22,8 +22,8 @@ from dfine_core.images import (
     open_image,
     read_image,
 )
-from pipeline.data.augment.augment import plain_sample
 from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, image_size
+from pipeline.data.augment.samples import AnnotatedImage, plain_sample
 from pipeline.data.prepare.image_files import BadImageError, checked_image
 
 ROOT = Path(__file__).parents[2]
@@ -99,9 +99,9 @@ def test_a_format_outside_the_list_is_refused_with_its_name_at_every_entrance(
         image_size(data)
     with pytest.raises(UndecodableImageError, match=message):
         decode_rgb(data, 8, 8)
-    boxes, labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+    without_boxes = AnnotatedImage(data, 8, 8, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
     with pytest.raises(UndecodableImageError, match=message):
-        plain_sample(data, 8, 8, boxes, labels, canvas=(64, 64))
+        plain_sample(without_boxes, canvas=(64, 64))
     with pytest.raises(BadImageError, match=f"undecodable: .*{message}"):
         checked(data)
 

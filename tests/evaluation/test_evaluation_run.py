@@ -25,8 +25,8 @@ from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.sample_images import sample_pictures
 from tests.support import recorded
-from tests.support.drawn_scenes import BOX, found, random_scene, truth_of
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_scenes import BOX, detections_of, ground_truth_of, random_scene
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 IMAGES = 19  # in micro-batches of 4: a last one of 3, and for two workers one of nothing but padding
 CONFIG = ModelConfig.variant("n", num_classes=len(CLASSES), input_size=(64, 64), num_queries=20)
@@ -36,7 +36,7 @@ LAYERS = {"layers/iou_initial": 0.5, "layers/iou_0": 0.6, "layers/entropy_0": 1.
 
 @pytest.fixture(scope="module")
 def records() -> list[ImageRecord]:
-    return drawn_records(IMAGES, longest_side=96)
+    return synthetic_records(IMAGES, longest_side=96)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_metrics_are_flat_and_known() -> None:
     metrics = judged().metrics()
     assert {"val/AP", "val/AP50", "val/AR_100", "val/layers/iou_0", "val/errors/localisation"} <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
-    unknown = judge(Found(found(), {"layers/iou_initial": math.nan}, {}), truth_of([]))
+    unknown = judge(Found(detections_of(), {"layers/iou_initial": math.nan}, {}), ground_truth_of([]))
     assert not {"val/AP", "val/layers/iou_initial"} & set(unknown.metrics())
     assert "AP      -" in unknown.table()
 
@@ -176,8 +176,8 @@ def test_a_report_is_written_as_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classes", [1, 100])
 def test_figures_can_be_drawn_of_nothing_and_of_many_classes(classes: int, tmp_path: Path) -> None:
     boxes = [] if classes == 1 else [(label, BOX) for label in range(classes)]
-    truth = truth_of(boxes, classes=classes)
-    report = judge(Found(found(), {"layers/iou_initial": math.nan}, {}), truth)
+    truth = ground_truth_of(boxes, classes=classes)
+    report = judge(Found(detections_of(), {"layers/iou_initial": math.nan}, {}), truth)
     report.write(tmp_path)
     assert (tmp_path / "per_class.png").exists()
     assert not (tmp_path / "layers.png").exists()

@@ -23,7 +23,7 @@ from pipeline.export.check_images import CheckSet, from_shards, from_synthetic_i
 from pipeline.export.export import ExportResult, export
 from pipeline.export.formats import FORMATS, ExportFormat, ExportSource, at_input_size, write_safetensors
 from pipeline.export.gate import FULL, OPENERS, TOLERANCES, check_files
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
 NUM_IMAGES = 7
@@ -249,7 +249,7 @@ def test_the_command_compares_average_precision_on_shards(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shards = write_shards(tmp_path / "val", drawn_records(8, longest_side=64))
+    shards = write_shards(tmp_path / "val", synthetic_records(8, longest_side=64))
 
     def with_ground_truth(_: object, images: int) -> CheckSet:
         check_set = from_shards(shards, images)

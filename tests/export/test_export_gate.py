@@ -23,8 +23,8 @@ from pipeline.export.check_images import (
     split_first_batch,
 )
 from pipeline.export.gate import FULL, MISMATCH, Tolerance, check_files, differences, summarize
-from tests.support.drawn_scenes import AWAY, BOX, truth_of
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_scenes import AWAY, BOX, ground_truth_of
+from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
 SIZE = torch.tensor([[100, 50]])  # width, height
@@ -79,7 +79,7 @@ def test_the_summary_counts_what_agrees_in_score_and_box() -> None:
 
 
 def test_the_ground_truth_of_selected_images_is_theirs_alone() -> None:
-    whole = truth_of([(0, BOX), (1, AWAY)], [(2, BOX)], [(1, BOX)], crowd=[3])
+    whole = ground_truth_of([(0, BOX), (1, AWAY)], [(2, BOX)], [(1, BOX)], crowd=[3])
     part = select_images(whole, np.array([100, 102]))
     assert part.image_id.tolist() == [100, 102]
     assert part.image.tolist() == [0, 0, 1]
@@ -89,7 +89,7 @@ def test_the_ground_truth_of_selected_images_is_theirs_alone() -> None:
 
 
 def test_images_of_a_shard_set_come_in_order_with_their_ground_truth(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "val", drawn_records(9, longest_side=64))
+    shards = write_shards(tmp_path / "val", synthetic_records(9, longest_side=64))
     check_set = from_shards(shards, 5)
     batches = list(split_first_batch(check_set.batches((64, 96))))
     assert [tuple(batch.pixels.shape) for batch in batches] == [(count, 3, 64, 96) for count in (1, 2, 2)]
@@ -102,7 +102,7 @@ def test_images_of_a_shard_set_come_in_order_with_their_ground_truth(tmp_path: P
 
 
 def test_image_files_are_read_as_everywhere(tmp_path: Path) -> None:
-    record = drawn_records(1, longest_side=64)[0]
+    record = synthetic_records(1, longest_side=64)[0]
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jpg").write_bytes(record.image)
     (tmp_path / "notes.txt").write_text("no image")
@@ -167,7 +167,7 @@ def test_an_average_precision_that_fell_is_refused_although_the_detections_agree
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Ground truth is the best detection of each image; the file scores exactly these lowest."""
-    shards = write_shards(tmp_path / "val", drawn_records(6, longest_side=64))
+    shards = write_shards(tmp_path / "val", synthetic_records(6, longest_side=64))
     check_set = from_shards(shards, 6)
     assert check_set.ground_truth is not None
     tolerant = Tolerance(score=1.0, box=1.0, share=0.0, ap=0.001)

@@ -16,7 +16,7 @@ from pipeline.export.huggingface import (
     transformers_key,
     unsupported_settings,
 )
-from tests.support.drawn_shards import drawn_records
+from tests.support.synthetic_shards import synthetic_records
 from tests.support.varied_detectors import varied_detector
 
 NAMES = ("cat", "dog", "traffic light")
@@ -107,7 +107,7 @@ def test_a_folder_opens_like_any_other_with_its_classes_and_image_processor(tmp_
     processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert model.config.id2label == dict(enumerate(NAMES))
 
-    image = read_image(drawn_records(1, longest_side=200)[0].image)
+    image = read_image(synthetic_records(1, longest_side=200)[0].image)
     theirs = processor(images=image, return_tensors="pt")["pixel_values"]
     ours = prepare([image], config.input_size).float() / 255
     assert theirs.shape == ours.shape

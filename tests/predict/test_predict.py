@@ -31,8 +31,8 @@ from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import colour, contact_sheet, draw_detections
 from pipeline.predict.inputs import InputImage, list_inputs, read_images
 from pipeline.predict.predict import IN_PROCESS, PredictOptions, cpus_per_worker, predict
-from tests.support.drawn_shards import drawn_records, write_shards
 from tests.support.small_detectors import small_detector
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 OPTIONS = PredictOptions(workers=IN_PROCESS, part_size=4, batch_size=3, num_images=0)
 
@@ -47,7 +47,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten images, two of them in a subfolder, and other files."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "below").mkdir()
-    for number, record in enumerate(drawn_records(10, longest_side=80)):
+    for number, record in enumerate(synthetic_records(10, longest_side=80)):
         (folder / ("below" if number > 7 else "") / f"{number}.jpg").write_bytes(record.image)
     (folder / "notes.txt").write_text("")
     (folder / ".hidden.jpg").write_text("")
@@ -67,7 +67,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return write_shards(tmp_path_factory.mktemp("drawn") / "val", drawn_records(20, longest_side=64), shard_rows=16)
+    return write_shards(tmp_path_factory.mktemp("drawn") / "val", synthetic_records(20, longest_side=64), shard_rows=16)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def self_labelled(loaded: LoadedDetector, folder: Path) -> ShardSet:
     """Images whose ground truth is a jittered sample of the detector's own detections: its AP lies between 0 and 1."""
     random = np.random.default_rng(0)
     records = []
-    for record in drawn_records(12, longest_side=64):
+    for record in synthetic_records(12, longest_side=64):
         (found,) = loaded(record.image, threshold=0.0)
         chosen = random.choice(100, 6, replace=False)
         boxes = found.boxes.numpy()[chosen] + random.normal(0, 0.4, (6, 4)).astype(np.float32)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from pipeline.predict.inputs import list_inputs
 from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
-from tests.support.drawn_shards import drawn_records, write_shards
 from tests.support.processes import kill_driver, one_thread, wait_for
 from tests.support.s3_server import s3_bucket
 from tests.support.small_detectors import small_detector
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     description = {"config": asdict(loaded.config), "categories": loaded.names}
     (folder / "detector" / "detector.json").write_text(json.dumps(description))
     (folder / "photos").mkdir()
-    for number, record in enumerate(drawn_records(IMAGES, longest_side=64)):
+    for number, record in enumerate(synthetic_records(IMAGES, longest_side=64)):
         (folder / "photos" / f"{number:04d}.jpg").write_bytes(record.image)
     (folder / "photos" / "broken.jpg").write_bytes(b"text")
     return folder
@@ -80,7 +80,7 @@ def test_a_killed_prediction_resumes_with_its_parts(folder: Path) -> None:
 
 
 def test_inputs_and_results_may_be_in_an_object_store(folder: Path) -> None:
-    shards = write_shards(folder / "shards", drawn_records(10, longest_side=64))
+    shards = write_shards(folder / "shards", synthetic_records(10, longest_side=64))
     with s3_bucket() as bucket:
         from pipeline import storage
 

@@ -27,7 +27,7 @@ from pipeline.tuning.trial import experiment_of_trial, schedule_of
 from pipeline.tuning.trial_files import TrialProgress, TrialSettings, write_progress
 from pipeline.tuning.trial_records import TrialEvaluation, TrialRecord, read_records
 from pipeline.tuning.trial_store import TrialStore
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parents[2]
 EVALUATIONS = 4
@@ -35,7 +35,7 @@ EVALUATIONS = 4
 
 def sweep_file(folder: Path, **changes: Any) -> Path:
     if not (folder / "data").exists():
-        write_shards(folder / "data", drawn_records(8))
+        write_shards(folder / "data", synthetic_records(8))
     experiment = {
         "data": {"train": str(folder / "data"), "val": str(folder / "data"), "decode_in": "worker"},
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20},

@@ -1,11 +1,11 @@
-"""Which rows make which step: the order of samples as arithmetic on the row counts of a manifest.
+"""Batch plan: the rows of every step, computed from the row counts of a manifest.
 
-One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and their rows laid end to
-end; that sequence is cut into windows and the rows of each window are shuffled. Global step k of the epoch is the rows at
-positions k * global_batch_size to (k + 1) * global_batch_size; what remains after the last whole step is dropped.
+One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and concatenated; that sequence is cut
+into windows, and the rows of each window are shuffled. Global step k of the epoch is the rows at positions
+k * global_batch_size to (k + 1) * global_batch_size; the remainder after the last whole step is dropped.
 
-A window takes no notice of where row groups end, so it shares at most one with each neighbour: reading it touches about
-window_rows / group_rows + 1 groups. Nothing here depends on the number of workers; a window costs O(window_rows).
+Windows ignore the borders of row groups, so a window shares at most one group with each neighbour: reading it touches about
+window_rows / group_rows + 1 groups. Nothing depends on the number of workers; a window costs O(window_rows).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,49 +19,49 @@ from pipeline.data.shards.reader import Rows
 from pipeline.errors import UserError
 
 DEFAULT_WINDOW_ROWS = 2048
-# Where pixels are decoded: in data tasks, on any node; in threads of the training worker; or in its own thread and without
-# Ray, for one process, a debugger, a test.
+# Location of the decoding: in data tasks on any node; in threads of the training worker; or in the calling thread without Ray,
+# for a single process, a debugger or a test.
 DecodeIn = Literal["task", "worker", "inline"]
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """A permutation of all rows, of which any stretch can be had without computing the rest."""
+    """A permutation of all rows; any part can be computed without the rest."""
 
-    groups: NDArray[np.int64]  # [G] row groups, in the order in which they are laid end to end
-    ends: NDArray[np.int64]  # [G] position behind the last row of each
+    groups: NDArray[np.int64]  # [G] row groups, in the order of concatenation
+    ends: NDArray[np.int64]  # [G] position after the last row of each group
     window_rows: int
-    key: tuple[int, int] | None  # of the shuffle within windows; None leaves the rows in order
+    key: tuple[int, int] | None  # seed of the shuffle within windows; None keeps the rows in order
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def rows(self, start: int, stop: int) -> Rows:
-        """The rows at positions start to stop."""
+        """Compute the rows at positions start to stop."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"positions {start} to {stop} do not lie within the {len(self)} rows of the epoch")
         first, last = start // self.window_rows, -(-stop // self.window_rows)
-        laid = np.concatenate([self._window(w) for w in range(first, last)] or [np.zeros(0, np.int64)])
+        positions = np.concatenate([self._window(w) for w in range(first, last)] or [np.zeros(0, np.int64)])
         offset = first * self.window_rows
-        laid = laid[start - offset : stop - offset]
-        place = np.searchsorted(self.ends, laid, side="right")
+        positions = positions[start - offset : stop - offset]
+        index = np.searchsorted(self.ends, positions, side="right")
         starts = np.concatenate([[0], self.ends[:-1]])
-        return Rows(group=self.groups[place], row=laid - starts[place])
+        return Rows(group=self.groups[index], row=positions - starts[index])
 
     def _window(self, window: int) -> NDArray[np.int64]:
         start = window * self.window_rows
-        laid = np.arange(start, min(start + self.window_rows, len(self)), dtype=np.int64)
-        return laid if self.key is None else laid[_permutation(len(laid), self.key, stream=1 + window)]
+        positions = np.arange(start, min(start + self.window_rows, len(self)), dtype=np.int64)
+        return positions if self.key is None else positions[_permutation(len(positions), self.key, stream=1 + window)]
 
 
 def shuffled_order(
     row_groups: Sequence[int] | NDArray[np.int64], *, seed: int, epoch: int, window_rows: int
 ) -> RowOrder:
-    """The order of one training epoch.
+    """Order of one training epoch.
 
     Args:
-        row_groups: [G] rows of each row group, through all shards in the manifest's order.
-        window_rows: length of the stretches within which rows are shuffled.
+        row_groups: [G] rows per row group, over all shards in the manifest's order.
+        window_rows: length of the windows within which rows are shuffled.
     """
     counts = np.asarray(row_groups, np.int64)
     groups = _permutation(len(counts), (seed, epoch), stream=0)
@@ -69,38 +69,38 @@ def shuffled_order(
 
 
 def file_order(row_groups: Sequence[int] | NDArray[np.int64], *, window_rows: int) -> RowOrder:
-    """Every row in the order in which it is stored."""
+    """Order of the rows as stored."""
     counts = np.asarray(row_groups, np.int64)
     return RowOrder(np.arange(len(counts)), np.cumsum(counts), window_rows, key=None)
 
 
 def _permutation(length: int, key: tuple[int, int], stream: int) -> NDArray[np.int64]:
-    """Made of the generator's raw words, which numpy keeps stable between versions, as it does not `permutation`."""
+    """Random permutation from the generator's raw words, which are stable between numpy versions, unlike `permutation`."""
     words = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, stream]).random_raw(length)
     return np.argsort(words, kind="stable")
 
 
 @dataclass(frozen=True)
 class Window:
-    """Steps that one task reads, all of one epoch and within one shuffling window."""
+    """Steps that one task reads, all within one epoch and one shuffling window."""
 
     epoch: int
-    first_step: int  # counted from the start of the training, not of the epoch
+    first_step: int  # global step, counted from the start of the training
     stop_step: int
 
 
 class PlanError(UserError, ValueError):
-    """Batch sizes that the images or the workers cannot be divided into."""
+    """Batch sizes that do not fit the number of images or workers."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Steps cut into micro-batches; micro-batch m of a step belongs to worker m % world_size."""
+    """Division of an epoch into steps and micro-batches; micro-batch m of a step belongs to worker m % world_size."""
 
-    row_groups: NDArray[np.int64]  # [G] rows of each row group
+    row_groups: NDArray[np.int64]  # [G] rows per row group
     global_batch_size: int  # images per step, over all workers
-    micro_batch_size: int  # images that a worker holds at a time
-    seed: int | None  # of the shuffle; None, for evaluation: file order, and the incomplete last step is kept
+    micro_batch_size: int  # images per worker and forward pass
+    seed: int | None  # None, for evaluation: stored order, and the incomplete last step is kept
     window_rows: int = DEFAULT_WINDOW_ROWS
 
     def __post_init__(self) -> None:
@@ -113,29 +113,33 @@ class BatchPlan:
             raise PlanError(f"seed={self.seed} must not be negative")
         if self.steps_per_epoch == 0:
             raise PlanError(
-                f"an epoch of {self.num_rows} images has no step of global_batch_size={self.global_batch_size}: make it smaller"
+                f"an epoch of {self.num_rows} images has no step of global_batch_size={self.global_batch_size}:"
+                " choose a smaller one"
             )
 
     @property
     def num_rows(self) -> int:
+        """Images of the shard set."""
         return int(self.row_groups.sum())
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps of one epoch."""
         whole, remainder = divmod(self.num_rows, self.global_batch_size)
         return whole + (self.seed is None and remainder > 0)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one step, over all workers."""
+        """Micro-batches per step, over all workers."""
         return self.global_batch_size // self.micro_batch_size
 
     @property
     def steps_per_window(self) -> int:
+        """Whole steps per shuffling window."""
         return max(1, round(self.window_rows / self.global_batch_size))
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches of one step that each of `world_size` workers goes through."""
+        """Micro-batches per step for each of `world_size` workers."""
         count, remainder = divmod(self.micro_batches, world_size)
         if remainder:
             raise PlanError(
@@ -146,13 +150,14 @@ class BatchPlan:
         return count
 
     def epoch_order(self, epoch: int) -> RowOrder:
+        """Order of the rows in one epoch."""
         window_rows = self.steps_per_window * self.global_batch_size  # whole steps, so that no step needs two windows
         if self.seed is None:
             return file_order(self.row_groups, window_rows=window_rows)
         return shuffled_order(self.row_groups, seed=self.seed, epoch=epoch, window_rows=window_rows)
 
     def windows(self, start_step: int, stop_step: int) -> Iterator[Window]:
-        """Cuts steps start to stop where a window or an epoch ends."""
+        """Split steps start to stop at the ends of windows and epochs."""
         step = start_step
         while step < stop_step:
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -162,7 +167,7 @@ class BatchPlan:
             step = stop
 
     def rows(self, window: Window) -> Rows:
-        """[steps * global_batch_size] rows of a window's steps; fewer where evaluation's last step is incomplete."""
+        """Rows [steps * global_batch_size] of a window; fewer where evaluation's last step is incomplete."""
         first_of_epoch = window.epoch * self.steps_per_epoch
         start = (window.first_step - first_of_epoch) * self.global_batch_size
         stop = (window.stop_step - first_of_epoch) * self.global_batch_size
