@@ -18,12 +18,12 @@ from torch import Tensor
 from dfine_core import Detector
 from dfine_core.images import open_image
 from pipeline import provenance, storage
-from pipeline.config_files import dump
+from pipeline.config_files import dump, flatten
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.model import log_detector
-from pipeline.tracking.names import Scalar, flatten
+from pipeline.tracking.settings import Scalar
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import DatasetInput, Tracker
 from pipeline.training import checkpoint
