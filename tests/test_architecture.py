@@ -23,7 +23,17 @@ ALSO = {"dfine_core/images.py": {"PIL"}}
 BORROWED = {"dfine_core/inference.py": {"safetensors"}}  # imported when it is needed, inside a function
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
-FOUNDATION = ("errors", "redaction", "progress", "provenance", "mlflow_access", "ray_job", "ray_cluster", "storage")
+FOUNDATION = (
+    "errors",
+    "drawing",
+    "redaction",
+    "progress",
+    "provenance",
+    "mlflow_access",
+    "ray_job",
+    "ray_cluster",
+    "storage",
+)
 EMPTY = {"__init__", "data.__init__"}
 LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides the foundation and itself
     "data.shards": set(),

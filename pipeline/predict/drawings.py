@@ -1,30 +1,26 @@
 """Pictures of what was detected: single images with their boxes, all of them on one page, and how the decoder refined one."""
 
-import colorsys
 import io
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from dfine_core.images import read_image
 from dfine_core.inference import LoadedDetector, prepare, sizes_of
 from pipeline import storage
 from pipeline.data.prepare.image_files import read_file
 from pipeline.data.shards.manifest import Category
+from pipeline.drawing import draw_boxes, font
 from pipeline.evaluation.figures import png
-from pipeline.evaluation.sample_images import MOST_DRAWN, refinement_view
+from pipeline.evaluation.sample_images import refinement_view
 from pipeline.predict.inputs import Inputs, Picture, read_pictures
 from pipeline.predict.partition import Plan, read_part
 
-HUE_STEP = 0.381966  # of the circle, the golden angle: labels near each other get colours far apart
-SIDES = 640, 1600  # px, shortest and longest longer side of a drawn picture
 CELL = 320  # px, side of a cell of the contact sheet
 CONTACT_SHEET = "contact_sheet.jpg"
 
@@ -36,30 +32,15 @@ def draw_detections(
     scores: Sequence[float],
     names: Sequence[str],
 ) -> Image.Image:
-    """A copy with the best `MOST_DRAWN` boxes drawn, in a size that suits a screen.
+    """Draw the best boxes on a copy that is scaled to a screen, see `draw_boxes`.
 
     Args:
         image: RGB.
-        boxes: [K][4] xyxy in its pixels, best first.
-        names: by label.
+        boxes: [K][4] xyxy in pixels of the image, best first.
+        names: class names by label.
     """
-    longest = max(image.size)
-    scale = min(SIDES[1] / longest, max(SIDES[0] / longest, 1.0))
-    drawn = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    pen = ImageDraw.Draw(drawn)
-    width = max(2, max(drawn.size) // 400)
-    font = _font(max(11, max(drawn.size) // 60))
-    rows = list(zip(boxes, labels, scores, strict=True))[:MOST_DRAWN]
-    for box, label, score in reversed(rows):  # the best on top
-        left, top, right, bottom = (scale * edge for edge in box)
-        corners = (min(left, right), min(top, bottom), max(left, right), max(top, bottom))
-        pen.rectangle(corners, outline=colour(label), width=width)
-        text = f"{names[label]} {score:.2f}"
-        x, y = max(corners[0], 0), max(corners[1], 0)
-        area = pen.textbbox((x + 2, y), text, font=font)
-        pen.rectangle((x, y, area[2] + 2, area[3] + 1), fill=colour(label))
-        pen.text((x + 2, y), text, fill="white", font=font)
-    return drawn
+    texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    return draw_boxes(image, boxes, labels, texts)
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -75,19 +56,8 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (x + (CELL - small.width) // 2, y + (CELL - small.height) // 2))
         shown = title if len(title) <= 44 else f"…{title[-43:]}"
-        pen.text((x, y + CELL + 2), shown, fill="black", font=_font(12))
+        pen.text((x, y + CELL + 2), shown, fill="black", font=font(12))
     return sheet
-
-
-def colour(label: int) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hsv_to_rgb(label * HUE_STEP % 1, 0.9, 0.75)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own, which knows more letters than Pillow's."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 # Of a prediction

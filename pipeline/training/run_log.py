@@ -15,7 +15,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from dfine_core import Detector
 from dfine_core.images import open_image
 from pipeline import provenance, storage
 from pipeline.config_files import dump, flatten
@@ -252,7 +251,7 @@ class RunLog:
         if latency_ms is not None:
             self._tracker.metrics({"final/latency_ms": latency_ms}, state.step)
         shards = job.data.val or job.data.train
-        detector: Detector = state.ema.module  # type: ignore[assignment]
+        detector = state.averaged_detector
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder, "detector.safetensors")
             weights.write_bytes(checkpoint.weights_as_bytes(detector))
