@@ -23,7 +23,7 @@ _set_here: dict[str, str] = {}  # other values in the environment are the user's
 
 
 def is_mlflow_uri(location: str) -> bool:
-    """Whether a location is a `runs:/` or `models:/` URI."""
+    """Return whether a location is a `runs:/` or `models:/` URI."""
     return location.startswith(MLFLOW_SCHEMES)
 
 

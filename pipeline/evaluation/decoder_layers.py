@@ -83,7 +83,7 @@ class LayerDiagnostics:
                 "entropy": entropy,
                 "entropy_share": [value / math.log(self.config.num_bins) for value in entropy],
                 "end_mass": end_mass,
-                "divergence": divergence[:-1],  # of the last layer from itself it is zero
+                "divergence": divergence[:-1],  # the last layer diverges from itself by zero
             }
             for name, row in measures.items():
                 numbers |= {f"layers/{name}_{layer}": mean for layer, mean in enumerate(row)}

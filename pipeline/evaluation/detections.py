@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import Category
 
 ROW = np.dtype(
     [("image_id", "<i8"), ("label", "<i4"), ("score", "<f4"), ("box", "<f4", (4,))]
-)  # as sent between workers
+)  # format between workers
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ResolvedUri:
     """The run and the model that a `runs:/` or `models:/` URI leads to now; an alias may move later."""
 
     run_id: str | None  # None: a model without a run
-    name: str | None = None  # of the registered model, where the URI means one
+    name: str | None = None  # registered model, where the URI means a version of one
     version: str | None = None
     model_id: str | None = None  # logged model
     run_name: str = field(default="", compare=False)

@@ -102,7 +102,7 @@ class MlflowWriter:
             raise
 
     def is_refusal(self, error: Exception) -> bool:
-        """Whether the server has refused the event itself, so that every retry would fail."""
+        """Return whether the server has refused the event itself, so that every retry would fail."""
         if isinstance(error, MlflowException):
             return error.error_code in REFUSALS
         if isinstance(error, requests.HTTPError):

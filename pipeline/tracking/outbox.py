@@ -3,7 +3,7 @@
 run.json           the run's key, its start, whether it has begun; written by the training
 records.jsonl      params, metrics, tags, status
 artifacts.jsonl    artifacts and models, whose content is in files/ until it is uploaded
-delivered.json     MLflow's run id and the uploaded part of each event log; written by the uploader
+uploaded.json      MLflow's run id and the uploaded part of each event log; written by the uploader
 rejected.jsonl     events that the server refused for good, with its reason
 
 There are two locks: one process at a time writes, and one uploads. They are separate because an upload may hang in a request
@@ -79,7 +79,7 @@ class Outbox:
     def try_upload_lock(self) -> bool:
         """Try to become the uploading process; on success, continue where the one before it ended."""
         if self._upload_lock is None:
-            self._upload_lock = _try_lock(self.path / "delivery.lock")
+            self._upload_lock = _try_lock(self.path / "upload.lock")
             if self._upload_lock is not None:
                 self.uploaded = self._read_uploaded()
                 self.records.continue_from(self.uploaded.records)
@@ -103,7 +103,7 @@ class Outbox:
     def save_uploaded(self) -> None:
         """Note how far the upload is."""
         self.uploaded.records, self.uploaded.artifacts = self.records.offset, self.artifacts.offset
-        write_atomic(self.path / "delivered.json", json.dumps(asdict(self.uploaded)).encode())
+        write_atomic(self.path / "uploaded.json", json.dumps(asdict(self.uploaded)).encode())
 
     def store_content(self, source: Path | bytes, name: str) -> str:
         """Copy a file, a folder or bytes under its final name into `files`; return its path in there."""
@@ -141,7 +141,7 @@ class Outbox:
             self._upload_lock.close()
 
     def _read_uploaded(self) -> UploadedPart:
-        return UploadedPart(**_read_json(self.path / "delivered.json"))
+        return UploadedPart(**_read_json(self.path / "uploaded.json"))
 
     def _read_identity(self, run_key: str | None) -> RunIdentity:
         stored = _read_json(self.path / "run.json")

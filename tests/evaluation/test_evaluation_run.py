@@ -25,7 +25,7 @@ from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.sample_images import sample_images
 from tests.support import recorded
-from tests.support.drawn_scenes import BOX, found, random_scene, truth_of
+from tests.support.drawn_scenes import BOX, random_scene, table_of, truth_of
 from tests.support.drawn_shards import drawn_records, write_shards
 
 IMAGES = 19  # in micro-batches of 4: a last one of 3, and for two workers one of nothing but padding
@@ -153,7 +153,7 @@ def test_metrics_are_flat_and_finite() -> None:
     metrics = report_of().metrics()
     assert {"val/AP", "val/AP50", "val/AR_100", "val/layers/iou_0", "val/errors/localisation"} <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
-    without_boxes = compute_report(EvaluationOutput(found(), {"layers/iou_initial": math.nan}, {}), truth_of([]))
+    without_boxes = compute_report(EvaluationOutput(table_of(), {"layers/iou_initial": math.nan}, {}), truth_of([]))
     assert not {"val/AP", "val/layers/iou_initial"} & set(without_boxes.metrics())
     assert "AP      -" in without_boxes.table()
 
@@ -177,7 +177,7 @@ def test_a_report_is_written_as_files(tmp_path: Path) -> None:
 def test_figures_can_be_rendered_without_boxes_and_of_many_classes(classes: int, tmp_path: Path) -> None:
     boxes = [] if classes == 1 else [(label, BOX) for label in range(classes)]
     truth = truth_of(boxes, classes=classes)
-    report = compute_report(EvaluationOutput(found(), {"layers/iou_initial": math.nan}, {}), truth)
+    report = compute_report(EvaluationOutput(table_of(), {"layers/iou_initial": math.nan}, {}), truth)
     report.write(tmp_path)
     assert (tmp_path / "per_class.png").exists()
     assert not (tmp_path / "layers.png").exists()

@@ -31,7 +31,7 @@ def truth_of(*images: Sequence[tuple[int, Box]], classes: int = 3, crowd: Sequen
     )
 
 
-def found(*rows: tuple[int, int, float, Box]) -> DetectionTable:
+def table_of(*rows: tuple[int, int, float, Box]) -> DetectionTable:
     """Detections (image id, label, score, box)."""
     return DetectionTable(
         image_id=np.array([row[0] for row in rows], np.int64),

@@ -37,7 +37,7 @@ from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
 storage, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-tracker = Tracker(storage / "queue", TrackingSettings.resolve(storage, experiment="e", run_name="r"))
+tracker = Tracker(storage / "outbox", TrackingSettings.resolve(storage, experiment="e", run_name="r"))
 tracker.begin({"lr": 0.1}, {})
 for step in range(first, first + count):
     tracker.metrics({f"train/loss_{i}": step + i / 100 for i in range(8)}, step, timestamp=1e9 + step)
@@ -70,7 +70,7 @@ def resolved(storage: Path, **settings: str) -> TrackingSettings:
 
 
 def open_tracker(storage: Path) -> Tracker:
-    return Tracker(storage / "queue", resolved(storage))
+    return Tracker(storage / "outbox", resolved(storage))
 
 
 def uploaded_run(tracker: Tracker, storage: Path) -> Run:
@@ -148,7 +148,7 @@ def test_every_kind_of_artifact_arrives_whole_and_leaves_the_outbox(storage: Pat
     assert sorted(path.partition("Z")[0].rpartition(".")[2] for path in images) == ["png", "webp"]
     assert run.data.tags["mlflow.loggedImages"] == "True"
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "tables/per_class.json", "type": "table"}]
-    assert list((storage / "queue" / "files").iterdir()) == []
+    assert list((storage / "outbox" / "files").iterdir()) == []
 
 
 def test_steps_repeated_after_a_resume_are_stored_once(storage: Path) -> None:
@@ -186,7 +186,7 @@ def test_an_upload_that_was_not_noted_is_repeated_without_a_trace(storage: Path,
             tracker.metrics({"loss": step, "odd": math.nan}, step)
         tracker.finish("FINISHED")
         before = uploaded_run(tracker, storage)
-    noted = storage / "queue" / "delivered.json"
+    noted = storage / "outbox" / "uploaded.json"
     if lost == "everything":  # killed between the run's creation and noting its id
         noted.unlink()
     else:
@@ -199,7 +199,7 @@ def test_an_upload_that_was_not_noted_is_repeated_without_a_trace(storage: Path,
     assert history(storage, after, "loss") == [(step, step) for step in range(121)]
     assert len(history(storage, after, "odd")) == 120
     assert len(after.inputs.dataset_inputs) == 1
-    assert not (storage / "queue" / "rejected.jsonl").exists()
+    assert not (storage / "outbox" / "rejected.jsonl").exists()
 
 
 def test_a_request_whose_response_was_lost_stores_nothing_twice(storage: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_training_killed_while_it_uploads_loses_and_doubles_nothing(storage: P
     child = subprocess.Popen(
         [sys.executable, "-c", TRAINING, str(storage), "0", "600"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    noted = storage / "queue" / "delivered.json"
+    noted = storage / "outbox" / "uploaded.json"
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "logged\n"
@@ -245,7 +245,7 @@ def test_a_training_killed_while_it_uploads_loses_and_doubles_nothing(storage: P
 
 def test_a_server_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = resolved(tmp_path, uri="http://user:word@127.0.0.1:9")
-    tracker = Tracker(tmp_path / "queue", settings)
+    tracker = Tracker(tmp_path / "outbox", settings)
     started = time.monotonic()
     tracker.begin({"uri": settings.uri}, {"uri": settings.uri})
     for step in range(1000):
@@ -260,23 +260,23 @@ def test_a_server_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: 
     failures = [record.getMessage() for record in caplog.records if "fails" in record.getMessage()]
     assert len(failures) == 1
     assert "http://***@127.0.0.1:9" in failures[0]
-    written = [path.read_text() for path in (tmp_path / "queue").glob("*.json*")]
+    written = [path.read_text() for path in (tmp_path / "outbox").glob("*.json*")]
     assert not any("word" in text for text in [caplog.text, repr(settings), *written])
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     settings = resolved(tmp_path, uri="http://127.0.0.1:9")
-    first = Tracker(tmp_path / "queue", settings)
+    first = Tracker(tmp_path / "outbox", settings)
     with pytest.raises(RuntimeError, match="another process"):
-        Tracker(tmp_path / "queue", settings)
+        Tracker(tmp_path / "outbox", settings)
     first.close(0)
-    Tracker(tmp_path / "queue", settings).close(0)
+    Tracker(tmp_path / "outbox", settings).close(0)
 
 
 def test_a_server_that_hangs_keeps_nobody_from_going_on(storage: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hanging:  # accepts connections and never responds
         uri = f"http://127.0.0.1:{hanging.getsockname()[1]}"
-        first = Tracker(storage / "queue", resolved(storage, uri=uri))
+        first = Tracker(storage / "outbox", resolved(storage, uri=uri))
         first.begin({"lr": 0.1}, {})
         first.metrics({"loss": 1.0}, 1)
         connection, _ = hanging.accept()  # a request is under way
@@ -302,7 +302,7 @@ def test_events_that_the_server_refuses_are_set_aside_and_the_rest_arrives(
         tracker.metrics({"a": 3}, 3)
         run = uploaded_run(tracker, storage)
     assert history(storage, run, "a") == [(1, 1), (3, 3)]
-    (rejected,) = (storage / "queue" / "rejected.jsonl").read_text().splitlines()
+    (rejected,) = (storage / "outbox" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(rejected)["event"]["values"] == {"a": 2}
     assert "refused an event" in caplog.text
 
@@ -324,11 +324,11 @@ def test_names_and_values_that_mlflow_would_refuse_are_made_to_fit(storage: Path
     assert run.data.params["k" * 250] == "1"
     assert len(run.data.tags["t"]) == 8000
     assert run.data.metrics == {"val/AP/T-shirt _red_": 0.5, "val/AP": 0.25, "_/x": 1.0}
-    assert not (storage / "queue" / "rejected.jsonl").exists()
+    assert not (storage / "outbox" / "rejected.jsonl").exists()
 
 
 def test_a_child_run_names_its_parent(storage: Path) -> None:
-    with Tracker(storage / "queue", resolved(storage, parent_run_id="0123456789abcdef")) as tracker:
+    with Tracker(storage / "outbox", resolved(storage, parent_run_id="0123456789abcdef")) as tracker:
         tracker.begin({}, {})
         assert uploaded_run(tracker, storage).data.tags["mlflow.parentRunId"] == "0123456789abcdef"
 
@@ -347,6 +347,6 @@ def test_another_folder_with_the_same_key_continues_the_run(storage: Path) -> No
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     settings = resolved(tmp_path, uri="http://127.0.0.1:9", run_key="one")
-    Tracker(tmp_path / "queue", settings).close(0)
+    Tracker(tmp_path / "outbox", settings).close(0)
     with pytest.raises(ValueError, match="run_key one, not two"):
-        Tracker(tmp_path / "queue", resolved(tmp_path, uri="http://127.0.0.1:9", run_key="two"))
+        Tracker(tmp_path / "outbox", resolved(tmp_path, uri="http://127.0.0.1:9", run_key="two"))

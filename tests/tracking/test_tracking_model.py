@@ -100,7 +100,7 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
     detector: Detector, weights: Path, image_path: Path, tmp_path: Path
 ) -> None:
     settings = TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=f"sqlite:///{tmp_path}/mlflow.db")
-    with Tracker(tmp_path / "queue", settings) as tracker:
+    with Tracker(tmp_path / "outbox", settings) as tracker:
         tracker.begin({}, {})
         tracker.metrics({"val/AP": 0.5}, step=40)
         log_detector(
@@ -117,8 +117,8 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
         assert tracker.flush(60)
 
         # The same event once more, as after a crash before it was noted: one model, one version.
-        event = json.loads((tmp_path / "queue" / "artifacts.jsonl").read_text())
-        writer = MlflowWriter(settings, run_key=tracker.run_key, started_at=0, files=tmp_path / "queue" / "files")
+        event = json.loads((tmp_path / "outbox" / "artifacts.jsonl").read_text())
+        writer = MlflowWriter(settings, run_key=tracker.run_key, started_at=0, files=tmp_path / "outbox" / "files")
         writer.open_run(tracker.run_id)
         writer.send([event])
     client = MlflowClient(settings.uri)
@@ -152,14 +152,14 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
     strong = int((scores >= 0.4).sum())
     assert 0 < strong < len(scores)
     for kind, (output,) in outputs.items():
-        shown = strong if kind == "default threshold" else len(scores)
-        assert output["labels"] == labels[:shown], kind
-        assert output["names"] == [CATEGORIES[label] for label in labels[:shown]]
-        np.testing.assert_allclose(output["scores"], deployed_scores[:shown], rtol=0, atol=1e-6)
-        np.testing.assert_allclose(output["boxes"], deployed_boxes[:shown], rtol=1e-5, atol=1e-5)
+        count = strong if kind == "default threshold" else len(scores)
+        assert output["labels"] == labels[:count], kind
+        assert output["names"] == [CATEGORIES[label] for label in labels[:count]]
+        np.testing.assert_allclose(output["scores"], deployed_scores[:count], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(output["boxes"], deployed_boxes[:count], rtol=1e-5, atol=1e-5)
         # Fusing convolutions and norms rounds otherwise than computing them one after the other.
-        np.testing.assert_allclose(output["scores"], scores[:shown], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(output["boxes"], boxes[:shown], rtol=0, atol=1e-5 * WIDTH)
+        np.testing.assert_allclose(output["scores"], scores[:count], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(output["boxes"], boxes[:count], rtol=0, atol=1e-5 * WIDTH)
 
 
 def fresh_deployed(detector: Detector) -> Detector:

@@ -36,9 +36,9 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_default_store_is_a_database_in_the_storage() -> None:
-    settings = TrackingSettings.resolve("some/place", experiment="dfine/coco", run_name="r")
-    assert settings.uri == f"sqlite:///{Path.cwd()}/some/place/mlflow.db"
-    assert settings.artifact_location == f"file://{Path.cwd()}/some/place/mlartifacts/dfine%2Fcoco"
+    settings = TrackingSettings.resolve("some/folder", experiment="dfine/coco", run_name="r")
+    assert settings.uri == f"sqlite:///{Path.cwd()}/some/folder/mlflow.db"
+    assert settings.artifact_location == f"file://{Path.cwd()}/some/folder/mlartifacts/dfine%2Fcoco"
 
 
 def test_an_argument_takes_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_an_unusable_tracking_uri_is_refused(tmp_path: Path, uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "redacted"),
     [
         ("http://user:word@host:5000/path", "http://***@host:5000/path"),
         ("failed: https://u:p@ss@host/x and more", "failed: https://***@host/x and more"),
@@ -71,8 +71,8 @@ def test_an_unusable_tracking_uri_is_refused(tmp_path: Path, uri: str) -> None:
         ("mail me@home", "mail me@home"),
     ],
 )
-def test_passwords_are_not_shown(text: str, shown: str) -> None:
-    assert redact(text) == shown
+def test_passwords_are_removed(text: str, redacted: str) -> None:
+    assert redact(text) == redacted
 
 
 # Names

@@ -106,7 +106,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=server.uri)
-    tracker = Tracker(tmp_path / "queue", settings)
+    tracker = Tracker(tmp_path / "outbox", settings)
     slowest = 0.0
     steps = 0
 
