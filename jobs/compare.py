@@ -13,7 +13,7 @@ import argparse
 from jobs.command import location, user_errors
 from pipeline import storage
 from pipeline.tracking.client import RunFacts, RunLookupError, Runs
-from pipeline.tracking.names import RUN_KEY
+from pipeline.tracking.settings import RUN_KEY
 from pipeline.tuning.analysis.compare_runs import (
     Comparison,
     compare,

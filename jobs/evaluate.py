@@ -20,10 +20,9 @@ from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.evaluation.detections import to_coco_json
-from pipeline.evaluation.evaluate import detect, judge
-from pipeline.evaluation.figures import png
+from pipeline.evaluation.evaluate import collect_detections, compute_report
 from pipeline.evaluation.ground_truth import read_ground_truth
-from pipeline.evaluation.sample_images import sample_pictures
+from pipeline.evaluation.sample_images import sample_images
 from pipeline.open_detector import open_detector
 from pipeline.ray_cluster import start_ray
 
@@ -50,17 +49,17 @@ def evaluate(trained: LoadedDetector, shards: ShardSet, out: str | None, micro_b
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = trained.detector.to(device)
     start_ray()
-    found = detect(detector, shards, device=device, micro_batch_size=micro_batch_size, progress=True)
-    assert found is not None
-    report = judge(found, read_ground_truth(shards), final=True)
+    output = collect_detections(detector, shards, device=device, micro_batch_size=micro_batch_size, progress=True)
+    assert output is not None
+    report = compute_report(output, read_ground_truth(shards), final=True)
     print(report.table())
     if out is None:
         return
     report.write(out)
-    rows = to_coco_json(found.detections, shards.manifest.categories)
+    rows = to_coco_json(output.detections, shards.manifest.categories)
     storage.write_atomic(storage.join(out, "detections.json"), json.dumps(rows).encode())
-    for name, figure in sample_pictures(detector, shards, device=device, count=pictures):
-        storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), png(figure))
+    for name, content in sample_images(detector, shards, device=device, count=pictures):
+        storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), content)
     print(f"report, detections and pictures: {out}")
 
 

@@ -29,8 +29,9 @@ from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.export.check_images import CheckSet, from_files, from_shards, from_synthetic_images
 from pipeline.export.export import ExportResult, export
 from pipeline.export.formats import FORMATS, at_input_size
+from pipeline.mlflow_access import is_mlflow_uri
 from pipeline.open_detector import open_detector
-from pipeline.tracking.attachments import MODEL, RUN, Target, attach, find_target
+from pipeline.tracking.client import ResolvedUri, attach, find_target
 
 
 @user_errors()
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=50, metavar="N", help="how many of them (%(default)s)")
     parser.add_argument("--attach", metavar="MODEL", help="runs:/ID or models:/NAME/VERSION; where the model came from")
     args = parser.parse_args(argv)
-    named = args.attach or (args.model if args.model.startswith((RUN, MODEL)) else None)
+    named = args.attach or (args.model if is_mlflow_uri(args.model) else None)
     target = find_target(named) if named else None
     model = _sized(open_detector(args.model), args.input_size)
     done = export(model, args.to, args.out, _check_set(args, model))
@@ -87,7 +88,7 @@ def _check_set(args: argparse.Namespace, model: LoadedDetector) -> CheckSet:
     return from_synthetic_images(args.images, longest_side=max(model.config.input_size))
 
 
-def _attach(target: Target, done: ExportResult, out: Path) -> None:
+def _attach(target: ResolvedUri, done: ExportResult, out: Path) -> None:
     attach(
         target,
         [result.path for result in done.results if result.path and result.verdict.accepted] + [out / "export.json"],

@@ -12,7 +12,8 @@ import os
 
 from jobs.command import user_errors
 from pipeline.config import ConfigError
-from pipeline.tracking.lineage import client_of, drawn, find_run, lineage
+from pipeline.tracking.client import RunLookupError, connect, find_run, find_run_by_key
+from pipeline.tracking.lineage import lineage, lineage_tree
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.run_dir import key_of
 
@@ -30,8 +31,11 @@ def _drawn(wanted: str) -> str:
     if key is None and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ConfigError(f"{wanted} is not the folder of a run: for a run's id or name set MLFLOW_TRACKING_URI")
     settings = TrackingSettings.resolve(os.path.dirname(wanted) or ".", experiment="", run_name="")
-    client = client_of(settings.uri)
-    return drawn(lineage(client, find_run(client, key or wanted)))
+    client = connect(settings.uri)
+    run = find_run_by_key(client, key) if key else find_run(client, wanted)
+    if run is None:
+        raise RunLookupError(f"{wanted}: {settings.shown_uri} does not know this run")
+    return lineage_tree(lineage(client, run.info.run_id))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.config import Cluster, Config, ConfigError, Experiment, FolderName, Location, Tracking
-from pipeline.config_files import check, dump, read_yaml, with_values
+from pipeline.config_files import check, dump, flatten, read_yaml, with_values
 from pipeline.data.shards.manifest import MANIFEST_NAME
 from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import relative_problems, submitted_job
-from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
