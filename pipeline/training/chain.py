@@ -16,14 +16,11 @@ from pipeline import storage
 from pipeline.config import Cluster, Config, ConfigError, Experiment, FolderName, Location, Tracking
 from pipeline.config_files import check, dump, read_yaml, with_values
 from pipeline.data.shards.manifest import MANIFEST_NAME
-from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import relative_problems, submitted_job
 from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import run_dir
 from pipeline.training.context import resolve_data
-from pipeline.training.launch import launch
 
 SOURCE = "jobs/pretrain_finetune.py"
 REACHED_WITHIN_S = 30.0  # MLflow, to give the chain's run an id that its stages can name as their parent
@@ -143,6 +140,8 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
     Args:
         prepare: does what `jobs.prepare` does with its arguments.
     """
+    from pipeline.training import run_dir  # imports PyTorch, which reading a chain does without
+
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
         chain.storage,
@@ -174,6 +173,10 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
 
 def _carry_out(step: Step, prepare: Callable[[list[str]], None], parent_run_id: str | None) -> dict[str, float] | None:
     """The 12 numbers of its best weights."""
+    from pipeline.ray_cluster import start_ray  # Ray and PyTorch, which reading a chain does without
+    from pipeline.training import run_dir
+    from pipeline.training.launch import launch
+
     if step.missing:
         start_ray(dashboard=True)  # as the training will need it
     for arguments in step.missing:

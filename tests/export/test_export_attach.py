@@ -64,7 +64,7 @@ def test_accepted_files_numbers_and_marks_arrive_and_refused_files_do_not(
         export_job.main(
             [
                 *(str(stored), "--to", "released", "safetensors", "huggingface", "--out", str(out)),
-                *("--images", "2", "--attach", "models:/shapes@champion"),
+                *("--num-images", "2", "--attach", "models:/shapes@champion"),
             ]
         )
     assert ended.value.code == 1

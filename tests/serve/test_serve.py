@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,17 +77,18 @@ def port(folder: Path) -> Iterator[int]:
 
 
 def test_what_cannot_be_served_is_told_before_anything_starts(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for arguments, says in (
         ([str(tmp_path)], "no detector"),
-        ([str(folder), "--threshold", "2"], "threshold.* less than or equal to 1"),
-        ([str(folder), "--batch", "0"], "batch.* greater than 0"),
+        ([str(folder), "--threshold", "2"], r"--threshold: 2 is not in 0\.\.1"),
+        ([str(folder), "--batch-size", "0"], "--batch-size: 0 is less than 1"),
         ([str(folder), "--detach"], "set RAY_ADDRESS"),
     ):
-        with pytest.raises(SystemExit, match=says):
+        with pytest.raises(SystemExit) as ended:
             serve_job.main(arguments)
+        assert re.search(says, f"{ended.value}\n{capsys.readouterr().err}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -99,7 +101,7 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
     ("host", "warned"), [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True)]
 )
 def test_others_are_let_in_with_a_warning(host: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    serve_job.warn_of_strangers(host)
+    serve_job.warn_if_public(host)
     assert ("warning" in capsys.readouterr().out) == warned
 
 

@@ -10,18 +10,13 @@ window_rows / group_rows + 1 groups. Nothing here depends on the number of worke
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shards.reader import Rows
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS
 from pipeline.errors import UserError
-
-DEFAULT_WINDOW_ROWS = 2048
-# Where pixels are decoded: in data tasks, on any node; in threads of the training worker; or in its own thread and without
-# Ray, for one process, a debugger, a test.
-DecodeIn = Literal["task", "worker", "inline"]
 
 
 @dataclass(frozen=True)

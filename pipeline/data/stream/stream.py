@@ -25,7 +25,8 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import RowGroups, locate_row_groups
 from pipeline.data.stream.backpressure import bound_living_outputs
 from pipeline.data.stream.batch import Batch, batch_from_arrow
-from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, BatchPlan, DecodeIn, Window
+from pipeline.data.stream.plan import BatchPlan, Window
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, DecodeIn
 from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
 
 T = TypeVar("T")
