@@ -19,17 +19,20 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parsed(parser(), argv)
 
-    # 1. Check the user's files and the data's manifests, which takes no PyTorch and no Ray.
+    # 1. Check the user's files.
     from pipeline.config_files import load_cluster, load_experiment, parse_overrides
-    from pipeline.training.context import resolve_data
 
     overrides = parse_overrides(args.set) | ({"name": args.name} if args.name else {})
     experiment = load_experiment(args.experiment, overrides)
     cluster = load_cluster(args.cluster)
+
+    # 2. Check that there is data; still without PyTorch and Ray.
+    from pipeline.training.context import resolve_data
+
     resolve_data(experiment.data)
     announce("train", f"{args.experiment}: {'planning' if args.dry_run else 'starting Ray'} …")
 
-    # 2. Train, or show the plan.
+    # 3. Train, or show the plan.
     if args.dry_run:
         from pipeline.training.dry_run import preview
 
