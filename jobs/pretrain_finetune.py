@@ -16,7 +16,7 @@ from jobs import prepare
 from jobs.command import add_cluster, add_set, announce, command_parser, parsed, recipe, user_errors
 
 if TYPE_CHECKING:
-    from pipeline.training.chain import Step
+    from pipeline.training.chain import ResolvedStage
 
 
 @user_errors()
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     print(run_chain(chain, steps, lambda words: prepare.prepare_shards(prepare.parser().parse_args(words))))
 
 
-def plan(steps: Sequence["Step"]) -> str:
+def plan(steps: Sequence["ResolvedStage"]) -> str:
     """Plan of every stage; for one whose data is missing, the commands that prepare it."""
     from pipeline.training.dry_run import preview
 

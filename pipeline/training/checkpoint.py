@@ -45,6 +45,8 @@ class CheckpointError(UserError, ValueError):
 
 
 class Metadata(BaseModel):
+    """Content of metadata.json."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
@@ -254,6 +256,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def write(self, snapshot: Snapshot) -> None:
+        """Queue a snapshot; blocks while another one waits."""
         self._raise_failure()
         self._queue.put(snapshot)
 
@@ -271,7 +274,7 @@ class CheckpointWriter:
             try:
                 write(snapshot, self._folder)
                 remove_superseded(self._folder, keep=self._keep, history=snapshot.metadata.history)
-            except BaseException as error:
+            except BaseException as error:  # raised again in the training thread
                 self._failure = self._failure or error
             finally:
                 self._queue.task_done()

@@ -82,6 +82,7 @@ class CheckpointManager:
         return found
 
     def uri(self, step: int) -> str:
+        """Path or URI of the checkpoint of a step."""
         return storage.join(self._job.checkpoints, checkpoint.folder_name(step))
 
     def wait(self) -> None:

@@ -34,14 +34,14 @@ SCALE = "decoder.reg_scale"
 
 @dataclass(frozen=True)
 class Origin:
-    """What was loaded, for the log and for the record."""
+    """Source of the loaded weights: lines for the log, and facts for checkpoints and MLflow."""
 
     lines: tuple[str, ...]
     parent: dict[str, str]
 
 
 def materialize_init(source: str, run: str, tracking_uri: str) -> str:
-    """Where workers find the weights of `init`: what MLflow knows is copied into the folder of the run, once.
+    """Path of the initial weights for the workers: a model of MLflow is copied into the run's folder, once.
 
     Raises:
         ConfigError: MLflow does not know it.
@@ -80,7 +80,7 @@ def refuse_unreadable_weights(init: str | None, resume: str | None) -> None:
 
 @contextmanager
 def _default_server(tracking_uri: str) -> Iterator[None]:
-    """MLflow URIs are looked up at the server of this run, unless the environment names another one."""
+    """Resolve MLflow URIs at the server of this run, unless the environment names another one."""
     if os.environ.get(TRACKING_URI):
         yield
         return
@@ -157,7 +157,7 @@ def _checkpoint(folder: str) -> _Source:
 
 
 def _described(folder: str) -> _Source:
-    """An exported detector, or one that `materialize_init` has copied here."""
+    """Read an exported detector, or one copied by `materialize_init`."""
     described = storage.read_json(storage.join(folder, DESCRIPTION), "categories")
     content = storage.read_bytes(storage.join(folder, WEIGHTS))
     sha256 = hashlib.sha256(content).hexdigest()
@@ -189,7 +189,7 @@ def _fit(detector: Detector, found: _Source, names: Sequence[str], source: str) 
 
 
 def _names_of(rows: int, names: Sequence[str]) -> Sequence[str | None] | None:
-    """Class names of a file that does not tell them."""
+    """Class names of a file that does not contain them, by their number."""
     if rows == len(coco_names()):
         return coco_names()
     if rows == len(objects365_names()):

@@ -124,4 +124,5 @@ def save_step(run: str, step: int, rank: int, batches: Sequence[Batch], detector
 
 
 def rank_file(rank: int) -> str:
+    """Name of the file with one worker's micro-batches."""
     return f"rank-{rank}.safetensors"

@@ -49,6 +49,8 @@ PATHS = ("data.train", "data.val")  # compared by digest
 
 @dataclass(frozen=True)
 class RunStart:
+    """Facts of an existing run that a continuing start takes over."""
+
     tracking_key: str  # finds the MLflow run
     micro_batch_size: int | None  # as in the newest checkpoint; None at the first start
 

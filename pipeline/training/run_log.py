@@ -46,6 +46,7 @@ class MetricMeter:
     started_at: float = field(default_factory=time.perf_counter)
 
     def add(self, result: StepResult, waited_s: float) -> None:
+        """Add the losses of a step, and the time it waited for data."""
         values = {**result.terms, "loss": result.loss, "grad_norm": result.grad_norm}
         for name, value in values.items():
             finite_value = torch.where(result.finite, value, 0)
