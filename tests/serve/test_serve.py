@@ -391,7 +391,7 @@ def test_the_command_serves_until_it_is_told_to_end(folder: Path, tmp_path: Path
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        assert f"curl -F image=@picture.jpg http://127.0.0.1:{port}/detect" in log.read_text()
+        assert f"curl -F image=@image.jpg http://127.0.0.1:{port}/detect" in log.read_text()
         with ThreadPoolExecutor(8) as pool:
             answers = pool.map(lambda n: ask(port, "/detect", picture(60, 50, n), Content_Type="image/png"), range(12))
         assert [status for status, _, _ in answers] == [200] * 12
