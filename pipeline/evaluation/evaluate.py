@@ -16,7 +16,7 @@ from dfine_core.inference import predict_batch
 from dfine_core.structures import Targets
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.stream.batch import Batch
-from pipeline.data.stream.plan import DecodeIn
+from pipeline.data.stream.settings import DecodeIn
 from pipeline.data.stream.stream import Broadcast, evaluation_stream
 from pipeline.evaluation.analysis import confusion, precision_recall, tide_errors
 from pipeline.evaluation.coco_metrics import EQUAL, coco_numbers, difference, result_of, run_hotcoco

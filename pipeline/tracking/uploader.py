@@ -69,7 +69,7 @@ class Uploader:
                 self._outbox.sync()
                 if self._outbox.try_upload_lock():
                     self._upload_all()
-            except Exception as error:  # network, server, database, storage: any failure may be temporary
+            except Exception as error:  # noqa: BLE001 - network, server, database, storage: any failure may be temporary
                 self._failures += 1
                 delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (self._failures - 1))
                 self._warn(error)

@@ -65,7 +65,7 @@ def test_accepted_files_metrics_and_tags_are_attached_and_refused_files_are_not(
         export_job.main(
             [
                 *(str(stored), "--to", "released", "safetensors", "huggingface", "--out", str(out)),
-                *("--images", "2", "--attach", "models:/shapes@champion"),
+                *("--num-images", "2", "--attach", "models:/shapes@champion"),
             ]
         )
     assert ended.value.code == 1

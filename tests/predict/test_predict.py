@@ -393,7 +393,7 @@ def test_the_command_predicts_and_prints_a_summary(
     released = small_detector(("person", "dog"), input_size=(160, 160))
     save_released(released.detector.state_dict(), released.config, tmp_path / "small.pth")
     command = [str(tmp_path / "small.pth"), str(photos / "below"), "--out", str(tmp_path / "out"), "--workers", "0"]
-    predict_job.main([*command, "--pictures", "1"])
+    predict_job.main([*command, "--num-images", "1"])
     output = capsys.readouterr().out
     assert "on 2 images (2 image files)" in output
     assert "class_0" in output
