@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 import ray
-
 from pipeline.data.augment.augment import AugmentSettings
+
 from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.shards.manifest import load_shards

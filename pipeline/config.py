@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
-from pipeline.data.augment.augment import AugmentSettings
-from pipeline.data.stream.plan import DecodeIn
+from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
 from pipeline.ray_job import absolute_location
 
@@ -63,6 +63,7 @@ RENAMED_KEYS = {
     "register_as": "registered_model_name",
     "saved": "max_saved",
     "silent_s": "heartbeat_timeout_s",
+    "together": "max_concurrent_trials",
 }
 
 

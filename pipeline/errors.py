@@ -1,20 +1,19 @@
 """Every error that a user can cause, as one tree. Commands print it as a message and exit (`jobs/command.py`).
 
     UserError
-    ├── AttachError               nothing in MLflow to attach files to
     ├── BadImageError             an image that cannot go into a shard
     ├── CheckpointError           a checkpoint that is missing, damaged or does not fit
     ├── ConfigError               a file or a value that is not accepted, with every problem found
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
     ├── NonFiniteError            losses or gradients that stay NaN or infinite
-    ├── PlanError                 batch sizes that the images or the workers cannot be divided into
-    ├── PrepareError              data that cannot become a shard set, or not in this folder
-    ├── QueueInUseError           a tracking folder that another process writes to
+    ├── OutboxInUseError          an outbox of a run's log that another process writes to
+    ├── PlanError                 batch sizes that do not fit the number of images or workers
+    ├── PrepareError              data that cannot become a shard set, or a folder that cannot hold it
     ├── RequestError              an HTTP request that is refused, with its status
-    ├── RunLookupError            no run, or several, under the given name
-    ├── ShardError                shard files that are not those of their manifest
+    ├── RunLookupError            a run or a model that MLflow does not know, or knows several of
+    ├── ShardError                shard files that differ from their manifest
     ├── SourceError               a data set that is not in the stated format
-    ├── StorageError              a path or URI that names no place
+    ├── StorageError              a path or URI that cannot be resolved, or a damaged file
     ├── SweepInterruptedError     a sweep stopped by Ctrl-C or SIGTERM; its folder is whole
     ├── TrackingError             a tracking server or database that is not named, or cannot be used
     └── UndecodableImageError     an image that training or evaluation cannot decode
@@ -36,10 +35,10 @@ class UserError(Exception):
 
 
 def in_one_line(error: "ValidationError") -> str:
-    """All problems of a pydantic error, each with its place, without pydantic's frame around them."""
+    """All problems of a pydantic error, each with its location, without pydantic's frame around them."""
     problems = []
     for problem in error.errors():
-        place = ".".join(map(str, problem["loc"]))
+        location = ".".join(map(str, problem["loc"]))
         text = problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{place}: {text}" if place else text)
+        problems.append(f"{location}: {text}" if location else text)
     return "; ".join(problems)

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar in a terminal, a line now and then in a log."""
+"""Progress of long commands: a bar in a terminal, a line every few seconds in a log."""
 
 import sys
 import time
@@ -7,14 +7,14 @@ from typing import Self
 
 from tqdm import tqdm
 
-LOG_SECONDS = 10.0  # between two lines in a log
+LOG_SECONDS = 10.0  # interval between two lines in a log
 
 
 class Progress:
-    """Counts things, and shows their rate and the time left on stderr.
+    """Count items, and show their rate and the remaining time on stderr.
 
     Args:
-        initial: things that were there before; they count as done, not towards the rate.
+        initial: items that existed before; they count as done, but not towards the rate.
         delay: seconds before anything is shown, so that short work stays silent.
     """
 
@@ -31,15 +31,16 @@ class Progress:
             unit=unit,
             unit_scale=unit == "B",
             delay=delay,
-            disable=None,  # in a log
+            disable=None,  # no bar in a log
         )
 
     @property
     def seconds(self) -> float:
+        """Time since the start."""
         return time.monotonic() - self._started_at
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more are done; `note` stands at the end of the line."""
+        """Count `count` more items as done; `note` is appended to the line."""
         self._done += count
         self._note = note
         self._bar.set_postfix_str(note, refresh=False)
@@ -49,7 +50,7 @@ class Progress:
 
     @staticmethod
     def write(text: str) -> None:
-        """Print between the lines of progress."""
+        """Print a line without disturbing the bar."""
         tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> Self:
@@ -74,6 +75,7 @@ class Progress:
             unit_scale=self._unit == "B",
             initial=self._initial,
             postfix=self._note,
-            bar_format="{desc}: {n_fmt}/{total_fmt}, {percentage:.0f}%, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}",
+            bar_format="{desc}: {n_fmt}/{total_fmt}, {percentage:.0f}%, {rate_fmt}, {elapsed} elapsed, {remaining} left{postfix}",
         )
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

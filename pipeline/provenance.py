@@ -1,4 +1,4 @@
-"""Where a result comes from: the versions of its packages and the commit of its code."""
+"""Provenance of a result: versions of its packages and commit of its code."""
 
 import platform
 import subprocess
@@ -8,28 +8,28 @@ from pathlib import Path
 
 from dfine_core import DISTRIBUTION, __version__
 
-PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")  # that a training rests on
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")  # a training depends on these
 
 
 @cache
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Versions of Python, of this project and of those packages that are installed."""
-    found = {"python": platform.python_version(), DISTRIBUTION: __version__}
+    """Versions of Python, of this project and of the installed ones among `packages`."""
+    installed = {"python": platform.python_version(), DISTRIBUTION: __version__}
     for name in packages:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @cache
 def code_commit() -> str | None:
-    """Commit of the working tree, with `+changes` if it has any; None outside of one."""
-    here = Path(__file__).parent
+    """Commit of the working tree, with `+changes` if there are any; None outside a git repository."""
+    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 
     try:

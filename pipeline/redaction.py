@@ -1,4 +1,4 @@
-"""What must not be shown."""
+"""Redaction of secrets in texts that are shown or stored."""
 
 import re
 
@@ -6,5 +6,5 @@ _USER = re.compile(r"(?<=://)[^/\s?#]*@")
 
 
 def redact(text: str) -> str:
-    """The text with user names and passwords of URIs replaced: `http://***@host/path`."""
+    """Replace user names and passwords in URIs: `http://***@host/path`."""
     return _USER.sub("***@", text)

@@ -1,6 +1,6 @@
-"""Where shards live: local paths, `file://`, `s3://` and `gs://`, all through pyarrow.
+"""Files by path or URI: local paths, `file://`, `s3://` and `gs://`, all through pyarrow.
 
-S3 reads the usual environment variables; another server than Amazon's is named by AWS_ENDPOINT_URL.
+S3 reads the usual environment variables; AWS_ENDPOINT_URL selects a server other than Amazon's.
 """
 
 import json
@@ -24,11 +24,11 @@ S3_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACC
 
 
 class StorageError(UserError, ValueError):
-    """A path or URI that names no place."""
+    """A path or URI that cannot be resolved, or a file whose content is damaged."""
 
 
 def resolve(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
-    """The file system of `uri` and the path on it.
+    """Return the file system of `uri` and the path on it.
 
     Raises:
         StorageError: the scheme is unknown, or an object store's URI names no bucket.
@@ -50,46 +50,51 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
 
 
 @lru_cache
-def _s3(endpoint: str | None, region: str | None, other_region: str | None, key_id: str | None) -> fs.S3FileSystem:
-    """Made once per setting: it keeps connections, and making it takes longer than a small request."""
+def _s3(endpoint: str | None, region: str | None, other_region: str | None, _key_id: str | None) -> fs.S3FileSystem:
+    """One client per setting: it keeps connections, and creating it takes longer than a small request.
+
+    pyarrow reads the key from the environment; its id is an argument only to be part of the cache key.
+    """
     return fs.S3FileSystem(endpoint_override=endpoint, region=region or other_region)
 
 
-def join(folder: str | os.PathLike[str], name: str) -> str:
-    return f"{os.fspath(folder).rstrip('/')}/{name}"
+def join(folder: str | os.PathLike[str], *names: str) -> str:
+    """Path or URI of something inside `folder`: `join("s3://bucket/run", "checkpoints", "step-00000010")`."""
+    return "/".join([os.fspath(folder).rstrip("/"), *names])
 
 
 def absolute(uri: str | os.PathLike[str]) -> str:
-    """The same place for a process with another working directory."""
+    """Make a path independent of the working directory; URIs stay as they are."""
     text = os.fspath(uri)
     return text.rstrip("/") if "://" in text else os.path.abspath(text)
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a relative path that somebody else wrote leads to a place inside its folder."""
+    """Check that a relative path from untrusted data stays inside its folder."""
     return bool(name) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
+    """Check for a file or a folder."""
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
-    """The whole file; FileNotFoundError if there is none."""
+    """Read a whole file; FileNotFoundError if it does not exist."""
     filesystem, path = resolve(uri)
     with filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
 
 
 def read_json(uri: str | os.PathLike[str], *keys: str) -> Any:
-    """The content of a JSON file; FileNotFoundError if there is none.
+    """Read a JSON file; FileNotFoundError if it does not exist.
 
     Args:
-        keys: that it must have.
+        keys: required keys.
 
     Raises:
-        StorageError: it is damaged.
+        StorageError: the content is not JSON or lacks a key.
     """
     try:
         content = json.loads(read_bytes(uri))
@@ -102,17 +107,17 @@ def read_json(uri: str | os.PathLike[str], *keys: str) -> Any:
 
 
 def write_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
-    """Write a whole file that nobody can see half-written."""
+    """Write a whole file; a reader never sees a part of it."""
     with open_atomic(uri) as stream:
         stream.write(data)
 
 
 @contextmanager
 def open_atomic(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A stream into a file that appears under its name only when the block has ended without an error.
+    """Open a stream into a file that appears under its name only if the block ends without an error.
 
-    On a disk it is a temporary name in the same folder, then a move. An object store gets the finished file in one
-    upload: closing its stream after an error would publish the half that was written.
+    On a disk the data goes to a temporary name in the same folder, then is renamed. An object store receives the finished
+    file in one upload: closing its own stream after an error would publish the part that was written.
     """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
@@ -136,19 +141,20 @@ def open_atomic(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """Bytes of every file in a folder, by name; empty if there is no such folder."""
+    """Size in bytes of every file in a folder, by name; empty if the folder does not exist."""
     filesystem, path = resolve(folder)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
+    listing = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.size for info in listing if info.type == fs.FileType.File}
 
 
 def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Delete a folder with everything in it."""
     filesystem, path = resolve(folder)
     filesystem.delete_dir(path)
 
 
 def remove_temporaries(folder: str | os.PathLike[str]) -> None:
-    """Delete what `open_atomic` left behind in a process that was killed."""
+    """Delete the temporary files of processes that were killed inside `open_atomic`."""
     filesystem, path = resolve(folder)
     for name in sizes(folder):
         if name.startswith(".") and name.endswith(TEMPORARY_SUFFIX):

@@ -14,7 +14,7 @@ import pytest
 import pipeline
 from dfine_core.config import LossConfig, ModelConfig, OptimizerConfig
 from pipeline.config import Cluster, Config
-from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.tuning.space import KINDS, Domain
 from pipeline.tuning.sweep import Sweep
 

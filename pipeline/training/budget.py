@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Criterion, Detector, ModelConfig, Targets
-from dfine_core.model.denoising import draw_for
+from dfine_core.model.denoising import sample_queries_for
 
 BACKWARD = 2  # backward / forward arithmetic: one pass for the weights, one for the inputs
 STATE_VALUES = 5  # per parameter: value, gradient, two moments, EMA
@@ -84,7 +84,7 @@ def _fake_forward(
     """Run the forward pass of training on fake tensors inside `during(state)`; return the number of parameters."""
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
     targets = Targets.pack([target] * images, config.num_classes, torch.device("cpu"))
-    denoising = draw_for(config, targets) or False
+    denoising = sample_queries_for(config, targets) or False
     detector = Detector(config).train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state: dict[str, Tensor] = {

@@ -7,13 +7,11 @@ one process.
 import copy
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from dfine_core import Detector
 from dfine_core.inference import LoadedDetector
-from pipeline.data.augment.augment import multiscale_size
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import StreamSettings, training_stream
 from pipeline.evaluation.report import EvaluationReport
@@ -21,6 +19,7 @@ from pipeline.training import stage_two
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluator import Evaluator
+from pipeline.training.multiscale import multiscale_size
 from pipeline.training.nonfinite import NonFiniteGuard
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.run_log import RunLog
@@ -184,17 +183,17 @@ def latency_ms(job: TrainJob, context: WorkerContext, state: TrainState) -> floa
     """Median latency of one image, in milliseconds, if the experiment asks for it."""
     if not job.experiment.evaluation.latency:
         return None
-    from pipeline.benchmark import measure, of_detector  # here: it would lengthen the start of every worker
+    from pipeline.benchmark import detector_subject, measure  # here: it would lengthen the start of every worker
 
     categories = job.data.train.manifest.categories
     loaded = LoadedDetector(
-        cast(Detector, copy.deepcopy(state.ema.module)).eval(),  # a copy: the benchmark fuses its layers
+        copy.deepcopy(state.averaged_detector).eval(),  # a copy: the benchmark fuses its layers
         tuple(category.name for category in categories),
         tuple(category.original_id for category in categories),
         job.run,
         context.device,
     )
-    return measure(of_detector(loaded), batches=(), seconds=LATENCY_SECONDS).latency_ms["p50"]
+    return measure(detector_subject(loaded), batch_sizes=(), seconds=LATENCY_SECONDS).latency_ms["p50"]
 
 
 def result_of(state: TrainState, report: EvaluationReport | None, run_id: str | None) -> dict[str, Any]:

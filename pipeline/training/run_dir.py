@@ -21,12 +21,12 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import ConfigError, Experiment
-from pipeline.config_files import dump
-from pipeline.tracking.names import flatten
+from pipeline.config_files import dump, flatten
 from pipeline.training import checkpoint
 from pipeline.training.context import ResolvedData
 
 RUN_START = "run.json"
+SWEEP_START = "sweep.json"  # in the folder of a sweep
 DRIVER = "driver.json"
 RESULT = "result.json"
 HEARTBEAT_SECONDS = 10.0
@@ -114,7 +114,7 @@ def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:
 
 
 def get_or_make_key(folder: str) -> str:
-    """Tracking key of a run's, chain's or sweep's folder; made at the first call."""
+    """Tracking key of a run's or chain's folder; made at the first call."""
     if (key := key_of(folder)) is None:
         key = uuid.uuid4().hex
         storage.write_atomic(storage.join(folder, RUN_START), json.dumps({"tracking_key": key}).encode())
@@ -129,9 +129,12 @@ def outbox_folder(run: str, key: str) -> Path:
 
 
 def key_of(run: str) -> str | None:
-    """Tracking key of a run's folder; None if it is no run's folder."""
-    path = storage.join(run, RUN_START)
-    return storage.read_json(path, "tracking_key")["tracking_key"] if storage.exists(path) else None
+    """Tracking key of the folder of a run, chain or sweep; None if it is none of these."""
+    for start in (RUN_START, SWEEP_START):
+        if storage.exists(path := storage.join(run, start)):
+            key: str = storage.read_json(path, "tracking_key")["tracking_key"]
+            return key
+    return None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -154,7 +157,7 @@ def _last_micro_batch(run: str) -> int | None:
     folder = storage.join(run, "checkpoints")
     for step in reversed(checkpoint.steps_in(folder)):
         try:
-            return checkpoint.read_metadata(storage.join(folder, checkpoint.folder_name(step))).micro_batch_size
+            return checkpoint.read_metadata(storage.join(folder, checkpoint.step_folder(step))).micro_batch_size
         except checkpoint.CheckpointError:
             continue
     return None

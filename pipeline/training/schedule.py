@@ -6,7 +6,6 @@ A user chooses `schedule.epochs` and the batch; everything else scales with thes
 from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
-from dfine_core.learning_rate import learning_rate_factor
 from pipeline.config import ConfigError, Experiment
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
@@ -43,6 +42,8 @@ class Schedule:
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor on the initial learning rates in the step after `step` steps."""
+        from dfine_core.optim import learning_rate_factor  # here: commands derive a schedule without loading torch
+
         return learning_rate_factor(
             step, warmup_steps=self.warmup_steps, total_steps=self.steps, min_lr_ratio=self.min_lr_ratio
         )
@@ -54,6 +55,11 @@ class Schedule:
     def evaluates_after(self, step: int) -> bool:
         """Whether the weights are evaluated after `step` steps."""
         return step == self.steps or (step > 0 and step % self.evaluation_steps == 0)
+
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations of the whole run."""
+        return _evaluations(self.steps, self.evaluation_steps)
 
     def lines(self) -> list[str]:
         """Describe the schedule, one fact per line."""
@@ -69,7 +75,7 @@ class Schedule:
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
-            f"evaluations: every {self.evaluation_steps} steps, {-(-self.steps // self.evaluation_steps)} in all",
+            f"evaluations: every {self.evaluation_steps} steps, {self.evaluations} in all",
         ]
 
 
@@ -115,6 +121,21 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
         optimizer=experiment.optimizer.config(variant, scale),
     )
+
+
+def evaluations_without_data(experiment: Experiment) -> int | None:
+    """Number of evaluations of the whole run; None if it depends on the number of images."""
+    length, evaluation = experiment.schedule, experiment.evaluation
+    if length.epochs and not evaluation.every_steps:
+        return _evaluations(length.epochs, evaluation.every_epochs)
+    if length.steps and evaluation.every_steps:
+        return _evaluations(length.steps, evaluation.every_steps)
+    return None
+
+
+def _evaluations(length: int, interval: int) -> int:
+    """One at the end of each interval, and one at the end of the run."""
+    return -(-length // interval)
 
 
 def ema_horizon(scale: float, steps: int) -> float:

@@ -1,15 +1,13 @@
 """The entry of a Ray Train worker: build its context, and train."""
 
-import logging
 from dataclasses import replace
 from typing import Any
 
 import ray.train
 import ray.train.torch
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.v2._internal.execution import collective_impl as collectives
-from ray.train.v2._internal.execution import context as reporting
 
+from pipeline.ray_internals import silence_train_loggers
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.heartbeat import WorkerConsole, last_heartbeat_before_restart
 
@@ -24,8 +22,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     from pipeline.training.evaluation_task import on_ray
     from pipeline.training.loop import train
 
-    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # otherwise one line per report
-    logging.getLogger(collectives.__name__).setLevel(logging.ERROR)  # otherwise a warning for broadcasts above 1 kB
+    silence_train_loggers()
     job: TrainJob = config["job"]
     ray_context = ray.train.get_context()
     rank = ray_context.get_world_rank()

@@ -17,23 +17,20 @@ from scipy import stats
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pipeline.data.augment.augment import (
-    AugmentSettings,
-    Photometric,
-    Sample,
-    augmented_sample,
+from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.augment.generators import keyed_generator
+from pipeline.data.augment.geometry import (
+    Rectangle,
+    View,
     boxes_on_canvas,
     composed_view,
     draw_large_scale_jitter,
-    draw_photometric,
     draw_view,
     draw_zoom_out,
-    keyed_generator,
-    mean_grey,
-    multiscale_size,
-    plain_sample,
 )
-from pipeline.data.augment.decode import Rectangle, UndecodableImageError, View
+from pipeline.data.augment.photometric_parameters import Photometric, draw_photometric, mean_grey
+from pipeline.data.augment.samples import AnnotatedImage, Sample, augmented_sample, plain_sample
+from pipeline.data.augment.settings import AugmentSettings
 
 RELEASED = AugmentSettings()
 CANVAS = (640, 640)
@@ -46,7 +43,7 @@ def jpeg(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def card(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
-    """A dark picture with one bright rectangle."""
+    """A dark image with one bright rectangle."""
     pixels = np.full((height, width, 3), 60, np.uint8)
     left, top, right, bottom = box
     pixels[top:bottom, left:right] = 220
@@ -55,7 +52,7 @@ def card(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
 
 def sample_of(encoded: bytes, boxes: NDArray[np.float32], *, width: int, height: int, **changes: object) -> Sample:
     keyed = {"seed": 1, "epoch": 0, "image_id": 7, "settings": RELEASED, "canvas": (160, 200)} | changes
-    return augmented_sample(encoded, width, height, boxes, np.arange(len(boxes)), **keyed)
+    return augmented_sample(AnnotatedImage(encoded, width, height, boxes, np.arange(len(boxes))), **keyed)
 
 
 def same(first: Sample, second: Sample) -> bool:
@@ -93,10 +90,10 @@ def test_clean_settings_leave_flip_and_resize() -> None:
     assert custom.clean().min_box_size == 2.0
 
 
-def test_settings_that_cannot_be_meant_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"zoom_out_probability \(1.5\) must lie in 0..1"):
         AugmentSettings(zoom_out_probability=1.5)
-    with pytest.raises(ValueError, match=r"iou_crop_options .* need a 1"):
+    with pytest.raises(ValueError, match=r"iou_crop_options .* must include 1 \(no crop\)"):
         AugmentSettings(iou_crop_options=(0.5, 0.9))
 
 
@@ -114,7 +111,7 @@ def test_a_sample_depends_on_seed_epoch_and_image_alone() -> None:
 
 def test_another_process_draws_the_same() -> None:
     code = (
-        "from pipeline.data.augment.augment import keyed_generator\n"
+        "from pipeline.data.augment.generators import keyed_generator\n"
         "print(keyed_generator('image', 2**63 + 5, 3, 2**40).random(4).tolist())"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -124,7 +121,7 @@ def test_another_process_draws_the_same() -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), flip=st.booleans())
 def test_a_box_stays_on_its_object(seed: int, flip: bool) -> None:
-    """The bright rectangle is found again in the pixels, whatever was drawn."""
+    """The bright rectangle is at its box in the pixels, for any random view."""
     random = np.random.default_rng(seed)
     width, height = random.integers(60, 400, 2).tolist()
     left, top = int(random.integers(0, width - 30)), int(random.integers(0, height - 30))
@@ -159,7 +156,8 @@ def test_a_sample_has_the_documented_shapes_and_types() -> None:
     boxes = np.array([[10, 10, 60, 50], [70, 5, 110, 80], [-30, -20, -5, -5]], np.float32)
     encoded = card(120, 90, (0, 0, 1, 1))
     clean = sample_of(encoded, boxes, width=120, height=90, settings=RELEASED.clean())
-    for sample in (clean, plain_sample(encoded, 120, 90, boxes, np.arange(3, dtype=np.int32), canvas=(160, 200))):
+    image = AnnotatedImage(encoded, 120, 90, boxes, np.arange(3, dtype=np.int32))
+    for sample in (clean, plain_sample(image, canvas=(160, 200))):
         assert (sample.image.shape, sample.image.dtype) == ((160, 200, 3), np.uint8)
         assert (sample.boxes.shape, sample.boxes.dtype) == ((2, 4), np.float32)
         assert (sample.labels.tolist(), sample.labels.dtype) == ([0, 1], np.int64)
@@ -173,19 +171,19 @@ def test_an_evaluation_sample_is_the_released_one() -> None:
     random = np.random.default_rng(0)
     encoded = jpeg(random.integers(0, 256, (90, 120, 3), np.uint8))
     boxes = np.array([[12, 9, 60, 45], [0, 0, 130, 90]], np.float32)  # the second reaches over the edge
-    sample = plain_sample(encoded, 120, 90, boxes, np.array([4, 5]), canvas=(160, 200))
+    sample = plain_sample(AnnotatedImage(encoded, 120, 90, boxes, np.array([4, 5])), canvas=(160, 200))
     released = v2.Resize((160, 200))(Image.open(io.BytesIO(encoded)).convert("RGB"))
     np.testing.assert_array_equal(sample.image, np.asarray(released))
     np.testing.assert_allclose(sample.boxes, [[0.3, 0.3, 0.4, 0.4], [0.5, 0.5, 1, 1]], atol=1e-6)
     assert sample.labels.tolist() == [4, 5]
 
 
-def test_an_undecodable_image_says_why() -> None:
+def test_the_error_of_an_undecodable_image_has_the_reason() -> None:
     with pytest.raises(UndecodableImageError, match="cannot be opened: cannot identify"):
         sample_of(b"no image", NO_BOXES, width=4, height=3)
 
 
-def test_a_picture_without_boxes_is_never_cropped() -> None:
+def test_an_image_without_boxes_is_never_cropped() -> None:
     """torchvision draws options until "as is", which comes to the same."""
     image = tv_tensors.Image(torch.zeros(1, 30, 40, dtype=torch.uint8))
     no_boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(30, 40))
@@ -258,20 +256,6 @@ def test_the_mean_grey_is_that_of_pillow() -> None:
     assert mean_grey(pixels) == pytest.approx(expected, abs=0.5 / 255)
 
 
-# Sizes of a step
-
-
-def test_multiscale_sizes_are_those_of_the_release() -> None:
-    drawn = [multiscale_size(0, step, base=640, repeat=20) for step in range(3000)]
-    sides, counts = np.unique(drawn, return_counts=True)
-    assert sides.tolist() == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-    expected = np.array([1, 1, 1, 1, 1, 20, 1, 1, 1, 1, 1]) / 30 * len(drawn)
-    assert stats.chisquare(counts, expected).pvalue > 1e-4
-    assert drawn[:50] == [multiscale_size(0, step, base=640, repeat=20) for step in range(50)]
-    assert drawn[:50] != [multiscale_size(1, step, base=640, repeat=20) for step in range(50)]
-    assert {multiscale_size(0, step, base=512, repeat=0) for step in range(50)} == {512}
-
-
 # Distributions
 
 
@@ -298,8 +282,8 @@ def released_draws(count: int) -> dict[str, NDArray[np.float64]]:
         boxes = tv_tensors.BoundingBoxes(torch.tensor(corners).float(), format="XYXY", canvas_size=(height, width))
         labels = torch.arange(len(corners))
         boxes = zoom_out(boxes)
-        picture = tv_tensors.Image(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, *boxes.canvas_size))
-        _, boxes = crop(picture, boxes)  # needs a picture for its size
+        canvas = tv_tensors.Image(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, *boxes.canvas_size))
+        _, boxes = crop(canvas, boxes)  # needs an image for its size
         crop_height, crop_width = boxes.canvas_size
         boxes, labels = sanitise(boxes, labels)
         resized = resize(flip(boxes))
@@ -323,7 +307,7 @@ def our_draws(count: int) -> dict[str, NDArray[np.float64]]:
 
 
 def statistics(crop_width: float, crop_height: float, boxes: NDArray[np.float32], count: int) -> dict[str, float]:
-    """Of one draw: crop sides relative to the image, and boxes xyxy in pixels of the canvas."""
+    """Statistics of one draw: crop sides relative to the image, and boxes xyxy in pixels of the canvas."""
     left, top, right, bottom = boxes.astype(np.float64).T
     return {
         "crop width": crop_width,
@@ -350,24 +334,24 @@ def assert_equally_distributed(ours: NDArray[np.float64], released: NDArray[np.f
 
 
 @pytest.fixture(params=[400, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])], scope="module")
-def drawn(request: pytest.FixtureRequest) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+def sampled(request: pytest.FixtureRequest) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
     torch.manual_seed(0)
     return our_draws(request.param), released_draws(request.param)
 
 
 def test_crops_and_surviving_boxes_are_distributed_as_released(
-    drawn: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    sampled: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
 ) -> None:
-    ours, released = drawn
+    ours, released = sampled
     for name in released:
         assert_equally_distributed(ours[name], released[name], name)
 
 
 def test_as_many_boxes_survive_as_released(
-    drawn: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    sampled: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
 ) -> None:
     """In each scene, within 4.5 standard errors; over 5,000 draws of a scene that is 2 % of its boxes."""
-    ours, released = drawn
+    ours, released = sampled
     for scene in range(len(SCENES)):
         survived = [draws["surviving"][scene :: len(SCENES)] for draws in (ours, released)]
         difference = survived[0].mean() - survived[1].mean()
@@ -376,11 +360,11 @@ def test_as_many_boxes_survive_as_released(
 
 
 def test_box_sizes_have_the_released_quantiles(
-    drawn: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    sampled: tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]],
 ) -> None:
     """In each scene as many of our boxes lie below a released decile, within 4.5 standard errors (at most 4.5 % of
     the boxes over 5,000 draws of a scene)."""
-    ours, released = drawn
+    ours, released = sampled
     for scene in range(len(SCENES)):
         our_sides, sides = (draws["side"][scene :: len(SCENES)].round(3) for draws in (ours, released))
         our_sides, sides = our_sides[~np.isnan(our_sides)], sides[~np.isnan(sides)]
@@ -394,8 +378,8 @@ def test_box_sizes_have_the_released_quantiles(
 def test_photometric_parameters_are_distributed_as_released(count: int) -> None:
     released = v2.RandomPhotometricDistort()
     torch.manual_seed(0)
-    picture = [tv_tensors.Image(torch.zeros(3, 1, 1))]
-    theirs = [released.make_params(picture) for _ in range(count)]
+    image = [tv_tensors.Image(torch.zeros(3, 1, 1))]
+    theirs = [released.make_params(image) for _ in range(count)]
     generator = np.random.default_rng(0)
     ours = np.stack([draw_photometric(generator, RELEASED) for _ in range(count)])
     for column, key in enumerate(["brightness_factor", "contrast_factor", "saturation_factor", "hue_factor"]):
@@ -408,6 +392,6 @@ def test_photometric_parameters_are_distributed_as_released(count: int) -> None:
     orders = [
         (0, 1, 2) if p["channel_permutation"] is None else tuple(p["channel_permutation"].tolist()) for p in theirs
     ]
-    drawn_orders = list(map(tuple, ours[:, Photometric.RED_FROM : Photometric.BLUE_FROM + 1].astype(int).tolist()))
+    sampled_orders = list(map(tuple, ours[:, Photometric.RED_FROM : Photometric.BLUE_FROM + 1].astype(int).tolist()))
     for order in sorted(set(orders)):
-        assert drawn_orders.count(order) / count == pytest.approx(orders.count(order) / count, abs=tolerance), order
+        assert sampled_orders.count(order) / count == pytest.approx(orders.count(order) / count, abs=tolerance), order

@@ -8,12 +8,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.data.augment.augment import AugmentSettings, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.augment.photometric_parameters import identity_photometric
+from pipeline.data.augment.samples import AnnotatedImage, augmented_sample, plain_sample
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, table_from_records
 from pipeline.data.stream.batch import Batch, Replacement, batches_from_arrow
 from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_block
-from tests.support.drawn_shards import drawn_records
+from tests.support.synthetic_shards import synthetic_records
 
 CANVAS = (32, 64)
 TRAINING = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=Augmentation(3, AugmentSettings(), strong_epochs=2))
@@ -39,7 +41,7 @@ def broken(record: ImageRecord) -> ImageRecord:
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     batch = batch_of(records, epoch=epoch)
     settings = AugmentSettings() if epoch < 2 else AugmentSettings().clean()
     assert (batch.step, batch.micro_batch) == (11, 1)
@@ -48,11 +50,7 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
     for i, (record, target) in enumerate(zip(records, batch.targets(), strict=True)):
         learned = ~record.crowd
         sample = augmented_sample(
-            record.image,
-            record.width,
-            record.height,
-            record.boxes[learned],
-            record.labels[learned],
+            AnnotatedImage(record.image, record.width, record.height, record.boxes[learned], record.labels[learned]),
             seed=3,
             epoch=epoch,
             image_id=record.image_id,
@@ -69,12 +67,12 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
     assert batch.replaced == ()
 
 
-def test_mixing_that_was_asked_for_happens_until_the_clean_epochs() -> None:
-    records = drawn_records(4)
+def test_configured_mixing_happens_until_the_clean_epochs() -> None:
+    records = synthetic_records(4)
     mixup = Augmentation(3, AugmentSettings(mixup_probability=1), strong_epochs=2)
     mixed = replace(TRAINING, augmentation=mixup)
     alone, joined = batch_of(records), batch_of(records, mixed)
-    assert len(joined.labels) > len(alone.labels)  # the boxes of both pictures count
+    assert len(joined.labels) > len(alone.labels)  # the boxes of both images count
     assert all(a <= b for a, b in zip(alone.counts, joined.counts, strict=True))
     assert not torch.equal(alone.images, joined.images)
     assert torch.equal(batch_of(records, epoch=2).images, batch_of(records, mixed, epoch=2).images)
@@ -82,7 +80,7 @@ def test_mixing_that_was_asked_for_happens_until_the_clean_epochs() -> None:
 
 def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> None:
     record = replace(
-        drawn_records(1)[0],
+        synthetic_records(1)[0],
         boxes=np.array([[-9, -9, 8, 8], [5, 5, 99, 99], [1, 1, 9, 9], [4, 60, 9, 60]], np.float32),
         labels=np.array([0, 1, 2, 3], np.int32),
         areas=np.ones(4, np.float32),
@@ -97,7 +95,7 @@ def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> N
 
 
 def test_targets_of_images_without_boxes_are_empty_and_typed() -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     none = {name: getattr(records[0], name)[:0] for name in ("boxes", "labels", "areas", "crowd")}
     batch = batch_of([replace(record, **none) for record in records])
     assert batch.counts == (0, 0, 0, 0)
@@ -108,7 +106,7 @@ def test_targets_of_images_without_boxes_are_empty_and_typed() -> None:
 
 
 def test_the_pixels_are_those_of_the_block_not_a_copy() -> None:
-    decoded = decode_block(encoded(drawn_records(4)), TRAINING)
+    decoded = decode_block(encoded(synthetic_records(4)), TRAINING)
     images = decoded.column("images").chunk(0).flatten()
     (batch,) = batches_from_arrow(decoded, CANVAS)
     assert batch.images.data_ptr() == images.buffers()[1].address
@@ -116,7 +114,7 @@ def test_the_pixels_are_those_of_the_block_not_a_copy() -> None:
 
 def test_a_block_is_the_micro_batches_that_it_was_made_of() -> None:
     """Also with a broken image in one of them, and with fewer images at the end of an evaluation."""
-    records = drawn_records(10)
+    records = synthetic_records(10)
     records[5] = broken(records[5])
     alone = [batch_of(records[:4]), batch_of(records[4:8])]
     block = batches_from_arrow(decode_block(encoded(records[:8], real=[4, 4]), TRAINING), CANVAS)
@@ -150,7 +148,7 @@ def assert_equal(batch: Batch, expected: Batch) -> None:
 def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_named(
     bad: list[int], stand_ins: dict[int, int]
 ) -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     whole = batch_of(records)
     batch = batch_of([broken(record) if i in bad else record for i, record in enumerate(records)])
     for i in range(4):
@@ -163,22 +161,22 @@ def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_na
     assert all(records[replacement.image_id - 1].file_name in replacement.reason for replacement in batch.replaced)
 
 
-def test_a_micro_batch_of_which_nothing_can_be_decoded_is_an_error_that_names_every_image() -> None:
-    records = [broken(record) for record in drawn_records(4)]
+def test_a_micro_batch_without_a_decodable_image_is_an_error_that_names_every_image() -> None:
+    records = [broken(record) for record in synthetic_records(4)]
     with pytest.raises(UndecodableImageError) as error:
         batch_of(records)
     assert all(record.file_name in str(error.value) for record in records)
 
 
 def test_evaluation_does_not_replace_images() -> None:
-    records = drawn_records(4)
+    records = synthetic_records(4)
     with pytest.raises(UndecodableImageError, match=f"image {records[2].image_id}, {records[2].file_name}"):
         batch_of([*records[:2], broken(records[2]), records[3]], EVALUATION)
 
 
 @pytest.mark.parametrize("real", [3, 1, 0])
-def test_evaluation_fills_up_its_last_batches_and_says_so(real: int) -> None:
-    records = drawn_records(real)
+def test_evaluation_pads_its_last_batches_and_marks_the_padding(real: int) -> None:
+    records = synthetic_records(real)
     batch = batch_of(records, EVALUATION)
     assert batch.padding == (False,) * real + (True,) * (4 - real)
     assert batch.image_id.tolist() == [record.image_id for record in records] + [-1] * (4 - real)
@@ -188,12 +186,13 @@ def test_evaluation_fills_up_its_last_batches_and_says_so(real: int) -> None:
     assert not batch.images[real:].any()
     assert [len(target["labels"]) for target in batch.targets()[real:]] == [0] * (4 - real)
     for i, record in enumerate(records):
-        sample = plain_sample(record.image, record.width, record.height, record.boxes, record.labels, canvas=CANVAS)
+        image = AnnotatedImage(record.image, record.width, record.height, record.boxes, record.labels)
+        sample = plain_sample(image, canvas=CANVAS)
         np.testing.assert_array_equal(batch.images[i].permute(1, 2, 0).numpy(), sample.image)
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
-    batch = replace(batch_of(drawn_records(4)), replaced=(Replacement(7, "broken"),))
+    batch = replace(batch_of(synthetic_records(4)), replaced=(Replacement(7, "broken"),))
     moved = batch.to("meta")
     tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     assert tensors == {"images", "photometric", "boxes", "labels", "image_id", "orig_size"}

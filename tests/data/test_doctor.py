@@ -1,4 +1,4 @@
-"""Shards damaged as the world damages them, and what the doctor says about each."""
+"""Realistic damage to shards, and the findings of the doctor for each."""
 
 import hashlib
 import json
@@ -19,17 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.doctor import main
-from pipeline.data.doctor.examine import Report, examine, groups_of_equal
-from pipeline.data.doctor.findings import KINDS, Finding
-from pipeline.data.doctor.html_report import as_html, as_text
-from pipeline.data.doctor.thumbnails import picture
+from pipeline.data.doctor.examine import DoctorReport, examine, groups_of_equal
+from pipeline.data.doctor.findings import FINDING_KINDS, Finding
+from pipeline.data.doctor.html_report import doctor_page, doctor_text
+from pipeline.data.doctor.thumbnails import thumbnail
 from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.shards.manifest import MANIFEST_NAME, ShardSet, load_shards
 from pipeline.data.shards.records import REJECTED_SCHEMA, SHARD_SCHEMA, ImageRecord
 from pipeline.data.sources.synthetic import CLASSES, synthetic_source
 from pipeline.ray_cluster import start_ray
-from tests.support.drawn_shards import drawn_records, stored_rows, write_shards
+from tests.support.synthetic_shards import stored_rows, synthetic_records, write_shards
 
 ROWS, GROUP_ROWS, SHARD_ROWS = 24, 4, 12
 BROKEN_ROW, BROKEN_ID, BROKEN_NAME = 5, 6, "00000005.jpg"  # of the first shard; it has boxes
@@ -46,7 +46,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> ShardSet:
-    return written(tmp_path / "train", drawn_records(ROWS))
+    return written(tmp_path / "train", synthetic_records(ROWS))
 
 
 def written(folder: Path, records: Sequence[ImageRecord]) -> ShardSet:
@@ -62,7 +62,7 @@ def with_manifest(shards: ShardSet, change: Callable[[Row], None]) -> ShardSet:
 
 
 def with_table(shards: ShardSet, table: pa.Table) -> ShardSet:
-    """Another first shard, with the hash and size of the new file: only looking into it tells that it is wrong."""
+    """Replace the first shard, with the hash and size of the new file: only its content shows that it is wrong."""
     path = Path(shards.shard_uri(0))
     pq.write_table(table, path, row_group_size=GROUP_ROWS, compression="none")
     content = path.read_bytes()
@@ -81,22 +81,22 @@ def with_row(shards: ShardSet, change: Callable[[Row], None]) -> ShardSet:
     return with_table(shards, pa.Table.from_pylist(rows, schema=SHARD_SCHEMA))
 
 
-def serious(report: Report) -> set[str]:
+def serious(report: DoctorReport) -> set[str]:
     """Codes of errors and warnings; the sets here are too small for all classes to be frequent."""
     return {f.code for f in report.findings if f.severity != "note"} - {"class-rare", "class-empty"}
 
 
-def only(report: Report, code: str) -> Finding:
+def only(report: DoctorReport, code: str) -> Finding:
     (finding,) = [finding for finding in report.findings if finding.code == code]
     return finding
 
 
-def place(finding: Finding) -> list[tuple[str | None, int | None, int | None, str | None]]:
+def locations(finding: Finding) -> list[tuple[str | None, int | None, int | None, str | None]]:
     return [(e.shard, e.row, e.image_id, e.file_name) for e in finding.examples]
 
 
 UNREADABLE = ("list-lengths", "value-missing")
-BROKEN_PLACE = [("part-00000.parquet", BROKEN_ROW, BROKEN_ID, BROKEN_NAME)]
+BROKEN_LOCATION = [("part-00000.parquet", BROKEN_ROW, BROKEN_ID, BROKEN_NAME)]
 
 
 def test_a_prepared_set_has_no_errors(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_prepared_set_has_no_errors(tmp_path: Path) -> None:
 
 
 def test_classes_sizes_and_empty_images_are_those_that_a_loop_counts(tmp_path: Path) -> None:
-    records = drawn_records(40, longest_side=320)
+    records = synthetic_records(40, longest_side=320)
     report = examine([written(tmp_path / "train", records)])
     boxes, tiny, empty = Counter[str](), 0, []
     for record in records:
@@ -238,25 +238,25 @@ def test_a_damaged_row_is_found_and_named(
     report = examine([damaged])
     finding = only(report, code)
     assert finding.count == 1
-    assert place(finding) == BROKEN_PLACE
+    assert locations(finding) == BROKEN_LOCATION
     assert detail in finding.examples[0].detail
     if code.startswith(("box", "label", "area")):
         assert finding.examples[0].box == 1
     assert serious(report) - {"statistics-differ"} == {code}
-    assert BROKEN_NAME in as_text(report)
-    assert picture(damaged, 0, BROKEN_ROW) or code in UNREADABLE
+    assert BROKEN_NAME in doctor_text(report)
+    assert thumbnail(damaged, 0, BROKEN_ROW) or code in UNREADABLE
 
 
-def test_an_image_that_was_turned_is_said_to_lie_on_its_side(shards: ShardSet) -> None:
+def test_a_rotated_image_is_reported_as_rotated(shards: ShardSet) -> None:
     turned = with_row(shards, lambda row: row.update(width=row["height"], height=row["width"]))
-    detail = "the image is 35 x 48, its row says 48 x 35, as if it lay on its side"
+    detail = "the image is 35 x 48, its row says 48 x 35, as if rotated by 90 degrees"
     assert only(examine([turned]), "image-size").examples[0].detail == detail
 
 
-def test_without_decoding_a_cut_image_is_not_found_and_the_report_says_so(shards: ShardSet) -> None:
+def test_without_decoding_a_truncated_image_is_not_found_and_the_report_states_that(shards: ShardSet) -> None:
     report = examine([with_row(shards, cut_off)], decode=False)
     assert not serious(report)
-    assert "images were not decoded" in as_text(report)
+    assert "images were not decoded" in doctor_text(report)
 
 
 def test_without_decoding_a_wrong_size_is_found(shards: ShardSet) -> None:
@@ -276,7 +276,7 @@ def test_the_worst_boxes_are_the_examples(tmp_path: Path) -> None:
         return replace(record, boxes=boxes)
 
     overshoot = [2.0 + 7 * n % 23 for n in range(ROWS)]  # px, in no order
-    records = [reaching_over(record, px) for record, px in zip(drawn_records(ROWS), overshoot, strict=True)]
+    records = [reaching_over(record, px) for record, px in zip(synthetic_records(ROWS), overshoot, strict=True)]
     finding = only(examine([written(tmp_path / "train", records)]), "box-past-edge")
     worst = np.argsort(overshoot, kind="stable")[::-1][:5]
     assert finding.count == ROWS
@@ -298,17 +298,17 @@ def test_more_boxes_than_queries_are_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_repeated_id_names_both_images(tmp_path: Path) -> None:
-    records = drawn_records(ROWS)
+    records = synthetic_records(ROWS)
     records[20] = replace(records[20], image_id=records[3].image_id)
     report = examine([written(tmp_path / "train", records)])
     finding = only(report, "image-id-repeated")
     assert serious(report) == {"image-id-repeated"}
-    assert place(finding) == [("part-00000.parquet", 3, 4, "00000003.jpg")]
+    assert locations(finding) == [("part-00000.parquet", 3, 4, "00000003.jpg")]
     assert finding.examples[0].detail == "the same in part-00012.parquet row 8, image 4 (00000020.jpg)"
 
 
 def test_a_file_that_occurs_twice_in_a_split_is_a_warning(tmp_path: Path) -> None:
-    records = drawn_records(ROWS)
+    records = synthetic_records(ROWS)
     twin = records[3]
     records[20] = replace(twin, image_id=21, file_name="twin.jpg")
     report = examine([written(tmp_path / "train", records)])
@@ -317,13 +317,13 @@ def test_a_file_that_occurs_twice_in_a_split_is_a_warning(tmp_path: Path) -> Non
 
 
 def test_an_image_in_two_splits_is_an_error(tmp_path: Path, shards: ShardSet) -> None:
-    others = drawn_records(5, seed=1)
-    others[2] = replace(drawn_records(ROWS)[14], image_id=77, file_name="seen.jpg")
+    others = synthetic_records(5, seed=1)
+    others[2] = replace(synthetic_records(ROWS)[14], image_id=77, file_name="seen.jpg")
     val = with_manifest(written(tmp_path / "val", others), lambda manifest: manifest.update(split="val"))
     report = examine([shards, val])
     finding = only(report, "image-in-splits")
-    assert finding.splits == ("drawn", "val")
-    assert place(finding) == [("part-00012.parquet", 2, 15, "00000014.jpg")]
+    assert finding.splits == ("synthetic", "val")
+    assert locations(finding) == [("part-00012.parquet", 2, 15, "00000014.jpg")]
     assert finding.examples[0].detail == "also in val: part-00000.parquet row 2, image 77 (seen.jpg)"
     assert serious(report) == {"image-in-splits"}
 
@@ -332,7 +332,7 @@ def test_splits_with_other_categories_are_an_error(tmp_path: Path, shards: Shard
     def rename(manifest: Row) -> None:
         manifest["categories"][2]["name"] = "tricorn"
 
-    other = with_manifest(written(tmp_path / "val", drawn_records(5, seed=1)), rename)
+    other = with_manifest(written(tmp_path / "val", synthetic_records(5, seed=1)), rename)
     finding = only(examine([shards, other]), "categories-differ")
     assert "2 is 'triangle' and 'tricorn'" in finding.examples[0].detail
 
@@ -354,7 +354,7 @@ def test_the_other_shards_are_checked_although_one_is_lost(
     assert serious(report) == codes
     assert all(only(report, code).examples[0].shard == "part-00012.parquet" for code in codes)
     assert report.splits[0].images_counted == SHARD_ROWS
-    assert as_html(report, [shards])
+    assert doctor_page(report, [shards])
 
 
 def test_a_row_group_that_cannot_be_read_does_not_hide_the_others(shards: ShardSet) -> None:
@@ -369,7 +369,7 @@ def test_a_row_group_that_cannot_be_read_does_not_hide_the_others(shards: ShardS
     assert report.splits[0].images_counted == ROWS - GROUP_ROWS
 
 
-def test_other_row_groups_than_the_manifest_says_are_an_error(shards: ShardSet) -> None:
+def test_row_groups_that_differ_from_the_manifest_are_an_error(shards: ShardSet) -> None:
     def change(manifest: Row) -> None:
         manifest["shards"][0]["row_groups"] = [4, 5, 3]
 
@@ -415,7 +415,9 @@ def test_rejected_rows_are_counted_by_reason(shards: ShardSet) -> None:
 # The command
 
 
-def test_the_exit_code_tells_errors(shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_is_1_if_there_are_errors(
+    shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([f"{shards.uri}/{MANIFEST_NAME}"]) == 0
     assert "0 errors" in capsys.readouterr().out
     Path(shards.shard_uri(0)).unlink()
@@ -458,7 +460,7 @@ def test_the_page_stands_alone_and_shows_every_box(shards: ShardSet, tmp_path: P
     assert main([shards.uri, "--html", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
     linked = [value for _, tag in page.tags for name in ("src", "href") if (value := tag.get(name))]
-    assert len(linked) == ROWS + 4  # pictures, plots
+    assert len(linked) == ROWS + 4  # thumbnails, plots
     assert all(value.startswith("data:image/") for value in linked)
     drawn = sorted(
         tuple(float(tag[name] or 0) for name in ("x", "y", "width", "height"))
@@ -477,22 +479,22 @@ def test_names_from_the_data_are_text_on_the_page(shards: ShardSet) -> None:
             category["name"] = evil
 
     shards = with_manifest(shards, rename)
-    page = Page(as_html(examine([shards]), [shards]))
+    page = Page(doctor_page(examine([shards]), [shards]))
     assert "script" not in {tag for tag, _ in page.tags}
     assert evil in page.texts
 
 
-def test_every_kind_says_what_to_do() -> None:
-    assert KINDS
-    assert all(kind.meaning.endswith(".") and kind.advice.endswith(".") for kind in KINDS.values())
+def test_every_kind_of_finding_has_advice() -> None:
+    assert FINDING_KINDS
+    assert all(kind.meaning.endswith(".") and kind.advice.endswith(".") for kind in FINDING_KINDS.values())
 
 
 @given(st.lists(st.integers(0, 6)))
 def test_groups_of_equal_are_those_of_a_loop(values: list[int]) -> None:
-    places: dict[int, list[int]] = {}
+    positions: dict[int, list[int]] = {}
     for n, value in enumerate(values):
-        places.setdefault(value, []).append(n)
-    several = [places[value] for value in sorted(places) if len(places[value]) > 1]
+        positions.setdefault(value, []).append(n)
+    several = [positions[value] for value in sorted(positions) if len(positions[value]) > 1]
     assert [group.tolist() for group in groups_of_equal(np.array(values, np.int64))] == several
     as_bytes = np.frombuffer(np.array([[0, value] for value in values], np.int64).tobytes(), "V16")
     assert sorted(group.tolist() for group in groups_of_equal(as_bytes)) == sorted(several)

@@ -108,7 +108,15 @@ def test_a_file_appears_whole_or_not_at_all(folder: str) -> None:
     assert storage.sizes(folder) == {"file": 3}
 
 
-def test_storage_tells_what_is_there(folder: str) -> None:
+@pytest.mark.parametrize("folder", ["s3://bucket/run", "s3://bucket/run/", Path("/data/run"), "relative", "/"])
+def test_names_are_joined_to_paths_and_uris_with_one_slash_each(folder: str | Path) -> None:
+    base = str(folder).rstrip("/")
+    assert storage.join(folder, "a") == f"{base}/a"
+    assert storage.join(folder, "a", "b", "c") == f"{base}/a/b/c"
+    assert storage.join(storage.join(folder, "a"), "b") == storage.join(folder, "a", "b")
+
+
+def test_storage_lists_what_exists(folder: str) -> None:
     assert storage.sizes(storage.join(folder, "nothing")) == {}
     assert not storage.exists(storage.join(folder, "nothing"))
     with pytest.raises(FileNotFoundError):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.data.augment.augment import AugmentSettings, Photometric, Sample, identity_photometric
 from pipeline.data.augment.mixing import copy_paste, mixed_batch, mixup, mosaic
+from pipeline.data.augment.photometric_parameters import Photometric, identity_photometric
+from pipeline.data.augment.samples import Sample
+from pipeline.data.augment.settings import AugmentSettings
 
 HEIGHT, WIDTH = 40, 60
 

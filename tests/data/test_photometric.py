@@ -1,4 +1,4 @@
-"""The device part, against torchvision's functions and transform on whole pictures."""
+"""Photometric distortion on the device, against torchvision's functions and transform on whole images."""
 
 import numpy as np
 import pytest
@@ -10,19 +10,19 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.data.augment.augment import (
-    AugmentSettings,
+from pipeline.data.augment.photometric import photometric_distort, resize_images
+from pipeline.data.augment.photometric_parameters import (
     Photometric,
     draw_photometric,
     identity_photometric,
     mean_grey,
 )
-from pipeline.data.augment.photometric import photometric_distort, resize_images
+from pipeline.data.augment.settings import AugmentSettings
 
 Row = dict[Photometric, float]
 
 
-def pictures(count: int, height: int = 24, width: int = 30, seed: int = 0) -> Tensor:
+def random_images(count: int, height: int = 24, width: int = 30, seed: int = 0) -> Tensor:
     """[B, 3, H, W] with bright, dark, grey and saturated parts."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(count, 3, height, width, generator=generator) ** 1.5
@@ -33,7 +33,7 @@ def pictures(count: int, height: int = 24, width: int = 30, seed: int = 0) -> Te
 
 
 def parameters(images: Tensor, *changes: Row) -> Tensor:
-    """[B, P] of whole pictures."""
+    """Parameters [B, P] of whole images."""
     rows = []
     for image, change in zip(images, changes, strict=True):
         row = identity_photometric()
@@ -46,7 +46,7 @@ def parameters(images: Tensor, *changes: Row) -> Tensor:
 
 
 def by_torchvision(image: Tensor, row: Tensor) -> Tensor:
-    """The same distortion of one picture [3, H, W], one operation after the other."""
+    """The same distortion of one image [3, H, W], one operation after the other."""
     brightness, contrast, saturation, hue, contrast_first, *channels = row[: Photometric.MEAN_GREY].tolist()
     image = F.adjust_brightness(image, brightness)
     if contrast_first:
@@ -74,7 +74,7 @@ def by_torchvision(image: Tensor, row: Tensor) -> Tensor:
     ],
 )
 def test_each_operation_equals_that_of_torchvision(change: Row) -> None:
-    images = pictures(2)
+    images = random_images(2)
     rows = parameters(images, change, change)
     expected = torch.stack([by_torchvision(image, row) for image, row in zip(images, rows, strict=True)])
     assert (expected - images).abs().max() > 0.02
@@ -82,7 +82,7 @@ def test_each_operation_equals_that_of_torchvision(change: Row) -> None:
 
 
 def test_each_image_of_a_batch_gets_its_own_distortion() -> None:
-    images = pictures(4)
+    images = random_images(4)
     rows = parameters(
         images,
         {Photometric.HUE: 0.04},
@@ -97,8 +97,8 @@ def test_each_image_of_a_batch_gets_its_own_distortion() -> None:
         torch.testing.assert_close(together[number], by_torchvision(images[number], rows[number]), atol=2e-6, rtol=0)
 
 
-def test_nothing_drawn_changes_nothing() -> None:
-    images = pictures(2)
+def test_identity_parameters_change_nothing() -> None:
+    images = random_images(2)
     torch.testing.assert_close(photometric_distort(images, parameters(images, {}, {})), images, atol=1e-6, rtol=0)
 
 
@@ -106,7 +106,7 @@ def test_nothing_drawn_changes_nothing() -> None:
 @given(seed=st.integers(0, 2**32), left=st.integers(0, 20), top=st.integers(0, 15))
 def test_only_the_image_is_distorted_and_fill_stays_zero(seed: int, left: int, top: int) -> None:
     row = draw_photometric(np.random.default_rng(seed), AugmentSettings(photometric_probability=1))
-    inner = pictures(1, height=8, width=9, seed=seed)
+    inner = random_images(1, height=8, width=9, seed=seed)
     row[Photometric.MEAN_GREY] = F.rgb_to_grayscale(inner).mean()
     row[Photometric.LEFT :] = left, top, left + 9, top + 8
     canvas = torch.zeros(1, 3, 24, 30)
@@ -124,10 +124,12 @@ def test_only_the_image_is_distorted_and_fill_stays_zero(seed: int, left: int, t
 def test_the_carried_mean_grey_costs_less_than_a_level() -> None:
     """Contrast after saturation and hue is relative to a mean that was not measured there; on saturated noise, which
     is worse than photographs (0.2 levels on average), the pixels stay within a level of 255 on average."""
-    images = pictures(60)
+    images = random_images(60)
     generator = np.random.default_rng(0)
-    drawn = [draw_photometric(generator, AugmentSettings()) for _ in images]
-    rows = parameters(images, *({Photometric(c): float(row[c]) for c in range(Photometric.MEAN_GREY)} for row in drawn))
+    rows_drawn = [draw_photometric(generator, AugmentSettings()) for _ in images]
+    rows = parameters(
+        images, *({Photometric(c): float(row[c]) for c in range(Photometric.MEAN_GREY)} for row in rows_drawn)
+    )
     expected = torch.stack([by_torchvision(image, row) for image, row in zip(images, rows, strict=True)])
     error = (photometric_distort(images, rows) - expected).abs().mean(dim=(1, 2, 3)) * 255
     assert error.mean() < 0.5
@@ -136,7 +138,7 @@ def test_the_carried_mean_grey_costs_less_than_a_level() -> None:
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_colour_moments_are_those_of_the_released_transform_on_pillow(count: int) -> None:
-    """Mean and spread, over draws, of each picture's channel means and of its contrast: within 1.5 levels of 255 and
+    """Mean and spread, over draws, of each image's channel means and of its contrast: within 1.5 levels of 255 and
     four standard errors."""
     blocks = np.random.default_rng(1).integers(30, 220, (3, 4, 3)).astype(np.uint8)
     image = Image.fromarray(blocks)
@@ -158,7 +160,7 @@ def test_colour_moments_are_those_of_the_released_transform_on_pillow(count: int
 
 
 def moments(image: np.ndarray) -> np.ndarray:
-    """Of [H, W, 3]: the mean of each channel, the spread of grey, the mean distance from grey."""
+    """Moments of [H, W, 3]: the mean of each channel, the spread of grey, the mean distance from grey."""
     grey = image.mean(axis=2)
     return np.array([*image.mean(axis=(0, 1)), grey.std(), np.abs(image - grey[..., np.newaxis]).mean()])
 

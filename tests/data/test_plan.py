@@ -15,7 +15,7 @@ row_group_counts = st.lists(st.integers(1, 9), min_size=1, max_size=40)
 
 
 def numbered(rows: Rows, row_groups: NDArray[np.int64] | list[int]) -> list[int]:
-    """Rows as their place in the shard set."""
+    """Rows as their index in the shard set."""
     first = np.concatenate([[0], np.cumsum(row_groups)])
     assert (rows.row < np.asarray(row_groups)[rows.group]).all()
     assert (rows.row >= 0).all()
@@ -72,7 +72,7 @@ def test_any_stretch_of_the_order_is_that_stretch_of_the_whole(
 
 
 @given(plan=training_plans(), data=st.data())
-def test_a_window_knows_its_steps_wherever_the_stream_was_resumed(plan: BatchPlan, data: st.DataObject) -> None:
+def test_a_window_has_its_steps_wherever_the_stream_was_resumed(plan: BatchPlan, data: st.DataObject) -> None:
     whole = [step for epoch in range(3) for step in steps_of_epoch(plan, epoch)]
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
@@ -165,7 +165,7 @@ def test_micro_batches_belong_to_steps_whatever_the_number_of_workers() -> None:
         (64, 4, 0, "an epoch of 32 images has no step of global_batch_size=64"),
     ],
 )
-def test_a_plan_that_cannot_be_carried_out_is_refused(
+def test_a_plan_that_cannot_be_executed_is_refused(
     global_batch_size: int, micro_batch_size: int, seed: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -214,7 +214,7 @@ def same_group_pairs(plan: BatchPlan, epochs: int) -> float:
 
 
 def expected_same_group_pairs(batch: int, group_rows: int, drawn_from: int) -> float:
-    """If `batch` rows are drawn from `drawn_from` rows in groups of `group_rows`."""
+    """Expected number of pairs, if `batch` rows are drawn from `drawn_from` rows in groups of `group_rows`."""
     return batch * (batch - 1) / 2 * (group_rows - 1) / (drawn_from - 1)
 
 
@@ -237,7 +237,7 @@ def test_lanes_mix_a_step_as_well_as_one_window_of_all_rows(micro_batch_size: in
 
 
 def test_rows_travel_as_far_as_in_a_uniform_shuffle() -> None:
-    """The mean distance between a row's place in the set and in the epoch is a third of the set under a uniform shuffle."""
+    """The mean distance between a row's position in the set and in the epoch is a third of the set under a uniform shuffle."""
     row_groups = [32] * 512
     distances = []
     for epoch in range(20):
@@ -247,7 +247,7 @@ def test_rows_travel_as_far_as_in_a_uniform_shuffle() -> None:
     assert np.mean(distances) == pytest.approx(1 / 3, rel=0.02)
 
 
-def test_every_place_in_the_epoch_is_equally_likely_for_a_row() -> None:
+def test_every_position_in_the_epoch_is_equally_likely_for_a_row() -> None:
     """Row 0 of 32 over 3,200 epochs against its expected count: chi-square with 31 degrees of freedom, p = 0.001 at 61.1."""
     row_groups = [4] * 8
     where = np.zeros(32, np.int64)

@@ -73,7 +73,7 @@ def write_coco(folder: Path, records: Sequence[ImageRecord]) -> Path:
     return folder
 
 
-def drawn(count: int) -> list[ImageRecord]:
+def rendered(count: int) -> list[ImageRecord]:
     return [synthetic_image(index, longest_side=96) for index in range(count)]
 
 
@@ -99,10 +99,10 @@ def assert_same(found: ImageRecord, expected: ImageRecord) -> None:
 # What is written
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
-def test_every_image_is_stored_as_it_came_with_its_boxes(cluster: str, bucket: str, tmp_path: Path, place: str) -> None:
-    records = drawn(40)
-    out = tmp_path / "out" if place == "disk" else f"{bucket}/coco"
+@pytest.mark.parametrize("store", ["disk", "s3"])
+def test_every_image_is_stored_as_it_came_with_its_boxes(cluster: str, bucket: str, tmp_path: Path, store: str) -> None:
+    records = rendered(40)
+    out = tmp_path / "out" if store == "disk" else f"{bucket}/coco"
     shards = shards_of(write_coco(tmp_path / "in", records), out, shard_mib=0.05, row_group_rows=8)
     found = {record.image_id: record for record in stored(shards)}
     assert len(found) == len(records)
@@ -124,7 +124,7 @@ def test_every_image_is_stored_as_it_came_with_its_boxes(cluster: str, bucket: s
 
 
 def test_the_manifest_describes_the_files(cluster: str, tmp_path: Path) -> None:
-    shards = shards_of(write_coco(tmp_path / "in", drawn(40)), tmp_path / "out", shard_mib=0.05, row_group_rows=8)
+    shards = shards_of(write_coco(tmp_path / "in", rendered(40)), tmp_path / "out", shard_mib=0.05, row_group_rows=8)
     for k, shard in enumerate(shards.manifest.shards):
         data = Path(shards.shard_uri(k)).read_bytes()
         assert hashlib.sha256(data).hexdigest() == shard.sha256
@@ -138,7 +138,7 @@ def test_the_manifest_describes_the_files(cluster: str, tmp_path: Path) -> None:
 
 
 def test_the_same_input_makes_the_same_digest_and_another_seed_another_order(cluster: str, tmp_path: Path) -> None:
-    folder = write_coco(tmp_path / "in", drawn(24))
+    folder = write_coco(tmp_path / "in", rendered(24))
     one, again, other = (shards_of(folder, tmp_path / f"out{k}", seed=seed) for k, seed in enumerate((0, 0, 1)))
     assert one.manifest.digest == again.manifest.digest != other.manifest.digest
     assert [record.image_id for record in stored(one)] != [record.image_id for record in stored(other)]
@@ -147,7 +147,7 @@ def test_the_same_input_makes_the_same_digest_and_another_seed_another_order(clu
 
 
 def test_larger_images_are_made_smaller_with_their_boxes(cluster: str, tmp_path: Path) -> None:
-    records = drawn(16)
+    records = rendered(16)
     shards = shards_of(write_coco(tmp_path / "in", records), tmp_path / "out", longest_side=48, jpeg_quality=95)
     for found in stored(shards):
         before = records[found.image_id - 1]
@@ -180,7 +180,7 @@ def test_yolo_fractions_become_pixels(cluster: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(record.areas, [100])
 
 
-def test_the_command_prepares_drawn_images_and_says_so(
+def test_the_command_prepares_synthetic_images_and_prints_a_summary(
     cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["synthetic", "--images", "20", "--image-side", "64", "--split", "train", "--out", str(tmp_path)]
@@ -196,7 +196,7 @@ def test_the_command_prepares_drawn_images_and_says_so(
 
 def broken_set(folder: Path) -> Path:
     """Twelve images: five that cannot be used, and four boxes that are none on another one."""
-    write_coco(folder, drawn(12))
+    write_coco(folder, rendered(12))
     path = folder / "instances.json"
     content = json.loads(path.read_text())
     files = {image["id"]: folder / "images" / image["file_name"] for image in content["images"]}
@@ -215,7 +215,7 @@ def broken_set(folder: Path) -> Path:
 
 
 def test_what_cannot_be_used_is_listed_and_the_rest_is_written(cluster: str, tmp_path: Path) -> None:
-    records = drawn(12)
+    records = rendered(12)
     shards = shards_of(broken_set(tmp_path / "in"), tmp_path / "out", max_pixels=15_000)
     rejected = {(row.image_id, row.kind, row.reason) for row in read_rejected(shards)}
     assert rejected == {
@@ -246,9 +246,9 @@ def test_strict_names_what_it_found_and_finishes_nothing(cluster: str, tmp_path:
 
 
 def test_a_folder_without_its_images_is_an_error(cluster: str, tmp_path: Path) -> None:
-    folder = write_coco(tmp_path / "in", drawn(3))
+    folder = write_coco(tmp_path / "in", rendered(3))
     (folder / "images").rename(folder / "elsewhere")
-    with pytest.raises(PrepareError, match="none of 3 images tried can be used; the first: missing file"):
+    with pytest.raises(PrepareError, match="none of 3 sampled images can be used; the first: missing file"):
         shards_of(folder, tmp_path / "out")
 
 
@@ -303,7 +303,7 @@ def test_pixels_are_counted_before_anything_is_decoded() -> None:
 
 
 def test_a_finished_set_is_left_alone(cluster: str, tmp_path: Path) -> None:
-    folder = write_coco(tmp_path / "in", drawn(8))
+    folder = write_coco(tmp_path / "in", rendered(8))
     first = shards_of(folder, tmp_path / "out")
     written_at = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert shards_of(folder, tmp_path / "out").manifest == first.manifest
@@ -311,14 +311,16 @@ def test_a_finished_set_is_left_alone(cluster: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_work_in_the_same_folder_is_refused(cluster: str, tmp_path: Path, finished: bool) -> None:
+def test_a_different_set_in_the_same_folder_is_refused(cluster: str, tmp_path: Path, finished: bool) -> None:
     folder = broken_set(tmp_path / "in")
     if finished:
         shards_of(folder, tmp_path / "out")
     else:
         with pytest.raises(PrepareError, match="strict"):
             shards_of(folder, tmp_path / "out", strict=True)
-    with pytest.raises(PrepareError, match=r"holds other work: seed is 0 there and 1 now\. Choose another --out"):
+    with pytest.raises(
+        PrepareError, match=r"holds a different shard set: seed is 0 there and 1 now\. Choose another --out"
+    ):
         shards_of(folder, tmp_path / "out", seed=1)
     with pytest.raises(PrepareError, match="split is 'train' there and 'val' now"):
         shards_of(folder, tmp_path / "out", split="val")
@@ -328,7 +330,7 @@ def test_other_work_in_the_same_folder_is_refused(cluster: str, tmp_path: Path, 
 
 
 def test_a_killed_prepare_goes_on_and_ends_in_the_same_manifest(cluster: str, tmp_path: Path) -> None:
-    distinct = drawn(16)
+    distinct = rendered(16)
     records = [
         ImageRecord(**{**vars(distinct[k % 16]), "image_id": k + 1, "file_name": f"{k}.jpg"}) for k in range(800)
     ]

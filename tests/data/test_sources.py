@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.sources.coco import coco_source
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 from pipeline.data.sources.objects365 import VAL_ID_OFFSET, objects365_source
 from pipeline.data.sources.synthetic import (
     CLASSES,
     Scene,
-    draw_scene,
-    draw_uri,
+    render_scene,
+    render_uri,
     synthetic_image,
     synthetic_scene,
     synthetic_source,
@@ -30,7 +30,7 @@ from pipeline.data.sources.yolo import yolo_source
 Row = tuple[ImageEntry, list[BoxEntry]]
 
 
-def read(source: Source) -> tuple[tuple[Category, ...], list[Row], list[tuple[Any, ...]]]:
+def read(source: DatasetSource) -> tuple[tuple[Category, ...], list[Row], list[tuple[Any, ...]]]:
     """Categories, rows by image id, and what was rejected without its id."""
     index = AnnotationIndex(shuffle=False)
     categories = source.fill(index)
@@ -66,7 +66,7 @@ def test_the_order_depends_on_seed_and_ids_alone() -> None:
     assert order(filled(ids[::-1])) == shuffled
     assert order(filled(ids, seed=1)) != shuffled
     assert order(filled(ids[::-1], shuffle=False)) == ids
-    # An image finds its place by itself: leaving others out does not move it.
+    # The position of an image depends on itself alone: leaving others out does not move it.
     assert order(filled(ids[::3])) == [number for number in shuffled if number in set(ids[::3])]
 
 
@@ -91,7 +91,7 @@ def test_ids_must_be_unique() -> None:
         index.finish()
 
 
-def test_a_sample_is_drawn_from_everywhere() -> None:
+def test_a_sample_covers_the_whole_index() -> None:
     sampled = [entry.image_id for entry in filled(list(range(1000)), shuffle=False).sample(100)]
     assert len(set(sampled)) == 100
     assert 400 < np.mean(sampled) < 600
@@ -116,7 +116,7 @@ def coco_content() -> dict[str, Any]:
     }
 
 
-def coco(folder: Path, content: dict[str, Any]) -> Source:
+def coco(folder: Path, content: dict[str, Any]) -> DatasetSource:
     path = folder / "instances.json"
     path.write_text(json.dumps(content))
     return coco_source(str(folder / "images"), str(path))
@@ -187,7 +187,7 @@ def test_a_wrong_coco_file_is_refused(tmp_path: Path, key: str, item: dict[str, 
         read(coco(tmp_path, content))
 
 
-def test_a_coco_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_coco_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     path.write_text('{"images": [')
     with pytest.raises(SourceError, match="not valid JSON"):
@@ -195,7 +195,7 @@ def test_a_coco_file_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(SourceError, match="no `categories`"):
         read(coco_source(str(tmp_path), str(path)))
-    with pytest.raises(SourceError, match="there is no such file"):
+    with pytest.raises(SourceError, match="no such file"):
         coco_source(str(tmp_path), str(tmp_path / "nothing.json"))
 
 
@@ -257,11 +257,9 @@ def test_objects365_is_found_however_it_was_unpacked(tmp_path: Path, layout: str
     assert sum(Path(entry.uri).exists() for entry, _ in rows) == len(rows) - 2
 
 
-def test_objects365_without_its_images_says_where_it_looked(tmp_path: Path) -> None:
+def test_objects365_without_its_images_is_an_error_with_the_paths_that_were_tried(tmp_path: Path) -> None:
     root = objects365(tmp_path, "elsewhere/{part}/{patch}/{name}")
-    with pytest.raises(
-        SourceError, match=r"none of its first 8 images was found; looked for\n  .*/val/images/v1/patch0/"
-    ):
+    with pytest.raises(SourceError, match=r"none of its first 8 images exists; tried\n  .*/val/images/v1/patch0/"):
         read(objects365_source(str(root), "val"))
 
 
@@ -325,7 +323,7 @@ def test_voc_boxes_that_are_none_are_listed_and_the_image_stays(tmp_path: Path) 
 
 def test_a_wrong_voc_folder_is_refused(tmp_path: Path) -> None:
     root = voc(tmp_path, "")
-    with pytest.raises(SourceError, match=r"there is no such list; there are: train"):
+    with pytest.raises(SourceError, match=r"no such list; available: train"):
         voc_source(root, "val")
     (root / "Annotations/a.xml").write_text("<annotation>")
     with pytest.raises(SourceError, match=r"a\.xml: not valid XML"):
@@ -355,7 +353,7 @@ def yolo(root: Path, *, data: str) -> Path:
         "train: list.txt\nnames: [cat, dog]",
     ],
 )
-def test_yolo_is_read_however_its_yaml_says_it(tmp_path: Path, data: str) -> None:
+def test_yolo_is_read_in_every_form_of_its_yaml(tmp_path: Path, data: str) -> None:
     path = yolo(tmp_path, data=data)
     names = [f"./images/train/{name}" for name in ("empty.jpg", "a.PNG", "b.jpg")]
     (tmp_path / "list.txt").write_text("\n".join(names))
@@ -377,7 +375,7 @@ def test_yolo_is_read_however_its_yaml_says_it(tmp_path: Path, data: str) -> Non
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("names: [cat, dog]\nval: images/train", "no split 'train'; there are: val"),
+        ("names: [cat, dog]\nval: images/train", "no split 'train'; available: val"),
         ("train: images/train", "names is None"),
         ("train: images/train\nnames: {1: cat, 2: dog}", r"class numbers \[1, 2\]; expected 0\.\.1"),
         ("train: images/nothing\nnames: [cat]", "does not exist"),
@@ -394,20 +392,20 @@ def test_a_wrong_data_yaml_is_refused(tmp_path: Path, data: str, message: str) -
 # Synthetic
 
 
-def test_a_drawn_image_depends_on_seed_and_index_alone() -> None:
+def test_a_synthetic_image_depends_on_seed_and_index_alone() -> None:
     assert synthetic_image(7).image == synthetic_image(7).image
     assert (
         len({synthetic_image(index, seed=seed, longest_side=64).image for index in range(4) for seed in range(3)}) == 12
     )
 
 
-def test_drawn_boxes_are_tight_about_what_is_drawn() -> None:
+def test_synthetic_boxes_are_tight_around_the_rendered_shapes() -> None:
     checked = 0
     for index in range(60):
         scene = synthetic_scene(index, longest_side=128)
-        ground = draw_scene(Scene(scene.width, scene.height, (), (), scene.texture_seed)).astype(int)
+        ground = render_scene(Scene(scene.width, scene.height, (), (), scene.texture_seed)).astype(int)
         for shape in scene.shapes[:1]:
-            alone = draw_scene(Scene(scene.width, scene.height, (shape,), (), scene.texture_seed))
+            alone = render_scene(Scene(scene.width, scene.height, (shape,), (), scene.texture_seed))
             rows, columns = np.nonzero(np.abs(alone - ground).max(2) > 6)
             edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             np.testing.assert_allclose(shape.box, edges, atol=2.01)  # a corner of a star fades into its pixel
@@ -421,7 +419,7 @@ def test_drawn_boxes_are_tight_about_what_is_drawn() -> None:
     assert checked > 40
 
 
-def test_drawn_images_have_what_detectors_meet() -> None:
+def test_synthetic_images_have_what_detectors_meet() -> None:
     scenes = [synthetic_scene(index) for index in range(400)]
     labels = np.concatenate([scene.labels for scene in scenes])
     sides = np.concatenate([scene.boxes for scene in scenes])
@@ -441,12 +439,12 @@ def test_drawn_images_have_what_detectors_meet() -> None:
     assert occluded > 100
 
 
-def test_the_synthetic_source_indexes_what_it_will_draw() -> None:
+def test_the_synthetic_source_indexes_what_it_will_render() -> None:
     _, rows, _ = read(synthetic_source(12, seed=3, longest_side=64))
     assert len(rows) == 12
     for index, (entry, boxes) in enumerate(rows):
         expected = synthetic_image(index, seed=3, longest_side=64)
-        image = draw_uri(entry.uri)
+        image = render_uri(entry.uri)
         assert image == expected.image
         assert simplejpeg.decode_jpeg(image).shape == (entry.height, entry.width, 3)
         np.testing.assert_array_equal(np.float32(corners(boxes)).reshape(-1, 4), expected.boxes)

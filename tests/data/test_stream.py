@@ -22,11 +22,11 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_annotations
 from pipeline.data.stream import stream
 from pipeline.data.stream.batch import Batch
-from pipeline.data.stream.plan import DecodeIn
+from pipeline.data.stream.settings import DecodeIn
 from pipeline.data.stream.stream import Broadcast, StreamSettings, evaluation_stream, training_plan, training_stream
 from pipeline.ray_cluster import start_ray
-from tests.support.drawn_shards import drawn_records, stored_rows, write_shards
 from tests.support.streams import SETTINGS, Seen, planned, planned_batches, seen
+from tests.support.synthetic_shards import stored_rows, synthetic_records, write_shards
 
 # Ray's DataContext sets fields of its own that Ray has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`use_\w+` is deprecated:DeprecationWarning:ray\.data\.context")
@@ -37,7 +37,7 @@ ROWS = 150
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return write_shards(tmp_path_factory.mktemp("drawn") / "train", drawn_records(ROWS))
+    return write_shards(tmp_path_factory.mktemp("drawn") / "train", synthetic_records(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def on_workers(world_size: int, work: Callable[[int, Broadcast], T]) -> list[T]:
 def streamed(
     shards: ShardSet, world_size: int, start_step: int, stop_step: int, settings: StreamSettings = SETTINGS
 ) -> list[list[Seen]]:
-    """What each worker sees."""
+    """Batches of each worker."""
 
     def work(rank: int, broadcast: Broadcast) -> list[Seen]:
         batches = training_stream(
@@ -132,7 +132,7 @@ def test_segments_follow_each_other_without_a_seam(
     monkeypatch.setattr(stream, "BLOCK_STEPS", 2)
     monkeypatch.setattr(stream, "EXECUTION_BLOCKS", 32)  # of 8 in a step of a group with room for four workers
     started: list[int] = []  # windows of each
-    start = stream._Run._started
+    start = stream._WorkerStream._started
     monkeypatch.setattr(
         stream._Run, "_started", lambda run, windows, first: started.append(len(windows)) or start(run, windows, first)
     )
@@ -162,7 +162,7 @@ def test_evaluation_has_every_image_once_and_as_many_batches_for_each_worker(sha
 
 def test_resuming_reads_nothing_from_before_the_window_of_that_step(tmp_path: Path, cluster: None) -> None:
     """Shown by taking away every shard that the remaining windows do not need."""
-    shards = write_shards(tmp_path / "train", drawn_records(ROWS), shard_rows=8)
+    shards = write_shards(tmp_path / "train", synthetic_records(ROWS), shard_rows=8)
     plan = training_plan(shards, SETTINGS)
     expected = planned(shards, 10, 18)
     needed = {int(g) for w in plan.windows(10, 18) for rows in plan.rows(w, range(plan.lanes)) for g in rows.group}
@@ -175,7 +175,7 @@ def test_resuming_reads_nothing_from_before_the_window_of_that_step(tmp_path: Pa
         planned(shards, 0, 18)
 
 
-def test_a_worker_that_gets_another_ones_batches_says_so(shards: ShardSet, cluster: None) -> None:
+def test_a_worker_that_receives_the_batches_of_another_one_fails(shards: ShardSet, cluster: None) -> None:
     def work(rank: int, broadcast: Broadcast) -> None:
         def swapped(value: Any) -> Any:
             return broadcast(value)[::-1]
@@ -194,7 +194,7 @@ def test_workers_that_cannot_share_a_step_are_refused_before_anything_starts(sha
 
 
 def test_a_broken_image_is_replaced_in_training_and_stops_an_evaluation(tmp_path: Path, cluster: None) -> None:
-    records = drawn_records(16)
+    records = synthetic_records(16)
     records[5] = replace(records[5], image=b"no image at all")
     shards = write_shards(tmp_path / "train", records)
     batches = planned_batches(shards, 0, 2)
@@ -207,8 +207,8 @@ def test_a_broken_image_is_replaced_in_training_and_stops_an_evaluation(tmp_path
 
 
 def test_a_shard_that_changed_since_its_manifest_is_refused(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "train", drawn_records(32))
-    other = write_shards(tmp_path / "other", drawn_records(32), group_rows=4)
+    shards = write_shards(tmp_path / "train", synthetic_records(32))
+    other = write_shards(tmp_path / "other", synthetic_records(32), group_rows=4)
     Path(shards.shard_uri(0)).write_bytes(Path(other.shard_uri(0)).read_bytes())
     with pytest.raises(ValueError, match="row group 0 does not have the 8 rows"):
         planned(shards, 0, 1)
@@ -229,7 +229,7 @@ def test_windows_of_large_images_are_shortened(shards: ShardSet, monkeypatch: py
 
 def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
     plan = training_plan(shards, settings)
-    run = stream._Run(
+    run = stream._WorkerStream(
         locate_row_groups(shards),
         plan,
         stream.DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation=None),
@@ -252,8 +252,8 @@ def test_reading_and_decoding_stay_two_operators_with_one_row_per_block(shards: 
     assert "->" not in stats
 
 
-def test_whoever_looks_for_the_cluster_from_within_finds_this_one(cluster: None) -> None:
-    """Also while others run on the machine, or have left their address behind."""
+def test_a_process_in_the_cluster_that_looks_up_the_cluster_finds_this_one(cluster: None) -> None:
+    """Holds while other clusters run on the machine, or have left their address behind."""
 
     def found() -> str:
         from ray._private.services import canonicalize_bootstrap_address_or_die

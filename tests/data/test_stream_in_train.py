@@ -14,8 +14,8 @@ from ray.train.torch import TorchTrainer
 from pipeline.data.shards.manifest import load_shards
 from pipeline.data.stream.stream import training_stream
 from pipeline.ray_cluster import start_ray
-from tests.support.drawn_shards import drawn_records, write_shards
 from tests.support.streams import SETTINGS, planned, seen
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,7 +47,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def test_two_workers_then_one_then_two_see_one_sequence(cluster: None, tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "train", drawn_records(150))
+    shards = write_shards(tmp_path / "train", synthetic_records(150))
     for world_size, start_step, stop_step in ((2, 0, 5), (1, 5, 13), (2, 13, 20)):
         TorchTrainer(
             train_worker,

@@ -17,8 +17,8 @@ from dfine_core.model.postprocess import Detections
 from pipeline.evaluation.coco_metrics import NUMBERS, agreement, coco_numbers, difference
 from pipeline.evaluation.detections import DetectionTable, concatenate, to_coco_json
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
-from tests.support.drawn_scenes import AWAY, BOX, found, random_scene, truth_of
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_scenes import AWAY, BOX, detections_of, ground_truth_of, random_scene
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 
 def numbers_from_files(folder: Path, truth: GroundTruth, table: DetectionTable) -> list[float]:
@@ -73,27 +73,27 @@ def test_the_two_programs_agree_to_the_last_class(seed: int) -> None:
 
 
 def test_more_than_a_hundred_detections_of_a_class_change_nothing() -> None:
-    truth = truth_of([(0, BOX)])
+    truth = ground_truth_of([(0, BOX)])
     crowd_of_them = [(100, 0, 0.9, AWAY)] * 100
-    assert ap(truth, found(*crowd_of_them, (100, 0, 0.1, BOX))) == 0
-    assert ap(truth, found(*crowd_of_them[1:], (100, 0, 0.1, BOX))) == pytest.approx(0.01)
+    assert ap(truth, detections_of(*crowd_of_them, (100, 0, 0.1, BOX))) == 0
+    assert ap(truth, detections_of(*crowd_of_them[1:], (100, 0, 0.1, BOX))) == pytest.approx(0.01)
 
 
 def test_one_box_counts_at_the_thresholds_that_it_reaches() -> None:
-    table = found((100, 0, 0.8, (10, 10, 50, 39)))  # IoU 29 / 40 = 0.725: over 0.50, 0.55, ..., 0.70
-    numbers = coco_numbers(truth_of([(0, BOX)]), table).numbers
+    table = detections_of((100, 0, 0.8, (10, 10, 50, 39)))  # IoU 29 / 40 = 0.725: over 0.50, 0.55, ..., 0.70
+    numbers = coco_numbers(ground_truth_of([(0, BOX)]), table).numbers
     assert numbers["AP"] == pytest.approx(5 / 10)
     assert (numbers["AP50"], numbers["AP75"]) == pytest.approx((1, 0))
     assert numbers["AR_100"] == pytest.approx(5 / 10)
 
 
 def test_a_false_detection_between_two_true_ones_costs_precision_beyond_half_the_recall() -> None:
-    truth = truth_of([(0, BOX)], [(0, BOX)])
-    table = found((100, 0, 0.9, BOX), (100, 0, 0.8, AWAY), (101, 0, 0.7, BOX))
+    truth = ground_truth_of([(0, BOX)], [(0, BOX)])
+    table = detections_of((100, 0, 0.9, BOX), (100, 0, 0.8, AWAY), (101, 0, 0.7, BOX))
     assert ap(truth, table) == pytest.approx((51 + 50 * 2 / 3) / 101)  # recalls 0 .. 0.50, then 0.51 .. 1
 
 
-def test_detections_that_are_the_truth_score_one() -> None:
+def test_detections_equal_to_the_ground_truth_score_one() -> None:
     truth, _ = random_scene(0)
     number = np.arange(len(truth.box), dtype=np.float32)
     table = DetectionTable(truth.image_id[truth.image], truth.label, 1 - number / len(number), truth.box)
@@ -102,9 +102,9 @@ def test_detections_that_are_the_truth_score_one() -> None:
     assert [c.ap for c in result.per_class[:-1]] == pytest.approx([1] * 5)
 
 
-def test_a_class_without_truth_is_unknown_and_left_out_of_the_mean() -> None:
-    truth = truth_of([(0, BOX), (1, AWAY)])
-    result = coco_numbers(truth, found((100, 0, 0.9, BOX), (100, 2, 0.9, BOX)))
+def test_a_class_without_true_boxes_is_nan_and_left_out_of_the_mean() -> None:
+    truth = ground_truth_of([(0, BOX), (1, AWAY)])
+    result = coco_numbers(truth, detections_of((100, 0, 0.9, BOX), (100, 2, 0.9, BOX)))
     assert result.numbers["AP"] == pytest.approx(0.5)
     assert [c.ap for c in result.per_class] == pytest.approx([1, 0, np.nan], nan_ok=True)
     assert [c.boxes for c in result.per_class] == [1, 1, 0]
@@ -112,35 +112,35 @@ def test_a_class_without_truth_is_unknown_and_left_out_of_the_mean() -> None:
 
 
 def test_detections_in_a_crowd_region_are_neither_right_nor_wrong() -> None:
-    truth = truth_of([(0, BOX), (0, (100, 100, 300, 300))], crowd=[1])
+    truth = ground_truth_of([(0, BOX), (0, (100, 100, 300, 300))], crowd=[1])
     inside = [(100, 0, 0.95, AWAY)] * 5
-    assert ap(truth, found(*inside, (100, 0, 0.9, BOX))) == pytest.approx(1)
-    assert coco_numbers(truth, found(*inside)).per_class[0].boxes == 1
+    assert ap(truth, detections_of(*inside, (100, 0, 0.9, BOX))) == pytest.approx(1)
+    assert coco_numbers(truth, detections_of(*inside)).per_class[0].boxes == 1
 
 
 def test_sizes_are_those_of_the_annotated_area() -> None:
-    truth = truth_of([(0, (0, 0, 100, 100))])
+    truth = ground_truth_of([(0, (0, 0, 100, 100))])
     thin = replace(truth, area=np.array([500], np.float32))  # the mask of something thin
-    numbers = coco_numbers(thin, found((100, 0, 0.9, (0, 0, 100, 100)))).numbers
+    numbers = coco_numbers(thin, detections_of((100, 0, 0.9, (0, 0, 100, 100)))).numbers
     assert numbers["AP_small"] == pytest.approx(1)
     assert np.isnan(numbers["AP_large"])
 
 
-NOTHING = found()
+NOTHING = detections_of()
 
 
 @pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
 @pytest.mark.parametrize(
     ("truth", "table", "expected"),
     [
-        (truth_of([(0, BOX)], []), NOTHING, 0.0),
-        (truth_of([], []), found((100, 0, 0.9, BOX)), np.nan),
-        (truth_of([], []), NOTHING, np.nan),
-        (truth_of([(0, BOX)], crowd=[0]), found((100, 0, 0.9, BOX)), np.nan),
+        (ground_truth_of([(0, BOX)], []), NOTHING, 0.0),
+        (ground_truth_of([], []), detections_of((100, 0, 0.9, BOX)), np.nan),
+        (ground_truth_of([], []), NOTHING, np.nan),
+        (ground_truth_of([(0, BOX)], crowd=[0]), detections_of((100, 0, 0.9, BOX)), np.nan),
     ],
-    ids=["no detections", "no truth", "neither", "crowd regions alone"],
+    ids=["no detections", "no true boxes", "neither", "crowd regions alone"],
 )
-def test_nothing_is_an_ordinary_case(
+def test_empty_inputs_are_an_ordinary_case(
     truth: GroundTruth, table: DetectionTable, expected: float, evaluator: Any
 ) -> None:
     result = coco_numbers(truth, table, evaluator=evaluator)
@@ -160,10 +160,10 @@ def test_image_ids_can_be_any_64_bit_numbers_in_any_order() -> None:
 
 def test_detections_of_another_set_are_refused() -> None:
     with pytest.raises(ValueError, match="image 102 is not among the images"):
-        coco_numbers(truth_of([(0, BOX)], []), found((100, 0, 0.5, BOX), (102, 0, 0.5, BOX)))
+        coco_numbers(ground_truth_of([(0, BOX)], []), detections_of((100, 0, 0.5, BOX), (102, 0, 0.5, BOX)))
 
 
-def test_an_unknown_number_differs_infinitely_from_a_known_one() -> None:
+def test_nan_differs_infinitely_from_a_number() -> None:
     truth, table = random_scene(0)
     result = coco_numbers(truth, table)
     unknown = replace(result, numbers={**result.numbers, "AP": float("nan")})
@@ -178,8 +178,8 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_truth_is_what_the_shards_hold(tmp_path: Path) -> None:
-    records = drawn_records(45)
+def test_the_ground_truth_equals_the_records_in_the_shards(tmp_path: Path) -> None:
+    records = synthetic_records(45)
     truth = read_ground_truth(write_shards(tmp_path / "val", records))
     assert any(record.crowd.any() for record in records)
     assert any(len(record.labels) == 0 for record in records)
@@ -214,13 +214,13 @@ def test_padding_yields_no_detections() -> None:
     assert table.box[2].tolist() == [16, 17, 18, 19]
 
 
-def test_detections_that_are_no_numbers_are_refused_naming_the_image() -> None:
+def test_detections_that_are_not_finite_are_refused_naming_the_image() -> None:
     with pytest.raises(ValueError, match="image 3: its detections are not finite"):
         DetectionTable.from_batch(batch_of([[0.9], [float("nan")]]), torch.tensor([5, 3]), [False, False])
 
 
 def test_tables_are_joined_in_order() -> None:
-    one, two = found((1, 0, 0.5, BOX)), found((2, 1, 0.25, AWAY), (1, 2, 0.75, BOX))
+    one, two = detections_of((1, 0, 0.5, BOX)), detections_of((2, 1, 0.25, AWAY), (1, 2, 0.75, BOX))
     joined = concatenate([one, two])
     assert joined.image_id.tolist() == [1, 2, 1]
     assert joined.box.tolist() == [list(BOX), list(AWAY), list(BOX)]
@@ -228,5 +228,5 @@ def test_tables_are_joined_in_order() -> None:
 
 
 def test_result_rows_have_the_ids_of_the_source() -> None:
-    rows = to_coco_json(found((101, 2, 0.5, (10, 20, 40, 60))), truth_of([]).categories)
+    rows = to_coco_json(detections_of((101, 2, 0.5, (10, 20, 40, 60))), ground_truth_of([]).categories)
     assert rows == [{"image_id": 101, "category_id": 27, "bbox": [10, 20, 30, 40], "score": 0.5}]

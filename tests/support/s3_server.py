@@ -13,7 +13,7 @@ VARIABLES = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
 
 @contextmanager
 def s3_bucket() -> Iterator[str]:
-    """The URI of a new bucket, with the environment set so that this process and its children find the server."""
+    """Start a server with one bucket, and set the environment so that this process and its children find it; yields the URI."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -1,9 +1,9 @@
-"""A small stream of drawn shards, and what tells its batches from each other."""
+"""A small stream of synthetic shards, and fingerprints of its batches."""
 
 import zlib
 from dataclasses import replace
 
-from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import StreamSettings, training_stream
@@ -21,14 +21,14 @@ SETTINGS = StreamSettings(
 
 
 def seen(batch: Batch) -> Seen:
-    """What tells one batch from another: its place, images, pixels and boxes."""
+    """Fingerprint of a batch: its position, images, pixels and boxes."""
     pixels, boxes = (zlib.crc32(tensor.contiguous().numpy().tobytes()) for tensor in (batch.images, batch.boxes))
     return batch.step, batch.micro_batch, batch.image_id.tolist(), pixels, boxes
 
 
 def planned_batches(shards: ShardSet, start_step: int, stop_step: int) -> list[Batch]:
-    here = replace(SETTINGS, decode_in="inline")
-    return list(training_stream(shards, here, start_step=start_step, stop_step=stop_step))
+    inline = replace(SETTINGS, decode_in="inline")
+    return list(training_stream(shards, inline, start_step=start_step, stop_step=stop_step))
 
 
 def planned(shards: ShardSet, start_step: int, stop_step: int) -> list[Seen]:

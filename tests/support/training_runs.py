@@ -19,7 +19,7 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import derive
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 
 @dataclass
@@ -48,8 +48,8 @@ class RecordingConsole:
 
 def shard_folders(folder: Path, *, images: int = 24, val: int = 6) -> dict[str, str]:
     return {
-        "train": write_shards(folder / "train", drawn_records(images, longest_side=64)).uri,
-        "val": write_shards(folder / "val", drawn_records(val, longest_side=64, seed=1)).uri,
+        "train": write_shards(folder / "train", synthetic_records(images, longest_side=64)).uri,
+        "val": write_shards(folder / "val", synthetic_records(val, longest_side=64, seed=1)).uri,
     }
 
 

@@ -14,7 +14,7 @@ import yaml
 from pipeline.config import Cluster, ConfigError
 from pipeline.config_files import load_experiment
 from pipeline.training.chain import load_chain
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parents[2]
 CHAINS = sorted((ROOT / "configs" / "chains").glob("*.yaml"))
@@ -57,7 +57,7 @@ def test_a_stage_begins_with_the_run_before_it_under_the_chains_name(tmp_path: P
 
 
 def test_only_shard_sets_that_are_missing_are_prepared(tmp_path: Path) -> None:
-    write_shards(tmp_path / "few", drawn_records(4))
+    write_shards(tmp_path / "few", synthetic_records(4))
     lines = [f"synthetic --images 4 --split x --out {tmp_path / name}" for name in ("few", "many")]
     stages = [{"name": "only", "experiment": "experiment.yaml", "prepare": lines}]
     _, (step,) = load_chain(chain_file(tmp_path, stages=stages), {}, Cluster())

@@ -17,13 +17,13 @@ from pipeline.training.context import ResolvedData
 from pipeline.training.heartbeat import Heartbeat, ProgressBoard, WorkerConsole, silent_workers
 from pipeline.training.preflight import Request, refuse_what_never_fits
 from pipeline.training.run_dir import begin_or_continue, driver_lock
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import experiment
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return write_shards(tmp_path_factory.mktemp("shards") / "train", drawn_records(8))
+    return write_shards(tmp_path_factory.mktemp("shards") / "train", synthetic_records(8))
 
 
 def begin(folder: Path, setting: Experiment, shards: ShardSet, *, allow: bool = False) -> run_dir.RunStart:
@@ -44,7 +44,7 @@ def test_the_same_run_continues_under_its_first_tracking_key(shards: ShardSet, t
 
 def test_what_changed_is_listed_and_refused_unless_allowed(shards: ShardSet, tmp_path: Path) -> None:
     first = begin(tmp_path, experiment(tmp_path, {"train": shards.uri}), shards)
-    other_data = write_shards(tmp_path / "other", drawn_records(9))
+    other_data = write_shards(tmp_path / "other", synthetic_records(9))
     changed = experiment(tmp_path, {"train": other_data.uri}, seed=3, optimizer={"lr": 0.5}, loss={"ddf": 0.0})
     with pytest.raises(ConfigError) as raised:
         begin(tmp_path, changed, other_data)
@@ -61,7 +61,7 @@ def test_what_changed_is_listed_and_refused_unless_allowed(shards: ShardSet, tmp
 
 def test_what_does_not_change_the_result_may_change(shards: ShardSet, tmp_path: Path) -> None:
     first = begin(tmp_path, experiment(tmp_path, {"train": shards.uri}), shards)
-    moved = write_shards(tmp_path / "moved", drawn_records(8))
+    moved = write_shards(tmp_path / "moved", synthetic_records(8))
     setting = experiment(tmp_path, {"train": moved.uri, "decode_in": "task"}, checkpoints={"keep": 7})
     assert begin(tmp_path, setting, moved) == first
 

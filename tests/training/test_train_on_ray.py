@@ -82,7 +82,7 @@ def kill_one_worker(driver: subprocess.Popen[str]) -> None:
 
 
 def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
-    place = folder / "runs" / name / "checkpoints" / checkpoint.folder_name(STEPS)
+    place = folder / "runs" / name / "checkpoints" / checkpoint.step_folder(STEPS)
     return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
 
 

@@ -1,13 +1,11 @@
-"""Pixels: an encoded image to RGB, and a part of it to its place on the canvas, resampled once.
+"""Decoding of images to RGB, and execution of a `View`: cut out, resampled once and placed on the canvas.
 
-JPEG goes through simplejpeg, whose pixels equal Pillow's; everything else, and every check, is that of `dfine_core.images`.
-Where far fewer pixels are wanted, an image is decoded at 1/2, 1/4 or 1/8 of its size.
+JPEG goes through simplejpeg, whose pixels equal Pillow's; all other formats, and every check, are those of
+`dfine_core.images`. Where far fewer pixels are needed, an image is decoded at 1/2, 1/4 or 1/8 of its size.
 
-EXIF orientation is ignored, as in COCO: width, height and boxes of an annotation are those of the stored pixels. An
-image whose stored size is not the annotated one is refused rather than trained on askew.
+EXIF orientation is ignored, as in COCO: width, height and boxes of an annotation refer to the stored pixels. An image whose
+stored size differs from the annotated one is an error, as its boxes would lie elsewhere.
 """
-
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,7 +13,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from dfine_core.images import ImageError, check_pixels, open_image, stretched, to_rgb
+from dfine_core.images import ImageError, check_pixels, open_image, stretch_image, to_rgb
+from pipeline.data.augment.geometry import View
 from pipeline.errors import UserError
 
 # Images are decoded in many tasks or threads at once; OpenCV's own threads would only compete with them.
@@ -24,45 +23,6 @@ cv2.setNumThreads(1)
 
 class UndecodableImageError(UserError, ValueError):
     """An image that cannot be used: broken, too large, of an unknown kind, or not of its annotated size."""
-
-
-class Rectangle(NamedTuple):
-    """Whole pixels; right and bottom are exclusive."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def width(self) -> int:
-        return self.right - self.left
-
-    @property
-    def height(self) -> int:
-        return self.bottom - self.top
-
-
-class View(NamedTuple):
-    """The whole geometry of one picture: the part of an image that is seen, and where."""
-
-    source: Rectangle  # in pixels of the image, within it
-    region: (
-        Rectangle  # of the canvas, filled with `source`, stretched and perhaps flipped; the rest of the canvas is zero
-    )
-    flip: bool  # left to right
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        """Pixels of the canvas to one of the image, along x and y."""
-        return self.region.width / self.source.width, self.region.height / self.source.height
-
-    @property
-    def divisor(self) -> int:
-        """1, 2, 4 or 8: how much smaller to decode. Two decoded pixels remain to each one of the canvas, so that it is
-        still the resampling filter that shapes the result."""
-        shrink = 1 / max(self.scale)
-        return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or shrink >= 2 * divisor)
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
@@ -82,7 +42,7 @@ def image_size(encoded: bytes) -> tuple[int, int]:
 
 
 def decode_rgb(encoded: bytes, width: int, height: int, divisor: int = 1) -> NDArray[np.uint8]:
-    """Pixels of an image that was annotated as width x height.
+    """Decode an image that was annotated as width x height.
 
     Grey levels become grey colours, 16-bit levels lose their lower byte, an alpha channel is dropped.
 
@@ -113,13 +73,13 @@ def decode_rgb(encoded: bytes, width: int, height: int, divisor: int = 1) -> NDA
 def crop_and_place(
     pixels: NDArray[np.uint8], view: View, canvas: tuple[int, int], divisor: int = 1
 ) -> NDArray[np.uint8]:
-    """The view of an image: cut out, resampled once with antialiasing, flipped, and set on a canvas of zeros.
+    """Execute a view: cut out, resample once with antialiasing, flip, and place on a canvas of zeros.
 
-    Bilinear, as the released recipe's Pillow resize. Along an axis that shrinks, a Gaussian comes first in place of
-    Pillow's wider triangle: 46 to 51 dB from Pillow on photographs, at a third of its time.
+    Resampling is bilinear, as in the released recipe's Pillow resize. Along an axis that shrinks, a Gaussian comes first in
+    place of Pillow's wider triangle: 46 to 51 dB from Pillow on photographs, at a third of its time.
 
     Args:
-        pixels: [ceil(h / divisor), ceil(w / divisor), 3] the image as it was decoded.
+        pixels: [ceil(h / divisor), ceil(w / divisor), 3], from `decode_rgb`.
         canvas: height and width.
 
     Returns:
@@ -143,12 +103,12 @@ def crop_and_place(
 
 
 def stretch(pixels: NDArray[np.uint8], canvas: tuple[int, int]) -> NDArray[np.uint8]:
-    """[*canvas, 3] the whole image through Pillow's antialiased bilinear filter, as in the released evaluation."""
-    return stretched(Image.fromarray(pixels), canvas)
+    """Resize the whole image to [*canvas, 3] with Pillow's antialiased bilinear filter, as in the released evaluation."""
+    return stretch_image(Image.fromarray(pixels), canvas)
 
 
 def _antialias_sigma(shrink: float) -> float:
-    """In pixels of the source. Pillow's triangle of half-width `shrink` has a variance of shrink^2 / 6; interpolating
+    """Sigma in source pixels. Pillow's triangle of half-width `shrink` has a variance of shrink^2 / 6; the interpolation
     between neighbours afterwards adds about 0.5 / 6."""
     return float(np.sqrt((shrink**2 - 0.5) / 6)) if shrink > 1 else 0.0
 
@@ -162,12 +122,12 @@ def _blurred(pixels: NDArray[np.uint8], sigma_x: float, sigma_y: float) -> NDArr
 
 
 def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that simplejpeg reads as Pillow does; None for CMYK and for all that is no JPEG."""
+    """Width and height of a JPEG that simplejpeg reads as Pillow does; None for CMYK and for other formats."""
     if not encoded.startswith(b"\xff\xd8\xff"):
         return None
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(encoded, strict=False)
-    except (ValueError, KeyError):  # KeyError: of a subsampling that simplejpeg has no name for
+    except (ValueError, KeyError):  # KeyError: a subsampling that simplejpeg has no name for
         return None
     return (width, height) if colourspace in ("YCbCr", "Gray", "RGB") else None
 

@@ -1,8 +1,8 @@
-"""Samples made of several: mosaic, mixup and copy-paste. Beyond the released recipe, and off by default.
+"""Augmentations of several images: mosaic, mixup and copy-paste. Beyond the released recipe, and off by default.
 
-Partners come from the same micro-batch, whose members are fixed by the plan, and draws are keyed by the sample's own
-image id: the result is the same in any process. Finished samples are mixed, so no image is decoded twice. What was
-drawn for the first of them stays the photometric distortion of all, and fill inside the picture counts as image.
+Partners come from the same micro-batch, whose members are fixed by the plan, and draws are keyed by the sample's own image
+id: the result is the same in any process. Finished samples are mixed, so no image is decoded twice. The first sample's
+photometric parameters apply to the whole mixture, and fill inside it counts as image.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,22 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.augment.augment import AugmentSettings, Photometric, Sample, keyed_generator
-from pipeline.data.augment.decode import Rectangle, View, crop_and_place
+from pipeline.data.augment.decode import crop_and_place
+from pipeline.data.augment.generators import keyed_generator
+from pipeline.data.augment.geometry import Rectangle, View
+from pipeline.data.augment.photometric_parameters import Photometric
+from pipeline.data.augment.samples import Sample
+from pipeline.data.augment.settings import AugmentSettings
 
 
 def mixed_batch(
     samples: Sequence[Sample], image_ids: Sequence[int], *, seed: int, epoch: int, settings: AugmentSettings
 ) -> list[Sample]:
-    """Each sample, mixed with others of the batch as often as `settings` say: first mosaic, then copy-paste, then mixup.
+    """Mix each sample with others of its batch, with the probabilities of `settings`: mosaic, then copy-paste, then mixup.
 
     Args:
-        samples: of one micro-batch, all on canvases of one size; a single one stays as it is.
-        image_ids: theirs, in the same order.
+        samples: one micro-batch, all on canvases of one size; a single sample is returned unchanged.
+        image_ids: image id of each sample.
     """
     mixing = (settings.mosaic_probability, settings.copy_paste_probability, settings.mixup_probability)
     if len(samples) < 2 or not any(mixing):
@@ -34,12 +38,12 @@ def mixed_batch(
 
 
 def mosaic(tiles: Sequence[Sample], centre_x: int, centre_y: int, min_box_size: float) -> Sample:
-    """Four samples shrunk into the four parts of one canvas.
+    """Shrink four samples into the four parts of one canvas.
 
     Args:
         tiles: top left, top right, bottom left, bottom right.
-        centre_x, centre_y: where the parts meet, in pixels, inside the canvas.
-        min_box_size: in pixels; shorter boxes are dropped.
+        centre_x, centre_y: corner shared by the four parts, in pixels, inside the canvas.
+        min_box_size: minimum side in pixels; smaller boxes are dropped.
     """
     height, width = tiles[0].image.shape[:2]
     whole = Rectangle(0, 0, width, height)
@@ -51,9 +55,9 @@ def mosaic(tiles: Sequence[Sample], centre_x: int, centre_y: int, min_box_size: 
     image = np.empty_like(tiles[0].image)
     boxes, mean_grey = [], 0.0
     for tile, part in zip(tiles, parts, strict=True):
-        here = View(source=whole, region=Rectangle(0, 0, part.width, part.height), flip=False)
+        view = View(source=whole, region=Rectangle(0, 0, part.width, part.height), flip=False)
         image[part.top : part.bottom, part.left : part.right] = crop_and_place(
-            tile.image, here, (part.height, part.width)
+            tile.image, view, (part.height, part.width)
         )
         scale = np.array([part.width / width, part.height / height] * 2)
         boxes.append(tile.boxes * scale + np.array([part.left / width, part.top / height, 0, 0]))
@@ -69,7 +73,7 @@ def mosaic(tiles: Sequence[Sample], centre_x: int, centre_y: int, min_box_size: 
 
 
 def mixup(sample: Sample, other: Sample, weight: float) -> Sample:
-    """Both pictures shine through each other, `other` with `weight`; the boxes of both count in full.
+    """Blend two samples, `other` with `weight`; the boxes of both count in full.
 
     Source: arXiv:1902.04103.
     """
@@ -83,18 +87,18 @@ def mixup(sample: Sample, other: Sample, weight: float) -> Sample:
 
 
 def copy_paste(sample: Sample, other: Sample, pasted: NDArray[np.bool_], max_covered: float) -> Sample:
-    """Boxes of `other`, with all that is inside them, at the same place in `sample`.
+    """Paste boxes of `other`, with all pixels inside them, at the same position in `sample`.
 
     Args:
-        pasted: [G] which objects of `other`.
-        max_covered: an object of which a larger part is pasted over is dropped.
+        pasted: mask [G] of the objects of `other` to paste.
+        max_covered: objects covered by more than this fraction are dropped.
 
     Source: Simple Copy-Paste, arXiv:2012.07177, with boxes in place of masks.
     """
     height, width = sample.image.shape[:2]
     image, boxes, labels = sample.image.copy(), sample.boxes, sample.labels
     for box, label in zip(other.boxes[pasted], other.labels[pasted], strict=True):
-        kept = _covered(boxes, box) <= max_covered
+        kept = _covered_fraction(boxes, box) <= max_covered
         boxes, labels = np.concatenate([boxes[kept], box[np.newaxis]]), np.append(labels[kept], label)
         left, top, right, bottom = (_corners(box) * np.array([width, height] * 2)).round().astype(int)
         image[top:bottom, left:right] = other.image[top:bottom, left:right]
@@ -104,6 +108,7 @@ def copy_paste(sample: Sample, other: Sample, pasted: NDArray[np.bool_], max_cov
 
 
 def _mixed(index: int, samples: Sequence[Sample], generator: np.random.Generator, settings: AugmentSettings) -> Sample:
+    """One sample after its random mixing; the draws are in a fixed order, as they share one generator."""
     others = np.delete(np.arange(len(samples)), index)
     height, width = samples[index].image.shape[:2]
     sample = samples[index]
@@ -122,7 +127,7 @@ def _mixed(index: int, samples: Sequence[Sample], generator: np.random.Generator
 
 
 def _covering(photometric: NDArray[np.float32], region: Rectangle, mean_grey: float) -> NDArray[np.float32]:
-    """The same draws for a picture that fills `region`."""
+    """The same parameters for an image that fills `region`."""
     row = photometric.copy()
     row[Photometric.LEFT :] = region
     row[Photometric.MEAN_GREY] = mean_grey
@@ -137,13 +142,13 @@ def _united(sample: Sample, other: Sample) -> Rectangle:
 
 
 def _corners(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """cxcywh to xyxy, along the last axis."""
+    """Convert cxcywh to xyxy, along the last axis."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return np.concatenate([centre - half, centre + half], axis=-1)
 
 
-def _covered(boxes: NDArray[np.float32], cover: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[G] the part of each box [G, 4] that lies under one box [4], all cxcywh."""
+def _covered_fraction(boxes: NDArray[np.float32], cover: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Fraction [G] of each box [G, 4] that lies under one box [4], all cxcywh."""
     inner, outer = _corners(boxes), _corners(cover)
     overlap = np.minimum(inner[:, 2:], outer[2:]) - np.maximum(inner[:, :2], outer[:2])
     return overlap.clip(min=0).prod(axis=1) / boxes[:, 2:].prod(axis=1)

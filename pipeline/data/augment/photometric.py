@@ -1,26 +1,26 @@
-"""The part of the augmentation that runs on the device, for a whole batch at once.
+"""Photometric distortion and multi-scale resize: the augmentations that run on the device, for a whole batch at once.
 
-No draw happens here: the numbers were drawn with each sample (`augment.draw_photometric`), so it is the same picture
-whatever it is batched with.
+Nothing is random here: the parameters were drawn with each sample (`photometric_parameters.py`), so a sample does not
+depend on the batch that it is in.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.augment.augment import Photometric
+from pipeline.data.augment.photometric_parameters import Photometric
 
 
 def photometric_distort(images: Tensor, parameters: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, hue and channel order of each image, in torchvision's order and arithmetic.
+    """Change brightness, contrast, saturation, hue and channel order, in torchvision's order and arithmetic.
 
-    Contrast is relative to the mean grey of the whole image, as in the released recipe where distortion precedes the
-    crop. It is carried along as if brightness alone had changed it: saturation keeps a grey level, a hue shift of at
-    most 0.05 moves it little.
+    Contrast is relative to the mean grey of the whole image, as in the released recipe, where distortion precedes the crop.
+    That mean is updated for the brightness change alone: saturation preserves a grey level, and a hue shift of at most 0.05
+    changes it little.
 
     Args:
         images: [B, 3, H, W] in 0..1, on their canvas.
-        parameters: [B, P], columns of `Photometric`; its rectangle is in pixels of this canvas, so resize afterwards.
+        parameters: [B, P], columns of `Photometric`; the rectangle is in pixels of this canvas, so resize afterwards.
 
     Returns:
         [B, 3, H, W] in 0..1, zero outside the rectangle.
@@ -43,19 +43,19 @@ def photometric_distort(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, 3, *size] bilinear, antialiased: the multi-scale batch of one step. Normalised boxes stay as they are."""
+    """Resize a batch to [B, 3, *size], bilinear and antialiased. Normalised boxes do not change."""
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def _blend(images: Tensor, base: Tensor, factor: Tensor) -> Tensor:
-    """factor * images + (1 - factor) * base, and exactly `images` for a factor of 1."""
+    """Return factor * images + (1 - factor) * base, and exactly `images` for a factor of 1."""
     return images.lerp(base, 1 - factor).clamp_(0, 1)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """[B, 1, H, W]"""
+    """Luminance [B, 1, H, W]."""
     red, green, blue = images.chunk(3, dim=1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
@@ -71,14 +71,14 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     chroma = value - images.amin(dim=1, keepdim=True)
     from_green, from_blue = blue - red + 2 * chroma, red - green + 4 * chroma
     hue = torch.where(value == red, green - blue, torch.where(value == green, from_green, from_blue))
-    hue = hue / chroma.clamp(min=torch.finfo(images.dtype).tiny) + 6 * shift  # of grey, which has none, any will do
+    hue = hue / chroma.clamp(min=torch.finfo(images.dtype).tiny) + 6 * shift  # grey has no hue: any value will do
     lacking = hue + images.new_tensor([5, 3, 1]).view(1, 3, 1, 1)  # [B, 3, H, W]
     lacking.remainder_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)  # in place: most of the time goes here
     return torch.addcmul(value, chroma, lacking, value=-1)
 
 
 def _inside(parameters: Tensor, height: int, width: int) -> Tensor:
-    """[B, 1, H, W] whether a pixel holds image."""
+    """Mask [B, 1, H, W] of the pixels that hold image."""
     x = torch.arange(width, device=parameters.device)
     y = torch.arange(height, device=parameters.device)
     left, top, right, bottom = (

@@ -1,7 +1,7 @@
-"""The doctor: everything that can be checked of shard sets before days of training rest on them.
+"""Check shard sets, so that a defect is found before days of training depend on them.
 
-One Ray task per shard reads all of it; the driver adds the summaries up and looks for what only all of them together
-show: images that occur twice, classes without examples, statistics that are not those of the rows.
+One Ray task per shard reads all of it. The driver merges the summaries and checks what only all of them together show:
+duplicate images, classes without examples, statistics that differ from those of the rows.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.data.doctor.findings import (
     EXAMPLES,
-    KINDS,
+    FINDING_KINDS,
     RARE_BOXES,
     SEVERITIES,
     TINY_SHARE,
@@ -26,14 +26,22 @@ from pipeline.data.doctor.findings import (
     Severity,
     Tally,
 )
-from pipeline.data.doctor.row_checks import SIDE_EDGES, SIZE_CELL, TINY_SIDE, RowIndex, Summary, merged, summary_of
+from pipeline.data.doctor.row_checks import (
+    SIDE_EDGES,
+    SIZE_CELL,
+    TINY_SIDE,
+    RowIndex,
+    Summary,
+    empty_summary,
+    merge_summaries,
+)
 from pipeline.data.doctor.shard_checks import READ_ERRORS, check_shard
 from pipeline.data.prepare.prepare import read_rejected
-from pipeline.data.shards.manifest import Data, ShardSet, Statistics
+from pipeline.data.shards.manifest import FrozenModel, ShardSet, Statistics
 from pipeline.progress import Progress
 
 
-class SizeCell(Data):
+class SizeCell(FrozenModel):
     """Images of about one size."""
 
     width: int  # px, rounded to SIZE_CELL
@@ -41,7 +49,9 @@ class SizeCell(Data):
     images: int
 
 
-class SplitReport(Data):
+class SplitReport(FrozenModel):
+    """Contents of one split, as counted and as its manifest states them."""
+
     title: str
     uri: str
     digest: str
@@ -51,23 +61,27 @@ class SplitReport(Data):
     boxes: int
     rejected: int
     categories: tuple[str, ...]
-    images_counted: int  # those in `statistics`: the others could not be read
-    statistics: Statistics | None  # counted anew
+    images_counted: int  # images in `statistics`; the others could not be read
+    statistics: Statistics | None  # recounted from the rows
     tiny_boxes: int  # below 32 x 32 px when stretched to 640x640
-    scaled_sides: tuple[int, ...]  # boxes by sqrt(area) there, between doctor_rows.SIDE_EDGES
+    scaled_sides: tuple[int, ...]  # boxes by sqrt(area) at that size, between row_checks.SIDE_EDGES
     image_sizes: tuple[SizeCell, ...]
 
     @property
     def tiny_share(self) -> float:
+        """Fraction of the boxes that are tiny."""
         return self.tiny_boxes / max(1, sum(self.scaled_sides))
 
 
-class Report(Data):
-    decoded: bool  # False: only the headers of images were read
+class DoctorReport(FrozenModel):
+    """Result of `dfine doctor`; its JSON form is the output of `--json`."""
+
+    decoded: bool  # False: only image headers were read
     splits: tuple[SplitReport, ...]
-    findings: tuple[Finding, ...]  # the worst first
+    findings: tuple[Finding, ...]  # most severe first
 
     def count(self, severity: Severity) -> int:
+        """Number of findings of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
 
@@ -77,16 +91,19 @@ class _Split(NamedTuple):
     summary: Summary
 
 
-def examine(shard_sets: Sequence[ShardSet], *, decode: bool = True) -> Report:
-    """Check one split, or several against each other. Ray is running already.
+def examine(shard_sets: Sequence[ShardSet], *, decode: bool = True) -> DoctorReport:
+    """Check one split, or several against each other. Ray must be running.
 
     Args:
-        decode: decode every image, which takes most of the time; otherwise only its header is read.
+        decode: decode every image, which takes most of the time; otherwise only headers are read.
     """
+    # Splits go by their names, or by their URIs where names repeat.
     names = [shards.manifest.split for shards in shard_sets]
     titles = names if len(set(names)) == len(names) else [shards.uri for shards in shard_sets]
     summaries = _check_shards(shard_sets, titles, decode)
     splits = [_Split(*split) for split in zip(titles, shard_sets, summaries, strict=True)]
+
+    # Findings within each split.
     findings: list[Finding] = []
     for split in splits:
         tally = Tally()
@@ -95,18 +112,20 @@ def examine(shard_sets: Sequence[ShardSet], *, decode: bool = True) -> Report:
             for code, examples, count in check(split):
                 tally.add(code, examples, count)
         findings += tally.findings((split.title,))
+
+    # Findings between splits.
     across = Tally()
     for code, examples, count in (*_check_categories(splits), *_check_overlap(splits)):
         across.add(code, examples, count)
     findings += across.findings(tuple(titles))
-    findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), list(KINDS).index(finding.code)))
-    return Report(decoded=decode, splits=tuple(_report(split) for split in splits), findings=tuple(findings))
+    findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), list(FINDING_KINDS).index(finding.code)))
+    return DoctorReport(decoded=decode, splits=tuple(_report(split) for split in splits), findings=tuple(findings))
 
 
 def _check_shards(shard_sets: Sequence[ShardSet], titles: Sequence[str], decode: bool) -> list[Summary]:
-    """The summary of each set, the same in whatever order the tasks end."""
+    """Summarise each set; the result does not depend on the order in which the tasks end."""
     task: Any = ray.remote(check_shard).options(num_cpus=1, scheduling_strategy="SPREAD")
-    parts: list[list[Summary]] = [[summary_of(Tally())] * (1 + len(shards.manifest.shards)) for shards in shard_sets]
+    parts: list[list[Summary]] = [[empty_summary(Tally())] * (1 + len(shards.manifest.shards)) for shards in shard_sets]
     running = {
         task.remote(title, storage.absolute(shards.uri), s, shard, len(shards.manifest.categories), decode): (n, s)
         for n, (title, shards) in enumerate(zip(titles, shard_sets, strict=True))
@@ -121,14 +140,14 @@ def _check_shards(shard_sets: Sequence[ShardSet], titles: Sequence[str], decode:
             shard = shard_sets[n].manifest.shards[s]
             megabytes += shard.bytes / 1e6
             progress.advance(shard.rows, f"{megabytes / progress.seconds:.0f} MB/s")
-    return [merged(of_split) for of_split in parts]
+    return [merge_summaries(summaries) for summaries in parts]
 
 
-# What a check yields: a code, examples, and the count of all there are.
-Found = Iterator[tuple[str, list[Example], int]]
+# Each check yields (code of the finding, some examples, number of cases).
+CheckResults = Iterator[tuple[str, list[Example], int]]
 
 
-def _check_repetitions(split: _Split) -> Found:
+def _check_repetitions(split: _Split) -> CheckResults:
     index = split.summary.index
     for code, values in (("image-id-repeated", index.image_id), ("image-repeated", index.content)):
         surplus, examples = 0, list[Example]()
@@ -136,13 +155,13 @@ def _check_repetitions(split: _Split) -> Found:
             surplus += len(alike) - 1
             if len(examples) < EXAMPLES:
                 first, *others = (_example(split, n) for n in alike[: EXAMPLES + 1].tolist())
-                also = "; ".join(other.place for other in others)
+                also = "; ".join(other.location for other in others)
                 examples.append(first.model_copy(update={"detail": f"the same in {also}"}))
         yield code, examples, surplus
 
 
-def _check_overlap(splits: Sequence[_Split]) -> Found:
-    """Images that several splits share."""
+def _check_overlap(splits: Sequence[_Split]) -> CheckResults:
+    """Find images that occur in several splits."""
     number = np.repeat(np.arange(len(splits)), [len(split.summary.index.row) for split in splits])
     start = np.searchsorted(number, np.arange(len(splits)))
     content = np.concatenate([split.summary.index.content for split in splits])
@@ -152,12 +171,12 @@ def _check_overlap(splits: Sequence[_Split]) -> Found:
         count += 1
         if len(examples) < EXAMPLES:
             first, last = (_example(splits[number[n]], int(n - start[number[n]])) for n in (alike[0], alike[-1]))
-            examples.append(first.model_copy(update={"detail": f"also in {last.split}: {last.place}"}))
+            examples.append(first.model_copy(update={"detail": f"also in {last.split}: {last.location}"}))
     yield "image-in-splits", examples, count
 
 
 def groups_of_equal(values: NDArray[Any]) -> Iterator[NDArray[np.intp]]:
-    """Ascending positions of each value that occurs more than once."""
+    """Yield the ascending positions of each value that occurs more than once."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     begins = np.ones(len(values), np.bool_)
@@ -168,7 +187,7 @@ def groups_of_equal(values: NDArray[Any]) -> Iterator[NDArray[np.intp]]:
 
 
 def _example(split: _Split, n: int) -> Example:
-    """Image n of the index."""
+    """Describe image n of the index."""
     index: RowIndex = split.summary.index
     return Example(
         split=split.title,
@@ -179,7 +198,7 @@ def _example(split: _Split, n: int) -> Example:
     )
 
 
-def _check_classes(split: _Split) -> Found:
+def _check_classes(split: _Split) -> CheckResults:
     if split.summary.statistics is None:
         return
     counts = split.summary.statistics.class_counts
@@ -195,27 +214,27 @@ def _check_classes(split: _Split) -> Found:
         yield "class-unbalanced", [Example(split=split.title, detail=detail)], 1
 
 
-def _check_sizes(split: _Split) -> Found:
+def _check_sizes(split: _Split) -> CheckResults:
     share = _tiny_boxes(split.summary) / max(1, int(split.summary.scaled_sides.sum()))
     if share > TINY_SHARE:
         yield "objects-tiny", [Example(split=split.title, detail=f"{share:.0%} of all boxes")], 1
 
 
-def _check_statistics(split: _Split) -> Found:
-    """Only where every row could be counted; otherwise a worse finding says why not."""
+def _check_statistics(split: _Split) -> CheckResults:
+    """Compare recounted statistics with the manifest, if every row could be counted; otherwise another finding says why."""
     manifest, summary = split.shards.manifest, split.summary
     if summary.statistics is None or summary.counted != manifest.images:
         return
-    said = dict(_values("", manifest.statistics.model_dump())) | {"boxes": manifest.boxes}
+    stated = dict(_values("", manifest.statistics.model_dump())) | {"boxes": manifest.boxes}
     counted = dict(_values("", summary.statistics.model_dump()))
     counted["boxes"] = sum(summary.statistics.class_counts) + summary.statistics.crowd_boxes
-    different = [name for name in said | counted if said.get(name) != counted.get(name)]
-    details = [f"{name} is {said.get(name)!r} in the manifest, {counted.get(name)!r} counted" for name in different]
+    different = [name for name in stated | counted if stated.get(name) != counted.get(name)]
+    details = [f"{name} is {stated.get(name)!r} in the manifest, {counted.get(name)!r} counted" for name in different]
     yield "statistics-differ", [Example(split=split.title, detail=detail) for detail in details], len(details)
 
 
 def _values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Every number and string of nested data by its path, such as class_counts.3."""
+    """Yield (path, value) of every number and string in nested data, with paths such as class_counts.3."""
     if isinstance(value, dict | tuple):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _values(f"{name}.{key}" if name else str(key), inner)
@@ -223,18 +242,19 @@ def _values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _check_rejected(split: _Split) -> Found:
-    promised = split.shards.manifest.rejected
+def _check_rejected(split: _Split) -> CheckResults:
+    stated = split.shards.manifest.rejected
     try:
         rejected = read_rejected(split.shards)
     except READ_ERRORS as error:
-        if promised:
-            detail = f"the manifest counts {promised}: {error}"
+        if stated:
+            detail = f"the manifest counts {stated}: {error}"
             yield "rejected-list", [Example(split=split.title, detail=detail)], 1
         return
-    if len(rejected) != promised:
-        detail = f"{len(rejected)} rows, the manifest counts {promised}"
+    if len(rejected) != stated:
+        detail = f"{len(rejected)} rows, the manifest counts {stated}"
         yield "rejected-list", [Example(split=split.title, detail=detail)], 1
+    # The most frequent reasons, each with its first case.
     reasons = Counter((row.kind, row.reason) for row in rejected)
     examples = []
     for (kind, reason), count in islice(reasons.most_common(), EXAMPLES):
@@ -244,7 +264,7 @@ def _check_rejected(split: _Split) -> Found:
     yield "rejected", examples, len(rejected)
 
 
-def _check_categories(splits: Sequence[_Split]) -> Found:
+def _check_categories(splits: Sequence[_Split]) -> CheckResults:
     first = splits[0].shards.manifest.categories
     for split in splits[1:]:
         categories = split.shards.manifest.categories

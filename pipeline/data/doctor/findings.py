@@ -1,197 +1,209 @@
-"""What the doctor can find: for each kind how bad it is, what it means and what to do about it."""
+"""Kinds of findings: severity, meaning and advice of each, and the tally that collects them."""
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from pipeline.data.shards.manifest import Data
+from pipeline.data.shards.manifest import FrozenModel
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-EXAMPLES = 5  # of each finding
-QUERIES = 300  # of the released models: the most objects that they can detect in an image
-EDGE_TOLERANCE_PX = 1.0  # boxes that pass the edge by no more were rounded, or counted from 1
-RARE_BOXES = 10  # fewer are called rare
-UNBALANCED_RATIO = 100  # of the most to the least frequent class
-TINY_SHARE = 1 / 3  # of all boxes; 0.41 in COCO by the area of masks
+EXAMPLES = 5  # per finding
+QUERIES = 300  # queries of the released models: the largest number of objects that they can detect in an image
+EDGE_TOLERANCE_PX = 1.0  # smaller overshoots come from rounding, or from pixels counted from 1
+RARE_BOXES = 10  # a class with fewer boxes is rare
+UNBALANCED_RATIO = 100  # most to least frequent class
+TINY_SHARE = 1 / 3  # fraction of all boxes; 0.41 in COCO, by mask area
 
 
-class Kind(NamedTuple):
+class FindingKind(NamedTuple):
+    """A kind of defect that the doctor can find."""
+
     severity: Severity
-    unit: str  # what is counted
+    unit: str  # singular noun of the counted things
     meaning: str
     advice: str
 
 
 AGAIN = "Copy the folder again from where it was prepared, or prepare the split again."
 AT_SOURCE = "Correct the annotation in the source and prepare the split again."
-KINDS = {
-    "shard-missing": Kind("error", "shard", "The manifest names a shard that is not in its folder.", AGAIN),
-    "shard-size": Kind("error", "shard", "A shard is longer or shorter than its manifest says.", AGAIN),
-    "shard-hash": Kind("error", "shard", "The bytes of a shard do not have the SHA-256 in the manifest.", AGAIN),
-    "shard-unreadable": Kind("error", "shard", "A shard, or a row group of it, cannot be read as Parquet.", AGAIN),
-    "shard-schema": Kind(
+FINDING_KINDS = {
+    "shard-missing": FindingKind("error", "shard", "The manifest lists a shard that is not in the folder.", AGAIN),
+    "shard-size": FindingKind("error", "shard", "The size of a shard file differs from the manifest.", AGAIN),
+    "shard-hash": FindingKind("error", "shard", "The SHA-256 of a shard file differs from the manifest.", AGAIN),
+    "shard-unreadable": FindingKind(
+        "error", "shard", "A shard, or a row group of it, cannot be read as Parquet.", AGAIN
+    ),
+    "shard-schema": FindingKind(
         "error",
         "shard",
-        "The columns of a shard are not those of this format; its rows were not looked at.",
+        "The columns of a shard differ from this format; its rows were not checked.",
         "Prepare the split again with this version.",
     ),
-    "shard-row-groups": Kind(
-        "error", "shard", "A shard has other row groups than its manifest says: batches would get wrong rows.", AGAIN
+    "shard-row-groups": FindingKind(
+        "error", "shard", "The row groups of a shard differ from the manifest: batches would get wrong rows.", AGAIN
     ),
-    "value-missing": Kind(
-        "error", "image", "A row lacks a value. It was not looked at any further.", "Prepare the split again."
+    "value-missing": FindingKind(
+        "error", "image", "A row lacks a value. It was not checked further.", "Prepare the split again."
     ),
-    "list-lengths": Kind(
+    "list-lengths": FindingKind(
         "error",
         "image",
-        "Boxes, labels, areas and crowd flags of an image differ in number. The row was not looked at any further.",
+        "An image has different numbers of boxes, labels, areas and crowd flags. The row was not checked further.",
         "Prepare the split again.",
     ),
-    "image-undecodable": Kind(
+    "image-undecodable": FindingKind(
         "error",
         "image",
-        "An image is broken or cut off. Training puts another in its place, evaluation stops at it.",
-        "Prepare the split again with --verify, which is the default: it leaves such images out and lists them.",
+        "An image is damaged or truncated. Training replaces it with another image; evaluation fails.",
+        "Prepare the split again with --verify, the default, which rejects such images and lists them.",
     ),
-    "image-size": Kind(
+    "image-size": FindingKind(
         "error",
         "image",
-        "An image is not as large as its row says, so its boxes lie in other pixels than the objects.",
-        "Look whether the image was resized or turned after it was annotated, and prepare the split again.",
+        "The size of an image differs from its row, so its boxes do not match the pixels.",
+        "Check whether the image was resized or rotated after annotation, then prepare the split again.",
     ),
-    "image-id-repeated": Kind(
+    "image-id-repeated": FindingKind(
         "error",
         "image",
-        "Several images of a split share an id: evaluation and augmentation would take them for one.",
+        "Several images of a split share an id: evaluation and augmentation would treat them as one.",
         "Make the ids of the source unique and prepare the split again.",
     ),
-    "image-in-splits": Kind(
+    "image-in-splits": FindingKind(
         "error",
         "image",
-        "The same file is in several splits: a model is tested on what it was trained on.",
-        "Take it out of all splits but one.",
+        "The same file is in several splits: the model would be tested on training images.",
+        "Remove it from all splits but one.",
     ),
-    "categories-differ": Kind(
+    "categories-differ": FindingKind(
         "error",
         "split",
-        "The splits number their categories differently: a label means one thing here and another there.",
+        "The splits number their categories differently: the same label means different classes.",
         "Prepare all splits with the same categories in the same order.",
     ),
-    "label-unknown": Kind("error", "box", "A label is none of the manifest's categories.", "Prepare the split again."),
-    "box-not-finite": Kind("error", "box", "A corner of a box is NaN or infinite.", AT_SOURCE),
-    "box-degenerate": Kind("error", "box", "A box has no width or no height.", AT_SOURCE),
-    "box-outside": Kind(
-        "error", "box", "A box lies outside its image altogether: training drops it, evaluation misses it.", AT_SOURCE
+    "label-unknown": FindingKind(
+        "error", "box", "A label is not among the manifest's categories.", "Prepare the split again."
     ),
-    "statistics-differ": Kind(
-        "error", "value", "The manifest's statistics are not those of its rows.", "Prepare the split again."
+    "box-not-finite": FindingKind("error", "box", "A corner of a box is NaN or infinite.", AT_SOURCE),
+    "box-degenerate": FindingKind("error", "box", "A box has no width or no height.", AT_SOURCE),
+    "box-outside": FindingKind(
+        "error",
+        "box",
+        "A box lies entirely outside its image: training drops it, evaluation counts it as missed.",
+        AT_SOURCE,
     ),
-    "box-past-edge": Kind(
+    "statistics-differ": FindingKind(
+        "error", "value", "The manifest's statistics differ from those of the rows.", "Prepare the split again."
+    ),
+    "box-past-edge": FindingKind(
         "warning",
         "box",
-        f"A box passes the edge of its image by more than {EDGE_TOLERANCE_PX:g} px. Training clips it, evaluation does not.",
-        "Look at the pictures: a shift or a wrong scale shows here first. Clip it in the source if it is none.",
+        f"A box extends beyond its image by more than {EDGE_TOLERANCE_PX:g} px. Training clips it, evaluation does not.",
+        "Look at the images: a shift or a wrong scale shows here first. If there is none, clip the box in the source.",
     ),
-    "box-repeated": Kind(
+    "box-repeated": FindingKind(
         "warning",
         "box",
-        "A box occurs twice in an image with the same label: one of the two is always counted as missed.",
+        "A box with the same label occurs twice in an image: one of the two always counts as missed.",
         "Remove the copy in the source and prepare the split again.",
     ),
-    "area-not-positive": Kind(
+    "area-not-positive": FindingKind(
         "warning",
         "box",
         "The annotated area of a box is not a positive number, so evaluation counts it as small.",
         AT_SOURCE,
     ),
-    "image-repeated": Kind(
+    "image-repeated": FindingKind(
         "warning",
         "image",
         "The same file is in the split more than once, perhaps with other boxes.",
-        "Keep one of them, with the better boxes.",
+        "Keep the copy with the better boxes.",
     ),
-    "image-crowded": Kind(
+    "image-crowded": FindingKind(
         "warning",
         "image",
-        f"An image has more boxes than the {QUERIES} queries of a released model: the rest cannot be found.",
+        f"An image has more boxes than the {QUERIES} queries of a released model: the rest cannot be detected.",
         "Raise num_queries above the largest number of boxes, or cut such images into tiles.",
     ),
-    "class-empty": Kind(
+    "class-empty": FindingKind(
         "warning",
         "class",
-        "A category has not one box in this split: it is not learned, or not measured.",
-        "Add examples, or take the category out.",
+        "A category has no box in this split: it cannot be learned, or not measured.",
+        "Add examples, or remove the category.",
     ),
-    "class-rare": Kind(
+    "class-rare": FindingKind(
         "warning",
         "class",
         f"A category has fewer than {RARE_BOXES} boxes: too few to learn, and its AP means little.",
         "Add examples, merge it with a neighbour, or do not rely on its AP.",
     ),
-    "rejected": Kind(
+    "rejected": FindingKind(
         "warning",
         "row",
-        "Preparing left out images or boxes.",
-        "rejected.parquet names each with its reason; --strict makes them an error of jobs.prepare.",
+        "`dfine prepare` rejected images or boxes.",
+        "rejected.parquet lists each with its reason; --strict turns rejections into an error.",
     ),
-    "rejected-list": Kind(
+    "rejected-list": FindingKind(
         "warning",
         "split",
-        "rejected.parquet cannot be read, or is not the list that the manifest counts.",
+        "rejected.parquet cannot be read, or its number of rows differs from the manifest.",
         AGAIN,
     ),
-    "row-groups-large": Kind(
+    "row-groups-large": FindingKind(
         "warning",
         "shard",
         "A shard has row groups of more than 64 rows: shuffled reading fetches more than it needs.",
         "Prepare the split again with a smaller --row-group-rows.",
     ),
-    "box-rounded": Kind(
+    "box-rounded": FindingKind(
         "note",
         "box",
-        f"A box passes the edge of its image by at most {EDGE_TOLERANCE_PX:g} px, as rounding makes it.",
-        "Nothing; training clips it.",
+        f"A box extends beyond its image by at most {EDGE_TOLERANCE_PX:g} px, probably from rounding.",
+        "No action needed; training clips it.",
     ),
-    "class-unbalanced": Kind(
+    "class-unbalanced": FindingKind(
         "note",
         "split",
-        f"The most frequent class has over {UNBALANCED_RATIO} times as many boxes as the least frequent one.",
-        "Read AP class by class; consider more examples of the rare ones.",
+        f"The most frequent class has more than {UNBALANCED_RATIO} times as many boxes as the least frequent one.",
+        "Look at AP per class; consider more examples of the rare classes.",
     ),
-    "objects-tiny": Kind(
+    "objects-tiny": FindingKind(
         "note",
         "split",
-        "Many boxes are below 32 x 32 px when the image is stretched to 640 x 640, where AP is lowest.",
+        "Many boxes are smaller than 32 x 32 px once the image is stretched to 640 x 640, where AP is lowest.",
         "Consider a larger input_size, or tiles.",
     ),
-    "image-empty": Kind(
-        "note", "image", "An image has no object to learn from.", "Nothing if it is meant: it teaches background."
+    "image-empty": FindingKind(
+        "note", "image", "An image has no object to learn from.", "No action needed if intended: it teaches background."
     ),
 }
 
 
-class Example(Data):
-    """Where something was found, as far as it has a place."""
+class Example(FrozenModel):
+    """One case of a finding, with its location where it has one."""
 
     split: str
     shard: str | None = None
-    row: int | None = None  # of the shard
+    row: int | None = None  # within the shard
     image_id: int | None = None
     file_name: str | None = None
-    box: int | None = None  # of the image
+    box: int | None = None  # within the image
     detail: str = ""
-    magnitude: float = 0.0  # the examples with the largest are shown
+    magnitude: float = 0.0  # the largest ones are kept as examples
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
+        """Shard, row and image, as text; empty where there is none."""
         if self.image_id is None:
             return self.shard or ""
         return f"{self.shard} row {self.row}, image {self.image_id} ({self.file_name})"
 
 
-class Finding(Data):
-    code: str  # of KINDS
+class Finding(FrozenModel):
+    """All cases of one kind in one split, or between several."""
+
+    code: str  # key of FINDING_KINDS
     severity: Severity
     splits: tuple[str, ...]
     count: int
@@ -202,35 +214,45 @@ class Finding(Data):
 
     @property
     def title(self) -> str:
+        """Headline, such as `box-outside: 3 boxes in train`."""
         counted = "" if self.unit == "split" else f"{plural(self.count, self.unit)} "
         return f"{self.code}: {counted}in {', '.join(self.splits)}"
 
 
 class Tally:
-    """How often each kind of thing was found, with the worst few examples."""
+    """Number of cases of each kind, with the worst few as examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[Example]] = {}
 
     def add(self, code: str, examples: Iterable[Example], count: int) -> None:
-        """`count` more, some of which are the examples."""
+        """Count `count` more cases, some of which are the examples."""
         if count:
             self.counts[code] += count
             known = [*self.examples.get(code, []), *examples]
             self.examples[code] = sorted(known, key=lambda example: -example.magnitude)[:EXAMPLES]
 
     def merge(self, other: "Tally") -> None:
+        """Add all cases of another tally."""
         for code, count in other.counts.items():
             self.add(code, other.examples[code], count)
 
     def findings(self, splits: tuple[str, ...]) -> list[Finding]:
+        """One finding for each kind with a case."""
         return [
-            Finding(code=code, splits=splits, count=count, examples=tuple(self.examples[code]), **KINDS[code]._asdict())
+            Finding(
+                code=code,
+                splits=splits,
+                count=count,
+                examples=tuple(self.examples[code]),
+                **FINDING_KINDS[code]._asdict(),
+            )
             for code, count in self.counts.items()
         ]
 
 
 def plural(count: int, unit: str) -> str:
+    """Count and noun, such as `1 box` or `1,204 images`."""
     ending = "" if count == 1 else "es" if unit.endswith(("x", "s")) else "s"
     return f"{count:,} {unit}{ending}"

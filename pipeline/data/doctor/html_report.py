@@ -1,4 +1,4 @@
-"""What the doctor found, for a terminal and as a page with plots and pictures. As JSON it is `Report` itself."""
+"""The doctor's report as text for a terminal, and as an HTML page with plots and images."""
 
 import base64
 import io
@@ -6,31 +6,33 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pipeline.data.doctor.examine import Report, SplitReport
+from pipeline import html_pages
+from pipeline.data.doctor.examine import DoctorReport, SplitReport
 from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding, plural
 from pipeline.data.doctor.row_checks import SIDE_EDGES, TINY_SIDE
-from pipeline.data.doctor.thumbnails import Picture, chosen_rows, picture
+from pipeline.data.doctor.thumbnails import Thumbnail, sample_rows, thumbnail
 from pipeline.data.shards.manifest import ShardSet
 
-SHEET_PICTURES = 24
-FINDING_PICTURES = 4  # beside each finding
-MOST_CLASS_NAMES = 100  # that fit below a plot
-COLOURS = ("#2f6fb5", "#e07b28", "#3b9b5a", "#b04a8f", "#7a6a58")  # of the splits
+SHEET_IMAGES = 24
+IMAGES_PER_FINDING = 4
+MOST_CLASS_NAMES = 100  # more do not fit below a plot
+COLOURS = ("#2f6fb5", "#e07b28", "#3b9b5a", "#b04a8f", "#7a6a58")  # one per split
 
 
-def verdict(report: Report) -> str:
+def summary_line(report: DoctorReport) -> str:
+    """Number of findings of each severity."""
     counts = ", ".join(plural(report.count(severity), severity) for severity in SEVERITIES)
     return counts if report.decoded else f"{counts}; images were not decoded"
 
 
-def as_text(report: Report) -> str:
-    blocks = [*map(_split_text, report.splits), *map(_finding_text, report.findings), verdict(report)]
+def doctor_text(report: DoctorReport) -> str:
+    """Format the report for a terminal."""
+    blocks = [*map(_split_text, report.splits), *map(_finding_text, report.findings), summary_line(report)]
     return "\n\n".join(blocks)
 
 
@@ -39,7 +41,7 @@ def _split_text(split: SplitReport) -> str:
 
 
 def split_facts(split: SplitReport) -> list[str]:
-    """A few sentences on what is in a split, one a line."""
+    """Contents of a split, one fact per line."""
     facts = [
         f"{plural(split.images, 'image')}, {plural(split.boxes, 'box')} of {len(split.categories)} classes in"
         f" {plural(split.shards, 'shard')} of {split.bytes / 1e6:,.1f} MB; {split.rejected} rejected"
@@ -50,8 +52,8 @@ def split_facts(split: SplitReport) -> list[str]:
         width, height = counted.width, counted.height
         facts += [
             f"{per_image.mean:.1f} boxes per image, at most {per_image.max} (image {fullest.image_id},"
-            f" {fullest.file_name}); {empty} without, {crowds}",
-            f"{split.tiny_share:.0%} of the boxes are tiny: below {TINY_SIDE} x {TINY_SIDE} px at 640 x 640",
+            f" {fullest.file_name}); {empty} without boxes, {crowds}",
+            f"{split.tiny_share:.0%} of the boxes are tiny: smaller than {TINY_SIDE} x {TINY_SIDE} px at 640 x 640",
             f"images are {width.min} to {width.max} px wide and {height.min} to {height.max} px high",
         ]
     if split.images_counted < split.images:
@@ -69,96 +71,93 @@ def _finding_text(finding: Finding) -> str:
 
 
 def example_texts(finding: Finding) -> list[str]:
-    """One line each, and how many more there are of those that have a place."""
-    texts = [": ".join(part for part in (example.place, example.detail) if part) for example in finding.examples]
+    """One line per example, and the number of further cases."""
+    texts = [": ".join(part for part in (example.location, example.detail) if part) for example in finding.examples]
     more = finding.count - len(texts) if finding.examples[0].row is not None else 0
     return [text for text in texts if text] + [f"and {more:,} more"] * (more > 0)
 
 
 @dataclass(frozen=True)
 class Plot:
+    """A figure of the page."""
+
     title: str
     source: str  # a data URI
     wide: bool = False
 
 
-def as_html(report: Report, shard_sets: Sequence[ShardSet], *, seed: int = 0) -> str:
-    """One self-contained page.
+def doctor_page(report: DoctorReport, shard_sets: Sequence[ShardSet], *, seed: int = 0) -> str:
+    """Render one self-contained page.
 
     Args:
-        shard_sets: those that the report is about, in its order.
-        seed: of the choice of images on the sheet.
+        shard_sets: the checked sets, in the order of the report.
+        seed: seed of the sampled images.
     """
-    sheet = [picture(shard_sets[n], shard, row) for n, shard, row in chosen_rows(shard_sets, SHEET_PICTURES, seed)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.data.doctor"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("doctor.html.j2").render(
+    sheet = [thumbnail(shard_sets[n], shard, row) for n, shard, row in sample_rows(shard_sets, SHEET_IMAGES, seed)]
+    return html_pages.render(
+        "pipeline.data.doctor",
+        "doctor.html.j2",
         report=report,
-        verdict=verdict(report),
+        summary_line=summary_line(report),
         splits=[
             (split, split_facts(split), colour) for split, colour in zip(report.splits, _colours(report), strict=True)
         ],
-        findings=[(finding, _pictures_of(finding, report, shard_sets)) for finding in report.findings],
+        findings=[(finding, _thumbnails_of(finding, report, shard_sets)) for finding in report.findings],
         plots=_plots(report),
         classes=_class_table(report),
-        sheet=[drawn for drawn in sheet if drawn is not None],
+        sheet=[image for image in sheet if image is not None],
         seed=seed,
         example_texts=example_texts,
     )
 
 
-def _pictures_of(finding: Finding, report: Report, shard_sets: Sequence[ShardSet]) -> list[Picture]:
-    """The images of the examples, each once, with the boxes in question marked."""
+def _thumbnails_of(finding: Finding, report: DoctorReport, shard_sets: Sequence[ShardSet]) -> list[Thumbnail]:
+    """Thumbnails of the examples, each image once, with the boxes in question highlighted."""
     if finding.code == "image-empty":
         return []  # there is nothing to see
     marks: dict[tuple[str, str | None, int], list[int | None]] = {}
     for example in finding.examples:
         if example.row is not None:
             marks.setdefault((example.split, example.shard, example.row), []).append(example.box)
-    pictures = []
-    for (title, file, row), boxes in list(marks.items())[:FINDING_PICTURES]:
+    thumbnails = []
+    for (title, file, row), boxes in list(marks.items())[:IMAGES_PER_FINDING]:
         shards = next(s for split, s in zip(report.splits, shard_sets, strict=True) if split.title == title)
         number = next(n for n, shard in enumerate(shards.manifest.shards) if shard.file == file)
-        pictures.append(picture(shards, number, row, boxes))
-    return [drawn for drawn in pictures if drawn is not None]
+        thumbnails.append(thumbnail(shards, number, row, boxes))
+    return [image for image in thumbnails if image is not None]
 
 
-def _class_table(report: Report) -> list[tuple[str, list[int | None]]]:
-    """Names and boxes in each split, the most frequent first; names of all splits, should they differ."""
+def _class_table(report: DoctorReport) -> list[tuple[str, list[int | None]]]:
+    """Number of boxes per class and split, the most frequent class first; classes of all splits, in case they differ."""
     names = dict.fromkeys(name for split in report.splits for name in split.categories)
     counts = [
         dict(zip(split.categories, split.statistics.class_counts, strict=True)) if split.statistics else {}
         for split in report.splits
     ]
-    table = [(name, [of_split.get(name) for of_split in counts]) for name in names]
+    table = [(name, [split_counts.get(name) for split_counts in counts]) for name in names]
     return sorted(table, key=lambda row: [-(boxes or 0) for boxes in row[1]])
 
 
-def _colours(report: Report) -> list[str]:
+def _colours(report: DoctorReport) -> list[str]:
     return [COLOURS[n % len(COLOURS)] for n in range(len(report.splits))]
 
 
-def _plots(report: Report) -> list[Plot]:
+def _plots(report: DoctorReport) -> list[Plot]:
     if all(split.statistics is None for split in report.splits):
         return []
     return [
-        _plot("Boxes of each class", report, _draw_classes, wide=True),
-        _plot("Box size at 640 x 640", report, _draw_box_sizes),
-        _plot("Boxes per image", report, _draw_boxes_per_image),
-        _plot("Image size", report, _draw_image_sizes),
+        _plot("Boxes per class", report, _plot_classes, wide=True),
+        _plot("Box size at 640 x 640", report, _plot_box_sizes),
+        _plot("Boxes per image", report, _plot_boxes_per_image),
+        _plot("Image size", report, _plot_image_sizes),
     ]
 
 
-def _plot(title: str, report: Report, draw: Callable[[Axes, Report], None], *, wide: bool = False) -> Plot:
+def _plot(title: str, report: DoctorReport, plot: Callable[[Axes, DoctorReport], None], *, wide: bool = False) -> Plot:
     figure = Figure(figsize=(11, 3.6) if wide else (4.6, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
-    draw(axes, report)
+    plot(axes, report)
     if len(report.splits) > 1:
         axes.legend(frameon=False, fontsize=8)
     png = io.BytesIO()
@@ -166,25 +165,25 @@ def _plot(title: str, report: Report, draw: Callable[[Axes, Report], None], *, w
     return Plot(title, "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(), wide)
 
 
-def _draw_classes(axes: Axes, report: Report) -> None:
+def _plot_classes(axes: Axes, report: DoctorReport) -> None:
     table = _class_table(report)
-    place = np.arange(len(table))
+    position = np.arange(len(table))
     width = 0.85 / len(report.splits)
     for n, (split, colour) in enumerate(zip(report.splits, _colours(report), strict=True)):
         boxes = [counts[n] or 0 for _, counts in table]
-        axes.bar(place + (n - (len(report.splits) - 1) / 2) * width, boxes, width, color=colour, label=split.title)
+        axes.bar(position + (n - (len(report.splits) - 1) / 2) * width, boxes, width, color=colour, label=split.title)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.7)  # so that a bar of one box is seen
+    axes.set_ylim(bottom=0.7)  # a bar of one box stays visible
     axes.set_ylabel("boxes")
     axes.margins(x=0.01)
     if len(table) <= MOST_CLASS_NAMES:
         angle, size = (0, 9) if len(table) <= 12 else (90, 9 if len(table) < 50 else 6.5)
-        axes.set_xticks(place, [name for name, _ in table], rotation=angle, fontsize=size)
+        axes.set_xticks(position, [name for name, _ in table], rotation=angle, fontsize=size)
     else:
         axes.set_xlabel("classes, the most frequent first")
 
 
-def _draw_box_sizes(axes: Axes, report: Report) -> None:
+def _plot_box_sizes(axes: Axes, report: DoctorReport) -> None:
     for split, colour in zip(report.splits, _colours(report), strict=True):
         share = np.array(split.scaled_sides) / max(1, sum(split.scaled_sides))
         axes.stairs(share, SIDE_EDGES, color=colour, fill=len(report.splits) == 1, lw=1.5, label=split.title)
@@ -197,7 +196,7 @@ def _draw_box_sizes(axes: Axes, report: Report) -> None:
     axes.set_ylabel("share of boxes")
 
 
-def _draw_boxes_per_image(axes: Axes, report: Report) -> None:
+def _plot_boxes_per_image(axes: Axes, report: DoctorReport) -> None:
     largest = 0
     for split, colour in zip(report.splits, _colours(report), strict=True):
         if split.statistics is not None:
@@ -213,7 +212,7 @@ def _draw_boxes_per_image(axes: Axes, report: Report) -> None:
     axes.set_ylabel("share of images")
 
 
-def _draw_image_sizes(axes: Axes, report: Report) -> None:
+def _plot_image_sizes(axes: Axes, report: DoctorReport) -> None:
     for split, colour in zip(report.splits, _colours(report), strict=True):
         sizes = split.image_sizes
         images = np.array([cell.images for cell in sizes])

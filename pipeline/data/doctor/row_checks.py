@@ -1,4 +1,4 @@
-"""The doctor's checks of one row group, and the summary that adds up from there to a split."""
+"""Checks of the rows of one row group, and summaries that merge from row groups up to a split."""
 
 import hashlib
 from collections import Counter
@@ -17,29 +17,29 @@ from pipeline.data.shards.manifest import Statistics
 from pipeline.data.shards.records import SHARD_SCHEMA
 from pipeline.data.shards.set_statistics import add_up, count_rows
 
-ROUNDING_PX = 0.01  # what float32 may do to a corner
+ROUNDING_PX = 0.01  # float32 rounding of a corner
 INPUT_SIDE, TINY_SIDE = 640, 32  # px
 SIDE_EDGES = np.array([0, *2 ** (np.arange(39) / 4)])  # px, four bins per octave up to 724; TINY_SIDE is one of them
-SIZE_CELL = 32  # px; image sizes are counted rounded to this
+SIZE_CELL = 32  # px; image sizes are rounded to multiples of this
 LISTS = ("boxes", "labels", "areas", "crowd")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row group lies."""
+class RowGroupLocation:
+    """Location of a row group."""
 
-    split: str  # its name in examples
+    split: str  # name in examples
     shard: int
-    file: str  # of the shard
-    first_row: int = 0  # in the shard
+    file: str  # name of the shard
+    first_row: int = 0  # within the shard
 
 
 @dataclass(frozen=True)
 class RowIndex:
-    """What is kept of every image until the end, about 70 bytes, to find those that occur twice."""
+    """About 70 bytes per image, kept until the end to find images that occur twice."""
 
     shard: NDArray[np.int32]  # [N]
-    row: NDArray[np.int32]  # [N] of the shard
+    row: NDArray[np.int32]  # [N] within the shard
     image_id: NDArray[np.int64]  # [N]
     content: NDArray[np.void]  # [N] hash of the encoded image, 16 bytes
     file_name: pa.StringArray  # [N]
@@ -47,25 +47,25 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was found in some rows, and counts over those of them that are whole."""
+    """Findings in some rows, and counts over the intact ones."""
 
     tally: Tally
     index: RowIndex
-    statistics: Statistics | None  # of the rows that can be counted; None if there are none
-    counted: int  # such rows
+    statistics: Statistics | None  # over the rows that can be counted; None if there are none
+    counted: int  # rows in `statistics`
     scaled_sides: NDArray[np.int64]  # boxes to learn by sqrt(area) at 640x640, between SIDE_EDGES
     image_sizes: Counter[tuple[int, int]]  # images by (width, height) in units of SIZE_CELL
 
 
-def summary_of(tally: Tally) -> Summary:
-    """No rows, only what was found."""
+def empty_summary(tally: Tally) -> Summary:
+    """Summary of no rows, with the given findings."""
     rows = np.empty(0, np.int32)
     none = RowIndex(rows, rows, np.empty(0, np.int64), np.empty(0, "V16"), pa.array([], pa.string()))
     return Summary(tally, none, None, 0, np.zeros(len(SIDE_EDGES) - 1, np.int64), Counter())
 
 
-def merged(parts: Sequence[Summary]) -> Summary:
-    """The summary of all rows together; at least one part."""
+def merge_summaries(parts: Sequence[Summary]) -> Summary:
+    """Merge the summaries of at least one part."""
     tally, image_sizes = Tally(), Counter[tuple[int, int]]()
     for part in parts:
         tally.merge(part.tally)
@@ -87,37 +87,39 @@ def merged(parts: Sequence[Summary]) -> Summary:
     )
 
 
-def check_rows(rows: pa.Table, place: Place, *, num_classes: int, decode: bool) -> Summary:
-    """Everything about the rows of one row group. A row that lacks values or mixes its lists up is not looked into.
+def check_rows(rows: pa.Table, location: RowGroupLocation, *, num_classes: int, decode: bool) -> Summary:
+    """Check the rows of one row group. A row with missing values or unequal lists is not checked further.
 
     Args:
-        rows: [I] of SHARD_SCHEMA, their values unchecked.
-        decode: decode every image; otherwise only its header is read.
+        rows: [I] rows of SHARD_SCHEMA, with unchecked values.
+        decode: decode every image; otherwise only headers are read.
     """
+    # Rows whose structure is broken are reported and left out.
     rows = rows.set_column(rows.column_names.index("file_name"), "file_name", _readable(rows["file_name"]))
-    found = _Found(rows, place, np.arange(len(rows)))
+    findings = _RowFindings(rows, location, np.arange(len(rows)))
     incomplete = _lacks_a_value(rows)
     lengths = {name: pc.fill_null(pc.list_value_length(rows[name]), 0).to_numpy() for name in LISTS}
     groups = [lengths["boxes"] / 4, lengths["labels"], lengths["areas"], lengths["crowd"]]
     unequal = ~incomplete & (np.ptp(groups, axis=0) > 0)
-    found.add("value-missing", incomplete)
-    found.add("list-lengths", unequal, lambda i: ", ".join(f"{lengths[name][i]} {name}" for name in LISTS))
+    findings.add("value-missing", incomplete)
+    findings.add("list-lengths", unequal, lambda i: ", ".join(f"{lengths[name][i]} {name}" for name in LISTS))
 
-    sound = np.flatnonzero(~incomplete & ~unequal)
-    if len(sound) == 0:
-        return summary_of(found.tally)
-    rows = rows.take(sound).combine_chunks() if len(sound) < len(rows) else rows
-    found = _Found(rows, place, sound, found.tally)
-    _check_images(rows, found, decode)
-    countable = _check_boxes(rows, found, num_classes)
+    # All other checks see intact rows only.
+    intact = np.flatnonzero(~incomplete & ~unequal)
+    if len(intact) == 0:
+        return empty_summary(findings.tally)
+    rows = rows.take(intact).combine_chunks() if len(intact) < len(rows) else rows
+    findings = _RowFindings(rows, location, intact, findings.tally)
+    _check_images(rows, findings, decode)
+    countable = _check_boxes(rows, findings, num_classes)
     return Summary(
-        tally=found.tally,
+        tally=findings.tally,
         index=RowIndex(
-            shard=np.full(len(sound), place.shard, np.int32),
-            row=found.numbers.astype(np.int32),
+            shard=np.full(len(intact), location.shard, np.int32),
+            row=findings.numbers.astype(np.int32),
             image_id=rows["image_id"].to_numpy(),
             content=_content_hashes(rows),
-            file_name=found.names,
+            file_name=findings.names,
         ),
         statistics=count_rows(rows.filter(pa.array(countable)), num_classes) if countable.any() else None,
         counted=int(countable.sum()),
@@ -126,41 +128,45 @@ def check_rows(rows: pa.Table, place: Place, *, num_classes: int, decode: bool) 
     )
 
 
-class _Found:
-    """Takes down what is found in some rows of a row group, by their places in it."""
+class _RowFindings:
+    """Adds findings of some rows of a row group to a tally, with their locations."""
 
-    def __init__(self, rows: pa.Table, place: Place, rows_of_group: NDArray[Any], tally: Tally | None = None) -> None:
+    def __init__(
+        self, rows: pa.Table, location: RowGroupLocation, rows_of_group: NDArray[Any], tally: Tally | None = None
+    ) -> None:
         self.tally = tally or Tally()
-        self.numbers = rows_of_group + place.first_row  # [I] in the shard
+        self.numbers = rows_of_group + location.first_row  # [I] in the shard
         self.names: pa.StringArray = rows["file_name"].combine_chunks()
         self._image_ids = rows["image_id"].to_pylist()
-        self._place = place
+        self._location = location
 
     def add(
         self,
         code: str,
         where: NDArray[np.bool_],
-        detail: Callable[[int], str] = lambda i: "",
+        detail: Callable[[int], str] = lambda _: "",
         *,
         magnitude: NDArray[Any] | None = None,
         image: NDArray[np.int64] | None = None,
     ) -> None:
-        """Count where it is so; the cases of largest magnitude become examples.
+        """Count the cases; those of largest magnitude become examples.
 
         Args:
-            where: [I] images, or [G] boxes.
-            image: [G] of each box, ascending.
+            where: mask of the cases, [I] over images or [G] over boxes.
+            detail: describes case number i.
+            magnitude: severity of each entry of `where`.
+            image: [G] image of each box, ascending; None if `where` is over images.
         """
-        which = np.flatnonzero(where)
+        cases = np.flatnonzero(where)
         if magnitude is not None:
-            which = which[np.argsort(-magnitude[which], kind="stable")]
+            cases = cases[np.argsort(-magnitude[cases], kind="stable")]
         examples = []
-        for case in which[:EXAMPLES].tolist():
+        for case in cases[:EXAMPLES].tolist():
             i = case if image is None else int(image[case])
             examples.append(
                 Example(
-                    split=self._place.split,
-                    shard=self._place.file,
+                    split=self._location.split,
+                    shard=self._location.file,
                     row=int(self.numbers[i]),
                     image_id=self._image_ids[i],
                     file_name=self.names[i].as_py(),
@@ -169,11 +175,11 @@ class _Found:
                     magnitude=0.0 if magnitude is None else float(magnitude[case]),
                 )
             )
-        self.tally.add(code, examples, len(which))
+        self.tally.add(code, examples, len(cases))
 
 
 def _lacks_a_value(rows: pa.Table) -> NDArray[np.bool_]:
-    """[I] whether a column is null, or an element of a list."""
+    """Mask [I] of rows in which a column, or an element of a list, is null."""
     lacking = np.zeros(len(rows), np.bool_)
     for name in SHARD_SCHEMA.names:
         column = rows[name].combine_chunks()
@@ -185,32 +191,32 @@ def _lacks_a_value(rows: pa.Table) -> NDArray[np.bool_]:
 
 
 def _readable(names: pa.ChunkedArray) -> pa.StringArray:
-    """A damaged name need not be UTF-8."""
+    """Decode file names; damaged ones may not be UTF-8."""
     return pa.array([name and name.decode(errors="replace") for name in names.cast("binary").to_pylist()], pa.string())
 
 
-def _check_images(rows: pa.Table, found: _Found, decode: bool) -> None:
-    trouble: dict[str, dict[int, str]] = {"image-undecodable": {}, "image-size": {}}
+def _check_images(rows: pa.Table, findings: _RowFindings, decode: bool) -> None:
+    problems: dict[str, dict[int, str]] = {"image-undecodable": {}, "image-size": {}}
     annotated = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
     for i, (image, size) in enumerate(zip(rows["image"], annotated, strict=True)):
         encoded = image.as_py()
         try:
             stored = image_size(encoded)
             if decode:
-                decode_rgb(encoded, *stored, divisor=8)  # reads all of the file, for less than half the time
+                decode_rgb(encoded, *stored, divisor=8)  # reads the whole file, in less than half the time
         except UndecodableImageError as error:
-            trouble["image-undecodable"][i] = str(error)
+            problems["image-undecodable"][i] = str(error)
         else:
             if stored != size:
-                hint = ", as if it lay on its side" if stored == size[::-1] else ""
-                trouble["image-size"][i] = "the image is {} x {}, its row says {} x {}".format(*stored, *size) + hint
-    for code, cases in trouble.items():
-        found.add(code, np.isin(np.arange(len(rows)), list(cases)), cases.__getitem__)
+                hint = ", as if rotated by 90 degrees" if stored == size[::-1] else ""
+                problems["image-size"][i] = "the image is {} x {}, its row says {} x {}".format(*stored, *size) + hint
+    for code, cases in problems.items():
+        findings.add(code, np.isin(np.arange(len(rows)), list(cases)), cases.__getitem__)
 
 
-def _check_boxes(rows: pa.Table, found: _Found, num_classes: int) -> NDArray[np.bool_]:
-    """[I] whether the boxes of an image can be counted: their labels are known."""
-    image, boxes, sizes = _boxes(rows)
+def _check_boxes(rows: pa.Table, findings: _RowFindings, num_classes: int) -> NDArray[np.bool_]:
+    """Check all boxes; return a mask [I] of the images whose labels are all known, so that their boxes can be counted."""
+    image, boxes, sizes = _flat_boxes(rows)
     labels, areas, crowd = (_flat(rows, name) for name in ("labels", "areas", "crowd"))
     finite: NDArray[np.bool_] = np.all(np.isfinite(boxes), axis=1)
     has_area: NDArray[np.bool_] = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
@@ -221,30 +227,32 @@ def _check_boxes(rows: pa.Table, found: _Found, num_classes: int) -> NDArray[np.
     known = (labels >= 0) & (labels < num_classes)
     learned = np.bincount(image[~crowd], minlength=len(rows))  # [I]
 
+    # Texts of the examples.
     def corners(g: int) -> str:
         return "xyxy " + ", ".join(f"{corner:.6g}" for corner in boxes[g])
 
     def over_the_edge(g: int) -> str:
-        return f"{corners(g)} passes the edge of {sizes[g, 0]} x {sizes[g, 1]} by {beyond[g]:.3g} px"
+        return f"{corners(g)} extends beyond {sizes[g, 0]} x {sizes[g, 1]} by {beyond[g]:.3g} px"
 
-    found.add("box-not-finite", ~finite, corners, image=image)
-    found.add("box-degenerate", finite & ~has_area, corners, image=image)
-    found.add("box-outside", finite & has_area & outside, corners, image=image)
+    # Each box gets at most one of the first five findings.
+    findings.add("box-not-finite", ~finite, corners, image=image)
+    findings.add("box-degenerate", finite & ~has_area, corners, image=image)
+    findings.add("box-outside", finite & has_area & outside, corners, image=image)
     past = touches & (beyond > EDGE_TOLERANCE_PX)
-    found.add("box-past-edge", past, over_the_edge, magnitude=beyond, image=image)
+    findings.add("box-past-edge", past, over_the_edge, magnitude=beyond, image=image)
     rounded = touches & (beyond > ROUNDING_PX) & ~past
-    found.add("box-rounded", rounded, over_the_edge, magnitude=beyond, image=image)
-    found.add("box-repeated", copies, corners, image=image)
-    found.add("label-unknown", ~known, lambda g: f"label {labels[g]}, known are 0..{num_classes - 1}", image=image)
+    findings.add("box-rounded", rounded, over_the_edge, magnitude=beyond, image=image)
+    findings.add("box-repeated", copies, corners, image=image)
+    findings.add("label-unknown", ~known, lambda g: f"label {labels[g]}, known are 0..{num_classes - 1}", image=image)
     no_area = ~(np.isfinite(areas) & (areas > 0))
-    found.add("area-not-positive", no_area, lambda g: f"area {areas[g]:g}, {corners(g)}", image=image)
-    found.add("image-crowded", learned > QUERIES, lambda i: f"{learned[i]} boxes", magnitude=learned)
-    found.add("image-empty", learned == 0)
+    findings.add("area-not-positive", no_area, lambda g: f"area {areas[g]:g}, {corners(g)}", image=image)
+    findings.add("image-crowded", learned > QUERIES, lambda i: f"{learned[i]} boxes", magnitude=learned)
+    findings.add("image-empty", learned == 0)
     return np.bincount(image[~known], minlength=len(rows)) == 0
 
 
-def _boxes(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]:
-    """[G] place of the image of each box, [G, 4] xyxy in pixels, [G, 2] width and height of the image."""
+def _flat_boxes(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]:
+    """Image index [G] of each box, corners [G, 4] xyxy in pixels, and width and height [G, 2] of the image."""
     image = np.repeat(np.arange(len(rows)), pc.list_value_length(rows["labels"]).to_numpy())
     sizes = np.stack([rows["width"].to_numpy(), rows["height"].to_numpy()], axis=1)
     return image, _flat(rows, "boxes").reshape(-1, 4), sizes[image]
@@ -255,7 +263,7 @@ def _flat(rows: pa.Table, name: str) -> NDArray[Any]:
 
 
 def _seen_before(rows: NDArray[Any]) -> NDArray[np.bool_]:
-    """[G] whether a row equals one before it."""
+    """Mask [G] of rows that equal an earlier one."""
     _, first = np.unique(rows, axis=0, return_index=True)
     seen = np.ones(len(rows), np.bool_)
     seen[first] = False
@@ -263,14 +271,14 @@ def _seen_before(rows: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _content_hashes(rows: pa.Table) -> NDArray[np.void]:
-    """[I] of the encoded bytes: an image that was encoded again is another one."""
+    """Hash [I] of the encoded bytes; an image that was re-encoded counts as another one."""
     hashes = [hashlib.blake2b(image.as_buffer(), digest_size=16).digest() for image in rows["image"]]
     return np.frombuffer(b"".join(hashes), "V16")
 
 
 def _scaled_sides(rows: pa.Table) -> NDArray[np.int64]:
-    """Boxes to learn by the side of a square as large, once the image is stretched to 640x640."""
-    _, boxes, sizes = _boxes(rows)
+    """Histogram of sqrt(area) of the boxes to learn, once the image is stretched to 640x640."""
+    _, boxes, sizes = _flat_boxes(rows)
     learned = np.isfinite(boxes).all(1) & ~_flat(rows, "crowd")
     corners, size = boxes[learned].reshape(-1, 2, 2), sizes[learned]  # [G, 2, 2], [G, 2]
     sides = np.diff(corners.clip(0, size[:, None]), axis=1)[:, 0].clip(0) / size.clip(1) * INPUT_SIDE

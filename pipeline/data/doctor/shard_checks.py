@@ -1,6 +1,6 @@
-"""One task of the doctor: every byte and every row of one shard, in the memory of one row group.
+"""Check every byte and every row of one shard, as one task, with one row group in memory at a time.
 
-A shard is read twice, for its hash and for its rows: reading it once would hold it in memory.
+A shard is read twice, for its hash and for its rows: a single pass would have to hold it in memory.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from pipeline import storage
 from pipeline.data.doctor.findings import Example, Tally
-from pipeline.data.doctor.row_checks import Place, Summary, check_rows, merged, summary_of
+from pipeline.data.doctor.row_checks import RowGroupLocation, Summary, check_rows, empty_summary, merge_summaries
 from pipeline.data.shards.manifest import Shard
 from pipeline.data.shards.records import SHARD_SCHEMA
 
@@ -22,33 +22,33 @@ READ_ERRORS = (OSError, pa.ArrowException)
 
 
 def check_shard(split: str, folder: str, number: int, shard: Shard, num_classes: int, decode: bool) -> Summary:
-    """All that is wrong with one shard, and what the checks over all shards need of it.
+    """Check one shard, and summarise it for the checks over all shards.
 
     Args:
-        split: its name in examples.
+        split: name of the split in examples.
         folder: URI of the shard set.
-        decode: decode every image; otherwise only its header is read.
+        decode: decode every image; otherwise only headers are read.
     """
-    place = Place(split, number, shard.file)
-    found: list[tuple[str, str]] = []  # codes and details
+    location = RowGroupLocation(split, number, shard.file)
+    problems: list[tuple[str, str]] = []  # (code, detail)
     parts: list[Summary] = []
     try:
         filesystem, path = storage.resolve(storage.join(folder, shard.file))
-        found += _check_bytes(filesystem, path, shard)
+        problems += _check_bytes(filesystem, path, shard)
         with filesystem.open_input_file(path) as source:
             parquet = pq.ParquetFile(source)
-            found += _check_footer(parquet, shard)
-            if "shard-schema" not in dict(found):
-                parts, unreadable = _check_row_groups(parquet, place, num_classes, decode)
-                found += unreadable
+            problems += _check_footer(parquet, shard)
+            if "shard-schema" not in dict(problems):
+                parts, unreadable = _check_row_groups(parquet, location, num_classes, decode)
+                problems += unreadable
     except FileNotFoundError:
-        found.append(("shard-missing", ""))
+        problems.append(("shard-missing", ""))
     except READ_ERRORS as error:
-        found.append(("shard-unreadable", str(error)))
+        problems.append(("shard-unreadable", str(error)))
     tally = Tally()
-    for code, detail in found:
+    for code, detail in problems:
         tally.add(code, [Example(split=split, shard=shard.file, detail=detail)], 1)
-    return merged([summary_of(tally), *parts])
+    return merge_summaries([empty_summary(tally), *parts])
 
 
 def _check_bytes(filesystem: fs.FileSystem, path: str, shard: Shard) -> list[tuple[str, str]]:
@@ -65,7 +65,7 @@ def _check_bytes(filesystem: fs.FileSystem, path: str, shard: Shard) -> list[tup
 
 
 def _check_footer(parquet: pq.ParquetFile, shard: Shard) -> list[tuple[str, str]]:
-    found = []
+    problems = []
     types = dict(zip(parquet.schema_arrow.names, parquet.schema_arrow.types, strict=True))
     wrong = [
         f"{field.name} is {types.get(field.name, 'missing')}, not {field.type}"
@@ -73,22 +73,22 @@ def _check_footer(parquet: pq.ParquetFile, shard: Shard) -> list[tuple[str, str]
         if types.get(field.name) != field.type
     ]
     if wrong:
-        found.append(("shard-schema", "; ".join(wrong)))
+        problems.append(("shard-schema", "; ".join(wrong)))
     rows = tuple(_rows_of_groups(parquet))
     if rows != shard.row_groups:
-        there, described = (f"{len(groups)} of {sum(groups)} rows" for groups in (rows, shard.row_groups))
-        if there == described:
-            there, described = (", ".join(map(str, groups)) for groups in (rows, shard.row_groups))
-        found.append(("shard-row-groups", f"row groups: {there}; the manifest says {described}"))
+        in_file, in_manifest = (f"{len(groups)} of {sum(groups)} rows" for groups in (rows, shard.row_groups))
+        if in_file == in_manifest:
+            in_file, in_manifest = (", ".join(map(str, groups)) for groups in (rows, shard.row_groups))
+        problems.append(("shard-row-groups", f"row groups: {in_file}; the manifest says {in_manifest}"))
     if max(rows, default=0) > LARGEST_ROW_GROUP:
-        found.append(("row-groups-large", f"up to {max(rows)} rows"))
-    return found
+        problems.append(("row-groups-large", f"up to {max(rows)} rows"))
+    return problems
 
 
 def _check_row_groups(
-    parquet: pq.ParquetFile, place: Place, num_classes: int, decode: bool
+    parquet: pq.ParquetFile, location: RowGroupLocation, num_classes: int, decode: bool
 ) -> tuple[list[Summary], list[tuple[str, str]]]:
-    """Summaries of the row groups that can be read, and what is wrong with the others."""
+    """Summarise the row groups that can be read, and report the others."""
     parts, errors = [], []
     rows = _rows_of_groups(parquet)
     for group, first_row in enumerate(np.cumsum([0, *rows[:-1]]).tolist()):
@@ -97,8 +97,8 @@ def _check_row_groups(
         except READ_ERRORS as error:
             errors.append(f"row group {group}: {error}")
         else:
-            here = Place(place.split, place.shard, place.file, first_row)
-            parts.append(check_rows(table, here, num_classes=num_classes, decode=decode))
+            group_location = RowGroupLocation(location.split, location.shard, location.file, first_row)
+            parts.append(check_rows(table, group_location, num_classes=num_classes, decode=decode))
     if not errors:
         return parts, []
     return parts, [("shard-unreadable", f"{len(errors)} of {len(rows)} row groups; {errors[0]}")]

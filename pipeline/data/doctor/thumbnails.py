@@ -1,4 +1,4 @@
-"""Images of shards as small pictures with their boxes, ready for a page."""
+"""Thumbnails of images from shards, with their boxes, for the HTML report."""
 
 import base64
 import math
@@ -16,40 +16,44 @@ from pipeline.data.doctor.shard_checks import READ_ERRORS
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import ImageRecord, records_from_table
+from pipeline.drawing import css_colour
 
-PICTURE_SIDE = 400  # px, the longer one
-PICTURE_QUALITY = 80
-MOST_NAMES = 12  # with more boxes the names would cover the picture
-MARGIN = 0.15  # of the image, in which boxes beyond its edge are still shown
-HUE_STEP = 137.508  # degrees, the golden angle: labels near each other get colours far apart
+THUMBNAIL_SIDE = 400  # px, longer side
+THUMBNAIL_QUALITY = 80
+MOST_NAMES = 12  # with more boxes the names would cover the thumbnail
+MARGIN = 0.15  # fraction of the image; boxes beyond its edge are visible up to here
 
 
 @dataclass(frozen=True)
-class DrawnBox:
-    left: float  # px of the image, as are the others
+class BoxOverlay:
+    """A box to render over its image."""
+
+    left: float  # image pixels, as the next three
     top: float
     width: float
     height: float
     name: str
-    colour: str  # of CSS
+    colour: str  # CSS
     crowd: bool
     marked: bool
 
 
 @dataclass(frozen=True)
-class Picture:
+class Thumbnail:
+    """An image with its boxes, ready for the template."""
+
     caption: str
     source: str | None  # a data URI, None if the image cannot be decoded
-    width: int  # px of the image
+    width: int  # image pixels
     height: int
-    view: tuple[float, float, float, float]  # left, top, width, height of what is shown: boxes may pass the edge
-    boxes: tuple[DrawnBox, ...]
-    named: bool  # whether names fit in
-    contents: str  # how many of what
+    view: tuple[float, float, float, float]  # left, top, width, height of the visible area, which may exceed the image
+    boxes: tuple[BoxOverlay, ...]
+    named: bool  # few enough boxes to write their names
+    contents: str  # number of boxes per class
 
 
-def chosen_rows(shard_sets: Sequence[ShardSet], count: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """(shard set, shard, row) of some images: equally many of each set, none twice."""
+def sample_rows(shard_sets: Sequence[ShardSet], count: int, seed: int) -> Iterator[tuple[int, int, int]]:
+    """Sample (shard set, shard, row) of images without replacement, equally many from each set."""
     rng = np.random.default_rng(seed)
     for number, shards in enumerate(shard_sets):
         ends = np.cumsum([shard.rows for shard in shards.manifest.shards])
@@ -59,49 +63,50 @@ def chosen_rows(shard_sets: Sequence[ShardSet], count: int, seed: int) -> Iterat
             yield number, shard, int(n - ends[shard] + shards.manifest.shards[shard].rows)
 
 
-def picture(shards: ShardSet, shard: int, row: int, marked: Iterable[int | None] = ()) -> Picture | None:
-    """One image with its boxes; None if its row cannot be read.
+def thumbnail(shards: ShardSet, shard: int, row: int, marked: Iterable[int | None] = ()) -> Thumbnail | None:
+    """Read one image with its boxes; None if its row cannot be read.
 
     Args:
-        marked: boxes to point out.
+        marked: indices of boxes to highlight.
     """
-    record = _read(shards, shard, row)
+    record = _read_record(shards, shard, row)
     if record is None:
         return None
     categories = shards.manifest.categories
     marks = set(marked)
-    drawn = tuple(
-        DrawnBox(
+    overlays = tuple(
+        BoxOverlay(
             left=float(box[0]),
             top=float(box[1]),
             width=float(max(0, box[2] - box[0])),
             height=float(max(0, box[3] - box[1])),
             name=categories[label].name if 0 <= label < len(categories) else f"label {label}",
-            colour=f"hsl({label * HUE_STEP % 360:.0f} 95% 50%)",
+            colour=css_colour(label),
             crowd=bool(crowd),
             marked=g in marks,
         )
         for g, (box, label, crowd) in enumerate(zip(record.boxes, record.labels.tolist(), record.crowd, strict=True))
         if np.isfinite(box).all()
     )
+    # The stored size, unless the image is damaged.
     try:
         width, height = image_size(record.image)
         source = _data_uri(decode_rgb(record.image, width, height))
     except UndecodableImageError:
         width, height, source = max(1, record.width), max(1, record.height), None
-    return Picture(
+    return Thumbnail(
         caption=f"{shards.manifest.split} {record.image_id}: {record.file_name}, {width} x {height}",
         source=source,
         width=width,
         height=height,
         view=_view(record.boxes, width, height),
-        boxes=drawn,
-        named=len(drawn) <= MOST_NAMES,
-        contents=", ".join(f"{count} {name}" for name, count in Counter(box.name for box in drawn).most_common()),
+        boxes=overlays,
+        named=len(overlays) <= MOST_NAMES,
+        contents=", ".join(f"{count} {name}" for name, count in Counter(box.name for box in overlays).most_common()),
     )
 
 
-def _read(shards: ShardSet, shard: int, row: int) -> ImageRecord | None:
+def _read_record(shards: ShardSet, shard: int, row: int) -> ImageRecord | None:
     source = locate_row_groups(shards)
     begins = np.cumsum(shards.manifest.shards[shard].row_groups)
     index = int(np.searchsorted(begins, row, side="right"))
@@ -125,8 +130,8 @@ def _view(boxes: NDArray[np.float32], width: int, height: int) -> tuple[float, f
 
 def _data_uri(pixels: NDArray[np.uint8]) -> str:
     height, width, _ = pixels.shape
-    scale = min(1.0, PICTURE_SIDE / max(width, height))
+    scale = min(1.0, THUMBNAIL_SIDE / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = np.ascontiguousarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
-    encoded = simplejpeg.encode_jpeg(small, quality=PICTURE_QUALITY)
+    encoded = simplejpeg.encode_jpeg(small, quality=THUMBNAIL_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(encoded).decode()

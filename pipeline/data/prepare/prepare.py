@@ -1,8 +1,8 @@
-"""From a source to a shard set: the driver plans, Ray tasks over the whole cluster read, check and write one shard each.
+"""Turn a source into a shard set: the driver plans, and Ray tasks on the whole cluster read, check and write one shard each.
 
-The plan is made once. Images are put in an order shuffled by a seed, so that neighbours in a shard have nothing to do
-with each other, and cut into shards of a fixed number of rows, known from the size of a sample. So a run that was killed
-goes on where it was: shards with a receipt are kept, the others are written again, and the manifest is the same.
+The plan is made once. Images are shuffled by a seed, so that neighbours in a shard are unrelated, and cut into shards of a
+fixed number of rows, estimated from a sample. A run that was killed therefore continues where it stopped: shards with a
+receipt are kept, the others are written again, and the manifest is the same.
 
 Ray tasks rather than a Ray Data pipeline, since a shard is the unit of both the work and the resuming.
 """
@@ -21,7 +21,7 @@ import ray
 from pydantic import JsonValue, PositiveInt
 
 from pipeline import storage
-from pipeline.data.prepare.image_files import BadImageError, read_file
+from pipeline.data.prepare.image_files import BadImageError, read_image_file
 from pipeline.data.prepare.shard_writer import (
     WORK_FOLDER,
     WORK_LIST,
@@ -33,26 +33,26 @@ from pipeline.data.prepare.shard_writer import (
     work_table,
     write_shard,
 )
-from pipeline.data.shards.manifest import MANIFEST_NAME, Category, Data, Manifest, ShardSet, load_shards
+from pipeline.data.shards.manifest import MANIFEST_NAME, Category, FrozenModel, Manifest, ShardSet, load_shards
 from pipeline.data.shards.records import REJECTED_SCHEMA, Rejection
 from pipeline.data.shards.set_statistics import add_up
-from pipeline.data.sources.index import AnnotationIndex, ImageEntry, Source
+from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 
 REJECTED_NAME = "rejected.parquet"
-PLAN = f"{WORK_FOLDER}/plan.json"  # written last: where it is, the work list is whole
+WORK_PLAN = f"{WORK_FOLDER}/plan.json"  # written last: if it exists, the work list is complete
 REJECTED_BY_SOURCE = f"{WORK_FOLDER}/rejected.parquet"
-SAMPLE_IMAGES = 128  # read to learn how large a row is
-SHOWN = 20  # rejected rows in an error
+SAMPLE_IMAGES = 128  # read to estimate the size of a row
+MAX_LISTED_ROWS = 20  # rejected rows in an error
 
 
 class PrepareError(UserError, RuntimeError):
-    """Data that cannot become a shard set, or not in this folder."""
+    """Data that cannot become a shard set, or a folder that cannot hold it."""
 
 
-class WorkPlan(Data):
-    """What is made, and in how many parts."""
+class WorkPlan(FrozenModel):
+    """Everything that determines the shards, stored beside the work list."""
 
     split: str
     source: dict[str, JsonValue]
@@ -62,26 +62,26 @@ class WorkPlan(Data):
     shards: PositiveInt
 
 
-def prepare(source: Source, out: str, *, split: str, options: PrepareOptions, strict: bool = False) -> ShardSet:
-    """Write the shard set of `source` to the folder `out`, or go on with it. Ray is running already.
+def prepare(source: DatasetSource, out: str, *, split: str, options: PrepareOptions, strict: bool = False) -> ShardSet:
+    """Write the shard set of `source` to the folder `out`, or resume writing it. Ray must be running.
 
     Args:
         out: path or URI that all nodes of the cluster share.
-        split: the name of what is prepared, such as "train".
-        strict: an image or a box that cannot be used is an error, and the set is not finished.
+        split: name of the split, such as "train".
+        strict: fail on an image or a box that cannot be used, and leave the set unfinished.
 
     Raises:
-        SourceError: the source is not what it was said to be.
-        PrepareError: the folder holds something else, nothing can be used, or `strict` found something.
+        SourceError: the source is not in the stated format.
+        PrepareError: the folder holds a different set, no image can be used, or `strict` found a rejection.
     """
     out = storage.absolute(out)
     if storage.exists(storage.join(out, MANIFEST_NAME)):
         manifest = load_shards(out).manifest
         _refuse_another(out, source, split, options, manifest.source, manifest.split, manifest.options)
     else:
-        if not storage.exists(storage.join(out, PLAN)):
+        if not storage.exists(storage.join(out, WORK_PLAN)):
             _make_plan(out, source, split, options)
-        plan = WorkPlan.model_validate_json(storage.read_bytes(storage.join(out, PLAN)))
+        plan = WorkPlan.model_validate_json(storage.read_bytes(storage.join(out, WORK_PLAN)))
         _refuse_another(out, source, split, options, plan.source, plan.split, plan.options.model_dump())
         _finish(out, plan, _write_shards(out, plan), strict)
     shards = load_shards(out)
@@ -92,24 +92,26 @@ def prepare(source: Source, out: str, *, split: str, options: PrepareOptions, st
 
 def _refuse_another(
     out: str,
-    source: Source,
+    source: DatasetSource,
     split: str,
     options: PrepareOptions,
     old_source: dict[str, JsonValue],
     old_split: str,
     old_options: dict[str, JsonValue],
 ) -> None:
-    """Raise PrepareError unless the folder holds this very work, done or half done."""
+    """Raise PrepareError unless the folder holds this very set, finished or not."""
     old = {"split": old_split, **old_source, **old_options}
     new = {"split": split, **source.description, **options.model_dump()}
     changed = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} now" for key in old | new if old.get(key) != new.get(key)
     ]
     if changed:
-        raise PrepareError(f"{out} holds other work: {', '.join(changed)}. Choose another --out, or delete that folder")
+        raise PrepareError(
+            f"{out} holds a different shard set: {', '.join(changed)}. Choose another --out, or delete the folder"
+        )
 
 
-def _make_plan(out: str, source: Source, split: str, options: PrepareOptions) -> None:
+def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOptions) -> None:
     """Write the work list, then the plan."""
     with closing(AnnotationIndex(seed=options.seed, shuffle=options.shuffle)) as index:
         categories = source.fill(index)
@@ -118,9 +120,9 @@ def _make_plan(out: str, source: Source, split: str, options: PrepareOptions) ->
             raise PrepareError(f"the source has no images: {source.description}")
         sizes, problems = ray.get(_task(_try_images).remote(index.sample(SAMPLE_IMAGES), options))
         if not sizes:
-            raise PrepareError(f"none of {len(problems)} images tried can be used; the first: {problems[0]}")
+            raise PrepareError(f"none of {len(problems)} sampled images can be used; the first: {problems[0]}")
         shards = max(1, round(images * sum(sizes) / len(sizes) / (options.shard_mib * 2**20)))
-        rows = ceil(images / shards / options.row_group_rows) * options.row_group_rows  # of each shard but the last
+        rows = ceil(images / shards / options.row_group_rows) * options.row_group_rows  # per shard, except the last
         write_work_list(index, storage.join(out, WORK_LIST), images=images, rows_per_shard=rows)
         _write_rejected(storage.join(out, REJECTED_BY_SOURCE), list(index.rejected()))
     plan = WorkPlan(
@@ -131,11 +133,11 @@ def _make_plan(out: str, source: Source, split: str, options: PrepareOptions) ->
         images=images,
         shards=ceil(images / rows),
     )
-    storage.write_atomic(storage.join(out, PLAN), plan.model_dump_json(indent=1).encode())
+    storage.write_atomic(storage.join(out, WORK_PLAN), plan.model_dump_json(indent=1).encode())
 
 
 def write_work_list(index: AnnotationIndex, uri: str, *, images: int, rows_per_shard: int) -> None:
-    """All images of the index in order, one row group per shard."""
+    """Write all images of the index in order, one row group per shard."""
     ordered = index.ordered()
     with (
         storage.open_atomic(uri) as file,
@@ -148,19 +150,19 @@ def write_work_list(index: AnnotationIndex, uri: str, *, images: int, rows_per_s
 
 
 def _try_images(sample: Sequence[ImageEntry], options: PrepareOptions) -> tuple[list[int], list[str]]:
-    """Bytes of images as they will be stored, and what is wrong with the others; a task, as all reading is."""
+    """Stored size of each usable image, and the problems of the others; runs as a task, as all reading does."""
     sizes: list[int] = []
     problems: list[str] = []
     for entry in sample:
         try:
-            sizes.append(len(encoded_image(entry, read_file(entry.uri), options).data))
+            sizes.append(len(encoded_image(entry, read_image_file(entry.uri), options).data))
         except BadImageError as bad:
             problems.append(str(bad))
     return sizes, problems
 
 
 def _write_shards(out: str, plan: WorkPlan) -> list[Receipt]:
-    """Write every shard that has no receipt; the receipts of all."""
+    """Write every shard that has no receipt, and return all receipts."""
     receipts = _kept_receipts(out, plan)
     task = _task(write_shard)
     running = {
@@ -179,7 +181,7 @@ def _write_shards(out: str, plan: WorkPlan) -> list[Receipt]:
 
 
 def _kept_receipts(out: str, plan: WorkPlan) -> dict[int, Receipt]:
-    """Receipts of an earlier run by their number, if the shard is there too."""
+    """Receipts of an earlier run by shard number, if the shard itself exists too."""
     shards, work = storage.sizes(out), storage.sizes(storage.join(out, WORK_FOLDER))
     receipts = {}
     for index in range(plan.shards):
@@ -192,7 +194,7 @@ def _kept_receipts(out: str, plan: WorkPlan) -> dict[int, Receipt]:
 
 
 def _finish(out: str, plan: WorkPlan, receipts: Sequence[Receipt], strict: bool) -> None:
-    """Write the list of what was rejected and the manifest, and clear the work away."""
+    """Write the list of rejections and the manifest, and remove the work folder."""
     rejected = _read_rejected(storage.join(out, REJECTED_BY_SOURCE))
     rejected += [rejection for receipt in receipts for rejection in receipt.rejected]
     _write_rejected(storage.join(out, REJECTED_NAME), rejected)
@@ -201,13 +203,16 @@ def _finish(out: str, plan: WorkPlan, receipts: Sequence[Receipt], strict: bool)
     shards = [receipt.shard for receipt in receipts if receipt.shard is not None]
     parts = [receipt.statistics for receipt in receipts if receipt.statistics is not None]
     if not shards:
-        raise PrepareError(f"not one of {plan.images} images can be used; see {storage.join(out, REJECTED_NAME)}")
-    seen = storage.sizes(out)
+        raise PrepareError(f"none of {plan.images} images can be used; see {storage.join(out, REJECTED_NAME)}")
+    # Every shard must be visible to the driver, or the folder is not shared.
+    sizes = storage.sizes(out)
     for shard in shards:
-        if seen.get(shard.file) != shard.bytes:
+        if sizes.get(shard.file) != shard.bytes:
             raise PrepareError(
-                f"{shard.file} was written but is not in {out} as the driver sees it; --out must be shared by all nodes"
+                f"{shard.file} was written, but the driver does not find it in {out}: --out must be shared by all nodes"
             )
+
+    # The manifest comes last: a folder with a manifest is a finished set.
     statistics = add_up(parts)
     manifest = Manifest(
         split=plan.split,
@@ -226,21 +231,21 @@ def _finish(out: str, plan: WorkPlan, receipts: Sequence[Receipt], strict: bool)
 
 
 def reasons(rejected: Sequence[Rejection]) -> str:
-    """How many for which reason, in one line."""
+    """Number of rejections per reason, in one line."""
     counts = Counter(rejection.reason for rejection in rejected)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 def read_rejected(shards: ShardSet) -> list[Rejection]:
-    """What was left out of a shard set."""
+    """Read the images and boxes that were left out of a shard set."""
     return _read_rejected(storage.join(shards.uri, REJECTED_NAME))
 
 
 def _rejected_error(out: str, rejected: Sequence[Rejection]) -> PrepareError:
-    lines = [f"  {row.file_name or row.image_id}: {row.reason}: {row.detail}" for row in rejected[:SHOWN]]
-    more = [f"  and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
-    where = storage.join(out, REJECTED_NAME)
-    return PrepareError("\n".join([f"strict: {reasons(rejected)} rejected; all are in {where}", *lines, *more]))
+    lines = [f"  {row.file_name or row.image_id}: {row.reason}: {row.detail}" for row in rejected[:MAX_LISTED_ROWS]]
+    more = [f"  and {len(rejected) - MAX_LISTED_ROWS} more"] if len(rejected) > MAX_LISTED_ROWS else []
+    uri = storage.join(out, REJECTED_NAME)
+    return PrepareError("\n".join([f"strict: {reasons(rejected)} rejected; all are in {uri}", *lines, *more]))
 
 
 def _read_rejected(uri: str) -> list[Rejection]:
@@ -255,5 +260,5 @@ def _write_rejected(uri: str, rejected: Sequence[Rejection]) -> None:
 
 
 def _task(function: Any) -> Any:
-    """A Ray task that goes to whichever node has least to do, since each reads and writes much."""
+    """Make a Ray task that is spread over the nodes, since each one reads and writes much."""
     return ray.remote(function).options(num_cpus=1, scheduling_strategy="SPREAD")

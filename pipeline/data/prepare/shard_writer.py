@@ -1,7 +1,7 @@
-"""One task of `prepare`: the images of one shard, read, checked and written, with a receipt.
+"""Write one shard, as one task: read and check its images, write the Parquet file, then a receipt.
 
-The work list of a shard set lies beside it while it is being made (`.prepare/work.parquet`, one row group per shard),
-so a task needs only its number. A shard counts when its receipt is there, and the receipt is written after the shard.
+While a shard set is being written, its work list is stored beside it (`.prepare/work.parquet`, one row group per shard), so a
+task needs only its number. A shard is finished when its receipt exists, and the receipt is written after the shard.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dfine_core.images import PIXEL_LIMIT
 from pipeline import storage
-from pipeline.data.prepare.image_files import BadImageError, EncodedImage, checked_image, read_file
-from pipeline.data.shards.manifest import Data, Shard, Statistics
+from pipeline.data.prepare.image_files import BadImageError, EncodedImage, checked_image, read_image_file
+from pipeline.data.shards.manifest import FrozenModel, Shard, Statistics
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, Rejection, table_from_records
 from pipeline.data.shards.set_statistics import count_rows
 from pipeline.data.sources.index import BoxEntry, ImageEntry
@@ -31,7 +31,7 @@ WORK_SCHEMA = pa.schema(
         ("image_id", pa.int64()),
         ("uri", pa.string()),
         ("file_name", pa.string()),
-        ("width", pa.int32()),  # null where the source tells none: boxes and areas are fractions of the image then
+        ("width", pa.int32()),  # null where the source has none: boxes and areas are then fractions of the image
         ("height", pa.int32()),
         ("boxes", pa.list_(pa.float32())),  # flat [4G], xyxy
         ("labels", pa.list_(pa.int32())),
@@ -40,41 +40,43 @@ WORK_SCHEMA = pa.schema(
     ]
 )
 SMALL_COLUMNS = [name for name in SHARD_SCHEMA.names if name != "image"]
-READERS, FILES_AHEAD = 8, 32  # threads and files per task: hides the latency of storage behind a network
+READERS, FILES_AHEAD = 8, 32  # threads and files per task: hides the latency of network storage
 
 
-class PrepareOptions(Data):
-    """What decides the bytes of a shard set, beside its source."""
+class PrepareOptions(FrozenModel):
+    """Options that determine the bytes of a shard set, together with its source."""
 
     shard_mib: PositiveFloat = 128.0
     row_group_rows: int = Field(default=32, ge=1, le=64)
     shuffle: bool = True
     seed: int = Field(default=0, ge=0, lt=2**63)
-    longest_side: PositiveInt | None = None  # px; larger images are made as small as this
-    jpeg_quality: int = Field(default=75, ge=1, le=95)  # of those; 75 as in the data of the released models
+    longest_side: PositiveInt | None = None  # px; larger images are reduced to this
+    jpeg_quality: int = Field(default=75, ge=1, le=95)  # for resized images; 75 as in the data of the released models
     max_pixels: PositiveInt = PIXEL_LIMIT  # per file
-    verify: bool = True  # decode every image once: about 2 ms more for 150 kB, and a cut-off file is found here and now
+    verify: bool = True  # decode every image once, to find truncated files: about 2 ms per 150 kB
 
 
-class Receipt(Data):
-    """What is known of a finished shard; `shard` and `statistics` are None if none of its images could be used."""
+class Receipt(FrozenModel):
+    """Result of a finished shard; `shard` and `statistics` are None if none of its images could be used."""
 
     shard: Shard | None
     statistics: Statistics | None
     rejected: tuple[Rejection, ...]
-    images: NonNegativeInt  # of the work list, the rejected ones included
+    images: NonNegativeInt  # in the work list, including rejected ones
 
 
 def shard_uri(out: str, index: int) -> str:
+    """URI of shard `index`."""
     return storage.join(out, f"shard-{index:05d}.parquet")
 
 
 def receipt_uri(out: str, index: int) -> str:
-    return storage.join(out, f"{WORK_FOLDER}/shard-{index:05d}.json")
+    """URI of the receipt of shard `index`."""
+    return storage.join(out, WORK_FOLDER, f"shard-{index:05d}.json")
 
 
 def work_table(images: Iterable[tuple[ImageEntry, list[BoxEntry]]]) -> pa.Table:
-    """Rows of the work list."""
+    """Table of the work list."""
     rows = [
         {
             **entry._asdict(),
@@ -105,7 +107,7 @@ def write_shard(out: str, index: int, options: PrepareOptions, num_classes: int)
 
 
 def encoded_image(entry: ImageEntry, data: bytes, options: PrepareOptions) -> EncodedImage:
-    """The image of an entry as its shard stores it; raises BadImageError."""
+    """Check and encode an image as its shard stores it; raises BadImageError."""
     size = None if entry.width is None or entry.height is None else (entry.width, entry.height)
     return checked_image(
         data,
@@ -118,7 +120,7 @@ def encoded_image(entry: ImageEntry, data: bytes, options: PrepareOptions) -> En
 
 
 def _records(work: pa.Table, options: PrepareOptions, rejected: list[Rejection]) -> Iterator[ImageRecord]:
-    """The images that can be used; the others, and boxes that are none, are added to `rejected`."""
+    """Yield the usable images; the others, and unusable boxes, are added to `rejected`."""
     rows = work.to_pylist()
     for row, file in zip(rows, _read_ahead(row["uri"] for row in rows), strict=True):
         entry = ImageEntry(**{name: row[name] for name in ImageEntry._fields})
@@ -131,10 +133,12 @@ def _records(work: pa.Table, options: PrepareOptions, rejected: list[Rejection])
 
 
 def _record(entry: ImageEntry, row: dict[str, Any], image: EncodedImage, rejected: list[Rejection]) -> ImageRecord:
-    """Boxes and areas in pixels of the stored image."""
+    """Convert boxes and areas to pixels of the stored image, and reject unusable boxes."""
+    # Scale from the annotated size, which is 1 x 1 where boxes are fractions.
     annotated_in = (1, 1) if entry.width is None else (image.annotated_width, image.annotated_height)
     sx, sy = image.width / annotated_in[0], image.height / annotated_in[1]
     boxes = np.array(row["boxes"], np.float32).reshape(-1, 4) * np.array([sx, sy, sx, sy], np.float32)
+    # A usable box has an area and touches the image.
     proper = np.asarray(np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1))
     is_box = proper & (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < (image.width, image.height)).all(1)
     for index in np.flatnonzero(~is_box):
@@ -155,12 +159,12 @@ def _record(entry: ImageEntry, row: dict[str, Any], image: EncodedImage, rejecte
 
 
 def _read_ahead(uris: Iterator[str]) -> Iterator[Future[bytes]]:
-    """The files in order, each read while those before it are being used."""
+    """Yield the files in order; later ones are read in the background."""
     with ThreadPoolExecutor(READERS) as pool:
-        pending = deque(pool.submit(read_file, uri) for uri in islice(uris, FILES_AHEAD))
+        pending = deque(pool.submit(read_image_file, uri) for uri in islice(uris, FILES_AHEAD))
         while pending:
             yield pending.popleft()
-            pending.extend(pool.submit(read_file, uri) for uri in islice(uris, 1))
+            pending.extend(pool.submit(read_image_file, uri) for uri in islice(uris, 1))
 
 
 def _groups(records: Iterator[ImageRecord], size: int) -> Iterator[pa.Table]:
@@ -169,11 +173,11 @@ def _groups(records: Iterator[ImageRecord], size: int) -> Iterator[pa.Table]:
 
 
 def _write_parquet(uri: str, first: pa.Table, others: Iterable[pa.Table]) -> tuple[Shard, pa.Table]:
-    """One row group per table; the shard, and all its rows without the images."""
+    """Write one row group per table; return the shard, and all its rows without the images."""
     row_groups, small = [], []
     with storage.open_atomic(uri) as file:
         hashing = _HashingFile(file)
-        # Encoded images do not get smaller, and their smallest and largest value tell nobody anything.
+        # Encoded images do not compress, and their minimum and maximum are useless.
         with pq.ParquetWriter(
             hashing, SHARD_SCHEMA, compression="none", use_dictionary=False, write_statistics=["image_id"]
         ) as writer:
@@ -192,7 +196,7 @@ def _write_parquet(uri: str, first: pa.Table, others: Iterable[pa.Table]) -> tup
 
 
 class _HashingFile:
-    """A file for writing that hashes what passes through; it is left to its owner to close."""
+    """A file for writing that hashes everything written; its owner closes it."""
 
     closed = False
 

@@ -1,7 +1,7 @@
-"""The manifest: what a shard set holds, and all that the rest of the project knows about its data.
+"""The manifest: contents of a shard set, and all that the rest of the project knows about its data.
 
-A folder holds one split: its shards and their `manifest.json`. The digest of the manifest names the data set: the
-shards are in it by their SHA-256, so two folders with one digest hold the same images, boxes and order.
+A folder holds one split: its shards and their `manifest.json`. The digest of the manifest identifies the data set: it covers
+the SHA-256 of every shard, so two folders with equal digests hold the same images, boxes and order.
 """
 
 import hashlib
@@ -22,31 +22,37 @@ FORMAT_VERSION: Final = 1
 
 
 class ManifestError(UserError, ValueError):
-    """A manifest that is missing, unreadable or at odds with itself."""
+    """A manifest that is missing, unreadable or inconsistent."""
 
 
 def _plain_file_name(name: str) -> str:
     if not name or name in (".", "..") or any(sign in name for sign in "/\\\0"):
-        raise ValueError(f"{name!r} is not a plain file name; shards lie beside their manifest")
+        raise ValueError(f"{name!r} is not a plain file name; shards are in the folder of their manifest")
     return name
 
 
-class Data(BaseModel):
+class FrozenModel(BaseModel):
+    """A validated, immutable record that is stored as JSON."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Category(Data):
+class Category(FrozenModel):
+    """A class of the data set."""
+
     label: NonNegativeInt  # 0..K-1, what the model learns
-    original_id: int  # id in the source, what a COCO result file wants
+    original_id: int  # id in the source, used in COCO result files
     name: str
 
 
-class Shard(Data):
+class Shard(FrozenModel):
+    """A Parquet file of the set."""
+
     file: Annotated[str, AfterValidator(_plain_file_name)]  # relative to the manifest
     rows: PositiveInt
     bytes: PositiveInt
     sha256: str
-    row_groups: tuple[PositiveInt, ...]  # rows of each
+    row_groups: tuple[PositiveInt, ...]  # rows per group
 
     @model_validator(mode="after")
     def _row_groups_make_up_the_rows(self) -> Self:
@@ -55,32 +61,38 @@ class Shard(Data):
         return self
 
 
-class BoxesPerImage(Data):
+class BoxesPerImage(FrozenModel):
+    """Distribution of the number of boxes per image."""
+
     mean: float
     max: NonNegativeInt
     histogram: tuple[NonNegativeInt, ...]  # [n] = images with n boxes
 
 
-class BoxSizes(Data):
-    """Boxes by their annotated area, divided as COCO divides them: at 32^2 and 96^2 px^2."""
+class BoxSizes(FrozenModel):
+    """Number of boxes by annotated area, with COCO's limits: 32^2 and 96^2 px^2."""
 
     small: NonNegativeInt
     medium: NonNegativeInt
     large: NonNegativeInt
 
 
-class PixelRange(Data):
+class PixelRange(FrozenModel):
+    """Smallest and largest side."""
+
     min: PositiveInt
     max: PositiveInt
 
 
-class CrowdedImage(Data):
+class CrowdedImage(FrozenModel):
+    """The image with the most boxes."""
+
     image_id: int
     file_name: str
     boxes: NonNegativeInt
 
 
-class Statistics(Data):
+class Statistics(FrozenModel):
     """Counts over the boxes to learn from; crowd regions are counted in `crowd_boxes` alone."""
 
     boxes_per_image: BoxesPerImage
@@ -93,14 +105,16 @@ class Statistics(Data):
     most_crowded: CrowdedImage
 
 
-class Manifest(Data):
+class Manifest(FrozenModel):
+    """Contents of a shard set; validated for consistency when it is read."""
+
     format_version: Literal[1] = FORMAT_VERSION
     split: str
     categories: tuple[Category, ...]
     shards: tuple[Shard, ...]
     images: NonNegativeInt
     boxes: NonNegativeInt  # crowd regions included
-    rejected: NonNegativeInt  # rows of rejected.parquet: images and boxes that were left out, with the reason
+    rejected: NonNegativeInt  # rows of rejected.parquet: images and boxes that were left out, each with its reason
     statistics: Statistics
     source: dict[str, JsonValue]
     options: dict[str, JsonValue]
@@ -130,30 +144,31 @@ class Manifest(Data):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A manifest and the folder that it lies in."""
+    """A manifest and its folder."""
 
     uri: str
     manifest: Manifest
 
     def shard_uri(self, index: int) -> str:
+        """URI of shard `index`."""
         return storage.join(self.uri, self.manifest.shards[index].file)
 
 
 def load_shards(uri: str | os.PathLike[str]) -> ShardSet:
-    """The shard set at `uri`, the manifest itself or its folder.
+    """Open the shard set at `uri`, a folder or the manifest in it.
 
     Raises:
-        ManifestError: there is no manifest, or it is not one that this version can read.
+        ManifestError: the manifest is missing, or this version cannot read it.
     """
     parent, _, name = os.fspath(uri).rstrip("/").rpartition("/")
     folder = (parent or ".") if name == MANIFEST_NAME else os.fspath(uri).rstrip("/")
     path = storage.join(folder, MANIFEST_NAME)
     try:
-        written = storage.read_bytes(path)
+        data = storage.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(f"{path}: there is none; `python -m jobs.prepare ... --out {folder}` writes it") from None
     try:
-        content = json.loads(written)
+        content = json.loads(data)
     except ValueError as error:  # neither UTF-8 nor JSON
         raise ManifestError(f"{path}: not JSON ({error}); write it again with `python -m jobs.prepare`") from None
     version = content.get("format_version") if isinstance(content, dict) else None

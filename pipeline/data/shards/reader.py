@@ -1,4 +1,4 @@
-"""Row groups of a shard set, read straight from Parquet: no listing, no schema inference."""
+"""Read row groups of a shard set directly from Parquet: no listing, no schema inference."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +16,16 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import SHARD_SCHEMA
 from pipeline.errors import UserError
 
-ROW = pa.struct(list(SHARD_SCHEMA))
+ROW_TYPE = pa.struct(list(SHARD_SCHEMA))
 ANNOTATION_COLUMNS = tuple(name for name in SHARD_SCHEMA.names if name != "image")
-PARALLEL_READS = 8  # requests under way at once: object storage answers slowly, but side by side
+PARALLEL_READS = 8  # concurrent requests: object storage has high latency, but serves many requests at once
 
 
-SHOWN = 3  # files in an error
+MAX_LISTED_FILES = 3  # files in an error
 
 
 class ShardError(UserError, ValueError):
-    """Shard files that are not those of their manifest."""
+    """Shard files that differ from their manifest."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Where every row group of a shard set lies; small enough to travel with a task."""
+    """Location of every row group of a shard set; small enough to send with a task."""
 
     folder: str  # URI
     files: tuple[str, ...]  # [S] shards
     sha256: tuple[str, ...]  # [S]
     shard: NDArray[np.int32]  # [G]
-    index: NDArray[np.int32]  # [G] within its shard
+    index: NDArray[np.int32]  # [G] row group within its shard
     rows: NDArray[np.int64]  # [G]
-    row_bytes: float  # on average
+    row_bytes: float  # average
 
 
 def locate_row_groups(shards: ShardSet) -> RowGroups:
-    """As the manifest has it: no file is opened."""
+    """Locate all row groups from the manifest alone: no file is opened."""
     described = shards.manifest.shards
     if not described:
         raise ShardError(f"{shards.uri}: the shard set is empty")
@@ -69,31 +69,33 @@ def locate_row_groups(shards: ShardSet) -> RowGroups:
 
 
 def refuse_changed_files(shards: ShardSet) -> None:
-    """Compare the shard files with the manifest, by one listing of their folder.
+    """Compare the shard files with the manifest, by one listing of the folder.
 
     Raises:
         ShardError: files are missing or of another size.
     """
-    there = storage.sizes(shards.uri)
+    sizes = storage.sizes(shards.uri)
     wrong = [
-        f"{shard.file} has {there[shard.file]:,} bytes instead of {shard.bytes:,}"
-        if shard.file in there
+        f"{shard.file} has {sizes[shard.file]:,} bytes instead of {shard.bytes:,}"
+        if shard.file in sizes
         else f"{shard.file} is missing"
         for shard in shards.manifest.shards
-        if there.get(shard.file) != shard.bytes
+        if sizes.get(shard.file) != shard.bytes
     ]
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise ShardError(f"{shards.uri}: {', '.join(wrong[:SHOWN])}{more}: copy them again, or prepare the set again")
+        more = f" and {len(wrong) - MAX_LISTED_FILES} more" if len(wrong) > MAX_LISTED_FILES else ""
+        raise ShardError(
+            f"{shards.uri}: {', '.join(wrong[:MAX_LISTED_FILES])}{more}: copy them again, or prepare the set again"
+        )
 
 
 def read_row_groups(
     source: RowGroups, groups: Iterable[int], columns: Sequence[str] = SHARD_SCHEMA.names
 ) -> dict[int, pa.Table]:
-    """The rows of each of `groups`.
+    """Read the rows of each of `groups`.
 
     Raises:
-        ShardError: a shard is not the one that the manifest describes.
+        ShardError: a shard differs from the manifest.
     """
     filesystem, folder = _resolve(source.folder)
 
@@ -103,26 +105,26 @@ def read_row_groups(
         footer = _footer(source.folder, source.files[shard], source.sha256[shard])
         if index >= footer.num_row_groups or footer.row_group(index).num_rows != source.rows[group]:
             raise ShardError(
-                f"{path}: row group {index} does not have the {source.rows[group]} rows that the manifest says; the"
-                " file changed after its manifest was written: prepare the shard set again"
+                f"{path}: row group {index} does not have the {source.rows[group]} rows of the manifest: the file"
+                " changed after the manifest was written; prepare the shard set again"
             )
         with filesystem.open_input_file(path) as file:
             parquet = pq.ParquetFile(file, metadata=footer, pre_buffer=True)
             return parquet.read_row_group(index, columns=list(columns), use_threads=False)
 
-    wanted = [int(group) for group in groups]
+    numbers = [int(group) for group in groups]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        return dict(zip(wanted, pool.map(read, wanted), strict=True))
+        return dict(zip(numbers, pool.map(read, numbers), strict=True))
 
 
 @lru_cache(maxsize=8)
 def _resolve(folder: str) -> tuple[fs.FileSystem, str]:
-    return storage.resolve(folder)  # a new client of an object store costs a second
+    return storage.resolve(folder)  # a new client of an object store takes a second to create
 
 
 @lru_cache(maxsize=256)
-def _footer(folder: str, file: str, sha256: str) -> pq.FileMetaData:
-    """`sha256` is part of the key so that a shard set written anew is not read by an old footer."""
+def _footer(folder: str, file: str, _sha256: str) -> pq.FileMetaData:
+    """Read a footer once. The hash is only part of the cache key: a rewritten shard set needs its new footers."""
     filesystem, path = _resolve(folder)
     try:
         with filesystem.open_input_file(storage.join(path, file)) as source:
@@ -132,14 +134,14 @@ def _footer(folder: str, file: str, sha256: str) -> pq.FileMetaData:
 
 
 def take_rows(groups: dict[int, pa.StructArray], rows: Rows) -> pa.StructArray:
-    """[n] the named rows, in order. By slices: `Table.take` would first copy all images into one buffer."""
+    """Take rows [n] in order. Slices, because `Table.take` would first copy all images into one buffer."""
     pairs = zip(rows.group.tolist(), rows.row.tolist(), strict=True)
-    none = pa.array([], ROW)
+    none = pa.array([], ROW_TYPE)
     return pa.concat_arrays([none, *(groups[group].slice(row, 1) for group, row in pairs)])
 
 
 def read_annotations(shards: ShardSet) -> pa.Table:
-    """Everything but the images, of all rows in order: ground truth in pixels, crowd regions included."""
+    """Read all columns but the images, of all rows in order: ground truth in pixels, crowd regions included."""
     source = locate_row_groups(shards)
     tables = read_row_groups(source, range(len(source.rows)), ANNOTATION_COLUMNS)
     empty = pa.schema([SHARD_SCHEMA.field(name) for name in ANNOTATION_COLUMNS]).empty_table()

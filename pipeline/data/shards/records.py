@@ -1,7 +1,7 @@
-"""One row of a shard: an encoded image with its boxes, in memory and as Parquet.
+"""Rows of a shard: encoded images with their boxes, in memory and as Parquet.
 
-Boxes are kept as they were annotated: they may reach over the edge of the image, and crowd regions stay. Training clips
-and drops them, evaluation needs them unchanged.
+Boxes are kept as annotated: they may extend beyond the image, and crowd regions stay. Training clips and drops them,
+evaluation needs them unchanged.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ SHARD_SCHEMA = pa.schema(
         ("file_name", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("image", pa.binary()),  # the encoded file, JPEG as a rule
+        ("image", pa.binary()),  # encoded file, usually JPEG
         ("boxes", pa.list_(pa.float32())),  # flat [4G], xyxy in pixels
         ("labels", pa.list_(pa.int32())),  # [G], 0..K-1
-        ("areas", pa.list_(pa.float32())),  # [G] px^2 as annotated: that of the mask where there is one
+        ("areas", pa.list_(pa.float32())),  # [G] px^2 as annotated: the mask area where there is a mask
         ("crowd", pa.list_(pa.bool_())),  # [G], regions to ignore
     ]
 )
@@ -29,7 +29,7 @@ SHARD_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An encoded image of width x height pixels with G boxes; the arrays are those of `SHARD_SCHEMA`."""
+    """An encoded image of width x height pixels with G boxes; the fields are the columns of `SHARD_SCHEMA`."""
 
     image_id: int
     file_name: str
@@ -51,7 +51,7 @@ class ImageRecord:
 
 
 def table_from_records(records: Sequence[ImageRecord]) -> pa.Table:
-    """Rows of a shard, one per record, in the same order."""
+    """Table of shard rows, one per record, in the same order."""
     columns = [
         pa.array([record.image_id for record in records], pa.int64()),
         pa.array([record.file_name for record in records], pa.string()),
@@ -67,7 +67,7 @@ def table_from_records(records: Sequence[ImageRecord]) -> pa.Table:
 
 
 def records_from_table(table: pa.Table) -> Iterator[ImageRecord]:
-    """The rows of a shard, or of a part of it."""
+    """Yield the rows of a table of `SHARD_SCHEMA`."""
     for row in table.select(SHARD_SCHEMA.names).to_pylist():
         yield ImageRecord(
             image_id=row["image_id"],
@@ -87,8 +87,8 @@ class Rejection(NamedTuple):
 
     image_id: int | None
     file_name: str | None
-    kind: Literal["image", "box"]  # a rejected box leaves its image in
-    reason: str  # a few words, the same for all cases of one kind
+    kind: Literal["image", "box"]  # the image of a rejected box stays
+    reason: str  # short, the same for all cases of a kind
     detail: str
 
 

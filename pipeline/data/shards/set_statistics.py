@@ -1,4 +1,4 @@
-"""Counts over the rows of shards, which add up from part to part."""
+"""Statistics over the rows of shards, which can be added up over parts."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ import pyarrow.compute as pc
 
 from pipeline.data.shards.manifest import BoxesPerImage, BoxSizes, CrowdedImage, PixelRange, Statistics
 
-MEDIUM_PX2, LARGE_PX2 = 32**2, 96**2  # where COCO's medium and large boxes begin
+MEDIUM_PX2, LARGE_PX2 = 32**2, 96**2  # lower limits of COCO's medium and large boxes
 
 
 def count_rows(rows: pa.Table, num_classes: int) -> Statistics:
-    """Statistics of at least one row of `SHARD_SCHEMA`; the column of images is not needed."""
+    """Compute statistics of at least one row of `SHARD_SCHEMA`; the image column is not needed."""
     boxes_of_image = pc.list_value_length(rows["labels"]).to_numpy()  # [I]
     labels, areas, crowd = (pc.list_flatten(rows[name]).to_numpy() for name in ("labels", "areas", "crowd"))
-    image = np.repeat(np.arange(rows.num_rows), boxes_of_image)  # [G] of each box
+    image = np.repeat(np.arange(rows.num_rows), boxes_of_image)  # [G] image of each box
     counts = np.bincount(image[~crowd], minlength=rows.num_rows)  # [I]
     sizes = np.bincount(np.digitize(areas[~crowd], (MEDIUM_PX2, LARGE_PX2)), minlength=3).tolist()
     fullest = int(counts.argmax())
@@ -37,7 +37,7 @@ def count_rows(rows: pa.Table, num_classes: int) -> Statistics:
 
 
 def add_up(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of all rows together, from those of at least one part."""
+    """Add up the statistics of at least one part."""
     longest = max(len(part.boxes_per_image.histogram) for part in parts)
     histogram = np.zeros(longest, np.int64)
     for part in parts:

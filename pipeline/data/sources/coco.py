@@ -1,7 +1,7 @@
-"""COCO: a folder of images and an instances json, read as a stream.
+"""COCO source: a folder of images and an instances JSON, read as a stream.
 
-Labels are the categories by ascending id, counted from 0. Boxes stay as they are annotated, also where they reach over
-the edge of the image; crowd regions keep their flag. Images without annotations stay.
+Labels are the categories by ascending id, counted from 0. Boxes are kept as annotated, even beyond the edge of the image;
+crowd regions keep their flag. Images without annotations are kept.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from pydantic import JsonValue
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 from pipeline.progress import Progress
 
 READ_BYTES = 1 << 20
 
 
-def coco_source(images: str, annotations: str) -> Source:
-    """A folder with its instances json, both by path or URI; `.json.gz` is read as well."""
+def coco_source(images: str, annotations: str) -> DatasetSource:
+    """Source of an image folder and its instances JSON, both by path or URI; `.json.gz` is read as well."""
     images, annotations = storage.absolute(images), storage.absolute(annotations)
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
@@ -39,31 +39,31 @@ def coco_source(images: str, annotations: str) -> Source:
         "annotations": posixpath.basename(annotations),
         "annotations_sha256": file_sha256(annotations),
     }
-    return Source(description, fill)
+    return DatasetSource(description, fill)
 
 
 def read_categories(annotations: str) -> tuple[Category, ...]:
-    """The categories by ascending id, their names without blanks at the ends."""
-    found = {}
+    """Read the categories by ascending id, with stripped names."""
+    names = {}
     for item in _items(annotations, "categories"):
         number = _integer(item, "id", annotations)
-        if number in found:
+        if number in names:
             raise SourceError(f"{annotations}: category id {number} occurs twice")
-        found[number] = str(item.get("name", number)).strip()
-    if not found:
-        raise SourceError(f"{annotations}: no `categories`; is it an instances file of COCO?")
-    return tuple(Category(label=k, original_id=number, name=found[number]) for k, number in enumerate(sorted(found)))
+        names[number] = str(item.get("name", number)).strip()
+    if not names:
+        raise SourceError(f"{annotations}: no `categories`; is it a COCO instances file?")
+    return tuple(Category(label=k, original_id=number, name=names[number]) for k, number in enumerate(sorted(names)))
 
 
 def read_images(annotations: str, locate: Callable[[str], str], id_offset: int = 0) -> Iterator[ImageEntry]:
-    """The entries of `images`, in file order.
+    """Read the entries of `images`, in file order.
 
     Args:
-        locate: the path or URI of an image, by its `file_name`.
+        locate: maps a `file_name` to the path or URI of the image.
         id_offset: added to every image id.
 
     Raises:
-        SourceError: an entry lacks its id, name or size, or its name leads out of the folder.
+        SourceError: an entry lacks its id, name or size, or its name leads outside the folder.
     """
     for item in _items(annotations, "images"):
         image_id = _integer(item, "id", annotations)
@@ -86,19 +86,19 @@ def read_boxes(
     categories: tuple[Category, ...],
     index: AnnotationIndex,
     *,
-    wanted: Callable[[int], bool] = lambda image_id: True,
+    selects: Callable[[int], bool] = lambda _: True,
     id_offset: int = 0,
 ) -> Iterator[BoxEntry]:
-    """The entries of `annotations`, in file order; those that cannot be used go to `index.reject`.
+    """Read the entries of `annotations`, in file order; unusable ones go to `index.reject`.
 
     Args:
-        wanted: whether to read the annotations of an image, by its id in the file.
+        selects: True for images whose annotations are read, by image id in the file.
         id_offset: added to every image id and annotation id.
     """
     labels = {category.original_id: category.label for category in categories}
     for item in _items(annotations, "annotations"):
         image_id = _integer(item, "image_id", annotations)
-        if not wanted(image_id):
+        if not selects(image_id):
             continue
         number, box, label = item.get("id"), item.get("bbox"), labels.get(item.get("category_id", -1))
         if label is None:
@@ -124,6 +124,7 @@ def read_boxes(
 
 
 def file_sha256(uri: str) -> str:
+    """SHA-256 of a file, in hex."""
     filesystem, path = storage.resolve(uri)
     try:
         with filesystem.open_input_stream(path, compression=None) as stream:
@@ -131,12 +132,12 @@ def file_sha256(uri: str) -> str:
             while block := stream.read(READ_BYTES):
                 digest.update(block)
     except FileNotFoundError:
-        raise SourceError(f"{uri}: there is no such file") from None
+        raise SourceError(f"{uri}: no such file") from None
     return digest.hexdigest()
 
 
 def _items(annotations: str, key: str) -> Iterator[dict[str, Any]]:
-    """The objects of the array under `key`, wherever it stands in the file. One pass reads about 40 MB/s."""
+    """Yield the objects of the array under `key`, wherever it is in the file. One pass reads about 40 MB/s."""
     filesystem, path = storage.resolve(annotations)
     size = filesystem.get_file_info(path).size
     try:
@@ -151,6 +152,8 @@ def _items(annotations: str, key: str) -> Iterator[dict[str, Any]]:
 
 
 class _WatchedStream:
+    """A stream that advances a progress bar by the bytes read."""
+
     def __init__(self, stream: NativeFile, progress: Progress) -> None:
         self._stream, self._progress = stream, progress
 

@@ -1,7 +1,7 @@
-"""What every source turns into: an index on disk of images and boxes, without pixels.
+"""Index of the images and boxes of a source, on disk and without pixels; every source fills one.
 
-Annotation files come in any order and any size, shards need one order and little memory. So a source streams its images
-and boxes into SQLite, which sorts them on disk. Memory does not grow with them: the process peaked at 323, 326 and 323 MB
+Annotation files have any order and any size, while shards need one order and little memory. So a source streams its images and
+boxes into SQLite, which sorts them on disk. Memory does not grow with their number: the process peaked at 323, 326 and 323 MB
 for half a million, one and two million annotations, half of it imported libraries (`benchmarks/prepare.py memory`).
 """
 
@@ -20,29 +20,29 @@ from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
 from pipeline.errors import UserError
 
-CACHE_MIB = 32  # of SQLite, and one run of its sort on disk
+CACHE_MIB = 32  # SQLite's cache, and the size of one run of its sort on disk
 
 
 class SourceError(UserError, ValueError):
-    """A source that cannot be read as what it was said to be."""
+    """A data set that is not in the stated format."""
 
 
 def read_text(path: Path) -> str:
-    """The content of a text file.
+    """Read a text file.
 
     Raises:
-        SourceError: it is no text.
+        SourceError: the content is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not a text in UTF-8: {error}") from None
+        raise SourceError(f"{path}: not UTF-8 text: {error}") from None
 
 
 class ImageEntry(NamedTuple):
-    """An image as its source describes it; `uri` is what `image_files.read_file` reads.
+    """An image as described by its source; `image_files.read_image_file` reads `uri`.
 
-    Where the source tells no size, width and height are None, and boxes and areas are fractions of the image.
+    Where the source has no size, width and height are None, and boxes and areas are fractions of the image.
     """
 
     image_id: int
@@ -53,7 +53,7 @@ class ImageEntry(NamedTuple):
 
 
 class BoxEntry(NamedTuple):
-    """A box of an image, xyxy; `annotation_id` is that of the source, None where it has none."""
+    """A box of an image, xyxy; `annotation_id` is the id in the source, if it has one."""
 
     image_id: int
     x1: float
@@ -67,20 +67,21 @@ class BoxEntry(NamedTuple):
 
 
 class AnnotationIndex:
-    """Images and boxes in a SQLite file of its own, read back in the order of the shards.
+    """Images and boxes in a temporary SQLite file, read back in the order of the shards.
 
-    The file lies in the folder for temporary files (TMPDIR), takes about 200 bytes per image and 70 per box, twice that
-    while they are sorted, and is gone with its process.
+    The file is in the folder for temporary files (TMPDIR), takes about 200 bytes per image and 70 per box, twice that during the
+    sort, and is deleted with its process.
 
     Args:
-        seed: of the order. Images are sorted by a hash of (seed, image id), so each image finds its place by itself.
-        shuffle: False sorts them by id instead.
+        seed: seed of the order. Images are sorted by a hash of (seed, image id), so the position of an image does not depend on
+            the others.
+        shuffle: False sorts by image id instead.
     """
 
     def __init__(self, *, seed: int = 0, shuffle: bool = True) -> None:
         self._hash_key = seed.to_bytes(8, "little")
         self._order = "hash, image_id" if shuffle else "image_id"
-        self._db = sqlite3.connect("", isolation_level=None)  # an empty name is SQLite's for a temporary file
+        self._db = sqlite3.connect("", isolation_level=None)  # an empty name makes SQLite use a temporary file
         self._db.executescript(
             f"""
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
@@ -95,7 +96,7 @@ class AnnotationIndex:
         )
 
     def add_images(self, entries: Iterable[ImageEntry]) -> None:
-        """Raises SourceError where two images have the same id."""
+        """Add images; raises SourceError for a repeated id."""
         entry: ImageEntry | None = None
 
         def rows() -> Iterator[tuple[object, ...]]:
@@ -112,16 +113,18 @@ class AnnotationIndex:
             ) from None
 
     def add_boxes(self, entries: Iterable[BoxEntry]) -> None:
+        """Add boxes, of images that may be added later."""
         self._db.executemany("INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
 
     def reject(self, rejection: Rejection) -> None:
+        """Record an image or a box that cannot be used."""
         self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", rejection)
 
     def finish(self) -> int:
-        """Reject boxes of images that are not there; the number of images.
+        """Reject boxes of unknown images, and return the number of images.
 
         Raises:
-            SourceError: two annotations have the same id, which a file merged from several would show.
+            SourceError: two annotations have the same id, as in a file that was merged from several.
         """
         twice = "SELECT annotation_id, COUNT(*) FROM boxes WHERE annotation_id NOT NULL GROUP BY 1 HAVING COUNT(*) > 1"
         if (repeated := self._db.execute(f"{twice} LIMIT 1").fetchone()) is not None:
@@ -138,7 +141,7 @@ class AnnotationIndex:
         return int(self._db.execute("SELECT COUNT(*) FROM images").fetchone()[0])
 
     def rejected(self) -> Iterator[Rejection]:
-        """What was left out, with the file's name wherever the image is known."""
+        """Yield what was rejected, with the file name wherever the image is known."""
         query = """
             SELECT image_id, IFNULL(rejected.file_name, images.file_name), kind, reason, detail
             FROM rejected LEFT JOIN images USING (image_id) ORDER BY rejected.rowid
@@ -146,12 +149,12 @@ class AnnotationIndex:
         return (Rejection(*row) for row in self._db.execute(query))
 
     def sample(self, count: int) -> list[ImageEntry]:
-        """Up to `count` images, drawn evenly."""
+        """Sample up to `count` images uniformly."""
         query = "SELECT image_id, uri, file_name, width, height FROM images ORDER BY hash, image_id LIMIT ?"
         return [ImageEntry(*row) for row in self._db.execute(query, (count,))]
 
     def ordered(self) -> Iterator[tuple[ImageEntry, list[BoxEntry]]]:
-        """Every image with its boxes, in the order of the shards."""
+        """Yield every image with its boxes, in the order of the shards."""
         images = self._db.execute(f"SELECT image_id, uri, file_name, width, height FROM images ORDER BY {self._order}")
         boxes = self._db.execute(
             f"SELECT boxes.* FROM boxes JOIN images USING (image_id) ORDER BY {self._order}, boxes.rowid"
@@ -167,6 +170,7 @@ class AnnotationIndex:
                 yield entry, []
 
     def close(self) -> None:
+        """Delete the file."""
         self._db.close()
 
     def _hash(self, image_id: int) -> int:
@@ -175,12 +179,11 @@ class AnnotationIndex:
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """A detection data set, ready to be read.
 
     Attributes:
-        description: goes into the manifest. Equal inputs have equal descriptions wherever they lie: names and hashes of
-            what was read, no paths.
+        description: stored in the manifest. Equal inputs have equal descriptions in any folder: names and hashes, no paths.
         fill: streams images and boxes into an index and returns the categories.
     """
 

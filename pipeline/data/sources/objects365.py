@@ -1,10 +1,10 @@
-"""Objects365 in its `patchN` folders: the released training and validation lists, divided as D-FINE divides them.
+"""Objects365 source in its `patchN` folders, split as D-FINE splits it.
 
-The validation set is the first 5,000 images of the released one, in file order. The training set is the rest of those
-and all released training images. Both released files count their ids for themselves, so ids of the released validation
-file are raised by `VAL_ID_OFFSET`: an id is unique in both splits and still shows what it was.
+The validation set is the first 5,000 images of the released one, in file order. The training set is the rest of those and all
+released training images. The two released files number their images independently, so `VAL_ID_OFFSET` is added to the ids of
+the validation file: an id is unique over both splits and still shows the original one.
 
-Some images are known to be missing or broken; they are listed in `rejected.parquet` like any other.
+Some images are known to be missing or damaged; they are listed in `rejected.parquet` like any other.
 """
 
 import posixpath
@@ -17,13 +17,13 @@ from pydantic import JsonValue
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.data.sources.coco import file_sha256, read_boxes, read_categories, read_images
-from pipeline.data.sources.index import AnnotationIndex, ImageEntry, Source, SourceError
+from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, SourceError
 
 VAL_IMAGES = 5000
 VAL_ID_OFFSET = 10**9
-LONGEST_SIDE = 640  # of the images that the released models were trained on
+LONGEST_SIDE = 640  # px, of the images that the released models were trained on
 
-# Where people unpack `images/v1/patch8/objects365_v1_00420917.jpg` of the "train" or "val" file.
+# Folder layouts in use for `images/v1/patch8/objects365_v1_00420917.jpg` of the "train" or "val" file.
 LAYOUTS = (
     "{part}/{file_name}",
     "{part}/{patch}/{name}",
@@ -32,45 +32,45 @@ LAYOUTS = (
     "{part}/{name}",
     "{file_name}",
 )
-PROBES = 32  # images looked for to tell the layout
+PROBES = 32  # images probed to detect the layout
 
 
 def objects365_source(
     root: str, split: str, *, train_json: str | None = None, val_json: str | None = None, val_images: int = VAL_IMAGES
-) -> Source:
-    """The new training or validation set.
+) -> DatasetSource:
+    """Source of the new training or validation set.
 
     Args:
         root: folder of the data set, path or URI.
         split: "train" or "val".
         train_json, val_json: the released annotations; by default root/annotations/zhiyuan_objv2_{train,val}.json.
-        val_images: how many images of the released validation set make the new one.
+        val_images: number of images of the released validation set that form the new one.
     """
     root = storage.absolute(root)
     if split not in ("train", "val"):
         raise SourceError(f"split is {split!r}; Objects365 has train and val")
-    files = {"val": val_json or storage.join(root, "annotations/zhiyuan_objv2_val.json")}
+    files = {"val": val_json or storage.join(root, "annotations", "zhiyuan_objv2_val.json")}
     if split == "train":
-        files["train"] = train_json or storage.join(root, "annotations/zhiyuan_objv2_train.json")
+        files["train"] = train_json or storage.join(root, "annotations", "zhiyuan_objv2_train.json")
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         categories = read_categories(files["val"])
-        validation = {entry.image_id for entry in islice(_images(root, "val", files["val"]), val_images)}
+        validation = {entry.image_id for entry in islice(_image_entries(root, "val", files["val"]), val_images)}
         first, last = (0, val_images) if split == "val" else (val_images, None)
-        index.add_images(islice(_images(root, "val", files["val"]), first, last))
+        index.add_images(islice(_image_entries(root, "val", files["val"]), first, last))
         index.add_boxes(
             read_boxes(
                 files["val"],
                 categories,
                 index,
-                wanted=lambda image_id: (image_id + VAL_ID_OFFSET in validation) == (split == "val"),
+                selects=lambda image_id: (image_id + VAL_ID_OFFSET in validation) == (split == "val"),
                 id_offset=VAL_ID_OFFSET,
             )
         )
         if split == "train":
             if read_categories(files["train"]) != categories:
                 raise SourceError(f"{files['train']} and {files['val']} have different categories")
-            index.add_images(_images(root, "train", files["train"]))
+            index.add_images(_image_entries(root, "train", files["train"]))
             index.add_boxes(read_boxes(files["train"], categories, index))
         return categories
 
@@ -80,11 +80,11 @@ def objects365_source(
         **{f"{part}_annotations": posixpath.basename(path) for part, path in files.items()},
         **{f"{part}_annotations_sha256": file_sha256(path) for part, path in files.items()},
     }
-    return Source(description, fill)
+    return DatasetSource(description, fill)
 
 
-def _images(root: str, part: str, annotations: str) -> Iterator[ImageEntry]:
-    """The images of a released file, with their final ids and paths."""
+def _image_entries(root: str, part: str, annotations: str) -> Iterator[ImageEntry]:
+    """Read the images of a released file, with their final ids and paths."""
     offset = VAL_ID_OFFSET if part == "val" else 0
     for entry in read_images(annotations, _locator(root, part, annotations), offset):
         if not offset <= entry.image_id < offset + VAL_ID_OFFSET:
@@ -93,20 +93,20 @@ def _images(root: str, part: str, annotations: str) -> Iterator[ImageEntry]:
 
 
 def _locator(root: str, part: str, annotations: str) -> Callable[[str], str]:
-    """The function from file name to path that finds most of the first images.
+    """Return the function from file name to path that finds most of the first images.
 
     Raises:
         SourceError: no known layout finds any.
     """
     names = [entry.file_name for entry in islice(read_images(annotations, str), PROBES)]
 
-    def found(layout: str) -> int:
+    def hits(layout: str) -> int:
         return sum(storage.exists(_path(root, part, layout, name)) for name in names)
 
-    best = max(LAYOUTS, key=found)
-    if names and not found(best):
+    best = max(LAYOUTS, key=hits)
+    if names and not hits(best):
         tried = "".join(f"\n  {_path(root, part, layout, names[0])}" for layout in LAYOUTS)
-        raise SourceError(f"{annotations}: none of its first {len(names)} images was found; looked for{tried}")
+        raise SourceError(f"{annotations}: none of its first {len(names)} images exists; tried{tried}")
     return partial(_path, root, part, best)
 
 

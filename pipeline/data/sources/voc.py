@@ -1,8 +1,8 @@
-"""Pascal VOC: one XML per image, lists of images under `ImageSets/Main`.
+"""Pascal VOC source: one XML per image, lists of images under `ImageSets/Main`.
 
 VOC counts pixels from 1 and includes both ends: (xmin, xmax) covers xmin - 1 to xmax on a continuous axis. Many tools
-write the same XML with ordinary coordinates; `one_based=False` reads those. In both, xmax <= xmin is a slip of the
-annotator and not a box. Difficult objects become crowd regions: not trained on, and not counted in evaluation.
+write the same XML with ordinary coordinates; `one_based=False` reads those. In both, xmax <= xmin is an
+annotation error and not a box. Difficult objects become crowd regions: ignored in training and in evaluation.
 
 The classes are the names in all annotations of the folder, sorted, so every split has the same labels.
 """
@@ -16,34 +16,36 @@ from pydantic import JsonValue
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError, read_text
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError, read_text
 
 
-def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_based: bool = True) -> Source:
-    """One list of images.
+def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_based: bool = True) -> DatasetSource:
+    """Source of one list of images.
 
     Args:
         root: folder with Annotations, ImageSets/Main and JPEGImages.
         image_set: name of the list in ImageSets/Main, such as "train".
-        classes: names in the order of their labels; by default all names that occur, sorted.
-        one_based: pixels are counted from 1, both ends included.
+        classes: class names in label order; by default all names that occur, sorted.
+        one_based: True if pixels are counted from 1 with both ends included.
     """
     root = root.absolute()
     listing = root / "ImageSets" / "Main" / f"{image_set}.txt"
     if not listing.is_file():
         known = ", ".join(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "none"
-        raise SourceError(f"{listing}: there is no such list; there are: {known}")
+        raise SourceError(f"{listing}: no such list; available: {known}")
     names = [line.split()[0] for line in read_text(listing).splitlines() if line.strip()]
     files = sorted((root / "Annotations").glob("*.xml"))
     digest = hashlib.sha256("\n".join(names).encode())
-    found: set[str] = set()
+    occurring: set[str] = set()
     for path in files:
         text = path.read_bytes()
         digest.update(text)
-        found.update(_names(_parse(path, text)))
-    chosen = tuple(classes) or tuple(sorted(found))
+        occurring.update(_object_names(_parse_xml(path, text)))
+    chosen = tuple(classes) or tuple(sorted(occurring))
     if not chosen:
-        raise SourceError(f"{root / 'Annotations'}: no objects in {len(files)} XML files, so no classes; name them")
+        raise SourceError(
+            f"{root / 'Annotations'}: no objects in {len(files)} XML files, so the classes are unknown: name them with --classes"
+        )
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         labels = {name: label for label, name in enumerate(chosen)}
@@ -52,9 +54,9 @@ def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_b
             if not path.is_file():
                 index.reject(Rejection(number, name, "image", "missing annotation", f"{path.name} does not exist"))
                 continue
-            annotation = _parse(path, path.read_bytes())
-            index.add_images([_image(annotation, number, name, root / "JPEGImages")])
-            index.add_boxes(_boxes(annotation, number, labels, one_based, index))
+            annotation = _parse_xml(path, path.read_bytes())
+            index.add_images([_image_entry(annotation, number, name, root / "JPEGImages")])
+            index.add_boxes(_voc_boxes(annotation, number, labels, one_based, index))
         return tuple(Category(label=label, original_id=label, name=name) for name, label in labels.items())
 
     description: dict[str, JsonValue] = {
@@ -65,22 +67,22 @@ def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_b
         "classes": list(chosen),
         "annotations_sha256": digest.hexdigest(),
     }
-    return Source(description, fill)
+    return DatasetSource(description, fill)
 
 
-def _parse(path: Path, text: bytes) -> ElementTree.Element:
+def _parse_xml(path: Path, text: bytes) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise SourceError(f"{path}: not valid XML: {error}") from None
 
 
-def _names(annotation: ElementTree.Element) -> Iterator[str]:
+def _object_names(annotation: ElementTree.Element) -> Iterator[str]:
     return (item.findtext("name", "").strip() for item in annotation.iterfind("object"))
 
 
-def _image(annotation: ElementTree.Element, number: int, name: str, folder: Path) -> ImageEntry:
-    """The file is called as in the list; the XML only knows its ending."""
+def _image_entry(annotation: ElementTree.Element, number: int, name: str, folder: Path) -> ImageEntry:
+    """The image of an annotation. Its file is named after the list entry; the XML only gives the suffix."""
     file_name = name + (Path(annotation.findtext("filename", "")).suffix or ".jpg")
     size = annotation.findtext("size/width"), annotation.findtext("size/height")
     if size[0] is None or size[1] is None:
@@ -88,7 +90,7 @@ def _image(annotation: ElementTree.Element, number: int, name: str, folder: Path
     return ImageEntry(number, str(folder / file_name), file_name, int(float(size[0])), int(float(size[1])))
 
 
-def _boxes(
+def _voc_boxes(
     annotation: ElementTree.Element, number: int, labels: dict[str, int], one_based: bool, index: AnnotationIndex
 ) -> Iterator[BoxEntry]:
     for item in annotation.iterfind("object"):

@@ -1,9 +1,9 @@
-"""YOLO: a txt per image beside a data.yaml.
+"""YOLO source: a data.yaml and one label file per image.
 
-`train`, `val` and `test` of the yaml name a folder of images, a file that lists images, or several of them, relative to
-its `path`. Labels lie where `images` in the path of an image is replaced by `labels`; an image without a file of labels
-has no objects. A line is `class cx cy width height` in fractions of the image, or a class and the corners of a polygon,
-whose box is taken.
+`train`, `val` and `test` of the YAML file name a folder of images, a file that lists images, or several of them, relative to
+its `path`. The label file of an image is found by replacing `images` in its path by `labels`; an image without a label file has
+no objects. A line is `class cx cy width height` in fractions of the image, or a class and the corners of a polygon, which is
+converted to its bounding box.
 """
 
 import hashlib
@@ -16,33 +16,33 @@ from pydantic import JsonValue
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, ImageEntry, Source, SourceError, read_text
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError, read_text
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
-def yolo_source(data_yaml: Path, split: str) -> Source:
-    """One split of a data.yaml, "train" for instance."""
+def yolo_source(data_yaml: Path, split: str) -> DatasetSource:
+    """Source of one split of a data.yaml, such as "train"."""
     try:
         content = yaml.safe_load(read_text(data_yaml))
     except FileNotFoundError:
-        raise SourceError(f"{data_yaml}: there is no such file") from None
+        raise SourceError(f"{data_yaml}: no such file") from None
     except yaml.YAMLError as error:
         raise SourceError(f"{data_yaml}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise SourceError(f"{data_yaml}: expected keys such as `names` and `{split}`")
-    categories = _categories(data_yaml, content.get("names"))
+    categories = _yolo_categories(data_yaml, content.get("names"))
     root = (data_yaml.absolute().parent / str(content.get("path") or ".")).resolve()
     images = _image_files(data_yaml, root, content, split)
     digest = hashlib.sha256()
     for path in images:
-        digest.update(f"{_shown(path, root)}\n".encode())
+        digest.update(f"{_display_name(path, root)}\n".encode())
         digest.update(_label_text(path).encode())
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         for number, path in enumerate(images, start=1):
-            index.add_images([ImageEntry(number, str(path), _shown(path, root), None, None)])
-            index.add_boxes(_boxes(_label_text(path), number, len(categories), index))
+            index.add_images([ImageEntry(number, str(path), _display_name(path, root), None, None)])
+            index.add_boxes(_yolo_boxes(_label_text(path), number, len(categories), index))
         return categories
 
     description: dict[str, JsonValue] = {
@@ -51,57 +51,59 @@ def yolo_source(data_yaml: Path, split: str) -> Source:
         "data": data_yaml.name,
         "labels_sha256": digest.hexdigest(),
     }
-    return Source(description, fill)
+    return DatasetSource(description, fill)
 
 
-def _categories(data_yaml: Path, names: Any) -> tuple[Category, ...]:
+def _yolo_categories(data_yaml: Path, names: Any) -> tuple[Category, ...]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(isinstance(key, int) for key in names):
         raise SourceError(f"{data_yaml}: names is {names!r}; expected a list, or a mapping from class number to name")
     if sorted(names) != list(range(len(names))):
-        raise SourceError(f"{data_yaml}: names has the class numbers {sorted(names)}; expected 0..{len(names) - 1}")
+        raise SourceError(f"{data_yaml}: names has class numbers {sorted(names)}; expected 0..{len(names) - 1}")
     return tuple(Category(label=k, original_id=k, name=str(names[k]).strip()) for k in range(len(names)))
 
 
 def _image_files(data_yaml: Path, root: Path, content: dict[str, Any], split: str) -> list[Path]:
     """All images of the split, sorted, each once."""
-    places = content.get(split)
-    if not places:
+    entries = content.get(split)
+    if not entries:
         known = ", ".join(key for key in ("train", "val", "test") if content.get(key)) or "none"
-        raise SourceError(f"{data_yaml}: no split {split!r}; there are: {known}")
+        raise SourceError(f"{data_yaml}: no split {split!r}; available: {known}")
     images: set[Path] = set()
-    for place in [places] if isinstance(places, str) else places:
-        path = root / place
-        # Exported sets often say ../train/images and mean train/images.
-        path = path if path.exists() else root / str(place).removeprefix("../")
+    for entry in [entries] if isinstance(entries, str) else entries:
+        path = root / entry
+        # Exported sets often have ../train/images and mean train/images.
+        path = path if path.exists() else root / str(entry).removeprefix("../")
         if path.is_dir():
             images.update(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         elif path.is_file():
             listed = [line.strip() for line in read_text(path).splitlines() if line.strip()]
             images.update(path.parent / line if line.startswith("./") else root / line for line in listed)
         else:
-            raise SourceError(f"{data_yaml}: {split}: {root / place} does not exist")
+            raise SourceError(f"{data_yaml}: {split}: {root / entry} does not exist")
     if not images:
-        raise SourceError(f"{data_yaml}: {split}: no images in {places}")
+        raise SourceError(f"{data_yaml}: {split}: no images in {entries}")
     return sorted(images)
 
 
-def _shown(path: Path, root: Path) -> str:
+def _display_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def _label_text(image: Path) -> str:
-    """The lines about an image; none if it has no file."""
+    """Content of the label file of an image; empty if there is none."""
     parts = list(image.parts[:-1])
     if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"  # the last one, as sets may lie under another
+        parts[len(parts) - 1 - parts[::-1].index("images")] = (
+            "labels"  # the last one: a parent folder may have the same name
+        )
     path = Path(*parts, f"{image.stem}.txt")
     return read_text(path) if path.is_file() else ""
 
 
-def _boxes(text: str, number: int, classes: int, index: AnnotationIndex) -> Iterator[BoxEntry]:
-    """Boxes and areas in fractions of the image."""
+def _yolo_boxes(text: str, number: int, classes: int, index: AnnotationIndex) -> Iterator[BoxEntry]:
+    """Yield boxes and areas in fractions of the image; lines that cannot be used go to `index.reject`."""
     for line in text.splitlines():
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""A micro-batch as tensors, made from its Arrow form without a copy."""
+"""A micro-batch as tensors, built from its Arrow form without a copy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Replacement:
-    """An image that could not be decoded; the next of its micro-batch stands in its place."""
+    """An image that could not be decoded and was replaced by the next one of its micro-batch."""
 
     image_id: int
     reason: str
@@ -20,29 +20,30 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Batch:
-    """B images of one worker, to be looked at and not written to: the pixels may lie in memory shared by processes."""
+    """B images of one worker. Read only: the pixels may be in memory shared between processes."""
 
-    step: int  # global step, counted through all epochs
-    micro_batch: int  # within the step, over all workers
+    step: int  # global step, over all epochs
+    micro_batch: int  # index within the step, over all workers
     images: Tensor  # [B, 3, H, W] uint8, channels last in memory
     photometric: Tensor  # [B, P] float32, for `photometric_distort`
     boxes: Tensor  # [T, 4] float32 cxcywh, normalised to the canvas, image after image
     labels: Tensor  # [T] int64
-    counts: tuple[int, ...]  # [B] boxes of each image, known without asking the device
+    counts: tuple[int, ...]  # [B] boxes per image, on the host: reading them needs no synchronisation
     image_id: Tensor  # [B] int64
     orig_size: Tensor  # [B, 2] int64 width, height before any resizing
-    padding: tuple[bool, ...]  # [B] True where evaluation fills up its last batches: not an image, not to be counted
+    padding: tuple[bool, ...]  # [B] True for the padding of evaluation's last batches, which must not be counted
     replaced: tuple[Replacement, ...]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Move all tensors to a device."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """Copied to page-locked memory, from which `to(device, non_blocking=True)` does not wait."""
+        """Copy to page-locked memory, from which `to(device, non_blocking=True)` is asynchronous."""
         return self._with_tensors(Tensor.pin_memory)
 
     def targets(self) -> list[dict[str, Tensor]]:
-        """[B] of {"labels": [G] int64, "boxes": [G, 4] cxcywh}, views of the flat tensors."""
+        """Targets [B] of {"labels": [G] int64, "boxes": [G, 4] cxcywh}, as views of the flat tensors."""
         counts = list(self.counts)
         labels, boxes = torch.split(self.labels, counts), torch.split(self.boxes, counts)
         return [{"labels": label, "boxes": box} for label, box in zip(labels, boxes, strict=True)]
@@ -103,7 +104,7 @@ def _padded(values: Tensor, size: int, fill: int) -> Tensor:
 
 
 def _only_value(table: pa.Table, name: str) -> Any:
-    """The value in a table of one row: a scalar, or for a column of lists the array of items."""
+    """The value in a table of one row: a scalar, or for a list column the array of items."""
     column = table.column(name).chunk(0)  # not combine_chunks, which copies even one
     return column.flatten() if pa.types.is_list(column.type) else column[0]
 

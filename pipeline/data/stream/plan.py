@@ -11,19 +11,13 @@ at most one group with each neighbour; planning it costs O(rows of the window).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shards.reader import Rows
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS
 from pipeline.errors import UserError
-
-DEFAULT_WINDOW_ROWS = 2048  # over all lanes
-MIN_LANE_ROWS = 128  # per window of a lane: several row groups, so that few are read twice
-# Where images are decoded: in data tasks on any node; in threads of the training worker; or in the calling thread without
-# Ray, for one process, a debugger, a test.
-DecodeIn = Literal["task", "worker", "inline"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def shuffled_order(
 
 
 def file_order(row_groups: Sequence[int] | NDArray[np.int64], *, window_rows: int) -> RowOrder:
-    """Every row in the order in which it is stored."""
+    """Order of the rows as stored."""
     counts = np.asarray(row_groups, np.int64)
     return RowOrder(np.arange(len(counts)), np.cumsum(counts), 0, int(counts.sum()), window_rows, key=None)
 
@@ -92,19 +86,19 @@ class Window:
     """Steps of one epoch that are shuffled together, lane by lane, and read by one task."""
 
     epoch: int
-    first_step: int  # counted from the start of the training, not of the epoch
+    first_step: int  # global step, counted from the start of the training
     stop_step: int
 
 
 class PlanError(UserError, ValueError):
-    """Batch sizes that the images or the workers cannot be divided into."""
+    """Batch sizes that do not fit the number of images or workers."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """Steps cut into micro-batches, one per lane; lane m belongs to worker m % world_size."""
 
-    row_groups: NDArray[np.int64]  # [G] rows of each row group
+    row_groups: NDArray[np.int64]  # [G] rows per row group
     global_batch_size: int  # images per step, over all workers
     micro_batch_size: int  # images that a worker holds at a time
     seed: int | None  # of the shuffle; None, for evaluation: file order, and an incomplete last step is kept
@@ -120,11 +114,13 @@ class BatchPlan:
             raise PlanError(f"seed={self.seed} must not be negative")
         if self.steps_per_epoch == 0:
             raise PlanError(
-                f"an epoch of {self.num_rows} images has no step of global_batch_size={self.global_batch_size}: make it smaller"
+                f"an epoch of {self.num_rows} images has no step of global_batch_size={self.global_batch_size}:"
+                " choose a smaller one"
             )
 
     @property
     def num_rows(self) -> int:
+        """Images of the shard set."""
         return int(self.row_groups.sum())
 
     @property
@@ -141,10 +137,12 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of steps in an epoch."""
         return -(-self.lane_rows // self.micro_batch_size)
 
     @property
     def steps_per_window(self) -> int:
+        """Whole steps per shuffling window."""
         return max(1, round(self.window_rows / self.global_batch_size))
 
     def accumulation(self, world_size: int) -> int:

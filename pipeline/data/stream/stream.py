@@ -21,16 +21,19 @@ import torch
 from ray.data import DataContext, DataIterator, Dataset, TaskPoolStrategy
 from ray.data.collate_fn import ArrowBatchCollateFn
 
-from pipeline.data.augment.augment import AugmentSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import RowGroups, locate_row_groups
-from pipeline.data.stream.backpressure import bound_living_outputs
+from pipeline.data.stream.backpressure import bound_outputs
 from pipeline.data.stream.batch import Batch, batches_from_arrow
-from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS, BatchPlan, DecodeIn, Window
+from pipeline.data.stream.plan import BatchPlan, Window
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS, DecodeIn
 from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_block, read_window
 
 T = TypeVar("T")
-Broadcast = Callable[[Any], Any]  # rank 0's value on every rank: `ray.train.collective.broadcast_from_rank_zero`
+Broadcast = Callable[
+    [Any], Any
+]  # returns rank 0's value on every rank: `ray.train.collective.broadcast_from_rank_zero`
 
 MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
 GROUP_WORKERS = 4  # workers that share a coordinator
@@ -42,15 +45,17 @@ READY_BATCHES = 3  # for each worker, beyond those that it has fetched
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
+    """Settings of a training stream."""
+
     global_batch_size: int  # images per step, over all workers
-    micro_batch_size: int  # images that a worker holds at a time
+    micro_batch_size: int  # images per worker and forward pass
     canvas: tuple[int, int]  # height, width
     augment: AugmentSettings
-    augment_epochs: int | None = None  # strong augmentation ends before this epoch; None: it never does
+    augment_epochs: int | None = None  # strong augmentation ends before this epoch; None: never
     seed: int = 0
     window_rows: int | None = None  # rows that are shuffled together; default: see `training_plan`
     decode_in: DecodeIn = "task"
-    prefetch: int = 2  # batches that a worker has ready; with decode_in="worker" also its decoding threads, up to 4
+    prefetch: int = 2  # batches ready on each worker; with decode_in="worker" also its decoding threads, up to 4
 
 
 def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
@@ -71,7 +76,8 @@ def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
     )
 
 
-def _itself(value: T) -> T:
+def _no_broadcast(value: T) -> T:
+    """Broadcast of a single worker."""
     return value
 
 
@@ -83,9 +89,9 @@ def training_stream(
     stop_step: int,
     rank: int = 0,
     world_size: int = 1,
-    broadcast: Broadcast = _itself,
+    broadcast: Broadcast = _no_broadcast,
 ) -> Iterator[Batch]:
-    """The micro-batches of worker `rank`, for global steps start to stop, through as many epochs as that takes.
+    """Stream the micro-batches of worker `rank` for global steps start to stop, over as many epochs as needed.
 
     The stream starts with this call. Each step is `global_batch_size / micro_batch_size / world_size` batches. The call is
     collective, and so is a `next` now and then: all workers must consume their streams in step.
@@ -93,7 +99,7 @@ def training_stream(
     plan = training_plan(shards, settings)
     augmentation = Augmentation(settings.seed, settings.augment, settings.augment_epochs)
     decoding = DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation)
-    run = _Run(
+    run = _WorkerStream(
         locate_row_groups(shards), plan, decoding, settings.decode_in, settings.prefetch, rank, world_size, broadcast
     )
     return run.batches(start_step, stop_step)
@@ -106,27 +112,27 @@ def evaluation_stream(
     micro_batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    broadcast: Broadcast = _itself,
+    broadcast: Broadcast = _no_broadcast,
     decode_in: DecodeIn = "task",
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Every image once, over all workers, unaugmented; each worker gets equally many batches, the last ones padded.
+    """Stream every image once over all workers, unaugmented; each worker gets the same number of batches, the last ones padded.
 
     Raises:
-        UndecodableImageError: naming the image. Left out, it would change the result without a word.
+        UndecodableImageError: names the image. Skipping it would change the result silently.
     """
     source = locate_row_groups(shards)
     plan = BatchPlan(
         source.rows, global_batch_size=micro_batch_size * world_size, micro_batch_size=micro_batch_size, seed=None
     )
     decoding = DecodeSettings(canvas, micro_batch_size, augmentation=None)
-    run = _Run(source, plan, decoding, decode_in, prefetch, rank, world_size, broadcast)
+    run = _WorkerStream(source, plan, decoding, decode_in, prefetch, rank, world_size, broadcast)
     return run.batches(0, plan.steps_per_epoch)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One worker's part in carrying out a plan."""
+class _WorkerStream:
+    """One worker's share of a plan."""
 
     source: RowGroups
     plan: BatchPlan
@@ -138,6 +144,7 @@ class _Run:
     broadcast: Broadcast
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Start the stream, and return its batches in the order of the plan."""
         self.plan.accumulation(self.world_size)  # raises if the workers cannot share a step
         blocks = self._decoded_here if self.decode_in == "inline" else self._decoded_by_ray
         return self._checked(self._step_by_step(blocks(start_step, stop_step)), start_step, stop_step)
@@ -150,6 +157,7 @@ class _Run:
                 yield from of_step
 
     def _checked(self, batches: Iterator[Batch], start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Compare every batch with the plan: a wrong order would silently break exact resumes."""
         expected = ((step, lane) for step in range(start_step, stop_step) for lane in self._lanes)
         for (step, lane), batch in zip(expected, batches, strict=True):
             if (batch.step, batch.micro_batch) != (step, lane):
@@ -252,7 +260,7 @@ class _Run:
                 block_steps=self._block_steps,
                 start_step=start_step,
             ),
-            num_cpus=0,  # it waits for storage; a core of its own would keep decoding from the last one there is
+            num_cpus=0,  # it waits for storage; reserving a core would take it from decoding
             compute=TaskPoolStrategy(size=min(self._reads, len(windows))),
             batch_size=None,
             batch_format="pyarrow",
@@ -270,8 +278,9 @@ class _Run:
         )
 
     def _configure(self, context: DataContext, workers: int) -> None:
+        """Keep the order, one row per block, and bounds on what is read and decoded ahead."""
         context.execution_options.preserve_order = True
-        context.target_max_block_size = 1  # byte: a block is complete with its first row
+        context.target_max_block_size = 1  # byte: every row becomes a block
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         lanes = workers * self.plan.accumulation(self.world_size)
@@ -283,7 +292,7 @@ class _Run:
             blocks = workers * (self._prefetched_blocks + ready)
             block_bytes = self._block_steps * self.plan.micro_batch_size * height * width * 3
             bounds["MapBatches(decode_block)"] = blocks * block_bytes
-        bound_living_outputs(context, bounds)
+        bound_outputs(context, bounds)
 
     @property
     def _prefetched_blocks(self) -> int:
@@ -324,13 +333,13 @@ class _ToBlock(ArrowBatchCollateFn):
 
 
 def _fetched_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, the first of them fetched in the background from now on."""
+    """The same items; fetching the first one starts now, in the background."""
     first: Future[T] = Future()
 
     def fetch() -> None:
         try:
             first.set_result(next(items))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
             first.set_exception(error)
 
     threading.Thread(target=fetch, daemon=True).start()

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.augment.augment import AugmentSettings, Sample, augmented_sample, identity_photometric, plain_sample
 from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.mixing import mixed_batch
-from pipeline.data.shards.reader import ROW, RowGroups, Rows, read_row_groups, take_rows
+from pipeline.data.augment.photometric_parameters import identity_photometric
+from pipeline.data.augment.samples import Sample, augmented_sample, plain_sample, without_crowd
+from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.shards.reader import ROW_TYPE, RowGroups, Rows, read_row_groups, take_rows
 from pipeline.data.shards.records import ImageRecord, records_from_table
 from pipeline.data.stream.plan import BatchPlan, Window
 
@@ -25,7 +27,7 @@ ENCODED_SCHEMA = pa.schema(
         ("micro_batch", pa.int64()),  # lane: index within the step
         ("epoch", pa.int64()),
         ("real", pa.list_(pa.int64())),  # [K] images of each micro-batch, fewer at the end of an evaluation
-        ("rows", pa.list_(ROW)),  # [sum of real], micro-batch after micro-batch
+        ("rows", pa.list_(ROW_TYPE)),  # [sum of real], micro-batch after micro-batch
     ]
 )
 
@@ -50,18 +52,21 @@ DECODED_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Augmentation:
+    """Augmentation of a training: settings, seed, and the epochs with strong augmentation."""
+
     seed: int
     settings: AugmentSettings
-    strong_epochs: int | None  # strong augmentation ends before this epoch; None: it never does
+    strong_epochs: int | None  # strong augmentation ends before this epoch; None: never
 
     def of_epoch(self, epoch: int) -> AugmentSettings:
+        """Settings of one epoch."""
         strong = self.strong_epochs is None or epoch < self.strong_epochs
         return self.settings if strong else self.settings.clean()
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How the encoded images of a micro-batch become pixels."""
+    """Settings for the decoding of a micro-batch."""
 
     canvas: tuple[int, int]  # height, width
     micro_batch_size: int
@@ -117,11 +122,12 @@ def read_window(
 def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     """Decode one block of micro-batches to pixels and boxes.
 
-    In training an image that cannot be decoded is replaced by the next of its micro-batch that can, and named.
+    In training an image that cannot be decoded is replaced by the next decodable one of its micro-batch, and reported.
 
     Raises:
         UndecodableImageError: in training no image of a micro-batch can be decoded, in evaluation one cannot.
     """
+    # Decode each image; failures are collected.
     rows = encoded.column("rows").chunk(0).flatten()
     records = list(records_from_table(pa.Table.from_struct_array(rows)))
     real = encoded.column("real").chunk(0).flatten().to_numpy()
@@ -172,9 +178,7 @@ def _decoded_micro_batch(
             failures[index] = f"{record.file_name}: {error}"
     if failures and (settings.augmentation is None or not decoded):
         named = "; ".join(f"image {records[index].image_id}, {why}" for index, why in failures.items())
-        raise UndecodableImageError(
-            f"{named}; `python -m jobs.doctor` lists such images, `jobs.prepare` leaves them out"
-        )
+        raise UndecodableImageError(f"{named}; `dfine doctor` lists such images, `dfine prepare` leaves them out")
     shown = [_next_decoded(index, decoded, len(records)) for index in range(len(records))]
     kept = [records[index] for index in shown]
     samples = [decoded[index] for index in shown]
@@ -186,12 +190,11 @@ def _decoded_micro_batch(
 
 
 def _sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample:
-    learned = ~record.crowd
-    picture = record.image, record.width, record.height, record.boxes[learned], record.labels[learned]
+    image = without_crowd(record)
     if settings.augmentation is None:
-        return plain_sample(*picture, canvas=settings.canvas)
+        return plain_sample(image, canvas=settings.canvas)
     return augmented_sample(
-        *picture,
+        image,
         seed=settings.augmentation.seed,
         epoch=epoch,
         image_id=record.image_id,
@@ -209,7 +212,7 @@ def _joined(arrays: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]
 
 
 def _one_row(schema: pa.Schema, **values: Any) -> pa.Table:
-    """A table of one row; for a column of lists the value is the list."""
+    """Build a table of one row; for a list column the value is the list."""
 
     def column(field: pa.Field) -> pa.Array:
         value = values[field.name]

@@ -1,4 +1,4 @@
-"""True boxes and detections without images: small ones to reckon by hand, random ones to compare programs on."""
+"""Ground truth and detections without images: small ones to compute by hand, random ones to compare programs on."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ BOX: Box = (10, 10, 50, 50)
 AWAY: Box = (200, 200, 240, 240)
 
 
-def truth_of(*images: Sequence[tuple[int, Box]], classes: int = 3, crowd: Sequence[int] = ()) -> GroundTruth:
+def ground_truth_of(*images: Sequence[tuple[int, Box]], classes: int = 3, crowd: Sequence[int] = ()) -> GroundTruth:
     """Images 100, 101, ... with (label, box) each; `crowd` counts through all boxes."""
     rows = [(image, label, box) for image, boxes in enumerate(images) for label, box in boxes]
     box = np.array([row[2] for row in rows], np.float32).reshape(-1, 4)
@@ -31,7 +31,7 @@ def truth_of(*images: Sequence[tuple[int, Box]], classes: int = 3, crowd: Sequen
     )
 
 
-def found(*rows: tuple[int, int, float, Box]) -> DetectionTable:
+def detections_of(*rows: tuple[int, int, float, Box]) -> DetectionTable:
     """Detections (image id, label, score, box)."""
     return DetectionTable(
         image_id=np.array([row[0] for row in rows], np.int64),
@@ -42,15 +42,15 @@ def found(*rows: tuple[int, int, float, Box]) -> DetectionTable:
 
 
 def random_scene(seed: int, *, images: int = 40, classes: int = 6) -> tuple[GroundTruth, DetectionTable]:
-    """Boxes of all sizes, crowd regions, empty images, a class without truth; detections good and bad, tied and inverted."""
+    """Boxes of all sizes, crowd regions, empty images, a class without boxes; detections good and bad, tied and inverted."""
     random = np.random.default_rng(seed)
     counts = random.integers(0, 6, images)
     total = int(counts.sum())
     low = random.uniform(0, 200, (total, 2))
     size = random.choice([12, 50, 120], (total, 1)) * random.uniform(0.5, 1.5, (total, 2))
     box = np.concatenate([low, low + size], axis=1).astype(np.float32)
-    label = random.integers(0, classes - 1, total).astype(np.int32)  # the last class has no truth
-    truth = GroundTruth(
+    label = random.integers(0, classes - 1, total).astype(np.int32)  # the last class has no ground truth
+    ground_truth = GroundTruth(
         image_id=7 * np.arange(images, dtype=np.int64),
         width=np.full(images, 400, np.int32),
         height=np.full(images, 400, np.int32),
@@ -66,8 +66,8 @@ def random_scene(seed: int, *, images: int = 40, classes: int = 6) -> tuple[Grou
     noisy = box[source] + random.normal(0, 0.1, (len(source), 4)) * np.tile(size[source], 2)
     noisy[::50] = noisy[::50][:, [2, 1, 0, 3]]
     guess = np.where(random.random(len(source)) < 0.8, label[source], random.integers(0, classes, len(source)))
-    return truth, DetectionTable(
-        image_id=truth.image_id[truth.image[source]],
+    return ground_truth, DetectionTable(
+        image_id=ground_truth.image_id[ground_truth.image[source]],
         label=guess.astype(np.int32),
         score=random.random(len(source)).round(2).astype(np.float32),
         box=noisy.astype(np.float32),

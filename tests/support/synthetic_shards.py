@@ -1,4 +1,4 @@
-"""Small shard sets of drawn images, written row by row so that a test knows what is in them."""
+"""Small shard sets of synthetic images, written row by row so that a test knows their content."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pipeline.data.shards.set_statistics import count_rows
 from pipeline.data.sources.synthetic import CLASSES, synthetic_image
 
 
-def drawn_records(count: int, *, longest_side: int = 48, seed: int = 0) -> list[ImageRecord]:
+def synthetic_records(count: int, *, longest_side: int = 48, seed: int = 0) -> list[ImageRecord]:
     return [synthetic_image(index, seed=seed, longest_side=longest_side, max_shapes=6) for index in range(count)]
 
 
@@ -37,7 +37,7 @@ def write_shards(
             )
         )
     manifest = Manifest(
-        split="drawn",
+        split="synthetic",
         categories=tuple(Category(label=label, original_id=label, name=name) for label, name in enumerate(CLASSES)),
         shards=tuple(shards),
         images=len(rows),

@@ -1,0 +1,113 @@
+"""Training and evaluation samples: the released augmentation, drawn from the boxes alone, then applied to the pixels once.
+
+Zoom-out, IoU crop, flip and resize are drawn first and combine to one `View`: the part of the image that is seen, and its
+place on the canvas. The parameters of the photometric distortion are drawn here too. They travel as a row of numbers beside
+the uint8 image and are applied to the whole batch on its device (`photometric.py`). Each draw has the distribution of
+torchvision's transform in the released order (D-FINE's training recipe), down to how sizes are truncated to whole pixels.
+
+A draw is keyed by (seed, epoch, image id): the sample is the same in whatever order, process or thread it is made.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.augment.decode import crop_and_place, decode_rgb, stretch
+from pipeline.data.augment.generators import keyed_generator
+from pipeline.data.augment.geometry import (
+    Rectangle,
+    boxes_on_canvas,
+    clip_boxes,
+    composed_view,
+    draw_view,
+    to_normalised_cxcywh,
+)
+from pipeline.data.augment.photometric_parameters import (
+    Photometric,
+    draw_photometric,
+    identity_photometric,
+    mean_grey,
+)
+from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.shards.records import ImageRecord
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """An encoded image and the G boxes to learn from."""
+
+    encoded: bytes
+    width: int  # stored pixels
+    height: int
+    boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels; clipped to the image, and dropped where nothing remains
+    labels: NDArray[np.integer]  # [G]
+
+
+def without_crowd(record: ImageRecord) -> AnnotatedImage:
+    """An image of a shard with the boxes to learn from: all but crowd regions."""
+    learned = ~record.crowd
+    return AnnotatedImage(record.image, record.width, record.height, record.boxes[learned], record.labels[learned])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on its canvas, with G boxes."""
+
+    image: NDArray[np.uint8]  # [H, W, 3] RGB
+    boxes: NDArray[np.float32]  # [G, 4] cxcywh, normalised to the canvas
+    labels: NDArray[np.int64]  # [G]
+    photometric: NDArray[np.float32]  # [P], columns of `Photometric`
+
+
+def augmented_sample(
+    image: AnnotatedImage, *, seed: int, epoch: int, image_id: int, settings: AugmentSettings, canvas: tuple[int, int]
+) -> Sample:
+    """Augment an image for training.
+
+    Args:
+        canvas: height and width of the sample.
+
+    Raises:
+        UndecodableImageError: with the reason.
+    """
+    # All draws, before any pixel is decoded.
+    generator = keyed_generator("image", seed, epoch, image_id)
+    boxes, labels = _within_image(image)
+    photometric = draw_photometric(generator, settings)
+    view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas)
+
+    # Pixels are decoded as small as the view allows.
+    pixels = decode_rgb(image.encoded, image.width, image.height, view.divisor)
+    photometric[Photometric.MEAN_GREY] = mean_grey(pixels)
+    photometric[Photometric.LEFT :] = view.region
+    return Sample(
+        image=crop_and_place(pixels, view, canvas, view.divisor),
+        boxes=to_normalised_cxcywh(boxes_on_canvas(view, boxes[kept]), canvas),
+        labels=labels[kept].astype(np.int64),
+        photometric=photometric,
+    )
+
+
+def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
+    """Stretch an image to the canvas, for evaluation; errors as in `augmented_sample`."""
+    boxes, labels = _within_image(image)
+    whole = Rectangle(0, 0, image.width, image.height)
+    view = composed_view(whole, image.width, image.height, canvas, flip=False)
+    pixels = decode_rgb(image.encoded, image.width, image.height)
+    photometric = identity_photometric()
+    photometric[Photometric.LEFT :] = view.region
+    return Sample(
+        image=stretch(pixels, canvas),
+        boxes=to_normalised_cxcywh(boxes_on_canvas(view, boxes), canvas),
+        labels=labels.astype(np.int64),
+        photometric=photometric,
+    )
+
+
+def _within_image(image: AnnotatedImage) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
+    """Boxes clipped to the image, and their labels; those without area are dropped."""
+    clipped = clip_boxes(image.boxes, Rectangle(0, 0, image.width, image.height))
+    left, top, right, bottom = clipped.T
+    kept = (right > left) & (bottom > top)
+    return clipped[kept], image.labels[kept]
