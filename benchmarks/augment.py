@@ -1,6 +1,6 @@
-"""Images per second of one core: the released augmentation beside ours, and the parts of ours.
+"""Images per second on one core: the released augmentation, ours, and the parts of ours.
 
-    python -m benchmarks.augment                     images are drawn
+    python -m benchmarks.augment                     generated images
     python -m benchmarks.augment --images train2017 --annotations instances_train2017.json
 
 The released chain is torchvision v2 on Pillow in the released order, up to the resized uint8 image; the conversion to
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--images and --annotations go together")
     torch.set_num_threads(1)
 
-    images = coco_images(args.images, args.annotations, args.limit) if args.images else drawn_images(args.limit)
+    images = coco_images(args.images, args.annotations, args.limit) if args.images else synthetic_images(args.limit)
     kilobytes = np.mean([len(image.encoded) for image in images]) / 1000
     width, height = np.mean([(image.width, image.height) for image in images], axis=0)
     print(f"{len(images)} images, on average {kilobytes:.0f} kB and {width:.0f}x{height:.0f} pixels, to {CANVAS}\n")
@@ -61,16 +61,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def rows() -> dict[str, Callable[[Annotated], object]]:
-    """What is timed, one image at a time."""
+    """Operations to time, each for one image."""
     released = v2.Compose(released_transforms(CANVAS))
     return {
         RELEASED: lambda image: released(*released_inputs(image)),
         "ours: decode, draws, resampling": augmented,
         "ours with the photometric part on this CPU": lambda image: distorted(augmented(image)),
-        "    draws": drawn_view,
+        "    draws": sampled_view,
         "    decode": lambda image: decode_rgb(image.encoded, image.width, image.height),
-        "    draws, scaled decode": drawn_pixels,
-        "    draws, scaled decode, resampling": placed,
+        "    draws, scaled decode": decoded_pixels,
+        "    draws, scaled decode, resampling": resized,
         "released evaluation": lambda image: released_inputs(image)[0].resize(CANVAS[::-1], Image.Resampling.BILINEAR),
         "our evaluation": lambda image: plain_sample(image, canvas=CANVAS),
     }
@@ -97,7 +97,7 @@ def print_table(seconds: dict[str, float]) -> None:
 
 
 def released_transforms(canvas: tuple[int, int]) -> list[torch.nn.Module]:
-    """The released recipe as torchvision has it, for (image, boxes, labels)."""
+    """Released recipe in torchvision, for (image, boxes, labels)."""
     return [
         v2.RandomPhotometricDistort(p=0.5),
         v2.RandomZoomOut(fill=0),
@@ -127,19 +127,19 @@ def distorted(sample: Sample) -> torch.Tensor:
     return photometric_distort(image, torch.from_numpy(sample.photometric).unsqueeze(0))
 
 
-def drawn_view(image: Annotated) -> View:
+def sampled_view(image: Annotated) -> View:
     generator = keyed_generator("image", 0, 0, image.image_id)
     draw_photometric(generator, SETTINGS)
     return draw_view(generator, image.boxes, image.width, image.height, SETTINGS, CANVAS)[0]
 
 
-def drawn_pixels(image: Annotated) -> tuple[NDArray[np.uint8], View]:
-    view = drawn_view(image)
+def decoded_pixels(image: Annotated) -> tuple[NDArray[np.uint8], View]:
+    view = sampled_view(image)
     return decode_rgb(image.encoded, image.width, image.height, view.divisor), view
 
 
-def placed(image: Annotated) -> NDArray[np.uint8]:
-    pixels, view = drawn_pixels(image)
+def resized(image: Annotated) -> NDArray[np.uint8]:
+    pixels, view = decoded_pixels(image)
     return crop_and_place(pixels, view, CANVAS, view.divisor)
 
 
@@ -163,8 +163,8 @@ def coco_images(folder: Path, annotations: Path, limit: int) -> list[Annotated]:
     ]
 
 
-def drawn_images(count: int, width: int = 640, height: int = 480) -> list[Annotated]:
-    """Smooth noise with as much detail as a photograph has bytes (about 100 kB), and a few boxes."""
+def synthetic_images(count: int, width: int = 640, height: int = 480) -> list[Annotated]:
+    """Generate smooth noise that compresses like a photograph (about 100 kB), with a few boxes."""
     random = np.random.default_rng(0)
     images = []
     for image_id in range(count):

@@ -1,10 +1,10 @@
-"""What pretraining on Objects365 and fine-tuning on COCO cost, for every variant: counted, and hours extrapolated from that.
+"""Cost of pretraining on Objects365 and fine-tuning on COCO for every variant: counted operations, extrapolated hours.
 
-    python -m benchmarks.budget                   arithmetic alone
+    python -m benchmarks.budget                   counts only
     python -m benchmarks.budget --measure n s     also times a training step of these variants on this machine
-    python -m benchmarks.budget --tflops 50       sustained by one GPU, as your first epoch shows
+    python -m benchmarks.budget --tflops 50       sustained by one GPU; measure it in your first epoch
 
-Epochs and images are those of the published logs. Evaluations, and waiting for data or for other workers, are not in it.
+Epochs and images are those of the published logs. Evaluations and waiting for data or other workers are not included.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from dfine_core import ModelConfig
 from pipeline.training.budget import flops_per_image, seconds_per_image
 
 OBJECTS365_IMAGES, COCO_IMAGES = 56_790 * 32, 118_287
-OBJECTS365_BOXES, COCO_BOXES = 15, 7  # of an image, on average
-EPOCHS = {"s": (28, 64), "m": (29, 56), "l": (25, 36), "x": (21, 36)}  # of Objects365, of COCO
+OBJECTS365_BOXES, COCO_BOXES = 15, 7  # average per image
+EPOCHS = {"s": (28, 64), "m": (29, 56), "l": (25, 36), "x": (21, 36)}  # epochs on Objects365, epochs on COCO
 GPUS = (1, 8, 64)
 
 

@@ -1,10 +1,10 @@
-"""How long matching and losses take, beside a plain per-layer, per-image version with equal results.
+"""Time of matching and losses, compared with a plain per-layer, per-image version with equal results.
 
     python -m benchmarks.criterion                      L, batch 8, 300 queries, 20 objects per image, 80 classes
     python -m benchmarks.criterion --objects 100 --rounds 5
 
-Both versions run in turns on the same output of a detector in training, forward and backward; times are medians over the
-rounds. The parts are timed in rounds of their own, on an accelerator with a wait before and after each.
+Both versions run alternately on the same output of a detector in training, forward and backward. Times are medians over
+the rounds. Parts are timed in separate rounds; an accelerator is synchronised before and after each part.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dfine_core.model import denoising
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions, Targets
 
 Losses = Callable[[], dict[str, Tensor]]
-PARTS = {  # of matching, with the function that does it
+PARTS = {  # parts of matching and their functions
     "cost": "dfine_core.loss.matching.matching_cost",
     "assignment": "dfine_core.loss.matching.solve",
     "union": "dfine_core.loss.matching.go_union",
@@ -35,7 +35,7 @@ PARTS = {  # of matching, with the function that does it
 
 @dataclass(frozen=True)
 class Example:
-    """What the loss sees in one training step, over tensors whose gradients can be asked for."""
+    """Inputs of the loss in one training step, built from leaf tensors with gradients."""
 
     output: DetectorOutput
     targets: list[dict[str, Tensor]]
@@ -45,14 +45,14 @@ class Example:
 def random_example(
     config: ModelConfig, counts: Sequence[int], *, device: str = "cpu", with_denoising: bool = True, seed: int = 0
 ) -> Example:
-    """Queries aim at boxes of their image, each at its own distance, and come closer layer by layer; scores say how close.
+    """Random outputs: queries approach boxes of their image layer by layer, and scores reflect their distance.
 
-    Now and then a layer changes its mind about the box, so that layers disagree.
+    Some layers aim at another box, so that matchings of layers differ.
     """
     generator = torch.Generator().manual_seed(seed)
     targets = random_targets(counts, config.num_classes, generator)
-    drawn = _draw(config, targets, generator) if with_denoising else None
-    noised = 0 if drawn is None else drawn.labels.shape[1]
+    denoising_queries = _draw(config, targets, generator) if with_denoising else None
+    noised = 0 if denoising_queries is None else denoising_queries.labels.shape[1]
     leaves = _predictions(config, targets, noised, generator)
     leaves = {name: leaf.contiguous().to(device).requires_grad_() for name, leaf in leaves.items()}
     every_query = QueryPredictions(
@@ -68,7 +68,7 @@ def random_example(
         boxes=matching.boxes[-1],
         matching=matching,
         denoising=denoised if with_denoising else None,
-        denoising_queries=None if drawn is None else _on(drawn, device),
+        denoising_queries=None if denoising_queries is None else _on(denoising_queries, device),
         encoder_logits=leaves["encoder_logits"],
         encoder_boxes=leaves["encoder_boxes"],
     )
@@ -76,7 +76,7 @@ def random_example(
 
 
 def random_targets(counts: Sequence[int], num_classes: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
-    """Boxes cxcywh inside the image, sides between 2 % and 70 % of it."""
+    """Random boxes cxcywh inside the image, with sides between 2 % and 70 % of it."""
     made = []
     for count in counts:
         size = 0.02 * 35 ** torch.rand(count, 2, generator=generator)
@@ -103,7 +103,7 @@ def _predictions(
             box = (torch.arange(queries) + other) % count
             aim[:, image], label[:, image, :, 0] = target["boxes"][box], target["labels"][box]
 
-    distance = 0.02 * 50 ** torch.rand(batch, queries, 1, generator=generator)  # in sides of the box, 2 % to 100 %
+    distance = 0.02 * 50 ** torch.rand(batch, queries, 1, generator=generator)  # 2 % to 100 % of the box's side
     far = distance * torch.linspace(1, 0.5, stages).view(-1, 1, 1, 1)  # [stages, B, Q, 1]
     centre = aim[..., :2] + far * aim[..., 2:] * noise(stages, batch, queries, 2)
     size = aim[..., 2:] * torch.exp(far * noise(stages, batch, queries, 2))
@@ -122,7 +122,7 @@ def _predictions(
 
 
 def _draw(config: ModelConfig, targets: list[dict[str, Tensor]], generator: torch.Generator) -> DenoisingQueries:
-    return denoising.draw(
+    return denoising.sample_queries(
         Targets.pack(targets, config.num_classes, torch.device("cpu")),
         num_classes=config.num_classes,
         num_queries=config.num_queries,
@@ -139,7 +139,7 @@ def _on(queries: DenoisingQueries, device: str) -> DenoisingQueries:
 
 
 def gradients(example: Example, losses: Losses) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms, and the gradient of their sum with respect to every leaf; 0 where it does not depend on one."""
+    """Loss terms, and the gradient of their sum with respect to every leaf; 0 for unused leaves."""
     terms = losses()
     total = torch.stack(list(terms.values())).sum()
     leaves = example.leaves
@@ -150,10 +150,10 @@ def gradients(example: Example, losses: Losses) -> tuple[dict[str, Tensor], dict
 @dataclass(frozen=True)
 class Clock:
     device: str
-    cpu_time: bool = False  # of the process, all threads added up, instead of the time that passes
+    cpu_time: bool = False  # CPU time of all threads instead of wall time
 
     def __call__(self) -> float:
-        """Seconds, once the device has finished what it was given."""
+        """Current time in seconds, after synchronising the device."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.process_time() if self.cpu_time else time.perf_counter()
@@ -170,7 +170,7 @@ def timed_step(example: Example, losses: Losses, now: Clock) -> tuple[float, flo
 
 @contextmanager
 def timed_parts(now: Clock) -> Iterator[dict[str, float]]:
-    """Adds up the milliseconds spent in each part while open."""
+    """Context that sums the milliseconds spent in each part."""
     spent = dict.fromkeys(PARTS, 0.0)
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +220,7 @@ def report(config: ModelConfig, counts: Sequence[int], now: Clock, rounds: int) 
     def plain() -> dict[str, Tensor]:
         return plain_criterion(config, example.output, example.targets)
 
-    difference = largest_difference(gradients(example, ours)[0], gradients(example, plain)[0])  # and warm up
+    difference = largest_difference(gradients(example, ours)[0], gradients(example, plain)[0])  # also warms up
     times: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
     parts = []
     for _ in range(rounds):

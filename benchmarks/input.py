@@ -1,9 +1,9 @@
-"""The input pipeline in numbers: one table, same images, same machine, one run.
+"""Throughput, waits and memory of the input pipeline, in one table from one run.
 
-    python -m benchmarks.input                          images are drawn
+    python -m benchmarks.input                          generated images
     python -m benchmarks.input data/coco/train          any prepared shard set
 
-Ray Data and a torch DataLoader do the same work on the same micro-batches, with as many decoding processes, in turns. The
+Ray Data and a torch DataLoader do the same work on the same micro-batches, with equally many decoding processes, alternately. The
 DataLoader has its encoded images in memory, Ray Data reads them from the shards.
 """
 
@@ -44,7 +44,7 @@ CANVAS = (640, 640)
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", nargs="?", help="path or URI of a shard set; drawn images without it")
+    parser.add_argument("manifest", nargs="?", help="path or URI of a shard set; default: generated images")
     parser.add_argument("--images", type=int, default=1024, help="to draw; a timed pass goes through them twice")
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that decode")
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def synthetic_shards(folder: str, images: int) -> ShardSet:
     source = synthetic_source(images, longest_side=640)
-    return prepare(source, f"{folder}/drawn", split="drawn", options=PrepareOptions(shard_mib=16))
+    return prepare(source, f"{folder}/synthetic", split="synthetic", options=PrepareOptions(shard_mib=16))
 
 
 def line(what: str, value: str, bar: str = "") -> None:
@@ -105,7 +105,7 @@ def print_augmentation(shards: ShardSet) -> None:
 
 
 class MicroBatches(IterableDataset[Batch]):
-    """What a torch user would write: each worker decodes every n-th micro-batch, from rows that it has in memory."""
+    """Data set for a torch DataLoader: each worker decodes every n-th micro-batch, from rows in memory."""
 
     def __init__(self, encoded: list[pa.Table], decoding: DecodeSettings) -> None:
         self.encoded = encoded
@@ -120,10 +120,10 @@ class MicroBatches(IterableDataset[Batch]):
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the images, at least two of them; the rates are those of its second half, when all processes run."""
+    """Measurements of one pass over the images; rates cover its second half, when all processes run."""
 
     images_per_second: float
-    cpu_ms_per_image: float  # of this process and its descendants; other programs on the machine change it little
+    cpu_ms_per_image: float  # this process and its descendants; hardly affected by other programs
     first_batch: float  # seconds
 
 
@@ -177,13 +177,15 @@ def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, pro
 
 
 def cpu_seconds() -> float:
-    """Of this process and its descendants, the ended ones included."""
+    """CPU seconds of this process and its descendants, including terminated ones."""
     ticks = os.sysconf("SC_CLK_TCK")
-    return sum(sum(map(int, fields[11:15])) for fields in process_tree().values()) / ticks  # their reaped children too
+    return (
+        sum(sum(map(int, fields[11:15])) for fields in process_tree().values()) / ticks
+    )  # includes their reaped children
 
 
 def process_tree() -> dict[int, list[str]]:
-    """This process and its descendants: what /proc/PID/stat says behind the name."""
+    """Fields of /proc/PID/stat after the name, for this process and its descendants."""
     stats = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -199,7 +201,7 @@ def process_tree() -> dict[int, list[str]]:
 
 
 def print_seams(shards: ShardSet, settings: StreamSettings) -> None:
-    """Waits of a training whose step takes half as long again as a batch needs, so that a wait is a stall of the stream.
+    """Print the waits of a training whose step takes 1.5 times as long as a batch: each wait is a stall of the stream.
 
     Every window is made a segment of its own, an execution of Ray Data.
     """
@@ -216,7 +218,7 @@ def print_seams(shards: ShardSet, settings: StreamSettings) -> None:
         ready = time.perf_counter()
     stream.SEGMENT_MICRO_BATCHES = usual
 
-    seams = [window.first_step for window in plan.windows(0, stop)][2:]  # the first is where the steps get their length
+    seams = [window.first_step for window in plan.windows(0, stop)][2:]  # the step duration is set in the first
     epochs = [step for step in seams if step % plan.steps_per_epoch == 0]
     elsewhere = set(range(seams[0], stop)) - {step + i for step in seams for i in range(3)}
     of_step = f"of a step of {step_seconds * 1000:.0f} ms"
@@ -230,7 +232,7 @@ def print_seams(shards: ShardSet, settings: StreamSettings) -> None:
 
 
 def print_bytes_read(shards: ShardSet, settings: StreamSettings) -> None:
-    """One epoch as the read tasks read it, counted by the operating system."""
+    """Print the bytes that read tasks read in one epoch, counted by the operating system."""
     plan, source = training_plan(shards, settings), locate_row_groups(shards)
     before, needed = bytes_read(), 0
     for window in plan.windows(0, plan.steps_per_epoch):
@@ -261,7 +263,7 @@ def print_memory(shards: ShardSet, settings: StreamSettings, images: int) -> Non
 
 
 def resident_mebibytes(pids: Iterable[int]) -> float:
-    """Private memory; what is shared is the object store."""
+    """Private memory of processes; their shared memory is the object store."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):

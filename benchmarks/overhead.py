@@ -1,10 +1,10 @@
-"""What Ray and the record cost a step: the real command on two CPU workers against the project's own loop without them.
+"""Overhead of Ray and tracking per step: the training on two CPU workers, against the same loop without them.
 
     python -m benchmarks.overhead
 
-Both sides run `training.loop` on the same images with two processes and gloo. The bare loop decodes in the process; it has
-no Ray, no record, no checkpoint and no console. What the loop itself costs beside a hand-written one is not measured here.
-Rounds alternate; the ratio is of medians.
+Both sides run `training.loop` on the same images with two processes and gloo. The bare loop decodes in the process, without
+Ray, tracking, checkpoints and console. The overhead of the loop over a hand-written one is not measured here. Rounds
+alternate; the ratio compares medians.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def recorded(database: str, run: str) -> dict[str, list[float]]:
-    """Values of each metric of a run, in order of steps."""
+    """Read the values of each metric of a run, in order of steps."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{database}")
@@ -107,7 +107,7 @@ def bare_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, q
         loop.run_step(job, context, state, batches, guard, log)
         times.append(time.perf_counter() - started_at)
     if rank == 0:
-        # As the record has it: means over ten steps, the first ten left out.
+        # Like the logged metrics: means over ten steps, without the first ten.
         tens = [statistics.mean(times[i : i + 10]) for i in range(10, len(times) - 9, 10)]
         queue.put(statistics.median(tens))
     dist.destroy_process_group()

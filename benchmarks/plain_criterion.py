@@ -1,8 +1,8 @@
-"""The training loss written plainly from its published definition: layer by layer, image by image.
+"""Training loss written plainly from its published definition: layer by layer, image by image.
 
-This is what the batched criterion is compared with, for equal numbers and for speed, so it shares nothing with it but the
-structures and the settings: overlaps are read off torchvision's pairwise matrices, the GO union is a loop over counted pairs,
-every layer matches and pays on its own. One process only: counts are not averaged over workers.
+Reference for the numbers and the speed of the batched criterion. It shares only structures and settings with it: overlaps
+come from torchvision's pairwise matrices, the GO union is a loop over counted pairs, every layer is matched separately.
+One process only: counts are not averaged over workers.
 
 Source: D-FINE, arXiv:2410.13842, and its released code.
 """
@@ -22,12 +22,12 @@ from dfine_core.config import LossConfig, ModelConfig
 from dfine_core.structures import DetectorOutput, QueryPredictions
 
 Target = Mapping[str, Tensor]  # {"labels": (G,), "boxes": (G, 4) cxcywh} of one image
-Pairs = tuple[Tensor, Tensor]  # queries and boxes of one image, [M] each
+Pairs = tuple[Tensor, Tensor]  # query and box indices of one image, [M] each
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One set of predictions, and what it answers to."""
+    """Predictions of one layer, with their targets."""
 
     suffix: str
     logits: Tensor  # [B, Q, C]
@@ -38,7 +38,7 @@ class Layer:
 
 
 def plain_criterion(config: ModelConfig, output: DetectorOutput, targets: Sequence[Target]) -> dict[str, Tensor]:
-    """The weighted terms of `Criterion(config)(output, targets)`, for one worker."""
+    """Compute the weighted terms of `Criterion(config)(output, targets)`, for one worker."""
     queries, encoder_logits, encoder_boxes = output.matching, output.encoder_logits, output.encoder_boxes
     assert queries is not None
     assert encoder_logits is not None
@@ -82,7 +82,7 @@ def denoising_terms(
     num_boxes: int,
     balance: tuple[float, float],
 ) -> dict[str, Tensor]:
-    """The same losses on the denoising queries: with at most G boxes in an image, slot 2 r G + j answers for box j."""
+    """Compute the same losses for the denoising queries: with at most G boxes in an image, slot 2 r G + j is assigned to box j."""
     most = max(len(target["labels"]) for target in targets)
     pairs = []
     for target in targets:
@@ -172,7 +172,7 @@ def box_terms(layer: Layer, pairs: Sequence[Pairs], norm: int, weights: LossConf
 def fgl_term(
     layer: Layer, initial_boxes: Tensor, pairs: Sequence[Pairs], norm: int, config: ModelConfig
 ) -> dict[str, Tensor]:
-    """Fine-grained localisation of one layer: cross-entropy towards the two bins beside every true offset."""
+    """Fine-grained localisation of one layer: cross-entropy towards the two bins around every true offset."""
     assert layer.edge_logits is not None
     bins = weighting(config.reg_max, config.up, config.reg_scale).to(initial_boxes.device)
     loss = layer.edge_logits.sum() * 0
@@ -197,7 +197,7 @@ def fgl_term(
 def ddf_term(
     layer: Layer, teacher: Layer, pairs: Sequence[Pairs], balance: tuple[float, float], weights: LossConfig
 ) -> dict[str, Tensor]:
-    """Distillation of the last layer's distributions into one layer, apart for matched queries and the others."""
+    """Distillation of the last layer's distributions into one layer, separately for matched queries and the others."""
     assert layer.edge_logits is not None
     assert teacher.edge_logits is not None
     name = f"loss_ddf{layer.suffix}"

@@ -3,11 +3,11 @@
     python -m benchmarks.prepare shards [--images 512]
     python -m benchmarks.prepare memory [--annotations 0.25 1 2]     millions, each in a process of its own
 
-Seen: 0.24 ms of CPU for an image of 152 kB at the floor, 0.8 as a shard without verifying, 2.6 with it; 320 MB for any
+Measured: 0.24 ms of CPU for an image of 152 kB at the floor, 0.8 as a shard without verifying, 2.6 with it; 320 MB for any
 number of annotations, and 30 to 50 CPU seconds per million, in three passes over their json.
 
 Shards are compared with a floor: the same files read, hashed and written to one file by a plain loop. On a busy machine
-the ratios of one run say more than its rates.
+the ratios of a run are more reliable than its rates.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from pipeline.data.sources.synthetic import CLASSES, synthetic_image, synthetic_
 
 ROUNDS = 5
 FLOOR = "floor: read, hash, write"
-DISTINCT_IMAGES = 32  # drawn; the files are copies of them, which neither a hash nor a decoder makes use of
+DISTINCT_IMAGES = 32  # generated; files are copies, which neither hashing nor decoding can exploit
 BOXES_PER_IMAGE = 15  # as in Objects365
-IMAGES_PER_SHARD = 2000  # of Objects365 with its longest side at 640
+IMAGES_PER_SHARD = 2000  # Objects365 at a longest side of 640
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     shards.add_argument("--images", type=int, default=512)
     memory = parts.add_parser("memory")
     memory.add_argument("--annotations", type=float, nargs="+", default=[0.25, 1, 2], metavar="MILLIONS")
-    index = parts.add_parser("index")  # what `memory` runs in processes of its own
+    index = parts.add_parser("index")  # run by `memory` in separate processes
     index.add_argument("file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -107,18 +107,18 @@ def read_index(annotations: str, folder: str) -> None:
 
 def _image_files(folder: Path, images: int) -> list[Path]:
     folder.mkdir()
-    drawn = [synthetic_image(number, longest_side=640, quality=95).image for number in range(DISTINCT_IMAGES)]
+    images_as_bytes = [synthetic_image(number, longest_side=640, quality=95).image for number in range(DISTINCT_IMAGES)]
     paths = [folder / f"{number:08d}.jpg" for number in range(images)]
     for number, path in enumerate(paths):
-        path.write_bytes(drawn[number % DISTINCT_IMAGES])
+        path.write_bytes(images_as_bytes[number % DISTINCT_IMAGES])
     return paths
 
 
 def _annotation_file(path: Path, images: int, annotations: int) -> Path:
-    """A COCO file like that of Objects365, its annotations in no order."""
+    """Write a COCO file like that of Objects365, with annotations in random order."""
     rng = random.Random(0)
     scenes = [synthetic_scene(number, longest_side=640) for number in range(DISTINCT_IMAGES)]
-    sizes = [(scene.width, scene.height) for scene in scenes]  # of the files that _image_files writes
+    sizes = [(scene.width, scene.height) for scene in scenes]  # sizes of the files written by _image_files
     with path.open("w") as file:
         file.write('{"images": [')
         for number in range(images):

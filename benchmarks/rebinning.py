@@ -1,11 +1,11 @@
-"""How far boxes and scores move when FDR heads are re-binned, with random weights and after a short training.
+"""Change of boxes and scores when FDR heads are re-binned, with random weights and after a short training.
 
     python -m benchmarks.rebinning              about ten minutes on one core
-    ... --steps 80                              less training, sooner
+    ... --steps 80                              less training, faster
 
 Edges are those of the last decoder layer's boxes, in % of the box's size; pixels are box coordinates of a 640 x 640 image.
-The change includes what the moved boxes of one layer do to the attention of the next. Beside ours: interpolation of the
-log density (logits less the log of a bin's width), and of the bare logits.
+The change includes the effect of moved boxes on the attention of the next layer. Compared methods: ours, interpolation of
+the log density (logits minus the log of the bin width), and interpolation of the logits.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     detector = Detector(CONFIG)
     loss = train(detector, args.steps, args.batch)
-    print(f"\nAfter {args.steps} steps on drawn rectangles (loss {loss:.1f})")
+    print(f"\nAfter {args.steps} steps on generated rectangles (loss {loss:.1f})")
     detector_table(detector, maps)
 
 
@@ -73,7 +73,7 @@ def bell_table(maps: dict[str, LogitMap]) -> None:
 
 @torch.no_grad()
 def detector_table(detector: Detector, maps: dict[str, LogitMap]) -> None:
-    images, _ = drawn_batch(4, torch.Generator().manual_seed(1))
+    images, _ = synthetic_batch(4, torch.Generator().manual_seed(1))
     detector.eval()
     features = detector.encoder(detector.backbone(images))
     before = detector.decoder(features, None, True)
@@ -98,7 +98,7 @@ def detector_table(detector: Detector, maps: dict[str, LogitMap]) -> None:
 def score_changes(
     converted: Detector, weights: dict[str, Tensor], original: dict[str, Tensor], features: list[Tensor], before: Tensor
 ) -> str:
-    """Mean change of the class logits, with LQE converted as well and with LQE as it was."""
+    """Mean change of the class logits, with converted and with unchanged LQE."""
     as_it_was = {key: original[key] if "lqe_layers" in key else tensor for key, tensor in weights.items()}
     changes = []
     for state_dict in (weights, as_it_was):
@@ -119,7 +119,7 @@ def interpolated_density(source: Bins, target: Bins) -> tuple[Tensor, Tensor]:
 
 
 def edge_shift(logits: Tensor, source: Bins, new_logits: Tensor, target: Bins) -> Tensor:
-    """How far edges move, in units of the box's size."""
+    """Shift of edges, as a fraction of the box size."""
     old = logits.double().softmax(-1) @ source.offsets
     return (new_logits.double().softmax(-1) @ target.offsets - old).abs().flatten()
 
@@ -135,21 +135,21 @@ def change_name(change: dict[str, float]) -> str:
 
 @torch.no_grad()
 def randomise(detector: Detector) -> None:
-    """Weights of the size that keeps activations of order one, also where training would start from zero."""
+    """Randomise weights at a scale that keeps activations of order one, including weights that training starts at zero."""
     for parameter in detector.parameters():
         if parameter.dim() >= 2:
             parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()))
 
 
 def train(detector: Detector, steps: int, batch: int) -> float:
-    """A short training on drawn rectangles; the last loss."""
+    """Train briefly on generated rectangles; returns the last loss."""
     criterion = Criterion(CONFIG)
     optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=5e-4)
     generator = torch.Generator().manual_seed(2)
     detector.train()
     loss = torch.zeros(())
     for _ in range(steps):
-        images, targets = drawn_batch(batch, generator)
+        images, targets = synthetic_batch(batch, generator)
         loss = torch.stack(list(criterion(detector(images, targets), targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -158,8 +158,8 @@ def train(detector: Detector, steps: int, batch: int) -> float:
     return float(loss.detach())
 
 
-def drawn_batch(batch: int, generator: torch.Generator) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Noisy images with up to three rectangles, each class one colour channel."""
+def synthetic_batch(batch: int, generator: torch.Generator) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Generate noisy images with up to three rectangles; each class is one colour channel."""
     height, width = CONFIG.input_size
     images = 0.3 * torch.rand(batch, 3, height, width, generator=generator)
     targets = []

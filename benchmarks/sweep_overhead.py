@@ -1,8 +1,8 @@
-"""What Ray Tune costs: a sweep of short trainings, one at a time, against the same trainings as one command after another.
+"""Overhead of Ray Tune: a sweep of short trainings, one at a time, compared with the same trainings as separate commands.
 
     python -m benchmarks.sweep_overhead --trials 3 --steps 40
 
-Both start from an empty folder and end with results on the disk; the sweep also makes its verdict and report.
+Both start from an empty folder, and end with results on disk. The sweep also makes its verdict and report.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-WEIGHTS = (0.5, 1.5, 3.0, 0.0, 5.0, 1.0)  # of GO-LSD: one per trial
+WEIGHTS = (0.5, 1.5, 3.0, 0.0, 5.0, 1.0)  # GO-LSD weight of each trial
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     weights = WEIGHTS[: args.trials]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
         experiment, cluster, sweep = files(folder, args.steps, weights)
         source = [
             "synthetic",
@@ -65,7 +65,7 @@ def files(folder: Path, steps: int, weights: tuple[float, ...]) -> tuple[str, st
             "space": {"loss.ddf": {"grid": list(weights)}},
             "searcher": {"kind": "grid"},
             "scheduler": {"kind": "none"},
-            "together": 1,
+            "max_concurrent_trials": 1,
             "replicates": 0,
             "confirm": {"top": 0},
         },
@@ -76,7 +76,7 @@ def files(folder: Path, steps: int, weights: tuple[float, ...]) -> tuple[str, st
 
 
 def command(module: str, *arguments: str) -> float:
-    """Seconds that it took."""
+    """Run a module, and return its duration in seconds."""
     started_at = time.perf_counter()
     subprocess.run([sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started_at

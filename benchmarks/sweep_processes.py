@@ -1,10 +1,10 @@
-"""A sweep of many trials that sleep instead of training: what starting them costs, and how long a free place waits.
+"""Sweep of many trials that sleep instead of training: cost of starting them, and idle time of free slots.
 
     python -m benchmarks.sweep_processes --trials 200 --gpus 256 --gpus-per-trial 8 --seconds 20
 
-All but the training is a sweep as it is: Optuna, ASHA, Tune's loop, a process per trial, records, MLflow, verdict, report. GPUs
-are only numbers to Ray here. The processes of trials, which on a cluster are spread over its nodes, share this machine's
-cores: so their starting is told apart from what the one driver does. `benchmarks.sweep_scale` has the driver alone.
+Everything except the training is real: Optuna, ASHA, Tune's loop, one process per trial, records, MLflow, verdict, report. GPUs
+are only numbers to Ray here. The processes of the trials, which a cluster spreads over its nodes, share this machine's cores.
+So their start-up is measured apart from the driver. `benchmarks.sweep_scale` measures the driver alone.
 """
 
 import argparse
@@ -29,14 +29,21 @@ from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.ray_cluster import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
 from pipeline.training.run_dir import RESULT, RUN_START
-from pipeline.tuning.curves import EVALUATION, Curve, TrialSettings, read_curve, runs_folder, write_curve
 from pipeline.tuning.driver import SweepInterruptedError, run_sweep
 from pipeline.tuning.load import load_sweep
-from pipeline.tuning.records import Reading
 from pipeline.tuning.sweep import Trial
+from pipeline.tuning.trial_files import (
+    EVALUATION,
+    TrialProgress,
+    TrialSettings,
+    read_progress,
+    runs_folder,
+    write_progress,
+)
+from pipeline.tuning.trial_records import TrialEvaluation
 
 EVALUATIONS = 9
-SECONDS = "SWEEP_SCALE_SECONDS"  # of a whole trial
+SECONDS = "SWEEP_SCALE_SECONDS"  # duration of a whole trial
 
 
 def main() -> None:
@@ -44,11 +51,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=256)
     parser.add_argument("--gpus-per-trial", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of a whole trial")
+    parser.add_argument("--seconds", type=float, default=40.0, help="duration of a whole trial")
     args = parser.parse_args()
     os.environ.update(QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {SECONDS: str(args.seconds)})
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
         memory = args.gpus * 2**30
         ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
@@ -57,16 +64,16 @@ def main() -> None:
         try:
             print(run_sweep(sweep, sleeping).summary())
         except SweepInterruptedError:
-            print("interrupted: numbers of what was done")
+            print("interrupted: the numbers cover what was done")
         ended = time.time()
         spent = cpu_seconds()
         ray.shutdown()  # type: ignore[no-untyped-call]
         times = [json.loads(path.read_text()) for path in (folder / "runs/sweep/times").iterdir()]
-        places = args.gpus // args.gpus_per_trial
+        slots = args.gpus // args.gpus_per_trial
         for line in (
-            *of_places(times, places),
-            *of_the_driver(spent, len(times)),
-            *of_the_record(folder, times, ended),
+            *slot_lines(times, slots),
+            *driver_lines(spent, len(times)),
+            *mlflow_lines(folder, times, ended),
         ):
             print(line)
         print(f"{'the whole sweep':48}{(ended - began) / 60:9.1f} min")
@@ -100,7 +107,7 @@ def sweep_file(folder: Path, trials: int, gpus: int) -> Path:
 
 
 def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
-    """AP that grows to what the rate allows, with noise of 0.01."""
+    """Trial whose AP grows to a limit set by the learning rate, with noise of 0.01."""
     trial = Trial(**config["trial"])
     run = storage.join(runs_folder(settings.folder), trial.id)
     storage.write_atomic(
@@ -116,42 +123,40 @@ def sleeping(config: dict[str, Any], settings: TrialSettings) -> None:
     each = float(os.environ[SECONDS]) / EVALUATIONS * luck.uniform(0.8, 1.2)
     for number in range(1, EVALUATIONS + 1):
         time.sleep(each)
-        reading = Reading(number, float(number), {"AP": float(most * (1 - 0.5**number))}, each * number)
-        readings = (*read_curve(settings.folder, trial).readings, reading)
-        write_curve(settings.folder, trial, Curve(readings, each * number))
+        reading = TrialEvaluation(number, float(number), {"AP": float(most * (1 - 0.5**number))}, each * number)
+        evaluations = (*read_progress(settings.folder, trial).evaluations, reading)
+        write_progress(settings.folder, trial, TrialProgress(evaluations, each * number))
         times |= {"ended": time.time(), "memory": psutil.Process().memory_full_info().uss}
         storage.write_atomic(storage.join(settings.folder, f"times/{trial.id}.json"), json.dumps(times).encode())
         if number < EVALUATIONS:
             tune.report({"AP": reading.metrics["AP"], EVALUATION: number})
-    result = {"numbers": readings[-1].metrics, "latency_ms": 5.0}
+    result = {"numbers": evaluations[-1].metrics, "latency_ms": 5.0}
     storage.write_atomic(storage.join(run, RESULT), json.dumps(result).encode())
 
 
-def of_places(times: list[dict[str, float]], places: int) -> list[str]:
-    """How long places of trials were empty between the first begin and the last begin: later there is nothing to begin."""
+def slot_lines(times: list[dict[str, float]], slots: int) -> list[str]:
+    """Idle time of slots between the first start and the last start of a trial; later, no trial is left to start."""
     begins = np.sort([trial["began"] for trial in times])
     ends = np.sort([trial["ended"] for trial in times])
     until = begins[-1]
     worked = sum(min(trial["ended"], until) - trial["began"] for trial in times)
-    empty = places * (until - begins[0]) - worked
+    empty = slots * (until - begins[0]) - worked
     starting = np.array([trial["began"] - trial["process"] for trial in times])
-    waits = (
-        begins[places:] - ends[: len(begins) - places]
-    )  # the k-th to begin after the first takes the k-th place that is left
+    waits = begins[slots:] - ends[: len(begins) - slots]  # the k-th later trial takes the k-th slot that becomes free
     return [
         f"{'trials':48}{len(times):9}",
-        f"{'at once':48}{places:9}",
-        f"{'a free place waits, median':48}{np.median(waits):9.1f} s",
+        f"{'at once':48}{slots:9}",
+        f"{'a free slot waits, median':48}{np.median(waits):9.1f} s",
         f"{'  95 %':48}{np.quantile(waits, 0.95):9.1f} s",
         f"{'a process starts and imports, median':48}{np.median(starting):9.1f} s",
         f"{'CPU of a process before it trains, median':48}{np.median([trial['cpu'] for trial in times]):9.1f} s",
         f"{'memory of a process alone, median':48}{np.median([trial['memory'] for trial in times]) / 2**20:9.0f} MiB",
-        f"{'places empty':48}{100 * empty / (places * (until - begins[0])):9.1f} % of the time",
+        f"{'slots empty':48}{100 * empty / (slots * (until - begins[0])):9.1f} % of the time",
     ]
 
 
 def cpu_seconds() -> dict[str, float]:
-    """Of processes that a cluster has one of; they live still."""
+    """CPU seconds of the driver and of Ray's own processes, which must still be running."""
     mine = psutil.Process()
     spent = {"driver": sum(mine.cpu_times()[:2])}
     for process in mine.children(recursive=True):
@@ -164,13 +169,13 @@ def cpu_seconds() -> dict[str, float]:
     return spent
 
 
-def of_the_driver(spent: dict[str, float], trials: int) -> list[str]:
+def driver_lines(spent: dict[str, float], trials: int) -> list[str]:
     return [
         f"{f'CPU of {name}':48}{used:9.1f} s, {1000 * used / trials:.0f} ms a trial" for name, used in spent.items()
     ]
 
 
-def of_the_record(folder: Path, times: list[dict[str, float]], ended: float) -> list[str]:
+def mlflow_lines(folder: Path, times: list[dict[str, float]], ended: float) -> list[str]:
     store = f"sqlite:///{folder}/runs/mlflow.db"
     client = MlflowClient(store, registry_uri=store)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

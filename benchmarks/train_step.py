@@ -1,13 +1,13 @@
-"""One training step: images per second, GFLOP/s, memory, and where the time goes.
+"""Speed of a training step: images per second, GFLOP/s, memory, and the share of each part.
 
     python -m benchmarks.train_step --variant l --batch 8 --amp bf16 --channels-last
     python -m benchmarks.train_step --variant n --batch 4 --size 320 --device cpu --compare
 
 `--baseline` trains with conventional box regression (`regression="direct"`: no edge distributions, no GO-LSD). `--compare` runs
-both in turns in one process and prints what FDR and GO-LSD cost.
+both alternately in one process and prints what FDR and GO-LSD cost.
 
 Random images and weights. Step times are medians, from the batch on the device to the averaged weights. Shares come from
-steps of their own, on an accelerator with a wait after each part. GFLOP/s counts a multiply-add of convolutions, linear
+separate steps; an accelerator is synchronised after each part. GFLOP/s counts a multiply-add of convolutions, linear
 layers and attention products as two, forward and backward. "Kept" is every tensor that autograd or the output holds between
 forward and backward, weights and images aside.
 """
@@ -60,7 +60,7 @@ def untimed(_: str) -> AbstractContextManager[None]:
 
 
 class Training:
-    """A detector with all that a step needs, and one batch."""
+    """Detector with everything that a step needs, and one batch."""
 
     def __init__(self, settings: Settings, regression: Regression):
         torch.manual_seed(0)
@@ -114,14 +114,14 @@ class Training:
         return torch.stack(list(self.criterion(output, self.targets).values())).sum()
 
     def _gflops(self) -> float:
-        """Of forward and backward. The plain attention is made of products that the counter sees on every device."""
+        """Operations of forward and backward. Plain attention consists of products that the counter sees on every device."""
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self._loss(self._forward()).backward()
         self.optimizer.zero_grad(set_to_none=True)
         return float(counter.get_total_flops()) / 1e9
 
     def _kept_bytes(self) -> int:
-        """What lies in memory between forward and backward, every storage once."""
+        """Bytes in memory between forward and backward, with every storage counted once."""
         storages: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Training:
             keep(tensor)
         for tensor in (*self.detector.parameters(), *self.detector.buffers(), self.images):
             storages.pop(tensor.untyped_storage().data_ptr(), None)
-        del loss  # held the graph, so that no storage was used twice
+        del loss  # kept the graph alive until here, so that no storage was reused
         return sum(storages.values())
 
 
@@ -154,7 +154,7 @@ def step_seconds(training: Training, now: Clock) -> float:
 
 
 def part_seconds(training: Training, now: Clock) -> dict[str, float]:
-    """One step, part by part; matching happens inside the criterion and is taken out of "losses"."""
+    """One step, part by part; matching happens inside the criterion and is subtracted from "losses"."""
     spent: dict[str, float] = {}
 
     @contextmanager
@@ -174,7 +174,7 @@ def part_seconds(training: Training, now: Clock) -> dict[str, float]:
 
 
 def peak_bytes(settings: Settings, regression: Regression) -> int:
-    """The most that CUDA had allocated during one step, with nothing else on the device."""
+    """Peak CUDA allocation of one step, with nothing else on the device."""
     training = Training(settings, regression)
     training.step()
     torch.cuda.reset_peak_memory_stats()
@@ -193,7 +193,7 @@ class Measurement:
 
 
 def measure(trainings: dict[Regression, Training], now: Clock, rounds: int) -> dict[Regression, Measurement]:
-    """All of them in turns, each first as often as last, so that what else the machine does meets them alike."""
+    """Measure all alternately, each first as often as last, so that other load affects them equally."""
     for training in trainings.values():
         for _ in range(2):
             training.step()  # warm-up
@@ -221,7 +221,7 @@ def report(name: str, training: Training, found: Measurement) -> None:
 
 
 def report_cost(fdr: Measurement, direct: Measurement, kept: tuple[int, int]) -> None:
-    """The fastest rounds are the ones that other users of the machine disturbed least."""
+    """Print the cost of FDR and GO-LSD. The fastest rounds are those least disturbed by other load."""
     pairs = sorted(a / b for a, b in zip(fdr.step, direct.step, strict=True))
     print("FDR and GO-LSD cost")
     print(f"  {100 * (fdr.median / direct.median - 1):+.1f} % time by medians,", end=" ")

@@ -1,9 +1,10 @@
-"""D-FINE, the detector: plain PyTorch, tensors in, tensors out."""
+"""D-FINE object detector in plain PyTorch: tensors in, tensors out."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dfine_core.checkpoints.folder import LoadError
     from dfine_core.config import VARIANTS, LossConfig, ModelConfig
     from dfine_core.inference import ImageDetections, LoadedDetector, load
     from dfine_core.loss.criterion import Criterion
@@ -19,6 +20,7 @@ __all__ = [
     "Detector",
     "DetectorOutput",
     "ImageDetections",
+    "LoadError",
     "LoadedDetector",
     "LossConfig",
     "ModelConfig",
@@ -33,6 +35,7 @@ _HOMES = {
     "config": ("VARIANTS", "LossConfig", "ModelConfig"),
     "loss.criterion": ("Criterion",),
     "model.detector": ("Detector",),
+    "checkpoints.folder": ("LoadError",),
     "inference": ("ImageDetections", "LoadedDetector", "load"),
     "structures": ("DenoisingQueries", "DetectorOutput", "Targets"),
 }

@@ -7,19 +7,19 @@ SMALLEST_AREA = 1e-12  # keeps 0 / 0 of two empty boxes at 0; below the area of 
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """[..., 4] to [..., 4]; a negative width or height counts as 0."""
+    """Convert boxes [..., 4] to corners; a negative width or height counts as 0."""
     centre, size = boxes[..., :2], boxes[..., 2:].clamp(min=0)
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """[..., 4] to [..., 4]."""
+    """Convert boxes [..., 4] to centre and size."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def area(boxes_xyxy: Tensor) -> Tensor:
-    """[..., 4] to [...]."""
+    """Area of boxes xyxy, [..., 4] to [...]."""
     size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
     return size[..., 0] * size[..., 1]
 

@@ -1,4 +1,4 @@
-"""What a detector is made of: every setting as a field, the five published variants as values.
+"""Configuration of a detector: every setting as a field, the five published variants as values.
 
 Source: D-FINE, arXiv:2410.13842, and its released configurations.
 """
@@ -48,13 +48,13 @@ class OptimizerConfig:
     lr: float = 2e-4
     backbone_lr: float = 1e-4
     weight_decay: float = 1e-4
-    decay_biases: bool = False  # of encoder and decoder; the released l and x decay them
+    decay_biases: bool = False  # encoder and decoder alone; the released l and x decay them
     param_groups: Literal["released", "fixed"] = "released"
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod
     def for_variant(cls, name: str, **settings: Any) -> "OptimizerConfig":
-        """The COCO recipe of a published variant (n, s, m, l, x)."""
+        """Return the COCO recipe of a published variant (n, s, m, l, x), with any field replaced by `settings`."""
         recipes: dict[str, dict[str, Any]] = {
             "n": {"lr": 8e-4, "backbone_lr": 4e-4},
             "s": {"lr": 2e-4, "backbone_lr": 1e-4},
@@ -67,7 +67,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One detector. Build it with `ModelConfig.variant("s", num_classes=9, ...)`; any field can be given by name.
+    """Configuration of one detector, built with `ModelConfig.variant("s", num_classes=9, ...)`; any field can be given by name.
 
     `bins = reg_max + 1` values per box edge; `reg_scale` and `up` shape the weighting function W(n) over them.
     """
@@ -87,8 +87,8 @@ class ModelConfig:
     encoder_dim: int = 256
     encoder_ffn_dim: int = 1024
     encoder_heads: int = 8
-    expansion: float = 0.5  # of the ELAN blocks' inner width
-    depth: float = 0.34  # of the ELAN blocks' RepVGG stacks, in units of 3
+    expansion: float = 0.5  # share that gives the ELAN blocks' inner width
+    depth: float = 0.34  # RepVGG blocks per ELAN stack, in units of 3
     positional_temperature: float = 10000.0
     # "released": as published, coordinates scrambled unless the map is square; "grid": each token's own row and column.
     # Both agree on square maps.
@@ -122,7 +122,7 @@ class ModelConfig:
 
     @classmethod
     def variant(cls, name: str, **settings: Any) -> Self:
-        """The published variant `name` (n, s, m, l, x) with any field replaced by `settings`."""
+        """Return the published variant `name` (n, s, m, l, x) with any field replaced by `settings`."""
         if name not in VARIANTS:
             raise ValueError(f"unknown variant {name!r}: choose one of {', '.join(VARIANTS)}")
         known = [f.name for f in fields(cls)]
@@ -154,19 +154,22 @@ class ModelConfig:
         return content
 
     def with_(self, **settings: Any) -> Self:
-        """A copy with fields replaced, checked again."""
+        """Return a copy with fields replaced, checked again."""
         return replace(self, **settings)
 
     @property
     def num_levels(self) -> int:
+        """Number of feature levels."""
         return len(self.backbone_stages)
 
     @property
     def strides(self) -> tuple[int, ...]:
+        """Strides of the feature levels in pixels, fine to coarse."""
         return tuple(4 * 2**stage for stage in self.backbone_stages)
 
     @property
     def num_bins(self) -> int:
+        """Number of bins per box edge, N."""
         return self.reg_max + 1
 
     def level_shapes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -207,7 +210,7 @@ class ModelConfig:
         _refuse(problems)
 
     def size_problems(self, height: int, width: int) -> list[str]:
-        """Why an image of `height` x `width` cannot be taken; empty if it can."""
+        """List the reasons why the network cannot take an image of `height` x `width`; empty if it can."""
         coarsest = self.strides[-1]
         if height % coarsest or width % coarsest:
             return [

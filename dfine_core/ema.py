@@ -1,4 +1,4 @@
-"""Averaged weights: the model that is evaluated and shipped."""
+"""Exponential moving average of the weights: the model that is evaluated and shipped."""
 
 import copy
 from typing import Any
@@ -14,7 +14,10 @@ def ema_decay(update: Tensor, decay: float, warmup_steps: float) -> Tensor:
 
 
 class ExponentialMovingAverage:
-    """Keeps average = d * average + (1 - d) * current over parameters and floating buffers, batch statistics included."""
+    """Moving average of a model: average = d * average + (1 - d) * current.
+
+    It covers parameters and floating buffers, batch statistics included.
+    """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup_steps: float = 1000):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
@@ -25,7 +28,8 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, made: Tensor | None = None) -> None:
-        """
+        """Move the average towards the current weights.
+
         Args:
             made: [] bool, whether the optimiser step was really made; if not, nothing changes.
         """
@@ -38,14 +42,16 @@ class ExponentialMovingAverage:
         torch._foreach_add_(average, difference)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the averaged weights and the number of updates."""
         return {"module": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         self.module.load_state_dict(state["module"])
         self.updates.fill_(int(state["updates"]))
 
 
 def _averaged(model: nn.Module) -> list[Tensor]:
-    """Every distinct floating tensor of the state, trained or counted; constants average to themselves."""
+    """All distinct floating tensors of the state, trained or counted; constants average to themselves."""
     tensors = [*model.parameters(), *model.buffers()]
     return [t.detach() for t in tensors if t.dtype.is_floating_point]

@@ -1,4 +1,4 @@
-"""Images from untrusted sources: the one place that opens them, and their conversion to RGB.
+"""Images from untrusted sources: the only opener in the project, and the conversion to RGB.
 
 Format and size are checked by the header, before any pixel is decoded. EXIF orientation is not applied, as in training and
 evaluation: boxes are in the pixels as they are stored. Needs NumPy and Pillow alone, so that data tasks start without torch.
@@ -24,15 +24,15 @@ OpenedImage: TypeAlias = PIL.Image.Image
 
 
 class ImageError(ValueError):
-    """An image that cannot be used, with the reason."""
+    """Reason why an image cannot be used."""
 
 
-class UnknownFormat(ImageError):
-    """No image, or one of a format outside `FORMATS`."""
+class UnknownFormatError(ImageError):
+    """Error of bytes that are not an image, or one of a format outside `FORMATS`."""
 
 
-class TooManyPixels(ImageError):
-    """An image that is larger than the limit by its header."""
+class TooManyPixelsError(ImageError):
+    """Error of an image that is larger than the limit by its header."""
 
 
 def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None = PIXEL_LIMIT) -> OpenedImage:
@@ -42,16 +42,16 @@ def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None
         max_pixels: None leaves the check to the caller; Pillow refuses twice `PIXEL_LIMIT` in any case.
 
     Raises:
-        UnknownFormat, TooManyPixels, ImageError: with the reason.
+        UnknownFormatError, TooManyPixelsError, ImageError: with the reason.
     """
     try:
         image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except PIL.UnidentifiedImageError:
         name = _name_of_other_format(source)
         reason = f"its format seems to be {name}" if name else "cannot identify its format"
-        raise UnknownFormat(f"an image cannot be opened: {reason}; only {', '.join(FORMATS)} are read") from None
+        raise UnknownFormatError(f"an image cannot be opened: {reason}; only {', '.join(FORMATS)} are read") from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise TooManyPixels(f"an image cannot be opened: {error}") from None
+        raise TooManyPixelsError(f"an image cannot be opened: {error}") from None
     except Exception as error:  # each of Pillow's formats raises errors of its own
         raise ImageError(f"an image cannot be opened: {error}") from error
     if max_pixels is not None:
@@ -60,16 +60,16 @@ def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None
 
 
 def check_pixels(width: int, height: int, max_pixels: int = PIXEL_LIMIT) -> None:
-    """Raises TooManyPixels for an image that is too large to decode."""
+    """Raise TooManyPixelsError for an image that is too large to decode."""
     if width * height > max_pixels:
-        raise TooManyPixels(f"an image of {width}x{height} pixels exceeds the limit of {max_pixels}")
+        raise TooManyPixelsError(f"an image of {width}x{height} pixels exceeds the limit of {max_pixels}")
 
 
 def to_rgb(image: OpenedImage) -> OpenedImage:
     """Decode to RGB: 16-bit levels lose their lower byte, an alpha channel is dropped.
 
     Raises:
-        ImageError: it is broken, or its levels have no known range.
+        ImageError: the image is broken, or its levels have no known range.
     """
     if image.mode in ("I", "F"):
         raise ImageError(f"an image of mode {image.mode}, levels of unknown range; convert it to 8 or 16 bits")
@@ -89,7 +89,7 @@ def read_image(value: ImageSource) -> OpenedImage:
         value: a list is an array as JSON has it, [H][W][3].
 
     Raises:
-        ImageError: it is none, is broken or has too many pixels; the message names what was given.
+        ImageError: it is not an image, is broken or has too many pixels; the message names what was given.
     """
     if isinstance(value, PIL.Image.Image):
         check_pixels(value.width, value.height)
@@ -107,16 +107,16 @@ def read_image(value: ImageSource) -> OpenedImage:
         return to_rgb(image)
 
 
-def listed(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
-    """A single image as a list of one, several as a list."""
+def as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
+    """Return several images as a list, a single one as a list of one."""
     single = isinstance(images, str | bytes | os.PathLike | PIL.Image.Image)
     if single or (isinstance(images, np.ndarray) and images.ndim < 4):
         return [images]  # type: ignore[list-item]
     return list(images)  # type: ignore[arg-type]
 
 
-def stretched(image: OpenedImage, input_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """[H, W, 3] the whole RGB image through Pillow's antialiased bilinear filter, as in the released evaluation.
+def stretch_image(image: OpenedImage, input_size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize the whole RGB image by Pillow's antialiased bilinear filter, as in the released evaluation: [H, W, 3].
 
     Args:
         input_size: (height, width).
@@ -134,7 +134,7 @@ def _from_array(pixels: NDArray[Any]) -> OpenedImage:
 
 
 def _name_of_other_format(source: bytes | str | os.PathLike[str]) -> str | None:
-    """Pillow's name of a format outside `FORMATS` by its first bytes, which may fit several; no reader of it is run."""
+    """Name of a format outside `FORMATS` by the first bytes, which may fit several; no reader of it is run."""
     if isinstance(source, bytes):
         head = source[:16]
     else:

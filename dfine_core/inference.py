@@ -1,106 +1,151 @@
-"""Trained detectors: opened from their files, and called with images.
+"""Trained detectors, opened from their files and called with images.
 
-    detector = load("runs/mine")    # or a checkpoint, an exported folder, an MLflow model's folder, a released .pth
-    for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
-        print(found.boxes, found.scores, found.names)
-
-No code from a file is run. All but released files need safetensors, which is imported with the first of them.
+detector = load("runs/mine")    # or a checkpoint, an exported folder, an MLflow model's folder, a released .pth
+for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
+    print(found.boxes, found.scores, found.names)
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfine_core.checkpoints.folder import (
+    DESCRIPTION,
+    ON_DISK,
+    WEIGHTS,
+    FileReader,
+    LoadError,
+    StoredDetector,
+    make_description,
+    parse_description,
+    read_detector,
+    tensors_from_bytes,
+    tensors_to_bytes,
+)
 from dfine_core.checkpoints.released import read_released
 from dfine_core.checkpoints.weights import load_weights
 from dfine_core.config import ModelConfig
-from dfine_core.images import ImageSource, OpenedImage, listed, read_image, stretched
+from dfine_core.drawing import draw_boxes
+from dfine_core.images import ImageSource, OpenedImage, as_list, read_image, stretch_image
 from dfine_core.model.detector import Detector
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections, postprocess
 from dfine_core.structures import DetectorOutput
 
 DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller gives one
-DESCRIPTION = "detector.json"  # {"config": ..., "categories": [names]}, beside the weights as safetensors
-METADATA = "metadata.json"  # of a checkpoint
+SHOWN_NAMES = 8  # class names that printing a detector shows
 MLFLOW_SCHEMES = ("runs:/", "models:/")
 
 
-class LoadError(ValueError):
-    """There is no detector, it is damaged, or something that opens it is missing."""
+class DetectedBox(NamedTuple):
+    """One detection as plain values."""
 
-
-@dataclass(frozen=True)
-class Files:
-    """How files are reached: on this disk, unless a program brings other means."""
-
-    read: Callable[[str], bytes]  # FileNotFoundError if there is none
-    names: Callable[[str], Iterable[str]]  # of what lies directly in a folder; none if there is no such folder
-
-
-def _names(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
-
-
-ON_DISK = Files(read=lambda path: Path(path).read_bytes(), names=_names)
+    box: tuple[float, float, float, float]  # xyxy in pixels of the stored image
+    score: float
+    label: int
+    name: str
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDetections:
-    """Detections of one image, best first; on the CPU."""
+    """Detections of one image, best first; on the CPU. Iterating gives them one by one as plain values."""
 
     boxes: Tensor  # [K, 4] float32 xyxy in pixels of the image as it is stored; may reach over its border
     scores: Tensor  # [K] in [0, 1]
     labels: Tensor  # [K] int64
     names: tuple[str, ...]  # [K]
 
+    def __len__(self) -> int:
+        return len(self.names)
 
-@dataclass(frozen=True, eq=False)
+    def __iter__(self) -> Iterator[DetectedBox]:
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), self.names, strict=True)
+        return (DetectedBox(tuple(box), score, label, name) for box, score, label, name in rows)
+
+    def draw(self, image: ImageSource) -> OpenedImage:
+        """Draw the boxes with names and scores into a copy of the image they were found in.
+
+        Raises:
+            ValueError: the image cannot be read.
+        """
+        captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
+        return draw_boxes(read_image(image), self.boxes.tolist(), self.labels.tolist(), captions)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedDetector:
+    """A trained detector that takes images and returns named boxes; `print` shows what it is."""
+
     detector: Detector  # averaged weights, in eval mode
-    names: tuple[str, ...]  # of the classes, by label
-    category_ids: tuple[int, ...]  # by label: what a COCO result file calls the class
-    origin: str  # what was really taken
+    names: tuple[str, ...]  # class names, by label
+    category_ids: tuple[int, ...]  # by label: id of the class in a COCO result file
+    origin: str  # folder, file or URI that was really read
     device: torch.device
+    path: str | None = None  # file of the weights; None if it is gone or there never was one
 
     @property
     def config(self) -> ModelConfig:
+        """Configuration of the network."""
         return self.detector.config
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.detector.parameters())
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the weights in memory, buffers included."""
+        return sum(tensor.nbytes for tensor in self.detector.state_dict().values())
+
+    def __repr__(self) -> str:
+        height, width = self.config.input_size
+        more = f", and {len(self.names) - SHOWN_NAMES} more" if len(self.names) > SHOWN_NAMES else ""
+        lines = [
+            f"detector from {self.origin}",
+            f"  file        {self.path or 'none'}",
+            f"  classes     {len(self.names)}: {', '.join(self.names[:SHOWN_NAMES])}{more}",
+            f"  input       {width} x {height} pixels",
+            f"  parameters  {self.num_parameters / 1e6:.2f} million, {self.size_bytes / 1e6:.1f} MB",
+            f"  device      {self.device}",
+        ]
+        return "\n".join(lines)
+
     def __call__(
-        self, images: Sequence[ImageSource] | ImageSource, threshold: float = DEFAULT_THRESHOLD, batch: int = 8
+        self, images: Sequence[ImageSource] | ImageSource, threshold: float = DEFAULT_THRESHOLD, batch_size: int = 8
     ) -> list[ImageDetections]:
-        """One `ImageDetections` per image, for a single image too.
+        """Detect objects: one `ImageDetections` per image, in a list even for a single image.
 
         Args:
-            threshold: least score.
-            batch: images at once.
+            threshold: least score, in 0..1.
+            batch_size: images that go through the network at once.
 
         Raises:
-            ValueError: naming an image that cannot be read.
+            ValueError: an image cannot be read, or the threshold lies outside 0..1.
         """
-        sources = listed(images)
-        found: list[ImageDetections] = []
-        for start in range(0, len(sources), batch):
-            opened = [_opened(number, sources[number]) for number in range(start, min(start + batch, len(sources)))]
-            detections = self.detect(prepare(opened, self.config.input_size), sizes_of(opened))
-            found += [self._of_image(detections, place, threshold) for place in range(len(opened))]
-        return found
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold ({threshold}) must lie in 0..1: it is compared with scores")
+        sources = as_list(images)
+        results: list[ImageDetections] = []
+        for start in range(0, len(sources), batch_size):
+            indices = range(start, min(start + batch_size, len(sources)))
+            opened = [_read_numbered(index, sources[index]) for index in indices]
+            detections = self.detect(prepare(opened, self.config.input_size), image_sizes(opened))
+            results += [self._of_image(detections, index, threshold) for index in range(len(opened))]
+        return results
 
     def detect(self, pixels: Tensor, sizes: Tensor) -> Detections:
-        """All detections, on the detector's device; arguments as in `predict`."""
+        """Return all detections, on the detector's device; arguments as in `predict`."""
         return self.predict(pixels, sizes)[0]
 
     @torch.no_grad()
     def predict(self, pixels: Tensor, sizes: Tensor, *, every_layer: bool = False) -> tuple[Detections, DetectorOutput]:
-        """All detections and the network's output, on the detector's device and in float32.
+        """Return all detections and the network's output, on the detector's device and in float32.
 
         Args:
             pixels: [B, 3, H, W] uint8, see `prepare`.
@@ -111,20 +156,44 @@ class LoadedDetector:
             return predict_batch(self.detector, pixels.to(self.device), sizes.to(self.device), every_layer=every_layer)
 
     def to(self, device: str | torch.device) -> "LoadedDetector":
-        """On another device; the network itself moves, as modules do."""
+        """Move the network to another device; the original moves with it, as modules do."""
         return replace(self, detector=self.detector.to(device), device=torch.device(device))
 
     def deploy(self) -> Self:
-        """Fuse what can be fused, in place: faster, equal up to rounding, and no longer to be trained or looked into."""
+        """Fuse what can be fused, in place: faster, equal up to rounding, and no longer to be trained, saved or looked into."""
         self.detector.deploy()
         return self
 
-    def _of_image(self, detections: Detections, place: int, threshold: float) -> ImageDetections:
-        scores = detections.scores[place].cpu()
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `detector.json` and the weights into a folder that `load` opens, and return it.
+
+        Raises:
+            ValueError: the detector was deployed, so its weights fit no other one.
+            FileExistsError: the folder holds other files.
+        """
+        weights = self.detector.state_dict()
+        if any("conv_bn_fused" in key for key in weights):
+            raise ValueError(f"{os.fspath(folder)}: a detector cannot be saved after deploy(); save it before")
+        description = make_description(self.config, self.names, self.category_ids)
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        written = {WEIGHTS: tensors_to_bytes(weights)}
+        written[DESCRIPTION] = description  # last: without it the folder is not opened
+        others = {path.name for path in target.iterdir()} - written.keys()
+        if others:
+            raise FileExistsError(f"{target} holds other files ({', '.join(sorted(others)[:3])}); give a new folder")
+        for name, content in written.items():
+            partial = target / f".{name}.{os.getpid()}.partial"
+            partial.write_bytes(content)
+            partial.replace(target / name)
+        return target
+
+    def _of_image(self, detections: Detections, index: int, threshold: float) -> ImageDetections:
+        scores = detections.scores[index].cpu()
         kept = scores >= threshold
-        labels = detections.labels[place].cpu()[kept]
+        labels = detections.labels[index].cpu()[kept]
         return ImageDetections(
-            boxes=detections.boxes[place].cpu()[kept].float(),
+            boxes=detections.boxes[index].cpu()[kept].float(),
             scores=scores[kept],
             labels=labels,
             names=tuple(self.names[label] for label in labels.tolist()),
@@ -134,7 +203,7 @@ class LoadedDetector:
 def predict_batch(
     detector: nn.Module, images: Tensor, sizes: Tensor, *, every_layer: bool = False
 ) -> tuple[Detections, DetectorOutput]:
-    """Pixels to network to detections: the one path of evaluation, prediction, serving, benchmarks and export.
+    """Run pixels through network and postprocessing: the one path of evaluation, prediction, serving, benchmarks and export.
 
     Gradients, autocast and eval mode are the caller's, so that the function can be traced too.
 
@@ -152,29 +221,31 @@ def predict_batch(
 
 
 def prepare(images: Sequence[OpenedImage], input_size: tuple[int, int]) -> Tensor:
-    """[B, 3, H, W] uint8: whole RGB images, stretched.
+    """Stretch whole RGB images to the input size and stack them, [B, 3, H, W] uint8.
 
     Args:
         input_size: (height, width).
     """
-    pixels = np.stack([stretched(image, input_size) for image in images]) if images else np.zeros((0, *input_size, 3))
+    pixels = (
+        np.stack([stretch_image(image, input_size) for image in images]) if images else np.zeros((0, *input_size, 3))
+    )
     return torch.from_numpy(pixels.astype(np.uint8, copy=False).transpose(0, 3, 1, 2).copy())
 
 
-def sizes_of(images: Sequence[OpenedImage]) -> Tensor:
-    """[B, 2] (width, height) in pixels, int64."""
+def image_sizes(images: Sequence[OpenedImage]) -> Tensor:
+    """Sizes (width, height) in pixels, [B, 2] int64."""
     return torch.tensor([image.size for image in images], dtype=torch.int64).reshape(-1, 2)
 
 
-def _opened(number: int, source: ImageSource) -> OpenedImage:
+def _read_numbered(index: int, source: ImageSource) -> OpenedImage:
     try:
         return read_image(source)
     except ValueError as error:
-        raise ValueError(f"image {number}: {error}") from error
+        raise ValueError(f"image {index}: {error}") from error
 
 
 def load(
-    source: str | os.PathLike[str], device: str | torch.device | None = None, *, files: Files = ON_DISK
+    source: str | os.PathLike[str], device: str | torch.device | None = None, *, files: FileReader = ON_DISK
 ) -> LoadedDetector:
     """Open a trained detector.
 
@@ -186,16 +257,12 @@ def load(
     Raises:
         LoadError: with what was found instead, and the way out.
     """
-    place = os.fspath(source)
-    if place.startswith(MLFLOW_SCHEMES):
-        raise LoadError(f"{place}: pipeline.open_detector.open_detector opens what only MLflow knows")
-    if place.endswith((".pth", ".pt")):
-        try:
-            released = read_released(place)
-        except ValueError as error:
-            raise LoadError(f"{error}") from None
-        return build(released.config, released.weights, released.categories, place, device)
-    return _from_folder(place.rstrip("/") or place, device, files)
+    path = os.fspath(source)
+    if path.startswith(MLFLOW_SCHEMES):
+        raise LoadError(f"{path}: pipeline.open_detector.open_detector opens runs:/ and models:/ URIs")
+    if path.endswith((".pth", ".pt")):
+        return _build_stored(read_released(path), device)
+    return _build_stored(read_detector(path.rstrip("/") or path, files), device)
 
 
 def build(
@@ -205,7 +272,8 @@ def build(
     origin: str,
     device: str | torch.device | None = None,
 ) -> LoadedDetector:
-    """
+    """Build a detector from its parts.
+
     Args:
         categories: COCO id and name of each class, by label.
 
@@ -219,13 +287,13 @@ def build(
         load_weights(detector, weights)
     except ValueError as error:
         raise LoadError(f"{origin}: {error}") from None
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LoadedDetector(
-        detector=detector.eval().to(place),
+        detector=detector.eval().to(chosen),
         names=tuple(name for _, name in categories),
         category_ids=tuple(number for number, _ in categories),
         origin=origin,
-        device=place,
+        device=chosen,
     )
 
 
@@ -235,88 +303,14 @@ def from_description(
     origin: str,
     device: str | torch.device | None = None,
 ) -> LoadedDetector:
-    """From the content of a `detector.json` and of a safetensors file.
+    """Build a detector from the content of a `detector.json` and of a safetensors file.
 
     Without "category_ids" in the description, classes have their labels as ids.
     """
-    try:
-        content = json.loads(description)
-        config, names = ModelConfig.from_plain(content["config"]), content["categories"]
-        ids = content.get("category_ids") or range(len(names))
-        categories = [(int(number), str(name)) for number, name in zip(ids, names, strict=True)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{origin}: its {DESCRIPTION} cannot be read: {error!r}") from None
-    return build(config, _tensors(weights, origin), categories, origin, device)
+    config, categories = parse_description(description, origin)
+    return build(config, tensors_from_bytes(weights, origin), categories, origin, device)
 
 
-def _from_folder(folder: str, device: str | torch.device | None, files: Files) -> LoadedDetector:
-    names = set(files.names(folder))
-    if METADATA in names:
-        return _from_checkpoint(folder, device, files)
-    if DESCRIPTION in names:
-        weights = [name for name in names if name.endswith(".safetensors")]
-        if len(weights) != 1:
-            raise LoadError(f"{folder}: {len(weights)} safetensors files beside {DESCRIPTION}, expected one")
-        description, tensors = (files.read(f"{folder}/{name}") for name in (DESCRIPTION, weights[0]))
-        return from_description(description, tensors, folder, device)
-    if "MLmodel" in names and "artifacts" in names:
-        return _from_folder(f"{folder}/artifacts", device, files)
-    if "checkpoints" in names and (best := best_of_run(f"{folder}/checkpoints", files)):
-        return _from_checkpoint(best, device, files)
-    held = f"it holds {', '.join(sorted(names)[:6])}" if names else "it is empty or does not exist"
-    raise LoadError(
-        f"{folder}: no detector ({held}). Expected the folder of a run or of a checkpoint, of an exported detector"
-        f" ({DESCRIPTION} beside safetensors), of an MLflow model, or a released .pth file"
-    )
-
-
-def best_of_run(folder: str, files: Files) -> str | None:
-    """The best checkpoint, the newest where nothing was evaluated; None if there is no complete one."""
-    complete = sorted(
-        name for name in files.names(folder) if name.startswith("step-") and METADATA in files.names(f"{folder}/{name}")
-    )
-    if not complete:
-        return None
-    best = _json(f"{folder}/{complete[-1]}/{METADATA}", files).get("history", {}).get("best_step")
-    return f"{folder}/{complete[-1]}" if best is None else f"{folder}/step-{best:08d}"
-
-
-def _from_checkpoint(folder: str, device: str | torch.device | None, files: Files) -> LoadedDetector:
-    """Of the averaged weights."""
-    metadata = _json(f"{folder}/{METADATA}", files)
-    try:
-        config = ModelConfig.from_plain(metadata["model"])
-        categories = [(int(category["original_id"]), str(category["name"])) for category in metadata["categories"]]
-        written = metadata["sha256"]["ema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{folder}/{METADATA}: not of a checkpoint that this version reads: {error!r}") from None
-    path = f"{folder}/ema.safetensors"
-    try:
-        content = files.read(path)
-    except FileNotFoundError:
-        raise LoadError(f"{path}: is missing") from None
-    if hashlib.sha256(content).hexdigest() != written:
-        raise LoadError(f"{path}: is damaged: not what was written (SHA-256)")
-    return build(config, _tensors(content, path), categories, folder, device)
-
-
-def _json(path: str, files: Files) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(files.read(path))
-    except FileNotFoundError:
-        raise LoadError(f"{path}: is missing") from None
-    except ValueError as error:
-        raise LoadError(f"{path}: cannot be read: {error}") from None
-    return content
-
-
-def _tensors(content: bytes, origin: str) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load as tensors_from_bytes
-    except ImportError:
-        raise LoadError(f"{origin}: its weights are safetensors; pip install safetensors") from None
-    try:
-        return tensors_from_bytes(content)
-    except SafetensorError as error:
-        raise LoadError(f"{origin}: its weights are damaged: {error}") from None
+def _build_stored(stored: StoredDetector, device: str | torch.device | None) -> LoadedDetector:
+    loaded = build(stored.config, stored.weights, stored.categories, stored.folder, device)
+    return replace(loaded, path=stored.path)

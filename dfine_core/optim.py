@@ -1,5 +1,6 @@
-"""Parameter groups by module type, and their optimiser."""
+"""Optimisation: parameter groups by module type, AdamW over them, and the learning rate as a function of the step."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 
 
 def parameter_groups(detector: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters as named groups for torch.optim: every parameter in exactly one, empty groups left out."""
+    """Sort the trainable parameters into named groups for torch.optim: each into exactly one, empty groups left out."""
     groups: dict[str, dict[str, Any]] = {
         "backbone": {"lr": config.backbone_lr, "weight_decay": config.weight_decay},
         "backbone_no_decay": {"lr": config.backbone_lr, "weight_decay": 0.0},
@@ -43,6 +44,22 @@ def _trainable(detector: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramet
 
 
 def make_optimizer(detector: nn.Module, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW over the named groups; fused, a step can be made to depend on a flag on the device."""
+    """Build AdamW over the named groups; if `fused`, a flag on the device can decide whether a step takes effect."""
     groups = parameter_groups(detector, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=fused)
+
+
+def learning_rate_factor(
+    step: int, *, warmup_steps: int = 500, total_steps: int | None = None, min_lr_ratio: float = 1.0
+) -> float:
+    """Factor on every group's learning rate at `step` (from 0).
+
+    Linear warm-up to 1 at step `warmup_steps` - 1, then constant as released; with `total_steps` and a `min_lr_ratio` below 1
+    a cosine from 1 to that ratio.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if total_steps is None or min_lr_ratio == 1.0:
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""The plain data that travels through the detector: tensors under names.
+"""Plain data that travels through the detector: tensors under names.
 
 Letters: B images, Q queries, C classes, L decoder layers, N = reg_max + 1 bins, G boxes of one image, T boxes of the batch.
 """
@@ -14,21 +14,21 @@ from dfine_core.boxes import cxcywh_to_xyxy
 
 @dataclass(frozen=True)
 class Targets:
-    """The true boxes of a batch, laid end to end in image order."""
+    """Ground-truth boxes of a batch, laid end to end in image order."""
 
     labels: Tensor  # [T] int64
     boxes: Tensor  # [T, 4] float32 cxcywh, normalised to the image
-    image: Tensor  # [T] int64, which image a box belongs to
-    counts: tuple[int, ...]  # boxes of each image, known without asking the device
+    image: Tensor  # [T] int64, index of the image that a box belongs to
+    counts: tuple[int, ...]  # boxes per image, known without reading from the device
 
     @classmethod
     def pack(
         cls, targets: "Sequence[Mapping[str, Tensor]] | Targets", num_classes: int, device: torch.device
     ) -> "Targets":
-        """From one {"labels": (G,), "boxes": (G, 4)} per image.
+        """Pack one {"labels": (G,), "boxes": (G, 4)} per image.
 
         Values are checked while they lie on the CPU; targets that already lie on an accelerator are taken as they are, since
-        looking at them would stall it.
+        a check would stall it.
 
         Raises:
             ValueError: naming every image whose labels or boxes cannot be trained on.
@@ -52,10 +52,12 @@ class Targets:
 
     @property
     def boxes_xyxy(self) -> Tensor:
+        """Boxes as corners, [T, 4]."""
         return cxcywh_to_xyxy(self.boxes)
 
     @property
     def total(self) -> int:
+        """Number of boxes in the batch, T."""
         return sum(self.counts)
 
 
@@ -65,32 +67,32 @@ def _problems(image: int, target: Mapping[str, Tensor], num_classes: int) -> lis
         return [f"image {image} has {labels.numel()} labels but boxes of shape {tuple(boxes.shape)}"]
     if labels.device.type != "cpu" or boxes.device.type != "cpu" or labels.numel() == 0:
         return []
-    found = []
+    problems = []
     if labels.min() < 0 or labels.max() >= num_classes:
         bad = labels[(labels < 0) | (labels >= num_classes)][0].item()
-        found.append(
+        problems.append(
             f"image {image} has label {bad}, outside 0..{num_classes - 1}: give contiguous labels or raise num_classes"
         )
     if not torch.isfinite(boxes).all():
         row = int((~torch.isfinite(boxes)).reshape(-1, 4).any(-1).nonzero()[0])
-        found.append(
+        problems.append(
             f"image {image} has box {row} = {boxes.reshape(-1, 4)[row].tolist()}, which is not finite: drop it"
         )
-    return found
+    return problems
 
 
 @dataclass(frozen=True)
 class QueryPredictions:
-    """What every decoder layer says about one set of queries (the matching ones, or the denoising ones)."""
+    """Predictions of every decoder layer for one set of queries (the matching ones, or the denoising ones)."""
 
     logits: Tensor  # [L, B, Q, C]
     boxes: Tensor  # [L, B, Q, 4] cxcywh
     edge_logits: Tensor | None  # [L, B, Q, 4, N]; None with direct regression
-    initial_logits: Tensor  # [B, Q, C] of the initial box, before any distribution
+    initial_logits: Tensor  # [B, Q, C] scores of the initial box, before any distribution
     initial_boxes: Tensor  # [B, Q, 4], with its gradient; the layers moved its detached value
 
     def split(self, first: int) -> "tuple[QueryPredictions, QueryPredictions]":
-        """The first `first` queries, and the rest."""
+        """Split into the first `first` queries and the rest."""
         edges = self.edge_logits
         parts = [
             QueryPredictions(
@@ -107,7 +109,7 @@ class QueryPredictions:
 
 @dataclass(frozen=True)
 class DenoisingQueries:
-    """Queries made from true boxes by adding noise; the decoder learns to undo it. See `denoising.draw`.
+    """Queries made from true boxes by adding noise; the decoder learns to undo it. See `denoising.sample_queries`.
 
     Laid out per image as `groups` groups of 2 x G slots, G = most boxes of any image: first G near copies (positive), then G
     far ones (negative). Slot j holds box j; slots beyond an image's boxes are padding.
@@ -117,30 +119,18 @@ class DenoisingQueries:
     reference_logits: Tensor  # [B, Q, 4] logit of noised cxcywh
     attention_mask: Tensor  # [Q + num_queries] square, True = must not attend
     groups: int
-    # Which slot answers for which box: positive slots only, [P] each
+    # Box of every positive slot, [P] each
     positive_image: Tensor
     positive_query: Tensor
     positive_target: Tensor  # index into the batch's boxes
 
 
-def positive_slots(counts: Sequence[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, slot and box index of every positive denoising slot: [groups * T] int64 each, on the CPU."""
-    per_image = torch.tensor(counts, dtype=torch.int64)
-    most = max(counts, default=0)
-    image = torch.arange(len(counts)).repeat_interleave(per_image)
-    first = per_image.cumsum(0) - per_image
-    target = torch.arange(int(per_image.sum()))
-    slot = target - first[image]  # the box's place within its image
-    query = (torch.arange(groups) * 2 * most).unsqueeze(1) + slot  # [groups, T]
-    return image.repeat(groups), query.flatten(), target.repeat(groups)
-
-
 @dataclass(frozen=True)
 class DetectorOutput:
-    """Detections, and in training what the loss needs besides."""
+    """Detections, and in training the further predictions that the loss needs."""
 
-    logits: Tensor  # [B, Q, C] of the last layer
-    boxes: Tensor  # [B, Q, 4] cxcywh of the last layer, normalised to the image
+    logits: Tensor  # [B, Q, C], last layer
+    boxes: Tensor  # [B, Q, 4] cxcywh, last layer, normalised to the image
     # In training only:
     matching: QueryPredictions | None = None
     denoising: QueryPredictions | None = None  # None if switched off

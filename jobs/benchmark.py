@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     chosen = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = args.batches or [1, 4, 16, *([64] if chosen.type == "cuda" else [])]
     subject = open_subject(args.detector, device=chosen, precision=args.precision)
-    report = measure(subject, batches=batches, calls=args.calls, seconds=args.seconds)
+    report = measure(subject, batch_sizes=batches, calls=args.calls, seconds=args.seconds)
     print(report.table())
     if args.json:
-        storage.write_atomic(args.json, json.dumps(report.plain(), indent=1).encode())
+        storage.write_atomic(args.json, json.dumps(report.as_json(), indent=1).encode())
 
 
 def device(text: str) -> torch.device:

@@ -14,7 +14,13 @@ from jobs.command import location, user_errors
 from pipeline import storage
 from pipeline.tracking.client import RunFacts, RunLookupError, Runs
 from pipeline.tracking.names import RUN_KEY
-from pipeline.tuning.analysis.compare_runs import Comparison, as_html, as_text, compare, open_runs
+from pipeline.tuning.analysis.compare_runs import (
+    Comparison,
+    compare,
+    comparison_page,
+    comparison_text,
+    open_runs,
+)
 
 
 @user_errors()
@@ -32,9 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--log", action="store_true", help="keep the page with the first run in MLflow")
     args = parser.parse_args(argv)
     comparison = compare(*open_runs(args.runs, args.noise, tracking=args.tracking, storage_uri=args.storage))
-    print(as_text(comparison))
+    print(comparison_text(comparison))
     if args.html:
-        storage.write_atomic(args.html, as_html(comparison).encode())
+        storage.write_atomic(args.html, comparison_page(comparison).encode())
     if args.log:
         log(comparison, Runs(args.tracking, args.storage))
 
@@ -50,7 +56,7 @@ def log(comparison: Comparison, known: Runs) -> None:
             raise RunLookupError(f"{first.title}: {known.shown_uri} does not know this run, so nothing is logged")
         run_id = found.run_id
     assert run_id is not None
-    known.log_text(run_id, as_html(comparison), path)
+    known.log_text(run_id, comparison_page(comparison), path)
     print(f"logged as {path} of run {run_id}")
 
 

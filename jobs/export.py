@@ -26,8 +26,8 @@ from jobs.evaluate import refuse_other_classes
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import load_shards
 from pipeline.data.shards.reader import refuse_changed_files
-from pipeline.export.check_images import CheckSet, drawn, from_files, from_shards
-from pipeline.export.export import Export, export
+from pipeline.export.check_images import CheckSet, from_files, from_shards, from_synthetic_images
+from pipeline.export.export import ExportResult, export
 from pipeline.export.formats import FORMATS, at_input_size
 from pipeline.open_detector import open_detector
 from pipeline.tracking.attachments import MODEL, RUN, Target, attach, find_target
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     target = find_target(named) if named else None
     model = _sized(open_detector(args.model), args.input_size)
     done = export(model, args.to, args.out, _check_set(args, model))
-    print(f"{model.origin}, compared on {done.checked.what}\n{done.table()}")
+    print(f"{model.origin}, compared on {done.check_set.description}\n{done.table()}")
     if target is not None:
         _attach(target, done, args.out)
     if not done.accepted:
@@ -84,14 +84,14 @@ def _check_set(args: argparse.Namespace, model: LoadedDetector) -> CheckSet:
         return from_shards(shards, args.images)
     if args.images_from:
         return from_files(args.images_from, args.images)
-    return drawn(args.images, longest_side=max(model.config.input_size))
+    return from_synthetic_images(args.images, longest_side=max(model.config.input_size))
 
 
-def _attach(target: Target, done: Export, out: Path) -> None:
+def _attach(target: Target, done: ExportResult, out: Path) -> None:
     attach(
         target,
         [result.path for result in done.results if result.path and result.verdict.accepted] + [out / "export.json"],
-        tags={f"dfine.export.{result.verdict.format}": result.in_words for result in done.results},
+        tags={f"dfine.export.{result.verdict.format}": result.tag for result in done.results},
         metrics={
             f"export/{result.verdict.format}/{name}": value
             for result in done.results

@@ -17,23 +17,23 @@ import torch
 from jobs.command import at_least, location, share, user_errors
 from pipeline.open_detector import open_detector
 from pipeline.predict.inputs import list_inputs
-from pipeline.predict.predict import HERE, PredictOptions, predict
+from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    here = args.workers == HERE and torch.cuda.is_available()
+    here = args.workers == IN_PROCESS and torch.cuda.is_available()
     loaded = open_detector(args.detector, "cuda" if here else "cpu")
-    inputs = list_inputs(args.inputs, every=args.every)
+    inputs = list_inputs(args.inputs, frame_stride=args.every)
     print(f"{loaded.origin} on {inputs}", flush=True)
     options = PredictOptions(
         threshold=args.threshold,
-        part=args.part,
-        batch=args.batch,
+        part_size=args.part,
+        batch_size=args.batch,
         workers=args.workers,
-        pictures=args.pictures,
-        explain=args.explain,
+        num_images=args.pictures,
+        num_explanations=args.explain,
     )
     print(predict(loaded, inputs, args.out, options).summary())
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threshold", type=share, default=defaults.threshold, help="least score; 0 for all, as COCO's AP wants them"
     )
     parser.add_argument("--every", type=number, default=1, metavar="N", help="take each N-th frame of videos")
-    parser.add_argument("--pictures", type=at_least(0), default=defaults.pictures, metavar="N", help="to draw")
+    parser.add_argument("--pictures", type=at_least(0), default=defaults.num_images, metavar="N", help="to draw")
     parser.add_argument(
         "--explain",
         type=at_least(0),
@@ -67,8 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draw how the decoder refined a box of N pictures, and add the deviation of every edge to the parts",
     )
-    parser.add_argument("--part", type=number, default=defaults.part, metavar="N", help="pictures that a kill may cost")
-    parser.add_argument("--batch", type=number, default=defaults.batch, metavar="N", help="pictures at once")
+    parser.add_argument(
+        "--part", type=number, default=defaults.part_size, metavar="N", help="pictures that a kill may cost"
+    )
+    parser.add_argument("--batch", type=number, default=defaults.batch_size, metavar="N", help="pictures at once")
     parser.add_argument(
         "--workers",
         type=at_least(0),

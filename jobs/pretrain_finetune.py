@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs import prepare
 from jobs.command import add_set, user_errors
 from pipeline.config_files import load_cluster, parse_overrides
-from pipeline.training.chain import Step, load_chain, run_chain
+from pipeline.training.chain import ResolvedStage, load_chain, run_chain
 from pipeline.training.dry_run import preview
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     print(run_chain(chain, steps, lambda arguments: prepare.prepare_shards(prepare.parser().parse_args(arguments))))
 
 
-def _shown(step: Step) -> str:
+def _shown(step: ResolvedStage) -> str:
     title = f"## {step.stage.name}: {step.experiment.name}"
     if step.missing:
         lines = [f"  python -m jobs.prepare {' '.join(arguments)}" for arguments in step.missing]

@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--threshold", type=float, help=f"least score, where a request names none ({DEFAULT_THRESHOLD})"
     )
-    arguments.add_argument("--batch", type=int, help="images at once (8)")
+    arguments.add_argument("--batch", dest="batch_size", type=int, help="images at once (8)")
     arguments.add_argument("--timeout-s", type=float, help="of a request (30)")
     arguments.add_argument("--max-waiting", type=int, help="requests in a replica before it says 503 (32)")
     arguments.add_argument("--max-megabytes", type=float, help="of a request (20)")

@@ -18,7 +18,7 @@ from pipeline.config_files import parse_overrides
 from pipeline.tuning.driver import run_sweep
 from pipeline.tuning.load import load_sweep
 from pipeline.tuning.promote import promote
-from pipeline.tuning.sweep import Sweep, evaluations_of, rungs
+from pipeline.tuning.sweep import Sweep, evaluations_per_trial, rungs
 
 
 @user_errors()
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(sweep: Sweep) -> str:
     """What the sweep would do, for people."""
-    total = evaluations_of(sweep)
+    total = evaluations_per_trial(sweep)
     halts = rungs(sweep, total) if total else ()
     budget = f"{sweep.trials} points" if sweep.trials else f"{sweep.hours:g} hours" if sweep.hours else "the whole grid"
     stops = f", bad ones stopped after evaluation {', '.join(map(str, halts))} of {total}" if halts else ""
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add_set(arguments, help="replace values")
     arguments.add_argument("--check", action="store_true", help="check the file, and end")
     arguments.add_argument("--promote", type=location, metavar="FOLDER", help="of a finished sweep")
-    arguments.add_argument("--register-as", metavar="NAME", help="with --promote: name of the model version")
+    arguments.add_argument("--registered-model-name", metavar="NAME", help="with --promote: name of the model version")
     return arguments
 
 

@@ -1,7 +1,7 @@
-"""How fast a detector is, trained or exported: from stretched images to detections in pixels, all on its device.
+"""Measure latency and throughput of a trained or exported detector, from resized images to detections in pixels.
 
-Reading and stretching images is not in it, nor is their way to the device, except for ONNX, whose inputs and outputs lie in
-main memory. Every call is waited for.
+Reading and resizing images is not timed. Neither is copying them to the device, except for ONNX, whose inputs and outputs
+are in main memory. Every call is synchronised.
 """
 
 import platform
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,35 +21,36 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfine_core import Detector, LoadedDetector, ModelConfig
 from dfine_core.inference import predict_batch
 from pipeline.config import ConfigError
-from pipeline.exported_files import SUFFIXES, open_exported
+from pipeline.exported_files import EXPORTED_SUFFIXES, open_exported
 from pipeline.open_detector import open_detector
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PERCENTILES = (50, 90, 99)
-PARTS = ("backbone", "encoder", "decoder")
-WARM_CALLS, WARM_SECONDS = 5, 1.0  # both, before anything is timed
+MODEL_PARTS = ("backbone", "encoder", "decoder")
+WARM_UP_CALLS, WARM_UP_SECONDS = 5, 1.0  # both are reached before anything is timed
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that detects."""
+    """Callable detector with the facts that a report needs."""
 
     name: str
-    run: Callable[
-        [Tensor, Tensor], object
-    ]  # images [B, 3, H, W] float32 in 0..1 and sizes [B, 2]; waits until it is done
+    # Takes images [B, 3, H, W] float32 in 0..1 and sizes [B, 2]; returns when the device has finished.
+    run: Callable[[Tensor, Tensor], object]
     input_size: tuple[int, int]
     device: torch.device
     hardware: str
     runtime: str
-    batch: int | None = None  # the only one that it takes; None: any
+    batch_size: int | None = None  # the only accepted one; None: any
     parameters: int | None = None
-    gflops: float | None = None  # of one image, as `gflops` counts
+    gflops: float | None = None  # per image, counted by `gflops`
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
+    """Measured speed of one detector."""
+
     name: str
     hardware: str
     runtime: str
@@ -56,56 +58,64 @@ class Report:
     input_size: tuple[int, int]
     parameters: int | None
     gflops: float | None
-    calls: int  # that were timed one by one
-    latency_ms: dict[str, float]  # of one image, or of the only batch: p50, p90, p99
+    calls: int  # timed individually
+    latency_ms: dict[str, float]  # p50, p90 and p99 of one image, or of the only accepted batch size
     images_per_second: dict[int, float | None]  # by batch size; None: out of memory
 
     def table(self) -> str:
+        """Table for the console."""
         million = None if self.parameters is None else f"{self.parameters / 1e6:.2f} M"
         rows = [
             ("detector", self.name),
             ("on", f"{self.hardware}, {self.runtime}, {self.threads} threads"),
             ("input", f"{self.input_size[0]} x {self.input_size[1]}"),
-            ("parameters", million or "not known"),
-            ("GFLOPs", "not known" if self.gflops is None else f"{self.gflops:.2f}"),
-            ("latency", ", ".join(f"{p} {ms:.2f} ms" for p, ms in self.latency_ms.items()) + f" of {self.calls} calls"),
+            ("parameters", million or "unknown"),
+            ("GFLOPs", "unknown" if self.gflops is None else f"{self.gflops:.2f}"),
+            (
+                "latency",
+                ", ".join(f"{p} {ms:.2f} ms" for p, ms in self.latency_ms.items()) + f" over {self.calls} calls",
+            ),
         ]
-        for batch, rate in self.images_per_second.items():
-            rows.append((f"batch {batch}", "out of memory" if rate is None else f"{rate:.1f} images/s"))
+        for batch_size, rate in self.images_per_second.items():
+            rows.append((f"batch {batch_size}", "out of memory" if rate is None else f"{rate:.1f} images/s"))
         return "\n".join(f"{name:12}{value}" for name, value in rows)
 
-    def plain(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
+        """Every field, as plain values."""
         return asdict(self)
 
 
 def open_subject(source: str, *, device: torch.device, precision: Precision = "fp32") -> Subject:
-    """
+    """Open a trained or exported detector for `measure`.
+
     Args:
-        source: an exported `.onnx` or `.pt2`, or whatever `open_detector` opens.
+        source: an exported `.onnx` or `.pt2`, or any source of `open_detector`.
 
     Raises:
-        ConfigError: it cannot be opened, or not in this precision.
+        ConfigError: the source cannot be opened, or not in this precision.
     """
-    if source.endswith(SUFFIXES):
+    if source.endswith(EXPORTED_SUFFIXES):
         if precision != "fp32":
-            raise ConfigError(f"{source}: an exported file has its own precision, leave out --precision {precision}")
-        return _of_file(source, device)
+            raise ConfigError(
+                f"{source}: the precision of an exported file is fixed: leave out --precision {precision}"
+            )
+        return _file_subject(source, device)
     loaded = open_detector(source, str(device))
-    counted = gflops(loaded.config)
-    return replace(of_detector(loaded, precision=precision), gflops=sum(counted[part] for part in PARTS))
+    counts = gflops(loaded.config)
+    return replace(detector_subject(loaded, precision=precision), gflops=sum(counts[part] for part in MODEL_PARTS))
 
 
-def of_detector(loaded: LoadedDetector, *, precision: Precision = "fp32") -> Subject:
-    """A detector as it is delivered; it is deployed, in place."""
+def detector_subject(loaded: LoadedDetector, *, precision: Precision = "fp32") -> Subject:
+    """Wrap a loaded detector for `measure`. The detector is deployed in place."""
     config, device = loaded.config, loaded.device
     detector = loaded.deploy().detector
 
     @torch.inference_mode()
     def run(images: Tensor, sizes: Tensor) -> object:
         with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            found, _ = predict_batch(detector, images, sizes)
-        _wait(device)
-        return found
+            detections, _ = predict_batch(detector, images, sizes)
+        _synchronize(device)
+        return detections
 
     return Subject(
         name=loaded.origin,
@@ -118,22 +128,28 @@ def of_detector(loaded: LoadedDetector, *, precision: Precision = "fp32") -> Sub
     )
 
 
-def measure(subject: Subject, *, batches: Sequence[int], calls: int = 200, seconds: float = 10.0) -> Report:
-    """
+def measure(
+    subject: Subject, *, batch_sizes: Sequence[int], calls: int = 200, seconds: float = 10.0
+) -> BenchmarkReport:
+    """Measure latency, and throughput at several batch sizes.
+
     Args:
-        batches: sizes to find the throughput of.
-        calls: timed one by one; fewer where they would take longer than `seconds`.
-        seconds: at most, for the latency and for each batch size.
+        batch_sizes: batch sizes whose throughput is measured.
+        calls: calls timed individually; fewer if they would take longer than `seconds`.
+        seconds: time limit for the latency, and for each batch size.
     """
-    single = _seconds_of_calls(subject, subject.batch or 1, calls, seconds)
+    # 1. Latency of a single image, or of the only accepted batch size.
+    latencies = _time_calls(subject, subject.batch_size or 1, calls, seconds)
+
+    # 2. Throughput by batch size. One that does not fit in memory is reported, the others still count.
     rates: dict[int, float | None] = {}
-    for batch in [subject.batch] if subject.batch is not None else batches:
+    for batch_size in [subject.batch_size] if subject.batch_size is not None else batch_sizes:
         try:
-            took = _seconds_of_calls(subject, batch, calls, seconds / 3)
-            rates[batch] = batch * len(took) / float(took.sum())
+            durations = _time_calls(subject, batch_size, calls, seconds / 3)
+            rates[batch_size] = batch_size * len(durations) / float(durations.sum())
         except torch.OutOfMemoryError:
-            rates[batch] = None
-    return Report(
+            rates[batch_size] = None
+    return BenchmarkReport(
         name=subject.name,
         hardware=subject.hardware,
         runtime=subject.runtime,
@@ -141,54 +157,53 @@ def measure(subject: Subject, *, batches: Sequence[int], calls: int = 200, secon
         input_size=subject.input_size,
         parameters=subject.parameters,
         gflops=subject.gflops,
-        calls=len(single),
-        latency_ms={f"p{p}": 1000 * float(np.percentile(single, p)) for p in PERCENTILES},
+        calls=len(latencies),
+        latency_ms={f"p{p}": 1000 * float(np.percentile(latencies, p)) for p in PERCENTILES},
         images_per_second=rates,
     )
 
 
-def _seconds_of_calls(
-    subject: Subject, batch: int, calls: int, seconds: float
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Of each call, after a warm-up."""
-    images = torch.rand(batch, 3, *subject.input_size).to(subject.device)
-    sizes = torch.tensor([[640, 480]] * batch).to(subject.device)
-    warm_until, warm = time.perf_counter() + min(WARM_SECONDS, seconds), 0
-    while warm < WARM_CALLS or time.perf_counter() < warm_until:
+def _time_calls(subject: Subject, batch_size: int, calls: int, seconds: float) -> NDArray[np.float64]:
+    """Duration of each call in seconds, after a warm-up."""
+    images = torch.rand(batch_size, 3, *subject.input_size).to(subject.device)
+    sizes = torch.tensor([[640, 480]] * batch_size).to(subject.device)
+    warm_until, warm_up_calls = time.perf_counter() + min(WARM_UP_SECONDS, seconds), 0
+    while warm_up_calls < WARM_UP_CALLS or time.perf_counter() < warm_until:
         subject.run(images, sizes)
-        warm += 1
-    took: list[float] = []
+        warm_up_calls += 1
+    durations: list[float] = []
     until = time.perf_counter() + seconds
-    while len(took) < calls and (not took or time.perf_counter() < until):
+    while len(durations) < calls and (not durations or time.perf_counter() < until):
         started_at = time.perf_counter()
         subject.run(images, sizes)
-        took.append(time.perf_counter() - started_at)
-    return np.array(took)
+        durations.append(time.perf_counter() - started_at)
+    return np.array(durations)
 
 
 @torch.no_grad()
 def gflops(config: ModelConfig) -> dict[str, float]:
-    """Of one image: convolutions and linear layers of each part, and the products inside attention.
+    """GFLOPs per image: convolutions and linear layers of each part, and the products inside attention.
 
     A multiply-add counts as two operations. This is the convention of the published numbers, which are the sum of the parts;
-    norms, activations, softmax and the sampling of deformable attention are counted by neither.
+    norms, activations, softmax and the sampling of deformable attention are left out by both.
     """
     detector = Detector(config).deploy()
     counter = FlopCounterMode(display=False, depth=2)
-    # The plain implementation makes attention of two batched products, which the counter sees on every device.
+    # The plain implementation computes attention as two batched products, which the counter sees on every device.
     with counter, sdpa_kernel(SDPBackend.MATH):
         detector(torch.zeros(1, 3, *config.input_size))
     counts = {
         module: {str(operator).removeprefix("aten."): n / 1e9 for operator, n in operators.items()}
         for module, operators in counter.get_flop_counts().items()
     }
-    spent = {part: counts[f"Detector.{part}"] for part in PARTS}
-    return {part: sum(n for operator, n in spent[part].items() if operator != "bmm") for part in PARTS} | {
-        "attention": sum(operators.get("bmm", 0.0) for operators in spent.values())
+    by_part = {part: counts[f"Detector.{part}"] for part in MODEL_PARTS}
+    return {part: sum(n for operator, n in by_part[part].items() if operator != "bmm") for part in MODEL_PARTS} | {
+        "attention": sum(operators.get("bmm", 0.0) for operators in by_part.values())
     }
 
 
 def hardware_name(device: torch.device) -> str:
+    """Model name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -198,26 +213,26 @@ def hardware_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _of_file(source: str, device: torch.device) -> Subject:
+def _file_subject(source: str, device: torch.device) -> Subject:
     opened = open_exported(source, device)
 
     def run(images: Tensor, sizes: Tensor) -> object:
-        found = opened.run(images, sizes)
-        _wait(opened.device)
-        return found
+        outputs = opened.run(images, sizes)
+        _synchronize(opened.device)
+        return outputs
 
     return Subject(
         name=source,
         run=run,
         input_size=opened.input_size,
         device=opened.device,
-        hardware=hardware_name(opened.computes_on),
+        hardware=hardware_name(opened.compute_device),
         runtime=opened.runtime,
-        batch=opened.batch,
+        batch_size=opened.batch_size,
         parameters=opened.parameters,
     )

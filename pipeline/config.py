@@ -63,10 +63,13 @@ RENAMED_KEYS = {
     "register_as": "registered_model_name",
     "saved": "max_saved",
     "silent_s": "heartbeat_timeout_s",
+    "together": "max_concurrent_trials",
 }
 
 
 class Config(BaseModel):
+    """Base of all config models: frozen, unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -92,6 +95,8 @@ MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_cl
 
 
 class Data(Config):
+    """Shard sets and the way they are read."""
+
     train: Location  # manifest, or its folder; a path or a URI
     val: Location | None = None  # without it a run only trains
     decode_in: DecodeIn = "task"
@@ -124,6 +129,7 @@ class Model(Config):
         return {"variant": value.get("variant", "s"), **{key: getattr(config, key) for key in MODEL_KEYS}}
 
     def config(self, num_classes: int, loss: LossConfig) -> ModelConfig:
+        """Complete configuration of the detector."""
         return ModelConfig(num_classes=num_classes, loss=loss, **(self.model_extra or {}))
 
 
@@ -177,6 +183,8 @@ class AveragedWeights(Config):
 
 
 class Numerics(Config):
+    """Precision, compilation and memory layout."""
+
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
     tf32: bool = True  # for fp32 matrix products on CUDA
     compile: bool = False
@@ -185,6 +193,8 @@ class Numerics(Config):
 
 
 class Evaluation(Config):
+    """Evaluations during and after training."""
+
     every_epochs: PositiveInt = 1
     every_steps: PositiveInt | None = None  # instead of epochs
     micro_batch_size: PositiveInt | None = None  # default: twice that of training
@@ -195,6 +205,8 @@ class Evaluation(Config):
 
 
 class Checkpoints(Config):
+    """Checkpoints in addition to those at evaluations, and how many are kept."""
+
     every_steps: PositiveInt | None = None  # in addition to every evaluation
     keep: PositiveInt = 2  # latest checkpoints; the best ones are kept in addition
 
@@ -207,6 +219,8 @@ class NonFinite(Config):
 
 
 class Tracking(Config):
+    """MLflow: where runs are tracked, and under which names."""
+
     uri: str | None = None  # default: MLFLOW_TRACKING_URI, or a SQLite file in `storage`
     experiment: str = "dfine"
     tags: dict[str, str] = {}
@@ -216,6 +230,8 @@ class Tracking(Config):
 
 
 class Experiment(Config):
+    """Experiment file: everything that defines the result of a run."""
+
     name: FolderName | None = None  # name of the run; default: the file's name
     # Folder or URI that holds the runs, reachable from every node.
     storage: Location = Field(default="runs", validate_default=True)

@@ -28,10 +28,19 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
 
 
 def load_cluster(path: str | Path | None) -> Cluster:
+    """Load a cluster file; without a path, the defaults."""
     return Cluster() if path is None else check(Cluster, read_yaml(path), source=str(path))
 
 
 def check(kind: type[C], content: Mapping[str, Any], *, source: str) -> C:
+    """Validate plain values against a config model.
+
+    Args:
+        source: file or command that the values come from, for the message.
+
+    Raises:
+        ConfigError: with every problem.
+    """
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -40,11 +49,12 @@ def check(kind: type[C], content: Mapping[str, Any], *, source: str) -> C:
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """Every value as plain data, defaults included; `check` takes it back."""
+    """Every value as plain data, defaults included; the inverse of `check`."""
     return config.model_dump(mode="json")
 
 
 def as_yaml(content: Mapping[str, Any]) -> str:
+    """Format as YAML in the order of the keys."""
     return yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=120)
 
 
@@ -82,6 +92,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of keys with values; a key given twice is an error.
+
+    Raises:
+        ConfigError: the file is missing or not such a file.
+    """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
@@ -94,7 +109,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with values put in by dotted key."""
+    """Copy with values set by dotted key."""
     changed = copy.deepcopy(dict(content))
     for dotted, value in values.items():
         *parents, leaf = dotted.split(".")
@@ -114,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 def _problem(kind: type[Config], error: Any) -> str:
-    """One line of an error: where, what, and for an unknown key the nearest known ones."""
+    """Format one problem: key, message, and for an unknown key the nearest known ones."""
     location = error["loc"]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         return key_prefix(location[:-1]) + unknown_key(location[-1], _keys_at(kind, location[:-1]))
@@ -125,7 +140,7 @@ def _problem(kind: type[Config], error: Any) -> str:
 
 
 def _keys_at(kind: Any, location: Sequence[Any]) -> list[str]:
-    """Keys of the section at `location`."""
+    """Known keys of the section at `location`."""
     for step in location:
         field = kind.model_fields.get(step) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
         if field is None:

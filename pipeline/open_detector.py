@@ -1,4 +1,4 @@
-"""Trained detectors by path, object store URI or MLflow URI; `dfine_core.load` knows the forms that they come in."""
+"""Trained detectors by path, object store URI or MLflow URI: `dfine_core.load` with more places to read from."""
 
 import os
 import posixpath
@@ -8,13 +8,14 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from dfine_core.inference import DESCRIPTION, MLFLOW_SCHEMES, Files, LoadedDetector, LoadError, load
+from dfine_core.checkpoints.folder import DESCRIPTION, FileReader, LoadError
+from dfine_core.inference import MLFLOW_SCHEMES, LoadedDetector, load
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.redaction import redact
 
 RUN, MODEL = MLFLOW_SCHEMES
-LOGGED_NAME = "detector"  # of the model that a training logs
+LOGGED_NAME = "detector"  # name of the model that a training logs
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 
 
@@ -39,7 +40,7 @@ def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
 
 def _from_mlflow(source: str, device: str | None) -> LoadedDetector:
     if not os.environ.get(TRACKING_URI):
-        raise LoadError(f"{source}: set {TRACKING_URI} to the server or database that knows it")
+        raise LoadError(f"{source}: set {TRACKING_URI} to the server or database that has it")
     import mlflow.artifacts  # slow to import, and seldom needed
     from mlflow.exceptions import MlflowException
 
@@ -53,14 +54,17 @@ def _from_mlflow(source: str, device: str | None) -> LoadedDetector:
         if described is None:
             raise LoadError(f"{source}: holds no detector of this project")
         loaded = load(described.parent, device)
-    return replace(loaded, origin=source)
+    return replace(loaded, origin=source, path=None)  # its files are deleted with the temporary folder
 
 
-def _names(folder: str) -> list[str]:
+def _list_folder(folder: str) -> list[str]:
     filesystem, path = storage.resolve(folder)
-    if filesystem.get_file_info(path).type != fs.FileType.Directory:
-        return []
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.NotFound:
+        raise FileNotFoundError(folder)
+    if kind != fs.FileType.Directory:
+        raise NotADirectoryError(folder)
     return [posixpath.basename(info.path) for info in filesystem.get_file_info(fs.FileSelector(path))]
 
 
-STORED = Files(read=storage.read_bytes, names=_names)
+STORED = FileReader(read=storage.read_bytes, list_folder=_list_folder)  # local paths and object stores

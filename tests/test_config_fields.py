@@ -76,7 +76,7 @@ def test_every_config_model_is_looked_at() -> None:
         "Sweep",
         "Searcher",
         "Chain",
-        "Stage",
+        "ChainStage",
         "ServeSettings",
     } <= names
     assert "start_timeout_s" in fields_of(Cluster)

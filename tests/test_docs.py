@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from dfine_core.config import ModelConfig
 from pipeline.config import Cluster, Experiment
-from pipeline.training.chain import Chain, Stage
+from pipeline.training.chain import Chain, ChainStage
 from pipeline.tuning.sweep import Sweep
 
 ROOT = Path(__file__).parent.parent
@@ -207,7 +207,7 @@ def experiment_keys() -> frozenset[str]:
 
 @cache
 def all_keys() -> frozenset[str]:
-    return experiment_keys() | keys_of(Cluster) | keys_of(Sweep) | keys_of(Chain) | keys_of(Stage)
+    return experiment_keys() | keys_of(Cluster) | keys_of(Sweep) | keys_of(Chain) | keys_of(ChainStage)
 
 
 def test_the_schema_is_walked_to_its_leaves() -> None:

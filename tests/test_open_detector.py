@@ -1,4 +1,4 @@
-"""After the training: detectors opened from where they lie, the evaluate and replay commands, a dry run."""
+"""Use of a trained run: opening its detector, the evaluate, replay and lineage commands, a dry run."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def data(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def tracking(folder: Path, data: dict[str, str]) -> TrackingSettings:
-    """Of a small run that was trained, evaluated and recorded."""
+    """Tracking settings of a small run that was trained, evaluated and logged."""
     settings = TrackingSettings.resolve(folder / "runs", experiment="tests", run_name="run")
     setting = experiment(
         folder,
@@ -64,10 +64,10 @@ def test_run_folder_checkpoint_mlflow_run_and_model_version_give_the_same_detect
 ) -> None:
     run = str(folder / "runs" / "run")
     steps = checkpoint.steps_in(f"{run}/checkpoints")
-    best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.folder_name(steps[-1])}").history.best_step
+    best = checkpoint.read_metadata(f"{run}/checkpoints/{checkpoint.step_folder(steps[-1])}").history.best_step
     assert best is not None
     from_run = open_detector(run)
-    assert from_run.origin.endswith(checkpoint.folder_name(best))
+    assert from_run.origin.endswith(checkpoint.step_folder(best))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     (run_id,) = {m.source_run_id for m in _logged_models(tracking)}
     for source in (from_run.origin, f"runs:/{run_id}", "models:/shapes@champion", "models:/shapes/1"):
@@ -82,12 +82,12 @@ def _logged_models(tracking: TrackingSettings) -> list[object]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking.uri)
-    found = client.get_experiment_by_name("tests")
-    assert found is not None
-    return list(client.search_logged_models([found.experiment_id]))
+    own = client.get_experiment_by_name("tests")
+    assert own is not None
+    return list(client.search_logged_models([own.experiment_id]))
 
 
-def test_what_is_no_detector_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_a_detector_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="no detector"):
         open_detector(str(tmp_path))
@@ -95,7 +95,8 @@ def test_what_is_no_detector_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         open_detector("models:/none@champion")
 
 
-def test_evaluating_other_classes_is_refused(tracking: TrackingSettings, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tracking")
+def test_evaluating_other_classes_is_refused(folder: Path, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "other", synthetic_records(2))
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     manifest["categories"][0]["name"] = "disc"
@@ -104,7 +105,7 @@ def test_evaluating_other_classes_is_refused(tracking: TrackingSettings, folder:
         evaluate_job.main([str(folder / "runs" / "run"), shards.uri])
 
 
-def test_a_kept_step_is_replayed_and_the_broken_image_and_module_named(
+def test_a_saved_step_is_replayed_and_the_broken_image_and_module_named(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setting = experiment(tmp_path, data)
@@ -114,17 +115,18 @@ def test_a_kept_step_is_replayed_and_the_broken_image_and_module_named(
     run.step(run.stream())
     run.guard.check_previous(run.state)
     assert run.state.skipped_steps == 1
-    kept = f"{tmp_path}/runs/run/non_finite/{checkpoint.folder_name(0)}"
-    replay_job.main([kept])
-    said = capsys.readouterr().out
-    assert "4 of 4 images are not finite" in said
-    assert "first: output of encoder.pan_blocks.0" in said
+    step_folder = f"{tmp_path}/runs/run/non_finite/{checkpoint.step_folder(0)}"
+    replay_job.main([step_folder])
+    printed = capsys.readouterr().out
+    assert "4 of 4 images are not finite" in printed
+    assert "first: output of encoder.pan_blocks.0" in printed
 
     healthy = {
-        key: torch.nan_to_num(tensor, posinf=0.01) for key, tensor in load_file(f"{kept}/model.safetensors").items()
+        key: torch.nan_to_num(tensor, posinf=0.01)
+        for key, tensor in load_file(f"{step_folder}/model.safetensors").items()
     }
-    save_file(healthy, f"{kept}/model.safetensors")
-    replay_job.main([kept])
+    save_file(healthy, f"{step_folder}/model.safetensors")
+    replay_job.main([step_folder])
     assert "0 of 4 images are not finite" in capsys.readouterr().out
 
 
@@ -133,7 +135,7 @@ def test_replaying_another_folder_is_refused(tmp_path: Path) -> None:
         replay_job.main([str(tmp_path)])
 
 
-def test_a_dry_run_tells_the_whole_plan(
+def test_a_dry_run_prints_the_whole_plan(
     data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setting = experiment(tmp_path, data, schedule={"steps": None, "epochs": 10, "no_aug_epochs": 2})
@@ -164,38 +166,38 @@ def test_the_estimated_memory_is_what_the_forward_pass_keeps(data: dict[str, str
 
 
 def test_a_training_step_is_three_forward_passes_of_arithmetic() -> None:
-    published = (
-        7.17e9  # of the deployed network; in training there are denoising queries and every layer's heads besides
-    )
+    published = 7.17e9  # deployed network; training adds denoising queries and the heads of every layer
     assert 3 * published < flops_per_image(ModelConfig.variant("n", num_classes=80), boxes=7) < 3 * 1.15 * published
 
 
-# Beginning with what another run made
+# Starting from another run
 
 
 def test_a_run_begins_with_a_model_version_as_it_was_then(
-    tracking: TrackingSettings, folder: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tracking: TrackingSettings, folder: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = str(folder / "runs" / "begun")
-    place = materialize_init("models:/shapes@champion", run, tracking.uri)
-    assert place.startswith(run)
-    assert materialize_init("models:/shapes@champion", run, "http://127.0.0.1:1/gone") == place
-    setting = experiment(folder, data, model={"reg_max": 16}, init=place)
+    weights_uri = materialize_init("models:/shapes@champion", run, tracking.uri)
+    assert weights_uri.startswith(run)
+    assert materialize_init("models:/shapes@champion", run, "http://127.0.0.1:1/gone") == weights_uri
+    setting = experiment(folder, data, model={"reg_max": 16}, init=weights_uri)
     detector = Detector(setting.model.config(len(CLASSES), setting.loss))
-    origin = load_initial(detector, place, CLASSES)
+    origin = load_initial(detector, weights_uri, CLASSES)
     assert origin.parent["model_version"] == "shapes/1"
     assert any("reg_max" in line for line in origin.lines)
     backbone = open_detector(str(folder / "runs" / "run")).detector.backbone.state_dict()
     assert all(torch.equal(detector.backbone.state_dict()[key], tensor) for key, tensor in backbone.items())
 
-    (Path(place) / "model.safetensors").write_bytes((Path(place) / "model.safetensors").read_bytes()[:-1] + b"x")
+    (Path(weights_uri) / "model.safetensors").write_bytes(
+        (Path(weights_uri) / "model.safetensors").read_bytes()[:-1] + b"x"
+    )
     with pytest.raises(ConfigError, match="damaged"):
-        load_initial(detector, place, CLASSES)
+        load_initial(detector, weights_uri, CLASSES)
 
 
 @pytest.mark.parametrize("source", ["models:/none@champion", "runs:/0123456789abcdef0123456789abcdef"])
-def test_what_mlflow_does_not_know_is_refused(source: str, tracking: TrackingSettings, tmp_path: Path) -> None:
+def test_a_source_that_mlflow_does_not_have_is_refused(source: str, tracking: TrackingSettings, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=source):
         materialize_init(source, str(tmp_path / "run"), tracking.uri)
     assert not (tmp_path / "run").exists()
@@ -205,9 +207,9 @@ def test_lineage_leads_from_a_run_to_its_parents_data_and_model(
     tracking: TrackingSettings, folder: Path, data: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from_version = experiment(folder, data, name="child", schedule={"steps": 1})
-    place = materialize_init("models:/shapes@champion", f"{from_version.storage}/child", tracking.uri)
+    weights_uri = materialize_init("models:/shapes@champion", f"{from_version.storage}/child", tracking.uri)
     from_run = experiment(folder, data, name="grandchild", schedule={"steps": 1}, init=str(folder / "runs" / "child"))
-    for setting in (from_version.model_copy(update={"init": place}), from_run):
+    for setting in (from_version.model_copy(update={"init": weights_uri}), from_run):
         own = replace(tracking, run_name=setting.name or "", run_key=None)
         run = f"{setting.storage}/{setting.name}"
         shards = load_shards(data["train"])

@@ -18,7 +18,7 @@ import pipeline.errors
 from dfine_core.checkpoints.weights import save_released
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
-from pipeline.export.formats import Source, write_safetensors
+from pipeline.export.formats import ExportSource, write_safetensors
 from pipeline.ray_job import absolute_location
 from pipeline.training.launch import user_error_of
 from tests.support.small_detectors import small_detector
@@ -69,14 +69,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml", ("'./mlruns'", "http://HOST:PORT"), {"MLFLOW_TRACKING_URI": "./mlruns"}),
     ("train run.yaml --set init=nowhere.pth", ("init", "nowhere.pth", "does not exist"), {}),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: empty",), {}),
+    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
     ("train run.yaml --resume empty", ("empty", "not a checkpoint"), {}),
     ("train run.yaml --dry-run --set data.train=nowhere", ("nowhere/manifest.json",), {}),
     ("train run.yaml --set storage=notes.txt", ("notes.txt",), {}),
     # train: as a submitted job
     ("train run.yaml", ("storage", "'runs'", "$PWD/runs", "data.train", "$PWD/train", "data.val"), JOB),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: empty",), {}),
+    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
     ("train run.yaml --resume empty", ("--resume", "'empty'", "$PWD/empty"), JOB),
     # pretrain_finetune
     ("pretrain_finetune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
@@ -100,7 +100,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("tune sweep.yaml --set trials=1 --set storage=s3://bucket/runs", ("MLFLOW_TRACKING_URI",), {}),
     ("tune sweep.yaml --set metric=mAP --check", ("mAP",), {}),
     ("tune --promote empty", ("empty", "not the folder of a sweep"), {}),
-    ("tune --promote brokenrun", ("brokenrun",), {}),
+    ("tune --promote brokensweep", ("brokensweep/sweep.json",), {}),
     ("tune sweep.yaml", ("storage", "$PWD/runs"), JOB),
     # prepare
     ("prepare coco --split train --out out", ("--images and --annotations",), {}),
@@ -142,10 +142,10 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("evaluate detector train --pictures -1", ("--pictures", "-1"), {}),
     ("evaluate {folder}/detector {folder}/train --out found", ("--out", "$PWD/found"), JOB),
     # predict
-    ("predict nowhere photos --out out", ("nowhere", "no detector"), {}),
+    ("predict nowhere photos --out out", ("nowhere", "does not exist"), {}),
     ("predict detector nowhere --out out", ("nowhere", "no such file or folder"), {}),
     ("predict detector empty --out out", ("no images or videos", "empty"), {}),
-    ("predict detector photos/*.gif --out out", ("*.gif", "no file fits"), {}),
+    ("predict detector photos/*.gif --out out", ("*.gif", "no file matches"), {}),
     ("predict detector photos --out out --threshold 1.5", ("--threshold", "1.5", "0..1"), {}),
     ("predict detector photos --out out --threshold high", ("--threshold", "'high'"), {}),
     ("predict detector photos --out out --batch 0", ("--batch", "0"), {}),
@@ -154,7 +154,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("predict detector photos --out sftp://host/out --workers 0", ("sftp://host/out", "unknown scheme"), {}),
     ("predict {folder}/detector {folder}/photos --out out", ("--out", "$PWD/out"), JOB),
     # export
-    ("export nowhere --to onnx --out out", ("nowhere", "no detector"), {}),
+    ("export nowhere --to onnx --out out", ("nowhere", "does not exist"), {}),
     ("export detector --to tflite --out out", ("--to", "tflite", "onnx"), {}),
     ("export detector --to released --out notes.txt", ("notes.txt",), {}),
     ("export detector --to released --out out --input-size 100", ("--input-size", "multiple of 32"), {}),
@@ -169,14 +169,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("export broken.pth --to released --out out", ("broken.pth",), {}),
     ("export {folder}/detector --to released --out out", ("--out", "$PWD/out"), JOB),
     # serve
-    ("serve nowhere", ("nowhere", "no detector"), {}),
+    ("serve nowhere", ("nowhere", "does not exist"), {}),
     ("serve detector --threshold 2", ("threshold", "less than or equal to 1"), {}),
     ("serve detector --batch 0", ("batch", "greater than 0"), {}),
     ("serve detector --port 70000", ("--port", "70000"), {}),
     ("serve detector --detach", ("--detach", "RAY_ADDRESS"), {}),
     ("serve detector", ("MODEL", "$PWD/detector"), JOB),
     # benchmark
-    ("benchmark nowhere", ("nowhere", "no detector"), {}),
+    ("benchmark nowhere", ("nowhere", "does not exist"), {}),
     ("benchmark nowhere.onnx", ("nowhere.onnx", "no such file"), {}),
     ("benchmark broken.onnx", ("broken.onnx",), {}),
     ("benchmark broken.pt2", ("broken.pt2", "torch.export"), {}),
@@ -207,7 +207,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with data, a detector and files for all commands, many of them broken."""
     folder = tmp_path_factory.mktemp("user")
-    for name in ("empty", "photos", "bad", "old", "odd", "brokenrun", "brokenstep"):
+    for name in ("empty", "photos", "bad", "old", "odd", "brokenrun", "brokensweep", "brokenstep"):
         (folder / name).mkdir()
     records = synthetic_records(12, longest_side=64)
     for name in ("train", "val", "gone", "torn"):
@@ -223,7 +223,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_detectors(folder: Path) -> None:
-    write_safetensors(Source(small_detector()), folder / "detector")
+    write_safetensors(ExportSource(small_detector()), folder / "detector")
     for name in ("cut", "described"):
         shutil.copytree(folder / "detector", folder / name)
     (weights,) = (folder / "cut").glob("*.safetensors")
@@ -265,7 +265,8 @@ def _write_texts(folder: Path) -> None:
         "broken.pt2": "nothing",
         "broken.pth": "nothing",
         "brokenrun/run.json": "{",
-        "brokenrun/records.json": "{",
+        "brokensweep/sweep.json": "{",
+        "brokensweep/records.json": "{",
         "brokenstep/about.json": "{",
         "brokenstep/model.safetensors": "",
     }

@@ -1,7 +1,7 @@
 """Class heads carried over to other classes by name.
 
     match = match_classes(objects365_names(), ("person", "sofa", "drone"))
-    print(match)                                   # which row comes from where and why, which are new
+    print(match)                                   # source of each row with the reason; new rows
     state_dict = transfer_classes(state_dict, detector.state_dict(), match)
 
 A name is compared as written, then without case, blanks and punctuation, then in the singular, then through synonyms, and
@@ -29,7 +29,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class ClassRow:
-    """Where one class of the target comes from."""
+    """Source of one class of the target."""
 
     name: str
     source: int | None = None  # row of the source's heads; None: nothing matched, the class starts anew
@@ -40,17 +40,19 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """The source of every target class, in the order of the target's rows."""
+    """Source of every target class, in the order of the target's rows."""
 
     rows: tuple[ClassRow, ...]
     source_names: tuple[str | None, ...]  # None: a row that was never trained
 
     @property
     def new(self) -> tuple[str, ...]:
+        """Target classes without a source, which start anew."""
         return tuple(row.name for row in self.rows if row.source is None)
 
     @property
     def unused(self) -> tuple[str, ...]:
+        """Source classes that no target class takes."""
         used = {row.source for row in self.rows}
         return tuple(name for i, name in enumerate(self.source_names) if name is not None and i not in used)
 
@@ -95,10 +97,10 @@ def match_classes(
     def find(name: str) -> ClassRow:
         keys = _keys(name, groups)
         for how in get_args(How):
-            found = sorted({row for key in keys if key[0] == how for row in rows_by_key.get(key, ())})
-            if found:
-                first, *others = (sources[row] or "" for row in found)
-                return ClassRow(name, found[0], first, how, tuple(others))
+            rows = sorted({row for key in keys if key[0] == how for row in rows_by_key.get(key, ())})
+            if rows:
+                first, *others = (sources[row] or "" for row in rows)
+                return ClassRow(name, rows[0], first, how, tuple(others))
         return ClassRow(name)
 
     match = ClassMatch(tuple(find(name) for name in target_names), sources)
@@ -113,7 +115,7 @@ def match_classes(
 def transfer_classes(
     state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor], match: ClassMatch
 ) -> dict[str, Tensor]:
-    """`state_dict` with the class rows of every score head and of the denoising embedding rearranged for the target.
+    """Rearrange the class rows of every score head and of the denoising embedding for the target.
 
     Args:
         state_dict: the source's weights; everything but class rows is passed on as it is.
@@ -151,6 +153,7 @@ def coco_categories() -> tuple[tuple[int, str], ...]:
 
 
 def coco_names() -> tuple[str, ...]:
+    """Names of the 80 COCO classes, in the order of a COCO model's rows."""
     return tuple(name for _, name in coco_categories())
 
 
@@ -176,7 +179,7 @@ def _tables() -> dict[str, Any]:
 
 
 def _keys(name: str, groups: Mapping[str, set[str]]) -> set[tuple[How, str]]:
-    """What a name is found under, for every way of comparing."""
+    """Keys under which a name is compared, for every way of comparing."""
     by_how: dict[How, set[str]] = {
         "exact": {name.strip()},
         "normalised": {_normalised(name)},
@@ -188,7 +191,7 @@ def _keys(name: str, groups: Mapping[str, set[str]]) -> set[tuple[How, str]]:
 
 
 def _index_groups(groups: Iterable[Iterable[str]]) -> dict[str, set[str]]:
-    """Every form of each name to the groups that it is in."""
+    """Index from every form of each name to the groups that hold it."""
     index: dict[str, set[str]] = defaultdict(set)
     for number, group in enumerate(groups):
         for form in {form for name in group for form in _singulars(name)}:
@@ -205,7 +208,7 @@ def _normalised(name: str) -> str:
 
 
 def _singulars(name: str) -> set[str]:
-    """The normalised name and what it may be the plural of."""
+    """Normalised name, and the singulars it may be the plural of."""
     name = _normalised(name)
     forms = {name}
     if name.endswith("s") and not name.endswith(("ss", "us", "is")):

@@ -48,7 +48,7 @@ _CONSTANTS = ("decoder.up", "decoder.reg_scale", "decoder.decoder.up", "decoder.
 
 @dataclass(frozen=True)
 class Bins:
-    """One choice of bins: reg_max + 1 of them, spaced by reg_scale, reaching as far as `up` says."""
+    """One choice of bins: reg_max + 1 of them, spaced by reg_scale, with their reach set by `up`."""
 
     reg_max: int
     reg_scale: float
@@ -60,7 +60,7 @@ class Bins:
 
     @property
     def offsets(self) -> Tensor:
-        """[N] float64, how far each bin moves an edge, in units of the box's size."""
+        """Offsets by which the bins move an edge, [N] float64, in units of the box's size."""
         return weighting_function(self.reg_max, self.up, self.reg_scale).double() / self.reg_scale
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Bins:
 
 @dataclass(frozen=True)
 class RebinReport:
-    """What was converted and how far edges of bell-shaped distributions move by it, as a share of the box's size."""
+    """Conversion that was made, and how far edges of bell-shaped distributions move by it, as a share of the box's size."""
 
     source: Bins
     target: Bins
@@ -91,18 +91,18 @@ def rebin(
     reg_scale: float | None = None,
     up: float | None = None,
 ) -> tuple[dict[str, Tensor], RebinReport]:
-    """A detector's weights with its distributions on other bins. What is not given stays as it is in `state_dict`.
+    """Convert a detector's weights to distributions on other bins. What is not given stays as it is in `state_dict`.
 
     Raises:
         ValueError: if the weights have no distributions, or the bins are impossible.
     """
     source = _bins_of(state_dict)
-    wanted = Bins(
+    requested = Bins(
         source.reg_max if reg_max is None else reg_max,
         source.reg_scale if reg_scale is None else reg_scale,
         source.up if up is None else up,
     )
-    target = replace(wanted, reg_scale=_as_stored(wanted.reg_scale), up=_as_stored(wanted.up))
+    target = replace(requested, reg_scale=_as_stored(requested.reg_scale), up=_as_stored(requested.up))
     heads = sum(key.startswith("decoder.dec_bbox_head.") and key.endswith(".layers.2.weight") for key in state_dict)
     result = dict(state_dict)
     if source == target:
@@ -130,7 +130,7 @@ def rebin(
 
 
 def logit_map(source: Bins, target: Bins) -> tuple[Tensor, Tensor]:
-    """A [N', N] and the constant [N'] of new logits = A (old logits) + constant, float64. Derived above."""
+    """Matrix A [N', N] and constant [N'] of new logits = A (old logits) + constant, float64; derived above."""
     old, new = source.offsets, target.offsets
     old_areas, new_areas = _triangle_areas(old), _triangle_areas(new)
     split = _interpolation(new, at=old).T  # H [N', N]
@@ -171,12 +171,12 @@ def _bins_of(state_dict: Mapping[str, Tensor]) -> Bins:
 
 
 def _as_stored(value: float) -> float:
-    """As it is in a state dict, which keeps single precision."""
+    """Round to single precision, which a state dict keeps."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _interpolation(bins: Tensor, at: Tensor) -> Tensor:
-    """[len(at), len(bins)]: rows of weights that interpolate values on `bins` at each point; constant beyond them."""
+    """Weights [len(at), len(bins)] that interpolate values on `bins` at each point; constant beyond them."""
     at = at.clamp(bins[0], bins[-1])
     right = torch.searchsorted(bins, at, right=True).clamp(1, len(bins) - 1)
     share = (at - bins[right - 1]) / (bins[right] - bins[right - 1])
@@ -200,20 +200,20 @@ def _along_bins(matrix: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _quality_statistics(logits: Tensor) -> Tensor:
-    """What LQE reads of an edge: its largest probabilities and their mean, [..., LQE_TOP + 1]."""
+    """Input of LQE for an edge: its largest probabilities and their mean, [..., LQE_TOP + 1]."""
     top = logits.softmax(-1).topk(LQE_TOP, dim=-1).values
     return torch.cat([top, top.mean(-1, keepdim=True)], dim=-1)
 
 
 def _statistics_map(new_logits: Tensor, old_logits: Tensor) -> Tensor:
-    """Least squares [S + 1, S] from the statistics of new logits, with a 1 behind, to those of the old ones."""
+    """Least-squares map [S + 1, S] from the statistics of new logits, with a 1 behind, to those of the old ones."""
     new = torch.nn.functional.pad(_quality_statistics(new_logits), (0, 1), value=1.0)
     # The mean repeats the others, so many maps are equally good: take the smallest.
     return torch.linalg.pinv(new, rtol=1e-6) @ _quality_statistics(old_logits)
 
 
 def _fold(statistics_map: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear layer [H, 4 * S] over old statistics as one over new ones."""
+    """Rewrite a linear layer [H, 4 * S] over old statistics as one over new ones."""
     per_edge = weight.cpu().double().unflatten(1, (4, -1))  # [H, 4, S]
     folded = per_edge @ statistics_map[:-1].T
     shift = (per_edge @ statistics_map[-1]).sum(1)

@@ -1,44 +1,39 @@
 """Released `.pth` files, which hold weights and nothing else: the configuration is read off their shapes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from dfine_core.checkpoints.class_transfer import coco_categories, objects365_names
+from dfine_core.checkpoints.folder import LoadError, StoredDetector
 from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint
 from dfine_core.config import VARIANTS, ModelConfig
 from dfine_core.model.detector import DERIVED_KEYS
 
 
-@dataclass(frozen=True, eq=False)
-class Released:
-    """Content of a released file."""
-
-    config: ModelConfig
-    weights: dict[str, Tensor]
-    categories: list[tuple[int, str]]  # COCO id and name of each class, by label
-
-
-def read_released(path: str) -> Released:
+def read_released(path: str) -> StoredDetector:
     """Read variant, classes and bins off the shapes; the names are COCO's or Objects365's if there are as many classes.
 
     The number of queries is in no shape: it is the published one, or all positions of a smaller input.
 
     Raises:
-        ValueError: it cannot be opened, or does not hold a published variant.
+        LoadError: it cannot be opened, or does not hold a published variant.
     """
     try:
         weights = read_checkpoint(path)
+        config = _config_of(weights, path)
+    except FileNotFoundError:
+        raise LoadError(f"{path} does not exist on this disk, where a .pth file must lie") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; a .pth file must lie on this disk") from None
-    config = _config_of(weights, path)
-    return Released(config, weights, _categories_by_count(config.num_classes))
+        raise LoadError(f"{path}: {error.strerror}; a .pth file must lie on this disk") from None
+    except ValueError as error:
+        raise LoadError(f"{error}") from None
+    return StoredDetector(config, weights, _categories_by_count(config.num_classes), folder=path, path=path)
 
 
 def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
-    """The published variant with as many decoder layers and as wide an encoder; what else differs fails at loading."""
+    """Published variant with as many decoder layers and as wide an encoder; any other difference fails at loading."""
     try:
         outputs = len(weights["decoder.dec_bbox_head.0.layers.2.bias"])
         width = len(weights["encoder.input_proj.0.conv.weight"])
@@ -56,8 +51,8 @@ def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
         if (config.num_layers, config.encoder_dim) == (layers, width):
             return _for_anchors(config, weights)
     raise ValueError(
-        f"{path}: {layers} decoder layers and an encoder of width {width} are of none of the published variants"
-        f" {', '.join(VARIANTS)}; build the detector's ModelConfig yourself and use weights.load_weights, or load a folder"
+        f"{path}: no published variant ({', '.join(VARIANTS)}) has {layers} decoder layers and an encoder of width {width};"
+        " build the detector's ModelConfig yourself and use weights.load_weights, or load a folder"
         " with its detector.json"
     )
 

@@ -1,7 +1,7 @@
-"""Checkpoints in and out: released files, training checkpoints and backbone files in; the released layout out.
+"""Weight files: released files, training checkpoints and backbones are read, the released layout is written.
 
     state_dict = read_checkpoint("dfine_s_coco.pth")
-    load_weights(detector, state_dict)                                        # or raises, saying what to do
+    load_weights(detector, state_dict)                                        # or raises, with the way out
     load_weights(detector.backbone, read_checkpoint("PPHGNetV2_B0_stage1.pth"))
 
 Weights of other classes pass through `class_transfer`, those of other bins through `rebinning`, before they are loaded.
@@ -24,12 +24,12 @@ from dfine_core.model.detector import DERIVED_KEYS
 
 # Set by the configuration rather than learnt: equal shapes do not make them fit.
 CONSTANT_LEAVES = ("up", "reg_scale", "num_points_scale")
-DIRECT_OUTPUTS = 4  # of a box head without distributions
+DIRECT_OUTPUTS = 4  # outputs of a box head without distributions
 SHOWN = 5  # keys of each kind that an error lists
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights in a file, on the CPU.
+    """Read the weights in a file, onto the CPU.
 
     Takes averaged weights before raw ones: `ema.module`, then `model`, then the file itself if it is a bare state dict.
     A leading `module.` of distributed training is dropped.
@@ -53,15 +53,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from error
     weights = _weights_of(content)
     if weights is None:
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{path} holds no weights: expected ema.module, model or a bare state dict, found {found or 'nothing'}"
+            f"{path} holds no weights: expected ema.module, model or a bare state dict, found {keys or 'nothing'}"
         )
     return {key.removeprefix("module."): tensor for key, tensor in weights.items()}
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load into a detector, or into one of its parts, with every key accounted for.
+    """Load weights into a detector, or into one of its parts, with every key accounted for.
 
     Anchors and their mask are ignored, whatever their size; so are batch counters where the model's norm is frozen.
 
@@ -136,7 +136,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _counts_frozen(key: str, expected: Mapping[str, Tensor]) -> bool:
-    """Is this the batch counter of a norm that the model keeps frozen, and so without one?"""
+    """Whether a key is the batch counter of a norm that is frozen in the model, and so has none."""
     norm, _, leaf = key.rpartition(".")
     return leaf == "num_batches_tracked" and key not in expected and f"{norm}.running_mean" in expected
 

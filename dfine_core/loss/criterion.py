@@ -1,9 +1,9 @@
-"""Which prediction answers to which box, and what it costs: the training loss as a dict of named terms.
+"""Match predictions to targets and compute the weighted training losses, as a dict of named terms.
 
-Every stage (decoder layers, initial box, encoder) is matched on its own. Its class scores answer to its own matches; its boxes
-and distributions answer to the GO union of all stages' matches, so that all layers pull the same queries to the same boxes.
+Every stage (decoder layers, initial box, encoder) is matched on its own. Its class scores are trained on its own matches; its
+boxes and distributions on the GO union of all stages' matches, so that all layers pull the same queries to the same boxes.
 That agreement is what makes GO-LSD sound: the last layer's distributions are then worth imitating by every earlier layer.
-Denoising queries need no matching: each knows the box it was made from.
+Denoising queries need no matching: each was made from a known box.
 
 | term             | which outputs              | which pairs             | divided by                             |
 |------------------|----------------------------|-------------------------|----------------------------------------|
@@ -35,13 +35,15 @@ from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredict
 
 @dataclass(frozen=True)
 class Normalizers:
-    """What the sums over pairs are divided by, tensors [] averaged over the workers and at least 1."""
+    """Divisors of the sums over pairs, tensors [] averaged over the workers and at least 1."""
 
     boxes: Tensor  # true boxes
     pairs: Tensor  # pairs of the GO union
 
 
 class Criterion(nn.Module):
+    """Training loss of one configuration; it has no trained weights."""
+
     bins: Tensor
 
     def __init__(self, config: ModelConfig):
@@ -57,11 +59,11 @@ class Criterion(nn.Module):
         matches: Matches | None = None,
         normalizers: Normalizers | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted terms, whose plain sum is the loss. One device-to-host copy; the same collectives on every rank.
+        """Compute the weighted terms, whose plain sum is the loss. One device-to-host copy; the same collectives on every rank.
 
         Args:
-            matches: of `match`, if they are known already; then nothing is copied to the host.
-            normalizers: of `count`, where a step has more images than these; else those of this batch over all workers.
+            matches: from `match`, if they are known already; then nothing is copied to the host.
+            normalizers: from `count`, where a step has more images than these; else those of this batch over all workers.
 
         Raises:
             ValueError: for targets that cannot be trained on, or an output of evaluation.
@@ -72,7 +74,7 @@ class Criterion(nn.Module):
             return self._terms(output, Targets.pack(targets, self.config.num_classes, device), matches, normalizers)
 
     def match(self, output: DetectorOutput, targets: Sequence[Mapping[str, Tensor]] | Targets) -> Matches:
-        """Which query answers for which box, in every stage and in their union."""
+        """Assign queries to boxes, in every stage and in their union."""
         device = output.boxes.device
         with torch.autocast(device.type, enabled=False):
             packed = Targets.pack(targets, self.config.num_classes, device)
@@ -80,7 +82,7 @@ class Criterion(nn.Module):
             return match(class_groups, boxes, packed, self.config.loss)
 
     def _to_match(self, output: DetectorOutput, targets: Targets) -> tuple[ClassGroups, Tensor, QueryPredictions]:
-        """Class logits and boxes [S, B, Q, 4] of the layers, the initial box and the encoder; what layers predict."""
+        """Class logits and boxes [S, B, Q, 4] of the layers, the initial box and the encoder; predictions of the layers."""
         queries = output.matching
         if queries is None or output.encoder_logits is None or output.encoder_boxes is None:
             raise ValueError("the loss needs the output of a detector in training mode: call detector.train() first")
@@ -97,15 +99,15 @@ class Criterion(nn.Module):
         self, output: DetectorOutput, targets: Targets, matches: Matches | None, normalizers: Normalizers | None
     ) -> dict[str, Tensor]:
         class_groups, boxes, queries = self._to_match(output, targets)
-        found = matches or match(class_groups, boxes, targets, self.config.loss)
-        normalizers = normalizers or count(targets.total, len(found.union), boxes.device)
-        balance = _balance(queries, found.union)
+        matches = matches or match(class_groups, boxes, targets, self.config.loss)
+        normalizers = normalizers or count(targets.total, len(matches.union), boxes.device)
+        balance = _balance(queries, matches.union)
 
         layers = [f"_aux_{i}" for i in range(len(queries.logits) - 1)] + [""]
         stages = [*layers, "_pre", "_enc_0"]
-        terms = self._class_terms(class_groups, boxes, targets, found.own, normalizers.boxes, stages)
-        terms |= self._box_terms(boxes, targets, found.union, normalizers.pairs, stages)
-        terms |= self._edge_terms(queries, targets, found.union, normalizers.pairs, balance, layers)
+        terms = self._class_terms(class_groups, boxes, targets, matches.own, normalizers.boxes, stages)
+        terms |= self._box_terms(boxes, targets, matches.union, normalizers.pairs, stages)
+        terms |= self._edge_terms(queries, targets, matches.union, normalizers.pairs, balance, layers)
         if output.denoising is None or output.denoising_queries is None:
             return terms
         return terms | self._denoising_terms(
@@ -115,14 +117,14 @@ class Criterion(nn.Module):
     def _denoising_terms(
         self,
         queries: QueryPredictions,
-        drawn: DenoisingQueries,
+        noised: DenoisingQueries,
         targets: Targets,
         num_boxes: Tensor,
         balance: tuple[float, float],
     ) -> dict[str, Tensor]:
-        """The same losses on the denoising queries; all 0 when the batch has no box to make them from."""
-        pairs = Pairs(drawn.positive_image, drawn.positive_query, drawn.positive_target)
-        norm = num_boxes * drawn.groups
+        """Same losses on the denoising queries; all 0 when the batch has no box to make them from."""
+        pairs = Pairs(noised.positive_image, noised.positive_query, noised.positive_target)
+        norm = num_boxes * noised.groups
         logits, boxes = self._stages(queries)
         layers = [f"_dn_{i}" for i in range(len(queries.logits))]
         stages = [*layers, "_dn_pre"]
@@ -145,8 +147,8 @@ class Criterion(nn.Module):
         """VFL of every stage on its own matches; groups of stages may differ in their classes."""
         weights = self.config.loss
         stage = torch.arange(len(boxes), device=boxes.device).unsqueeze(1)
-        found = cxcywh_to_xyxy(boxes.detach()[stage, own.image, own.query])
-        ious = iou(found, targets.boxes_xyxy[own.target])  # [S, M]
+        predicted = cxcywh_to_xyxy(boxes.detach()[stage, own.image, own.query])
+        ious = iou(predicted, targets.boxes_xyxy[own.target])  # [S, M]
         sums: list[Tensor] = []
         for logits, labels in class_groups:
             rows = slice(len(sums), len(sums) + len(logits))
@@ -171,19 +173,19 @@ class Criterion(nn.Module):
         balance: tuple[float, float],
         suffixes: Sequence[str],
     ) -> dict[str, Tensor]:
-        """FGL of every layer, and DDF of every layer but the last, which teaches."""
+        """FGL of every layer, and DDF of every layer but the last, which is the teacher."""
         if queries.edge_logits is None:
             return {}
         weights = self.config.loss
         edge_logits = self._precise(queries.edge_logits)  # [L, B, Q, 4, N]
-        truth = targets.boxes_xyxy[pairs.target]
-        ious = iou(cxcywh_to_xyxy(queries.boxes.detach()[:, pairs.image, pairs.query]), truth)  # [L, M]
+        true_boxes = targets.boxes_xyxy[pairs.target]
+        ious = iou(cxcywh_to_xyxy(queries.boxes.detach()[:, pairs.image, pairs.query]), true_boxes)  # [L, M]
 
         start = queries.initial_boxes.detach()[pairs.image, pairs.query]
-        offsets = true_offsets(start, truth, self.config.reg_scale)
+        offsets = true_offsets(start, true_boxes, self.config.reg_scale)
         fgl = losses.fine_grained_localization_loss(edge_logits[:, pairs.image, pairs.query], offsets, self.bins, ious)
 
-        confidence = self._precise(queries.logits[-1].detach()).sigmoid().amax(-1)  # [B, Q] of the teacher
+        confidence = self._precise(queries.logits[-1].detach()).sigmoid().amax(-1)  # teacher's scores, [B, Q]
         importance = confidence.repeat(len(edge_logits) - 1, 1, 1)
         importance[:, pairs.image, pairs.query] = ious[:-1].to(importance.dtype)
         matched = torch.zeros_like(confidence, dtype=torch.bool)
@@ -203,7 +205,7 @@ class Criterion(nn.Module):
 
 
 def count(boxes: int, pairs: int, device: torch.device, micro_batches: int = 1) -> Normalizers:
-    """Averages of the two counts over all workers and their `micro_batches` of a step, at least 1."""
+    """Average the two counts over all workers and their `micro_batches` of a step; at least 1."""
     counts = torch.cat([torch.full((1,), n, dtype=torch.float32, device=device) for n in (boxes, pairs)])
     shared = micro_batches
     if dist.is_available() and dist.is_initialized():

@@ -1,4 +1,4 @@
-"""The losses as functions of tensors. Which prediction answers to which box is the criterion's business.
+"""Losses as functions of tensors; the criterion decides which prediction is compared with which box.
 
 Letters: S stages (or layers) side by side, M pairs, Q queries, N bins. A loss that is computed for S stages at once returns [S].
 """
@@ -14,7 +14,7 @@ from dfine_core.model.distribution import bracketing_bins
 def varifocal_loss(
     logits: Tensor, index: tuple[Tensor, Tensor, Tensor, Tensor], ious: Tensor, alpha: float, gamma: float
 ) -> Tensor:
-    """VFL, summed: scores learn to say how well the box fits.
+    """VFL, summed: scores learn to predict the IoU of their box.
 
     A matched entry is pulled towards the IoU of its box and weighs as much; every other entry is pulled towards 0 and
     weighs alpha * score ** gamma, so that only confident mistakes count.
@@ -26,11 +26,11 @@ def varifocal_loss(
 
     Source: Zhang et al., arXiv:2008.13367.
     """
-    truth = ious.detach().to(logits.dtype)
+    target = ious.detach().to(logits.dtype)
     weight = alpha * logits.detach().sigmoid() ** gamma
-    weight[index] = truth
+    weight[index] = target
     # The cross-entropy of z towards y is softplus(z) - y z, and y is 0 almost everywhere.
-    return (weight * F.softplus(logits)).sum((1, 2, 3)) - (truth**2 * logits[index]).sum(1)
+    return (weight * F.softplus(logits)).sum((1, 2, 3)) - (target**2 * logits[index]).sum(1)
 
 
 def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def decoupled_distillation_focal_loss(
     """DDF, the loss of GO-LSD: earlier layers learn the last layer's edge distributions.
 
     The divergence of every edge from the teacher's, softened by the temperature, is averaged apart over matched queries and
-    over the others; the two averages are balanced by the root of how many there are, so that the
+    over the others; the two averages are balanced by the roots of their counts, so that the
     many unmatched queries neither drown the matched ones nor go unused.
 
     Args:

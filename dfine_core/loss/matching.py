@@ -21,7 +21,7 @@ from dfine_core.boxes import cxcywh_to_xyxy, giou
 from dfine_core.config import LossConfig
 from dfine_core.structures import Targets
 
-THREADS = min(8, os.cpu_count() or 1)  # for assignments
+THREADS = min(8, os.cpu_count() or 1)  # solve assignments of large batches
 
 Indices = NDArray[np.int64]
 
@@ -32,7 +32,7 @@ ClassGroups = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which query answers for which box: index tensors [M], or [S, M] where stages differ."""
+    """Assignment of queries to boxes: index tensors [M], or [S, M] where stages differ."""
 
     image: Tensor
     query: Tensor
@@ -42,18 +42,21 @@ class Pairs:
         return self.image.shape[-1]
 
     def expand(self, stages: int) -> "Pairs":
+        """Repeat the pairs for each of several stages, [stages, M]."""
         return Pairs(*(index.expand(stages, -1) for index in (self.image, self.query, self.target)))
 
 
 @dataclass(frozen=True)
 class Matches:
+    """Pairs of all stages, and the set that boxes and distributions are trained on."""
+
     own: Pairs  # [S, M] each stage's own assignment
     union: Pairs  # [M'] the GO union, the same for all stages; a query occurs at most once
 
 
 @torch.no_grad()
 def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: LossConfig) -> Matches:
-    """Match every stage, and unite.
+    """Match every stage, and form the GO union.
 
     Args:
         class_groups: their stages add up to S.
@@ -80,10 +83,10 @@ def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: Lo
 
 @torch.no_grad()
 def matching_cost(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: LossConfig) -> Tensor:
-    """What it would cost to let a query answer for a box: [S, T, Q], finite. Arguments as of `match`."""
+    """Matching cost of every (target, query) pair, [S, T, Q], finite; arguments as of `match`."""
 
     def of_own_image(x: Tensor) -> Tensor:
-        """[S, B, Q, 4] to [S, T, Q, 4], each coordinate a plane of its own: the elementwise work below runs along planes."""
+        """Repeat [S, B, Q, 4] per target, [S, T, Q, 4], each coordinate in a plane of its own for fast elementwise work."""
         return x.movedim(-1, 0).index_select(2, targets.image).movedim(0, -1)
 
     cost = torch.cat([_class_cost(logits, labels, targets.image, config) for logits, labels in class_groups])
@@ -102,14 +105,14 @@ def _class_cost(logits: Tensor, labels: Tensor, image: Tensor, config: LossConfi
 
 
 def solve(cost: NDArray[np.floating], counts: Sequence[int]) -> Indices:
-    """Assign queries to boxes, cheapest in total, for each stage and image on its own.
+    """Assign queries to boxes at the least total cost, for each stage and image on its own.
 
     Args:
         cost: [S, T, Q].
         counts: boxes of each image, adding up to T.
 
     Returns:
-        [S, T] the query of each box; -1 where an image has more boxes than queries and this one went without.
+        [S, T] the query of each box; -1 for a box without one, where an image has more boxes than queries.
     """
     query_of = np.full(cost.shape[:2], -1, dtype=np.int64)
     ends = np.cumsum(counts)
@@ -133,7 +136,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def go_union(pairs: Indices, queries: int, total: int) -> Indices:
-    """GO: the global-optimal set of (query, box) pairs over all stages.
+    """Global-optimal (GO) set of (query, box) pairs over all stages.
 
     Stages often disagree on which query should take a box. The union lets every query that some stage chose learn that box,
     so that layers are trained towards the same boxes; where stages give one query different boxes, the
@@ -141,8 +144,8 @@ def go_union(pairs: Indices, queries: int, total: int) -> Indices:
 
     Args:
         pairs: [3, M] image, query and target of every stage's pairs.
-        queries: per image.
-        total: boxes of the batch.
+        queries: number per image.
+        total: number of boxes in the batch.
 
     Returns:
         [3, M'] distinct pairs, sorted by image and query; each query at most once, a box any number of times.

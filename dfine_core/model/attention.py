@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: every query looks at a few points of every feature level, around its own box.
+"""Multi-scale deformable attention: every query samples a few points of every feature level, around its own box.
 
 Values are the feature maps themselves, cut into heads: there is neither a value nor an output projection. The maps are
 therefore prepared once (`split_levels`) and shared by all decoder layers.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def split_levels(memory: Tensor, shapes: Sequence[tuple[int, int]], heads: int) -> list[Tensor]:
-    """Tokens [B, T, D] of all levels, row-major and end to end, to one map [B * heads, D / heads, h, w] per level."""
+    """Cut tokens [B, T, D] of all levels, row-major and end to end, into one map [B * heads, D / heads, h, w] per level."""
     levels = memory.split([h * w for h, w in shapes], dim=1)
     return [
         tokens.transpose(1, 2).reshape(-1, memory.shape[-1] // heads, h, w)
@@ -25,7 +25,10 @@ def split_levels(memory: Tensor, shapes: Sequence[tuple[int, int]], heads: int) 
 
 
 class DeformableAttention(nn.Module):
-    """Sampling points and their weights from the query; bilinear samples ("default") or nearest ones ("discrete")."""
+    """Attention over points whose offsets and weights come from the query.
+
+    Samples are bilinear ("default") or those of the nearest cell ("discrete").
+    """
 
     num_points_scale: Tensor
 
@@ -45,7 +48,7 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.requires_grad_(False)
 
     def _reset_parameters(self) -> None:
-        """Points of a head start on a ray of its own direction, one step further each."""
+        """Initialise the points of each head on a ray of its own direction, one step further each."""
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
@@ -57,7 +60,8 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_((ray.unsqueeze(1) * steps.unsqueeze(-1)).flatten())
 
     def forward(self, query: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor]) -> Tensor:
-        """
+        """Attend to the sampled points.
+
         Args:
             query: [B, Q, D].
             reference_boxes: [B, Q, 4] cxcywh in [0, 1]; points are offset in units of half the box over the point count.

@@ -1,10 +1,10 @@
-"""The decoder: queries look at the encoder's maps and refine the distributions of their box edges, layer by layer.
+"""Decoder: queries attend to the encoder's maps and refine the distributions of their box edges, layer by layer.
 
 FDR as it happens here (see `distribution` for the arithmetic): the first layer predicts an *initial box* for every query and
 zero-centred edge distributions around it. Each layer adds its own logits to the sum of those before it; the sum, not the box,
-is what is refined. A layer's box is the initial box moved by the expectation of its distributions, and places the next
+is what is refined. A layer's box is the initial box moved by the expectation of its distributions, and centres the next
 layer's attention. Gradients reach the heads of all earlier layers through the sum, but neither through boxes
-nor through the initial box, so every layer answers for its own step.
+nor through the initial box, so every layer is trained on its own step.
 
 Attribute names follow the released state dict.
 
@@ -27,12 +27,12 @@ from dfine_core.model.attention import DeformableAttention, split_levels
 from dfine_core.model.layers import MLP, ConvNorm, SelfAttention, bias_for_prior
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions
 
-LQE_TOP = 4  # probabilities per edge that the quality estimator looks at
+LQE_TOP = 4  # largest probabilities per edge, the quality estimator's input
 FFN_LIMIT = 65504.0  # the largest half-precision number
 
 
 class Gate(nn.Module):
-    """Weighs the query against what it attended to, channel by channel."""
+    """Weighted sum of the query and its attended content, channel by channel."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -42,11 +42,14 @@ class Gate(nn.Module):
         nn.init.zeros_(self.gate.bias)  # both halves start at a weight of one half
 
     def forward(self, query: Tensor, attended: Tensor) -> Tensor:
+        """Combine two tensors [B, Q, D]."""
         keep, take = self.gate(torch.cat([query, attended], dim=-1)).sigmoid().chunk(2, dim=-1)
         return self.norm(keep * query + take * attended)
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention among queries, gated deformable attention to the maps, feed-forward network."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim, heads = config.decoder_dim, config.decoder_heads
@@ -63,7 +66,15 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor], allowed: Tensor | None
     ) -> Tensor:
-        """x, position: [B, Q, D]; reference_boxes: [B, Q, 4]; levels: see `split_levels`; allowed: [Q, Q] bool."""
+        """Return the refined content [B, Q, D].
+
+        Args:
+            x: [B, Q, D] content of the queries.
+            position: [B, Q, D].
+            reference_boxes: [B, Q, 4] cxcywh.
+            levels: see `split_levels`.
+            allowed: [Q, Q] bool, True = may attend.
+        """
         x = self.norm1(x + self.self_attn(x, position, allowed))
         x = self.gateway(x, self.cross_attn(x + position, reference_boxes, levels))
         y = x + self.linear2(F.relu(self.linear1(x)))
@@ -71,7 +82,7 @@ class DecoderLayer(nn.Module):
 
 
 class QualityEstimator(nn.Module):
-    """Location quality (LQE): how peaked the edge distributions are says how far to trust the class scores."""
+    """Location quality estimation (LQE): peaked edge distributions raise the class scores, flat ones lower them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,14 +90,14 @@ class QualityEstimator(nn.Module):
         self.reg_conf.zero_last()
 
     def forward(self, edge_logits: Tensor) -> Tensor:
-        """Edge logits [..., 4, N] to a correction of all class logits, [..., 1]."""
+        """Return a correction of all class logits [..., 1] from edge logits [..., 4, N]."""
         top = edge_logits.softmax(-1).topk(LQE_TOP, dim=-1).values
         statistics = torch.cat([top, top.mean(-1, keepdim=True)], dim=-1)
         return self.reg_conf(statistics.flatten(-2))
 
 
 class DecoderStack(nn.Module):
-    """The layers and the quality estimators."""
+    """Container of the layers and the quality estimators, as the released state dict has them."""
 
     def __init__(self, config: ModelConfig, up: nn.Parameter, reg_scale: nn.Parameter):
         super().__init__()
@@ -107,10 +118,13 @@ class EncoderOutput(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Project tokens [B, T, D]."""
         return self.norm(self.proj(tokens))
 
 
 class Decoder(nn.Module):
+    """Query selection, decoder layers and heads of the whole decoder."""
+
     bins: Tensor
 
     def __init__(self, config: ModelConfig):
@@ -149,10 +163,10 @@ class Decoder(nn.Module):
     def forward(
         self, maps: list[Tensor], denoising: DenoisingQueries | None = None, every_layer: bool = False
     ) -> DetectorOutput:
-        """Encoder maps, fine to coarse, to detections.
+        """Detect on the encoder's maps, fine to coarse.
 
         `denoising` queries are put before the others. With `every_layer`, and always in training, the output also has
-        what each layer predicted.
+        the predictions of each layer.
         """
         every_layer = every_layer or self.training
         maps = [project(x) for project, x in zip(self.input_proj, maps, strict=True)]
@@ -191,7 +205,7 @@ class Decoder(nn.Module):
         )
 
     def _select_queries(self, memory: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """The best tokens as queries: content [B, Q, D], reference logits [B, Q, 4], class logits [B, Q, C or 1]."""
+        """Select the best tokens as queries: content [B, Q, D], reference logits [B, Q, 4], class logits [B, Q, C or 1]."""
         anchor_logits, valid = anchors(shapes, memory.device)
         encoded = self.enc_output(memory * valid.to(memory.dtype))
         logits = self.enc_score_head(encoded)
@@ -259,14 +273,14 @@ class Decoder(nn.Module):
         )
 
     def _decode(self, edge_logits: Tensor, initial_boxes: Tensor) -> Tensor:
-        """Edge distributions [B, Q, 4, N] to boxes [B, Q, 4]; outside autocast unless `numerics` is "released"."""
+        """Decode edge distributions [B, Q, 4, N] to boxes [B, Q, 4]; outside autocast unless `numerics` is "released"."""
         full_precision = torch.autocast(edge_logits.device.type, enabled=False)
         with full_precision if self.config.numerics == "float32" else nullcontext():
             offsets = distribution.integral(edge_logits, self.bins)
         return distribution.decode_boxes(initial_boxes, offsets.float(), self.config.reg_scale)
 
     def deploy(self) -> None:
-        """Drop what evaluation never asks: scores and quality of all layers but the last."""
+        """Drop the parts that evaluation does not use: scores and quality of all layers but the last."""
         last = self.config.num_layers - 1
         for index in range(last):
             self.dec_score_head[index] = nn.Identity()
@@ -275,7 +289,7 @@ class Decoder(nn.Module):
 
 
 def anchors(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """One anchor per feature position: logits of cxcywh [1, T, 4] and which are usable [1, T, 1].
+    """One anchor per feature position: logits of cxcywh [1, T, 4] and a mask of the usable ones [1, T, 1].
 
     Anchors that touch the border are not; their logits are infinite and their tokens are blanked.
     """

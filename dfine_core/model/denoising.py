@@ -1,4 +1,4 @@
-"""Contrastive denoising: extra queries in training, made from true boxes, that the decoder learns to put right.
+"""Contrastive denoising: extra training queries, made from true boxes, that the decoder learns to correct.
 
 Positive slots hold a box whose corners moved by less than half of its side: they must find back to it. Negative slots
 moved further: they must be rejected. Groups are independent of each other and invisible to the matching queries, so inference
@@ -7,15 +7,17 @@ is untouched.
 Source: DINO, arXiv:2203.03605.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from dfine_core.config import ModelConfig
-from dfine_core.structures import DenoisingQueries, Targets, positive_slots
+from dfine_core.structures import DenoisingQueries, Targets
 
 
-def draw(
+def sample_queries(
     targets: Targets,
     *,
     num_classes: int,
@@ -25,16 +27,16 @@ def draw(
     box_noise_scale: float,
     generator: torch.Generator | None = None,
 ) -> DenoisingQueries:
-    """Noised copies of the true boxes; of no queries if no image has a box.
+    """Make noised copies of the true boxes; no queries if no image has a box.
 
-    Random numbers are drawn in a fixed order from `generator`, or from the global state of the targets' device.
+    Random numbers come in a fixed order from `generator`, or from the global state of the targets' device.
     """
     most = max(targets.counts, default=0)
     device = targets.boxes.device
     groups = max(1, num_denoising // max(1, most))
     batch, slots = len(targets.counts), 2 * most * groups
 
-    # Where every box goes: slot j of both halves of every group.
+    # Every box goes to slot j of both halves of every group.
     image, query, target = (t.to(device, non_blocking=True) for t in positive_slots(targets.counts, groups))
     labels = torch.full((batch, slots), num_classes, dtype=torch.int64, device=device)
     boxes = torch.zeros(batch, slots, 4, device=device)
@@ -44,6 +46,7 @@ def draw(
     real = labels != num_classes
     negative = (torch.arange(slots, device=device) // max(1, most)) % 2 == 1
 
+    # Noise: some labels become random ones, and corners move by a share of the box's side, further in negative slots.
     flip = torch.rand(labels.shape, generator=generator, device=device) < label_noise_ratio * 0.5
     other = torch.randint(0, num_classes, labels.shape, generator=generator, device=device, dtype=torch.int32)
     labels = torch.where(flip & real, other.long(), labels)
@@ -57,7 +60,7 @@ def draw(
     return DenoisingQueries(
         labels=labels,
         reference_logits=inverse_sigmoid(noised),
-        attention_mask=blocked(slots, num_queries, group_slots=max(1, 2 * most), device=device),
+        attention_mask=attention_mask(slots, num_queries, group_slots=max(1, 2 * most), device=device),
         groups=groups,
         positive_image=image,
         positive_query=query,
@@ -65,13 +68,13 @@ def draw(
     )
 
 
-def draw_for(
+def sample_queries_for(
     config: ModelConfig, targets: Targets, generator: torch.Generator | None = None
 ) -> DenoisingQueries | None:
-    """As a detector of this configuration draws them; None if it has denoising switched off."""
+    """Make the queries that a detector of this configuration trains on; None if it has denoising switched off."""
     if config.num_denoising == 0:
         return None
-    return draw(
+    return sample_queries(
         targets,
         num_classes=config.num_classes,
         num_queries=config.num_queries,
@@ -82,10 +85,22 @@ def draw_for(
     )
 
 
-def blocked(slots: int, num_queries: int, *, group_slots: int, device: torch.device) -> Tensor:
-    """Who must not attend to whom, [slots + num_queries] square, True = blocked.
+def positive_slots(counts: Sequence[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of image, slot and box of every positive denoising slot: [groups * T] int64 each, on the CPU."""
+    per_image = torch.tensor(counts, dtype=torch.int64)
+    most = max(counts, default=0)
+    image = torch.arange(len(counts)).repeat_interleave(per_image)
+    first = per_image.cumsum(0) - per_image
+    target = torch.arange(int(per_image.sum()))
+    slot = target - first[image]  # index of the box within its image
+    query = (torch.arange(groups) * 2 * most).unsqueeze(1) + slot  # [groups, T]
+    return image.repeat(groups), query.flatten(), target.repeat(groups)
 
-    Denoising queries see their own group and the matching queries; matching queries see only each other.
+
+def attention_mask(slots: int, num_queries: int, *, group_slots: int, device: torch.device) -> Tensor:
+    """Attention mask over all queries, [slots + num_queries] square, True = must not attend.
+
+    Denoising queries attend to their own group and the matching queries; matching queries only to each other.
     """
     group = torch.arange(slots + num_queries, device=device) // group_slots
     group = torch.where(torch.arange(slots + num_queries, device=device) < slots, group, -1)

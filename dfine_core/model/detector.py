@@ -1,4 +1,4 @@
-"""D-FINE, from images to detections: backbone, hybrid encoder, decoder."""
+"""D-FINE network, from images to detections: backbone, hybrid encoder, decoder."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dfine_core.config import ModelConfig
-from dfine_core.model import denoising as contrastive
 from dfine_core.model.decoder import Decoder
+from dfine_core.model.denoising import sample_queries_for
 from dfine_core.model.hgnetv2 import HGNetv2
 from dfine_core.model.hybrid_encoder import HybridEncoder
 from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
@@ -19,7 +19,7 @@ DERIVED_KEYS = ("decoder.anchors", "decoder.valid_mask")
 
 
 class Detector(nn.Module):
-    """The whole network. Its state dict has the released keys, less the two that follow from the input size."""
+    """Whole network. Its state dict has the released keys, less the two that follow from the input size."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -38,13 +38,14 @@ class Detector(nn.Module):
         generator: torch.Generator | None = None,
         every_layer: bool = False,
     ) -> DetectorOutput:
-        """
+        """Detect objects, and in training predict for denoising queries too.
+
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised by mean and deviation.
             targets: in training, one {"labels": (G,), "boxes": (G, 4) cxcywh in [0, 1]} per image, or packed.
-            denoising: None draws a group from the targets, False does without.
-            generator: of the device's random numbers, for a denoising group that does not depend on global state.
-            every_layer: in evaluation too, return what each layer predicted (`output.matching`).
+            denoising: None samples a group from the targets, False does without.
+            generator: source of the device's random numbers, for a denoising group that does not depend on global state.
+            every_layer: in evaluation too, return the predictions of each layer (`output.matching`).
 
         Raises:
             ValueError: for an image size or targets that cannot be taken.
@@ -55,7 +56,7 @@ class Detector(nn.Module):
         queries = None
         if self.training and targets is not None and denoising is not False:
             packed = Targets.pack(targets, self.config.num_classes, images.device)
-            queries = denoising or contrastive.draw_for(self.config, packed, generator)
+            queries = denoising or sample_queries_for(self.config, packed, generator)
         output: DetectorOutput = self.decoder(self.encoder(self.backbone(images)), queries, every_layer)
         return output
 
@@ -68,7 +69,7 @@ class Detector(nn.Module):
 
 
 def _prepare_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Drop derived keys, and refuse weights whose distributions mean something else than this model's."""
+    """Drop derived keys, and refuse weights whose distributions have another meaning than this model's."""
     config = cast(Detector, module).config
     for key in DERIVED_KEYS:
         state_dict.pop(prefix + key, None)

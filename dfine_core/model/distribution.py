@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def weighting_function(reg_max: int, up: float, reg_scale: float) -> Tensor:
-    """W(n), [N] ascending float32 values, antisymmetric about n = reg_max / 2."""
+    """Compute W(n): [N] ascending float32 values, antisymmetric about n = reg_max / 2."""
     reach = abs(up) * abs(reg_scale)
     growth = (reach + 1) ** (2 / (reg_max - 2))
     steps = torch.arange(1, reg_max // 2, dtype=torch.float64)
@@ -32,7 +32,7 @@ def integral(edge_logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def edge_deviations(initial_boxes: Tensor, edge_logits: Tensor, bins: Tensor, reg_scale: float) -> Tensor:
-    """How unsure a detector is of every edge: the standard deviation of its distribution.
+    """Uncertainty of every edge: the standard deviation of its distribution.
 
     Args:
         initial_boxes: [..., 4] cxcywh.
@@ -64,7 +64,7 @@ def decode_boxes(initial_boxes: Tensor, offsets: Tensor, reg_scale: float) -> Te
 
 
 def true_offsets(initial_boxes: Tensor, target_xyxy: Tensor, reg_scale: float) -> Tensor:
-    """The offsets that would decode to the target: inverse of `decode_boxes`.
+    """Offsets that would decode to the target: inverse of `decode_boxes`.
 
     Args:
         initial_boxes: [..., 4] cxcywh.
@@ -81,7 +81,7 @@ def true_offsets(initial_boxes: Tensor, target_xyxy: Tensor, reg_scale: float) -
 
 
 def bracketing_bins(offsets: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """The two bins around every offset, as the left one and the share that belongs to the right one.
+    """Find the two bins around every offset, as the left one and the share that belongs to the right one.
 
     Args:
         offsets: [...] in units of W(n); clamped to the range of `bins`.

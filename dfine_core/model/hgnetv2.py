@@ -15,6 +15,8 @@ from dfine_core.model.layers import FrozenBatchNorm2d
 
 
 class StageSize(NamedTuple):
+    """Channels and number of blocks of one stage."""
+
     in_channels: int
     mid_channels: int
     out_channels: int
@@ -22,6 +24,8 @@ class StageSize(NamedTuple):
 
 
 class BackboneSize(NamedTuple):
+    """Channels and depths of one backbone."""
+
     stem: tuple[int, int]  # middle and output channels
     layers: int  # per block
     stages: tuple[StageSize, StageSize, StageSize, StageSize]
@@ -44,7 +48,7 @@ SIZES = {
 
 
 class LearnableAffine(nn.Module):
-    """scale * x + bias with two learned scalars, in the dtype of x."""
+    """Affine map scale * x + bias with two learned scalars, in the dtype of x."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +56,7 @@ class LearnableAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the map to a tensor of any shape."""
         return torch.addcmul(self.bias.to(x.dtype), x, self.scale.to(x.dtype))
 
 
@@ -76,6 +81,7 @@ class ConvBNAct(nn.Module):
         self.lab = LearnableAffine() if act and affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve a map [B, C, H, W]."""
         x = self.bn(self.conv(x))
         if self.act:
             x = F.relu(x)
@@ -91,11 +97,12 @@ class LightConv(nn.Module):
         self.conv2 = ConvBNAct(out_channels, out_channels, kernel, groups=out_channels, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve a map [B, C, H, W]."""
         return self.conv2(self.conv1(x))
 
 
 class Stem(nn.Module):
-    """Image to stride 4. The 2x2 kernels are padded on the right and bottom only."""
+    """Convolutions from the image to stride 4. The 2x2 kernels are padded on the right and bottom only."""
 
     def __init__(self, mid: int, out: int, affine: bool):
         super().__init__()
@@ -106,6 +113,7 @@ class Stem(nn.Module):
         self.stem4 = ConvBNAct(mid, out, 1, affine=affine)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Reduce images [B, 3, H, W] to a map of stride 4."""
         x = F.pad(self.stem1(images), (0, 1, 0, 1))
         pooled = F.max_pool2d(x, kernel_size=2, stride=1)
         convolved = self.stem2b(F.pad(self.stem2a(x), (0, 1, 0, 1)))
@@ -113,6 +121,8 @@ class Stem(nn.Module):
 
 
 class HGBlock(nn.Module):
+    """Layers in a row whose outputs, and the input, are concatenated and squeezed."""
+
     def __init__(
         self,
         in_channels: int,
@@ -137,6 +147,7 @@ class HGBlock(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the block on a map [B, C, H, W]."""
         outputs = [x]
         for layer in self.layers:
             outputs.append(layer(outputs[-1]))
@@ -144,7 +155,9 @@ class HGBlock(nn.Module):
         return y + x if self.residual else y
 
 
-class Stage(nn.Module):
+class HGStage(nn.Module):
+    """Depthwise downsampling, if any, then HG blocks."""
+
     def __init__(self, size: StageSize, *, layers: int, downsample: bool, light: bool, affine: bool):
         super().__init__()
         channels = size.in_channels
@@ -166,12 +179,15 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the stage on a map [B, C, H, W]."""
         if self.downsample is not None:
             x = self.downsample(x)
         return self.blocks(x)
 
 
 class HGNetv2(nn.Module):
+    """Backbone: the stem and four stages, frozen as the configuration asks."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = SIZES[config.backbone]
@@ -180,7 +196,7 @@ class HGNetv2(nn.Module):
         self.out_channels = [size.stages[i].out_channels for i in config.backbone_stages]
         self.stem = Stem(*size.stem, affine=affine)
         self.stages = nn.ModuleList(
-            Stage(stage, layers=size.layers, downsample=i > 0, light=i >= 2, affine=affine)
+            HGStage(stage, layers=size.layers, downsample=i > 0, light=i >= 2, affine=affine)
             for i, stage in enumerate(size.stages)
         )
         if config.freeze_norm:
@@ -192,7 +208,7 @@ class HGNetv2(nn.Module):
                     frozen.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] in [0, 1] to the maps of `backbone_stages`, fine to coarse."""
+        """Compute the maps of `backbone_stages`, fine to coarse, of images [B, 3, H, W] in [0, 1]."""
         x = self.stem(images)
         maps = []
         for index, stage in enumerate(self.stages):

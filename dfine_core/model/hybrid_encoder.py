@@ -8,9 +8,10 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from dfine_core.config import ModelConfig
-from dfine_core.model.layers import ConvNorm, SelfAttention, fuse_conv_norm
+from dfine_core.model.layers import ConvNorm, SelfAttention
 
 
 class RepVGGBlock(nn.Module):
@@ -22,13 +23,15 @@ class RepVGGBlock(nn.Module):
         self.conv2 = ConvNorm(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve a map [B, C, H, W]."""
         return F.silu(self.conv(x) if hasattr(self, "conv") else self.conv1(x) + self.conv2(x))
 
     def fuse(self) -> None:
+        """Replace both branches by one 3x3 convolution, in place; in eval mode only."""
         if hasattr(self, "conv"):
             return
-        wide = fuse_conv_norm(self.conv1.conv, self.conv1.norm)
-        point = fuse_conv_norm(self.conv2.conv, self.conv2.norm)
+        wide = fuse_conv_bn_eval(self.conv1.conv, self.conv1.norm)
+        point = fuse_conv_bn_eval(self.conv2.conv, self.conv2.norm)
         with torch.no_grad():
             wide.weight += F.pad(point.weight, (1, 1, 1, 1))
             cast(Tensor, wide.bias).add_(cast(Tensor, point.bias))
@@ -46,11 +49,12 @@ class CSPLayer(nn.Module):
         self.bottlenecks = nn.Sequential(*(RepVGGBlock(out_channels) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run both branches on a map [B, C, H, W]."""
         return self.bottlenecks(self.conv1(x)) + self.conv2(x)
 
 
 class ELAN(nn.Module):
-    """Split in halves; the second goes through two CSP stages in a row, and all four parts are joined."""
+    """Two halves, the second of which goes through two CSP layers in a row; all four parts are joined."""
 
     def __init__(self, dim: int, inner: int, blocks: int):
         super().__init__()
@@ -60,13 +64,14 @@ class ELAN(nn.Module):
         self.cv4 = ConvNorm(2 * dim + 2 * inner, dim, 1, silu=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Fuse a map [B, 2 * dim, H, W] into [B, dim, H, W]."""
         halves = self.cv1(x)
         second = self.cv2(halves.chunk(2, dim=1)[1])
         return self.cv4(torch.cat([halves, second, self.cv3(second)], dim=1))
 
 
 class SCDown(nn.Module):
-    """Halve the map: 1x1 convolution, then a depthwise one of stride 2."""
+    """Downsampling by two: 1x1 convolution, then a depthwise one of stride 2."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -74,6 +79,7 @@ class SCDown(nn.Module):
         self.cv2 = ConvNorm(dim, dim, 3, 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve a map [B, C, H, W]."""
         return self.cv2(self.cv1(x))
 
 
@@ -89,16 +95,20 @@ class TransformerEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Transform tokens [B, T, D]."""
         x = self.norm1(x + self.self_attn(x, position))
         return self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
 
 
 class TransformerEncoder(nn.Module):
+    """Stack of one layer, as the released state dict has it."""
+
     def __init__(self, layer: TransformerEncoderLayer):
         super().__init__()
         self.layers = nn.ModuleList([layer])
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Transform tokens [B, T, D]."""
         for layer in self.layers:
             x = layer(x, position)
         return x
@@ -121,6 +131,8 @@ def positional_table(
 
 
 class HybridEncoder(nn.Module):
+    """Attention on the coarsest map, then the pyramid top-down and bottom-up."""
+
     def __init__(self, config: ModelConfig, in_channels: list[int]):
         super().__init__()
         dim = config.encoder_dim
@@ -139,12 +151,12 @@ class HybridEncoder(nn.Module):
         self.pan_blocks = nn.ModuleList(ELAN(dim, inner, blocks) for _ in range(levels - 1))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Backbone maps, fine to coarse, to maps of the same sizes and `encoder_dim` channels."""
+        """Turn backbone maps, fine to coarse, into maps of the same sizes with `encoder_dim` channels."""
         projected = [project(x) for project, x in zip(self.input_proj, maps, strict=True)]
         projected[-1] = self._attend(projected[-1])
 
         coarse = projected[-1]
-        laterals = []  # coarse to fine: what the way up joins with
+        laterals = []  # coarse to fine; the bottom-up path joins them again
         for lateral, fuse, fine in zip(self.lateral_convs, self.fpn_blocks, reversed(projected[:-1]), strict=True):
             laterals.append(lateral(coarse))
             coarse = fuse(torch.cat([F.interpolate(laterals[-1], scale_factor=2.0, mode="nearest"), fine], dim=1))
@@ -155,7 +167,7 @@ class HybridEncoder(nn.Module):
         return outputs
 
     def deploy(self) -> None:
-        """Fuse the pyramid's convolutions with their norms. The input projections stay apart, as released."""
+        """Fuse the pyramid's convolutions with their norms. The input projections stay unfused, as released."""
         for part in (self.lateral_convs, self.fpn_blocks, self.downsample_convs, self.pan_blocks):
             for module in list(part.modules()):
                 if isinstance(module, ConvNorm | RepVGGBlock):

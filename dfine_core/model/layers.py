@@ -1,4 +1,4 @@
-"""Small blocks that several parts of the network share. Attribute names follow the released state dict."""
+"""Small blocks shared by several parts of the network. Attribute names follow the released state dict."""
 
 import math
 from collections.abc import Iterable
@@ -8,27 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def fuse_conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """One convolution that equals `norm(conv(x))` in evaluation."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    fused = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        cast("tuple[int, int]", conv.kernel_size),
-        cast("tuple[int, int]", conv.stride),
-        cast("tuple[int, int]", conv.padding),
-        groups=conv.groups,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    with torch.no_grad():
-        fused.weight.copy_(conv.weight * gain.reshape(-1, 1, 1, 1))
-        cast(Tensor, fused.bias).copy_(norm.bias - norm.running_mean * gain)
-    return fused
+from torch.nn.utils import fuse_conv_bn_eval
 
 
 class ConvNorm(nn.Module):
@@ -43,17 +23,23 @@ class ConvNorm(nn.Module):
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve a map [B, C, H, W]."""
         x = self.conv_bn_fused(x) if hasattr(self, "conv_bn_fused") else self.norm(self.conv(x))
         return F.silu(x) if self.silu else x
 
     def fuse(self) -> None:
+        """Replace convolution and norm by one convolution, in place; in eval mode only."""
         if not hasattr(self, "conv_bn_fused"):
-            self.conv_bn_fused = fuse_conv_norm(self.conv, self.norm)
+            self.conv_bn_fused = fuse_conv_bn_eval(self.conv, self.norm)
             del self.conv, self.norm
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose four vectors are constants, for backbones trained at small batch sizes."""
+    """Batch norm whose four vectors are constants, for backbones trained at small batch sizes.
+
+    Unlike torchvision's, gain and shift are cast to the dtype of x: under autocast that one would return float32, and so
+    widen every activation after it.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -69,6 +55,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise a map [B, C, H, W]."""
         gain = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * gain
         return x * gain.to(x.dtype).reshape(-1, 1, 1) + shift.to(x.dtype).reshape(-1, 1, 1)
@@ -86,12 +73,13 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform the last dimension."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
     def zero_last(self) -> None:
-        """Start as the constant 0: the head adds nothing until it has learnt something."""
+        """Initialise the output to the constant 0, so that the head changes nothing before training."""
         last = cast(nn.Linear, self.layers[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -110,7 +98,7 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """x, position: [B, T, D] (position may broadcast); allowed: [T, T] bool, True = may attend."""
+        """Attend among tokens [B, T, D]; position may broadcast; allowed: [T, T] bool, True = may attend."""
         dim = x.shape[-1]
         query_key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
         query, key = query_key.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""From logits and boxes to scored detections in pixels. No threshold, no non-maximum suppression."""
+"""Postprocessing of logits and boxes to scored detections in pixels. No threshold, no non-maximum suppression."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ MAX_DETECTIONS = 300  # per image, over all classes, as published
 
 @dataclass(frozen=True)
 class Detections:
-    """The best (query, class) pairs of every image, best first: R = number kept."""
+    """Best (query, class) pairs of every image, best first; R pairs per image."""
 
     labels: Tensor  # [B, R] int64
     boxes: Tensor  # [B, R, 4] xyxy, pixels of the original image; may reach over its border
@@ -20,7 +20,8 @@ class Detections:
 
 
 def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int = MAX_DETECTIONS) -> Detections:
-    """
+    """Turn the best (query, class) pairs of every image into boxes in its pixels.
+
     Args:
         logits: [B, Q, C].
         boxes: [B, Q, 4] cxcywh, normalised.
@@ -41,7 +42,7 @@ def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int
 
 
 def best_pairs(logits: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, queries and labels of the best pairs of every image, [B, keep] each; arguments as of `postprocess`."""
+    """Select the best pairs of every image: scores, queries and labels, [B, keep] each; arguments as of `postprocess`."""
     _, queries, classes = logits.shape
     if queries * classes < keep:
         raise ValueError(f"keep ({keep}) exceeds the {queries} queries x {classes} classes there are: lower it")

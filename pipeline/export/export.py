@@ -1,8 +1,8 @@
-"""An export from beginning to end: written aside, put through the gate, and only then placed under its name.
+"""Export a detector: write every format to a staging folder, pass it through the gate, then move it into place.
 
-OUT/detector.onnx, OUT/huggingface/, ...   accepted
-OUT/refused/...                            what did not pass, for whoever wants to know why
-OUT/export.json                            every verdict with its numbers
+OUT/detector.onnx, OUT/huggingface/, ...   accepted files
+OUT/refused/...                            files that did not pass the gate, for inspection
+OUT/export.json                            every verdict with its measurements
 """
 
 import hashlib
@@ -19,85 +19,98 @@ from typing import Any
 from dfine_core.inference import LoadedDetector
 from pipeline import provenance, storage
 from pipeline.export.check_images import CheckSet
-from pipeline.export.formats import FORMATS, Source
-from pipeline.export.gate import TOLERANCES, Verdict, judge_files
+from pipeline.export.formats import FORMATS, ExportSource
+from pipeline.export.gate import TOLERANCES, GateVerdict, check_files
 
-REPORT, REFUSED = "export.json", "refused"
+REPORT_FILE, REFUSED_FOLDER = "export.json", "refused"
 VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "safetensors", "numpy")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Exported:
-    """One format's outcome."""
+class FormatResult:
+    """Result of one format."""
 
-    verdict: Verdict
-    path: Path | None  # where it lies, accepted or not; None: it could not be written
+    verdict: GateVerdict
+    path: Path | None  # accepted or not; None if it could not be written
     files: tuple[tuple[str, int, str], ...]  # name below OUT, bytes, SHA-256
-    seconds: float  # to write it, which for the first of ONNX and torch.export includes tracing
+    seconds: float  # time to write it; tracing counts for the first of ONNX and torch.export
 
     @property
     def bytes(self) -> int:
+        """Size of all files."""
         return sum(size for _, size, _ in self.files)
 
     @property
-    def in_words(self) -> str:
-        """The verdict as a tag."""
+    def tag(self) -> str:
+        """Verdict as the value of an MLflow tag."""
         if self.verdict.accepted:
             return f"accepted: {', '.join(f'{name} sha256:{digest}' for name, _, digest in self.files)}"
         return f"refused: {self.verdict.reason}"
 
 
 @dataclass(frozen=True)
-class Export:
-    source: Source
-    checked: CheckSet
-    results: tuple[Exported, ...]
+class ExportResult:
+    """Results of all formats of one export."""
+
+    source: ExportSource
+    check_set: CheckSet
+    results: tuple[FormatResult, ...]
 
     @property
     def accepted(self) -> bool:
+        """True if every format passed."""
         return all(result.verdict.accepted for result in self.results)
 
     def as_json(self) -> dict[str, Any]:
+        """Content of `export.json`."""
         return {
             **self.source.description,
             "commit": provenance.code_commit(),
-            "checked_on": self.checked.what,
+            "checked_on": self.check_set.description,
             "versions": provenance.versions(VERSIONS),
             "formats": {result.verdict.format: _entry(result) for result in self.results},
         }
 
     def table(self) -> str:
+        """Line per format, for the console."""
         return "\n".join(_line(result) for result in self.results)
 
 
-def export(model: LoadedDetector, formats: Sequence[str], out: Path, checked: CheckSet) -> Export:
-    """Write, judge and place every format; see the module.
+def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: CheckSet) -> ExportResult:
+    """Write, check and move into place every format.
 
     Args:
         model: on the CPU, before `deploy()`, at the input size of the export.
     """
-    source = Source(model)
+    # 1. Write every format to a staging folder. A failure refuses this format alone.
+    source = ExportSource(model)
     staging = out / f".export-{uuid.uuid4().hex}"
     staging.mkdir(parents=True)
     try:
         written = {name: _write(source, name, staging) for name in formats}
         files = {name: staging / FORMATS[name].file for name, (problem, _) in written.items() if problem is None}
-        verdicts = judge_files(model, files, checked)
+
+        # 2. Compare all written files with the detector, in one pass over the images.
+        verdicts = check_files(model, files, check_set)
+
+        # 3. Only now anything changes in `out`: files replace those of an earlier export.
         results = tuple(
-            _placed(name, staging, out, verdicts.get(name) or Verdict(name, TOLERANCES[name], problem), seconds)
+            _move_into_place(
+                name, staging, out, verdicts.get(name) or GateVerdict(name, TOLERANCES[name], problem), seconds
+            )
             for name, (problem, seconds) in written.items()
         )
     finally:
         shutil.rmtree(staging)
-    done = Export(source, checked, results)
-    storage.write_atomic(out / REPORT, json.dumps(done.as_json(), indent=1).encode())
-    return done
+    result = ExportResult(source, check_set, results)
+    storage.write_atomic(out / REPORT_FILE, json.dumps(result.as_json(), indent=1).encode())
+    return result
 
 
-def _write(source: Source, name: str, staging: Path) -> tuple[str | None, float]:
-    """Why it cannot be written, and the seconds that it took."""
+def _write(source: ExportSource, name: str, staging: Path) -> tuple[str | None, float]:
+    """Write one format. Returns the reason if that failed, and the seconds spent."""
     started_at = time.perf_counter()
     try:
         FORMATS[name].write(source, staging / FORMATS[name].file)
@@ -106,25 +119,25 @@ def _write(source: Source, name: str, staging: Path) -> tuple[str | None, float]
         problem = f"cannot be written: {error}; install the extra: pip install 'ray-dfine[export]'"
     except ValueError as error:
         problem = f"cannot be written: {error}"
-    except Exception as error:  # each exporter raises errors of its own
+    except Exception as error:  # each exporter has its own error types
         log.exception("writing %s failed", name)
         problem = f"cannot be written: {type(error).__name__}: {error}"
     return problem, time.perf_counter() - started_at
 
 
-def _placed(name: str, staging: Path, out: Path, verdict: Verdict, seconds: float) -> Exported:
-    """Under its name if accepted; what an earlier export left under either name goes."""
+def _move_into_place(name: str, staging: Path, out: Path, verdict: GateVerdict, seconds: float) -> FormatResult:
+    """Move a file to its name, or below `refused/`, and delete both files of an earlier export."""
     file = FORMATS[name].file
-    for old in (out / file, out / REFUSED / file):
+    for old in (out / file, out / REFUSED_FOLDER / file):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     if not (staging / file).exists():
-        return Exported(verdict, None, (), seconds)
-    target = out / file if verdict.accepted else out / REFUSED / file
+        return FormatResult(verdict, None, (), seconds)
+    target = out / file if verdict.accepted else out / REFUSED_FOLDER / file
     target.parent.mkdir(exist_ok=True)
     (staging / file).rename(target)
-    parts = sorted(target.rglob("*")) if target.is_dir() else [target]
-    files = tuple((str(part.relative_to(out)), part.stat().st_size, _sha256(part)) for part in parts if part.is_file())
-    return Exported(verdict, target, files, seconds)
+    paths = sorted(target.rglob("*")) if target.is_dir() else [target]
+    files = tuple((str(path.relative_to(out)), path.stat().st_size, _sha256(path)) for path in paths if path.is_file())
+    return FormatResult(verdict, target, files, seconds)
 
 
 def _sha256(path: Path) -> str:
@@ -132,7 +145,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _entry(result: Exported) -> dict[str, Any]:
+def _entry(result: FormatResult) -> dict[str, Any]:
     verdict = result.verdict
     return {
         "accepted": verdict.accepted,
@@ -144,13 +157,17 @@ def _entry(result: Exported) -> dict[str, Any]:
     }
 
 
-def _line(result: Exported) -> str:
+def _line(result: FormatResult) -> str:
     verdict, measured = result.verdict, result.verdict.measured
     if not verdict.accepted:
         return f"{verdict.format:<13} REFUSED: {verdict.reason}"
-    ap = f", AP {measured['AP_exported']:.4f} of {measured['AP_pytorch']:.4f}" if "AP_exported" in measured else ""
+    ap = (
+        f", AP {measured['AP_exported']:.4f} (PyTorch {measured['AP_pytorch']:.4f})"
+        if "AP_exported" in measured
+        else ""
+    )
     return (
         f"{verdict.format:<13} {result.bytes / 1e6:7.1f} MB  {result.path}: {measured['agreeing']:.1%} of"
         f" {measured['detections']:.0f} detections agree, score within {measured['score_largest_agreeing']:.1e},"
-        f" box within {measured['box_largest_agreeing']:.1e} of the side{ap}"
+        f" box within {measured['box_largest_agreeing']:.1e} of the image side{ap}"
     )

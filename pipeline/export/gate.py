@@ -1,9 +1,9 @@
-"""The gate: an exported file is accepted when its own runtime finds in real images what the detector finds.
+"""Gate of the export: a file is accepted if its own runtime reproduces the detector's detections on real images.
 
-Every file is opened as its users will open it and run on the same pixels as the detector. Detections are matched before
-they are compared, for queries of nearly equal scores change places from one program to the next; and a few may differ
-altogether, where two candidates for the last query were as good as tied. Hence a tolerance has three parts: how far a
-score and a corner may be off, and what share of the detections has to keep to that.
+Every file is opened the way its users open it, and runs on the same pixels as the detector. Detections are matched before
+they are compared, because queries of nearly equal scores swap ranks between runtimes. A few may differ entirely, if two
+candidates for the last query were almost tied. A tolerance therefore has three parts: the largest difference of a score,
+that of a corner, and the share of detections that must keep to both.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,22 +23,24 @@ from dfine_core.model.postprocess import Detections
 from pipeline.evaluation.coco_metrics import coco_numbers
 from pipeline.evaluation.detections import DetectionTable, concatenate
 from pipeline.evaluation.ground_truth import GroundTruth
-from pipeline.export.check_images import CheckSet, Pictures, ragged
+from pipeline.export.check_images import CheckBatch, CheckSet, split_first_batch
 from pipeline.exported_files import open_exported
 from pipeline.progress import Progress
 
-COMPARED = 100  # best detections of an image, as many as COCO counts
-UNLIKE = 1.0  # difference of two detections of which one is missing, or that name other classes
+COMPARED_DETECTIONS = 100  # per image, best first; COCO's own limit
+MISMATCH = 1.0  # difference if a detection is missing or has another class
 
-Detect = Callable[[Tensor, Tensor], Detections]  # of pixels [B, 3, H, W] uint8 and sizes [B, 2] (width, height)
+DetectFunction = Callable[[Tensor, Tensor], Detections]  # takes pixels [B, 3, H, W] uint8, sizes [B, 2] (width, height)
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    score: float  # largest difference
-    box: float  # largest difference of a corner, over the width or height of the image
-    share: float  # of the detections that must agree in both
-    ap: float = 0.001  # largest difference: 0.1 point
+    """Limits that a file has to keep to."""
+
+    score: float  # largest difference of a score
+    box: float  # largest difference of a corner, as a fraction of the image's width or height
+    share: float  # fraction of the detections that must agree in score and box
+    ap: float = 0.001  # largest difference of AP; 0.001 is 0.1 points
 
 
 FULL = Tolerance(score=1e-4, box=1e-4, share=0.99)
@@ -53,7 +55,8 @@ TOLERANCES = {
 }
 
 
-def open_program(path: Path, model: LoadedDetector) -> Detect:
+def open_program(path: Path, _: LoadedDetector) -> DetectFunction:
+    """Open an ONNX or `.pt2` file."""
     opened = open_exported(path, torch.device("cpu"))
 
     def detect(pixels: Tensor, sizes: Tensor) -> Detections:
@@ -63,23 +66,25 @@ def open_program(path: Path, model: LoadedDetector) -> Detect:
     return detect
 
 
-def open_released(path: Path, model: LoadedDetector) -> Detect:
-    """With the exported configuration: the layout itself has none."""
+def open_released(path: Path, model: LoadedDetector) -> DetectFunction:
+    """Open a file in the released layout, with the exported configuration because the layout has none."""
     categories = list(zip(model.category_ids, model.names, strict=True))
     return build(model.config, read_checkpoint(path), categories, str(path), "cpu").detect
 
 
-def open_huggingface(path: Path, model: LoadedDetector) -> Detect:
+def open_huggingface(path: Path, _: LoadedDetector) -> DetectFunction:
+    """Open a folder with Transformers."""
     from pipeline.export.huggingface import open_transformers
 
     return open_transformers(path)
 
 
-def open_safetensors(path: Path, model: LoadedDetector) -> Detect:
+def open_safetensors(path: Path, _: LoadedDetector) -> DetectFunction:
+    """Open a folder with `dfine_core.load`."""
     return load(path, "cpu").detect
 
 
-OPENERS: dict[str, Callable[[Path, LoadedDetector], Detect]] = {
+OPENERS: dict[str, Callable[[Path, LoadedDetector], DetectFunction]] = {
     "onnx": open_program,
     "onnx-fp16": open_program,
     "torch-export": open_program,
@@ -90,49 +95,52 @@ OPENERS: dict[str, Callable[[Path, LoadedDetector], Detect]] = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
+    """Decision of the gate about one file."""
+
     format: str
     tolerance: Tolerance
-    reason: str | None  # of its refusal; None: accepted
-    measured: dict[str, float] = field(default_factory=dict)  # see `summary`; AP of both, where truth is known
+    reason: str | None  # reason of the refusal; None if accepted
+    measured: dict[str, float] = field(default_factory=dict)  # see `summarize`; both APs if ground truth is known
 
     @property
     def accepted(self) -> bool:
+        """True if the file agrees with the detector."""
         return self.reason is None
 
 
 @dataclass
 class _Candidate:
-    """One file on its way through the gate."""
+    """File in the gate, with the measurements so far."""
 
-    detect: Detect | None = None
+    detect: DetectFunction | None = None
     failure: str | None = None
     differences: list[NDArray[np.float64]] = field(default_factory=list)
     tables: list[DetectionTable] = field(default_factory=list)
 
 
-def judge_files(model: LoadedDetector, files: Mapping[str, Path], checked: CheckSet) -> dict[str, Verdict]:
-    """What each file, by its format, is worth; `model` computes every picture once for all of them."""
-    candidates = {name: _opened(name, path, model) for name, path in files.items()}
+def check_files(model: LoadedDetector, files: Mapping[str, Path], check_set: CheckSet) -> dict[str, GateVerdict]:
+    """Compare each file, given by its format, with the detector. The detector runs once per image for all files."""
+    candidates = {name: _open_candidate(name, path, model) for name, path in files.items()}
     tables = []
-    with Progress("checking", total=checked.images, unit="image") as progress:
-        for pictures in ragged(checked.batches(model.config.input_size)):
-            expected = model.detect(pictures.pixels, pictures.sizes)
-            tables.append(_table(expected, pictures))
+    with Progress("checking", total=check_set.images, unit="image") as progress:
+        for batch in split_first_batch(check_set.batches(model.config.input_size)):
+            expected = model.detect(batch.pixels, batch.sizes)
+            tables.append(_table(expected, batch))
             for candidate in candidates.values():
-                _compare(candidate, expected, pictures, model)
-            progress.advance(len(pictures.image_id))
-    ap = _ap(tables, checked.truth)
-    return {name: _verdict(name, candidate, ap, checked.truth) for name, candidate in candidates.items()}
+                _compare(candidate, expected, batch, model)
+            progress.advance(len(batch.image_id))
+    ap = _ap(tables, check_set.ground_truth)
+    return {name: _verdict(name, candidate, ap, check_set.ground_truth) for name, candidate in candidates.items()}
 
 
-def differences(expected: Detections, given: Detections, sizes: Tensor, number: int) -> NDArray[np.float64]:
-    """How far off the given detections are from each of the `number` best expected ones of every image.
+def differences(expected: Detections, actual: Detections, sizes: Tensor, number: int) -> NDArray[np.float64]:
+    """Match detections to the `number` best expected ones of every image and return their differences.
 
     Returns:
-        [B * number, 2] of the score, and of the worst corner over the image's width or height.
+        [B * number, 2]: difference of the score, and of the worst corner as a fraction of the image's width or height.
     """
-    images = zip(*_arrays(expected, number), *_arrays(given, None), sizes.double().repeat(1, 2).numpy(), strict=True)
+    images = zip(*_arrays(expected, number), *_arrays(actual, None), sizes.double().repeat(1, 2).numpy(), strict=True)
     return np.concatenate([_differences_in_image(*image) for image in images])
 
 
@@ -140,25 +148,25 @@ def _differences_in_image(
     labels: NDArray[np.int64],
     boxes: NDArray[np.float64],
     scores: NDArray[np.float64],
-    given_labels: NDArray[np.int64],
-    given_boxes: NDArray[np.float64],
-    given_scores: NDArray[np.float64],
+    actual_labels: NDArray[np.int64],
+    actual_boxes: NDArray[np.float64],
+    actual_scores: NDArray[np.float64],
     scale: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """The pairing of least total difference; [n, 2] for n expected detections, 1 where nothing is left to pair with."""
-    score = np.abs(scores[:, None] - given_scores)
-    box = (np.abs(boxes[:, None] - given_boxes) / scale).max(-1)
+    """Pair detections with least total difference: [n, 2] for n expected ones, `MISMATCH` for those without a partner."""
+    score = np.abs(scores[:, None] - actual_scores)
+    box = (np.abs(boxes[:, None] - actual_boxes) / scale).max(-1)
     pair = np.stack([score, box], axis=-1)
-    pair[~np.isfinite(pair).all(-1) | (labels[:, None] != given_labels)] = UNLIKE
-    pair = pair.clip(max=UNLIKE)
-    result = np.full((len(labels), 2), UNLIKE)
+    pair[~np.isfinite(pair).all(-1) | (labels[:, None] != actual_labels)] = MISMATCH
+    pair = pair.clip(max=MISMATCH)
+    result = np.full((len(labels), 2), MISMATCH)
     rows, columns = linear_sum_assignment(pair.sum(-1))
     result[rows] = pair[rows, columns]
     return result
 
 
-def summary(off: NDArray[np.float64], tolerance: Tolerance) -> dict[str, float]:
-    """Of differences [D, 2]: how many agree, the largest among these, and the quantiles of all."""
+def summarize(off: NDArray[np.float64], tolerance: Tolerance) -> dict[str, float]:
+    """Summarise differences [D, 2]: share that agrees, largest difference among these, quantiles over all."""
     agree = (off[:, 0] <= tolerance.score) & (off[:, 1] <= tolerance.box)
     numbers: dict[str, float] = {"detections": len(off), "agreeing": float(agree.mean()) if len(off) else 0.0}
     for column, name in enumerate(("score", "box")):
@@ -168,59 +176,67 @@ def summary(off: NDArray[np.float64], tolerance: Tolerance) -> dict[str, float]:
     return numbers
 
 
-def _opened(name: str, path: Path, model: LoadedDetector) -> _Candidate:
+def _open_candidate(name: str, path: Path, model: LoadedDetector) -> _Candidate:
     try:
         return _Candidate(detect=OPENERS[name](path, model))
-    except Exception as error:  # each runtime raises errors of its own
+    except Exception as error:
         return _Candidate(failure=f"cannot be opened: {_first_line(error)}")
 
 
-def _compare(candidate: _Candidate, expected: Detections, pictures: Pictures, model: LoadedDetector) -> None:
+def _compare(candidate: _Candidate, expected: Detections, batch: CheckBatch, model: LoadedDetector) -> None:
+    """Run the file on a batch and add its differences; the first failure ends its check."""
     if candidate.detect is None or candidate.failure:
         return
-    number = min(COMPARED, expected.scores.shape[1], model.config.num_queries)
+    number = min(COMPARED_DETECTIONS, expected.scores.shape[1], model.config.num_queries)
     try:
-        given = candidate.detect(pictures.pixels, pictures.sizes)
-        candidate.tables.append(_table(given, pictures))
-        candidate.differences.append(differences(expected, given, pictures.sizes, number))
-    except Exception as error:  # each runtime raises errors of its own
-        candidate.failure = f"fails on a batch of {len(pictures.image_id)}: {_first_line(error)}"
+        actual = candidate.detect(batch.pixels, batch.sizes)
+        candidate.tables.append(_table(actual, batch))
+        candidate.differences.append(differences(expected, actual, batch.sizes, number))
+    except Exception as error:
+        candidate.failure = f"fails on a batch of {len(batch.image_id)}: {_first_line(error)}"
 
 
-def _verdict(name: str, candidate: _Candidate, ap: float | None, truth: GroundTruth | None) -> Verdict:
+def _verdict(name: str, candidate: _Candidate, ap: float | None, ground_truth: GroundTruth | None) -> GateVerdict:
+    """Decide about a file; `ap` is that of the detector."""
     tolerance = TOLERANCES[name]
     if candidate.failure:
-        return Verdict(name, tolerance, candidate.failure)
-    measured = summary(np.concatenate([np.zeros((0, 2)), *candidate.differences]), tolerance)
+        return GateVerdict(name, tolerance, candidate.failure)
+
+    # 1. Share of single detections that agree in score and box.
+    measured = summarize(np.concatenate([np.zeros((0, 2)), *candidate.differences]), tolerance)
     reason = None
     if measured["agreeing"] < tolerance.share:
         reason = (
             f"{measured['agreeing']:.1%} of its detections agree with the detector's within {tolerance.score:g} of the score"
-            f" and {tolerance.box:g} of the image's side; {tolerance.share:.0%} must"
+            f" and {tolerance.box:g} of the image side; at least {tolerance.share:.0%} must"
         )
-    theirs = _ap(candidate.tables, truth)
-    if ap is not None and theirs is not None:
-        measured |= {"AP_pytorch": ap, "AP_exported": theirs}
-        if abs(ap - theirs) > tolerance.ap:
-            reason = reason or f"its AP is {theirs:.4f}, the detector's {ap:.4f}; {tolerance.ap:g} apart is the limit"
-    return Verdict(name, tolerance, reason, measured)
+
+    # 2. Average precision, if there is ground truth. A systematic error may hide within the tolerances above.
+    exported_ap = _ap(candidate.tables, ground_truth)
+    if ap is not None and exported_ap is not None:
+        measured |= {"AP_pytorch": ap, "AP_exported": exported_ap}
+        if abs(ap - exported_ap) > tolerance.ap:
+            reason = reason or (
+                f"its AP is {exported_ap:.4f}, the detector's {ap:.4f}; they may differ by at most {tolerance.ap:g}"
+            )
+    return GateVerdict(name, tolerance, reason, measured)
 
 
-def _ap(tables: list[DetectionTable], truth: GroundTruth | None) -> float | None:
-    """None where there is nothing to be found."""
-    if truth is None or not truth.boxes_of_class.any():
+def _ap(tables: list[DetectionTable], ground_truth: GroundTruth | None) -> float | None:
+    """Average precision, or None without ground truth boxes."""
+    if ground_truth is None or not ground_truth.boxes_of_class.any():
         return None
-    return coco_numbers(truth, concatenate(tables)).numbers["AP"]
+    return coco_numbers(ground_truth, concatenate(tables)).numbers["AP"]
 
 
-def _table(found: Detections, pictures: Pictures) -> DetectionTable:
-    return DetectionTable.from_batch(found, pictures.image_id, [False] * len(pictures.image_id))
+def _table(detections: Detections, batch: CheckBatch) -> DetectionTable:
+    return DetectionTable.from_batch(detections, batch.image_id, [False] * len(batch.image_id))
 
 
-def _arrays(found: Detections, number: int | None) -> Iterator[NDArray[Any]]:
-    for tensor in (found.labels, found.boxes.double(), found.scores.double()):
+def _arrays(detections: Detections, number: int | None) -> Iterator[NDArray[Any]]:
+    for tensor in (detections.labels, detections.boxes.double(), detections.scores.double()):
         yield tensor[:, :number].cpu().numpy()
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'without a word'}"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,9 +1,9 @@
-"""A detector in the layout of Hugging Face Transformers' own D-FINE: a folder that `from_pretrained` opens.
+"""Write a detector in the layout of D-FINE in Hugging Face Transformers: a folder that `from_pretrained` opens.
 
     config.json, model.safetensors, preprocessor_config.json
 
-Transformers names the same weights differently: `transformers_key` says how, and the library's strict loading holds it to
-that. Its configuration cannot say everything ours can; `refusal` names what is in the way.
+Transformers has other names for the same weights: `transformers_key` translates them, and the library's strict loading
+verifies the result. Its configuration covers only part of ours; `unsupported_settings` lists what is missing.
 """
 
 import re
@@ -22,9 +22,9 @@ from dfine_core import ModelConfig
 from dfine_core.model.hgnetv2 import SIZES
 from dfine_core.model.postprocess import Detections
 
-BILINEAR = 2  # of Pillow's filters
+BILINEAR = 2  # number of Pillow's filter
 
-# From our names to theirs, one after the other on every key.
+# Our names and those of Transformers; every rule is applied to every key, in this order.
 RENAMED = (
     # backbone
     (r"^backbone\.stem\.", "model.backbone.model.embedder."),
@@ -62,17 +62,18 @@ RENAMED = (
     (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
 )
 PACKED = re.compile(r"(.*\.self_attn)\.in_proj_(weight|bias)")  # query, key and value in one tensor
-HEADS = re.compile(r"(class|bbox)_embed\.")  # which Transformers registers a second time, below its decoder
+HEADS = re.compile(r"(class|bbox)_embed\.")  # registered a second time by Transformers, below its decoder
 
 
 def transformers_key(key: str) -> str:
+    """Translate a key of our state dict."""
     for ours, theirs in RENAMED:
         key = re.sub(ours, theirs, key)
     return key
 
 
 def transformers_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A detector's state dict, from before `deploy()`, under the names of `DFineForObjectDetection`."""
+    """Rename a state dict, taken before `deploy()`, for `DFineForObjectDetection`."""
     weights: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         name = transformers_key(key)
@@ -86,35 +87,36 @@ def transformers_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def refusal(config: ModelConfig) -> str | None:
-    """Why Transformers' configuration cannot describe this detector; None if it can."""
+def unsupported_settings(config: ModelConfig) -> str | None:
+    """List the settings that Transformers cannot express, as an error message; None if there are none."""
     height, width = config.input_size
     problems = []
     if config.regression != "fdr":
-        problems.append(f"regression={config.regression!r}: it has boxes from distributions alone")
+        problems.append(f"regression={config.regression!r}: only boxes from distributions are supported")
     if config.query_selection != "default":
-        problems.append(f"query_selection={config.query_selection!r}: it has the default alone")
+        problems.append(f"query_selection={config.query_selection!r}: only the default is supported")
     if config.learn_query_content:
-        problems.append("learn_query_content=True: it has the setting, but fails on the first image")
+        problems.append("learn_query_content=True: the setting exists, but the model fails on the first image")
     if config.num_layers == 1:
-        problems.append("num_layers=1: it shares heads among layers, and fails where there is none to share with")
+        problems.append("num_layers=1: heads are shared among layers, which needs at least two")
     if config.positional_table == "released" and height != width:
         problems.append(
-            f"positional_table='released' at {height}x{width}: it has the table 'grid', the same for squares"
+            f"positional_table='released' at {height}x{width}: only the table 'grid' is supported, unless the input is square"
         )
     if config.positional_temperature != int(config.positional_temperature):
-        problems.append(f"positional_temperature={config.positional_temperature}: it has whole numbers alone")
+        problems.append(f"positional_temperature={config.positional_temperature}: only whole numbers are supported")
     if not problems:
         return None
     return f"Transformers' D-FINE cannot express {'; '.join(problems)}. Use ONNX, torch-export or safetensors instead"
 
 
 def transformers_config(config: ModelConfig, names: Sequence[str]) -> DFineConfig:
-    """
+    """Translate the configuration.
+
     Raises:
-        ValueError: it cannot describe this detector.
+        ValueError: Transformers cannot express this detector.
     """
-    if problem := refusal(config):
+    if problem := unsupported_settings(config):
         raise ValueError(problem)
     loss = config.loss
     return DFineConfig(
@@ -161,7 +163,7 @@ def transformers_config(config: ModelConfig, names: Sequence[str]) -> DFineConfi
 def _backbone_config(config: ModelConfig) -> HGNetV2Config:
     size = SIZES[config.backbone]
     middle, out = size.stem
-    make: Any = HGNetV2Config  # its type leaves out_features out
+    make: Any = HGNetV2Config  # its signature lacks out_features
     made: HGNetV2Config = make(
         stem_channels=[3, middle, out],
         embedding_size=out,
@@ -184,22 +186,23 @@ def _backbone_config(config: ModelConfig) -> HGNetV2Config:
 def transformers_detector(
     config: ModelConfig, state_dict: Mapping[str, Tensor], names: Sequence[str]
 ) -> DFineForObjectDetection:
-    """
+    """Build the equal detector of Transformers.
+
     Raises:
-        ValueError: Transformers' detector is not this one.
+        ValueError: Transformers cannot express this detector, or its weights differ.
     """
     model = DFineForObjectDetection(transformers_config(config, names))
     try:
         model.load_state_dict(transformers_weights(state_dict))
     except RuntimeError as error:
-        raise ValueError(f"Transformers' D-FINE of the same settings has other weights: {error}") from None
+        raise ValueError(f"Transformers' D-FINE with the same settings has other weights: {error}") from None
     return model
 
 
 def save_transformers(
     config: ModelConfig, state_dict: Mapping[str, Tensor], names: Sequence[str], folder: Path
 ) -> None:
-    """Write the folder. Pictures are stretched to `config.input_size` and scaled to 0..1, nothing else."""
+    """Write the folder. Its image processor resizes to `config.input_size` and scales to 0..1, nothing else."""
     with _without_bars():
         transformers_detector(config, state_dict, names).save_pretrained(folder)
     height, width = config.input_size
@@ -216,25 +219,27 @@ def save_transformers(
 
 
 def open_transformers(folder: Path) -> Callable[[Tensor, Tensor], Detections]:
-    """The folder as its users open it: pixels [B, 3, H, W] uint8 and sizes [B, 2] (width, height) to detections.
+    """Open the folder the way its users do: pixels [B, 3, H, W] uint8 and sizes [B, 2] (width, height) to detections.
 
     Raises:
-        ValueError: weights are missing from it, or left over.
+        ValueError: weights are missing or left over.
     """
     with _without_bars():
         opened: Any = DFineForObjectDetection.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     model, loading = opened
     if unused := [key for keys in loading.values() for key in keys]:
-        raise ValueError(f"{folder}: Transformers misses, ignores or doubts {', '.join(map(str, unused[:5]))}")
+        raise ValueError(
+            f"{folder}: Transformers reports missing, unexpected or mismatched weights: {', '.join(map(str, unused[:5]))}"
+        )
     processor = cast(Any, AutoImageProcessor).from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
     def detect(pixels: Tensor, sizes: Tensor) -> Detections:
         output = model(**processor(images=list(pixels), return_tensors="pt"))
         height_width = sizes.flip(1)
-        found = processor.post_process_object_detection(output, threshold=-1.0, target_sizes=height_width)
+        images = processor.post_process_object_detection(output, threshold=-1.0, target_sizes=height_width)
         return Detections(
-            **{name: torch.stack([image[name] for image in found]) for name in ("labels", "boxes", "scores")}
+            **{name: torch.stack([image[name] for image in images]) for name in ("labels", "boxes", "scores")}
         )
 
     return detect
@@ -242,12 +247,12 @@ def open_transformers(folder: Path) -> Callable[[Tensor, Tensor], Detections]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Transformers' own progress bars, for work of a second, off."""
+    """Turn off the progress bars of Transformers."""
     bars: Any = logging  # its functions have no types
-    shown = bars.is_progress_bar_enabled()
+    enabled = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             bars.enable_progress_bar()

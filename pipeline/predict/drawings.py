@@ -1,4 +1,4 @@
-"""Pictures of what was detected: single images with their boxes, all of them on one page, and how the decoder refined one."""
+"""Draw predictions: single images with their boxes, a contact sheet, and the refinement of a box by the decoder."""
 
 import colorsys
 import io
@@ -14,19 +14,19 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
 from dfine_core.images import read_image
-from dfine_core.inference import LoadedDetector, prepare, sizes_of
+from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
 from pipeline.data.prepare.image_files import read_image_file
 from pipeline.data.shards.manifest import Category
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.sample_images import MOST_DRAWN, refinement_view
-from pipeline.predict.inputs import Inputs, Picture, read_pictures
-from pipeline.predict.partition import Plan, read_part
+from pipeline.predict.inputs import InputImage, Inputs, read_images
+from pipeline.predict.partition import PredictPlan, read_part
 
-HUE_STEP = 0.381966  # of the circle, the golden angle: labels near each other get colours far apart
-SIDES = 640, 1600  # px, shortest and longest longer side of a drawn picture
-CELL = 320  # px, side of a cell of the contact sheet
-CONTACT_SHEET = "contact_sheet.jpg"
+HUE_STEP = 0.381966  # fraction of a turn, the golden angle: neighbouring labels get distant colours
+SIDES = 640, 1600  # px, limits of the longer side of a drawing
+CELL = 320  # px, side of a contact sheet cell
+DRAWINGS_FOLDER, EXPLAINED_FOLDER, CONTACT_SHEET = "drawings", "explained", "contact_sheet.jpg"
 
 
 def draw_detections(
@@ -36,21 +36,21 @@ def draw_detections(
     scores: Sequence[float],
     names: Sequence[str],
 ) -> Image.Image:
-    """A copy with the best `MOST_DRAWN` boxes drawn, in a size that suits a screen.
+    """Draw the best `MOST_DRAWN` boxes on a copy that is scaled to a screen.
 
     Args:
         image: RGB.
-        boxes: [K][4] xyxy in its pixels, best first.
-        names: by label.
+        boxes: [K][4] xyxy in pixels of the image, best first.
+        names: class names by label.
     """
     longest = max(image.size)
     scale = min(SIDES[1] / longest, max(SIDES[0] / longest, 1.0))
-    drawn = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    pen = ImageDraw.Draw(drawn)
-    width = max(2, max(drawn.size) // 400)
-    font = _font(max(11, max(drawn.size) // 60))
+    drawing = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    pen = ImageDraw.Draw(drawing)
+    width = max(2, max(drawing.size) // 400)
+    font = _font(max(11, max(drawing.size) // 60))
     rows = list(zip(boxes, labels, scores, strict=True))[:MOST_DRAWN]
-    for box, label, score in reversed(rows):  # the best on top
+    for box, label, score in reversed(rows):  # best on top
         left, top, right, bottom = (scale * edge for edge in box)
         corners = (min(left, right), min(top, bottom), max(left, right), max(top, bottom))
         pen.rectangle(corners, outline=colour(label), width=width)
@@ -59,77 +59,77 @@ def draw_detections(
         area = pen.textbbox((x + 2, y), text, font=font)
         pen.rectangle((x, y, area[2] + 2, area[3] + 1), fill=colour(label))
         pen.text((x + 2, y), text, fill="white", font=font)
-    return drawn
+    return drawing
 
 
-def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """All pictures on one page, each with its title."""
-    columns = max(1, math.ceil(math.sqrt(len(pictures))))
+def contact_sheet(drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Arrange titled drawings in a grid."""
+    columns = max(1, math.ceil(math.sqrt(len(drawings))))
     line, gap = 20, 6
-    rows = math.ceil(len(pictures) / columns)
+    rows = math.ceil(len(drawings) / columns)
     sheet = Image.new("RGB", (columns * (CELL + gap) + gap, rows * (CELL + line + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (title, picture) in enumerate(pictures):
-        x, y = gap + number % columns * (CELL + gap), gap + number // columns * (CELL + line + gap)
-        small = picture.copy()
+    for index, (title, drawing) in enumerate(drawings):
+        x, y = gap + index % columns * (CELL + gap), gap + index // columns * (CELL + line + gap)
+        small = drawing.copy()
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (x + (CELL - small.width) // 2, y + (CELL - small.height) // 2))
-        shown = title if len(title) <= 44 else f"…{title[-43:]}"
-        pen.text((x, y + CELL + 2), shown, fill="black", font=_font(12))
+        short_title = title if len(title) <= 44 else f"…{title[-43:]}"
+        pen.text((x, y + CELL + 2), short_title, fill="black", font=_font(12))
     return sheet
 
 
 def colour(label: int) -> tuple[int, int, int]:
+    """RGB colour of a class."""
     red, green, blue = colorsys.hsv_to_rgb(label * HUE_STEP % 1, 0.9, 0.75)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own, which knows more letters than Pillow's."""
+    """Font of Matplotlib, which covers more characters than that of Pillow."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
-# Of a prediction
+# Drawings of a prediction
 
 
 def write_drawings(
     out: str,
     inputs: Inputs,
-    plan: Plan,
+    plan: PredictPlan,
     categories: Sequence[Category],
     loaded: LoadedDetector,
     *,
-    pictures: int,
-    explain: int,
+    num_images: int,
+    num_explanations: int,
 ) -> None:
-    """Draw pictures from all over the inputs below `out`, and a contact sheet of them.
+    """Draw images spread evenly over the inputs, with a contact sheet.
 
     Args:
-        explain: of so many pictures also how the decoder refined its surest box; `loaded` must not be deployed then.
+        num_images: images to draw.
+        num_explanations: images for which the refinement of the best box is drawn; `loaded` must not be deployed then.
     """
     names = [category.name for category in categories]
-    drawn: list[tuple[str, Image.Image]] = []
-    for picture, row in _chosen(out, inputs, plan, max(pictures, explain)):
-        image = _image(picture)
-        title = Path(picture.file_name).name
-        if len(drawn) < pictures:
-            shown = draw_detections(
-                image, np.reshape(row["boxes"], (-1, 4)).tolist(), row["labels"], row["scores"], names
-            )
-            drawn.append((f"{title}: {len(row['labels'])}", shown))
-            storage.write_atomic(storage.join(out, f"pictures/{picture.image_id}.jpg"), _jpeg(shown))
-        if explain > 0:
-            explain -= 1
+    drawings: list[tuple[str, Image.Image]] = []
+    for index, (source, row) in enumerate(_sample(out, inputs, plan, max(num_images, num_explanations))):
+        image = _open(source)
+        title = Path(source.file_name).name
+        if index < num_images:
+            boxes = np.reshape(row["boxes"], (-1, 4)).tolist()
+            drawing = draw_detections(image, boxes, row["labels"], row["scores"], names)
+            drawings.append((f"{title}: {len(row['labels'])}", drawing))
+            storage.write_atomic(storage.join(out, f"{DRAWINGS_FOLDER}/{source.image_id}.jpg"), _jpeg(drawing))
+        if index < num_explanations:
             content = explanation(loaded, image, names, title)
-            storage.write_atomic(storage.join(out, f"explained/{picture.image_id}.png"), content)
-    if drawn:
-        storage.write_atomic(storage.join(out, CONTACT_SHEET), _jpeg(contact_sheet(drawn)))
+            storage.write_atomic(storage.join(out, f"{EXPLAINED_FOLDER}/{source.image_id}.png"), content)
+    if drawings:
+        storage.write_atomic(storage.join(out, CONTACT_SHEET), _jpeg(contact_sheet(drawings)))
 
 
 def explanation(loaded: LoadedDetector, image: Image.Image, names: Sequence[str], title: str) -> bytes:
-    """PNG of how the surest box of an image came about, see `refinement_view`."""
-    _, output = loaded.predict(prepare([image], loaded.config.input_size), sizes_of([image]), every_layer=True)
+    """Draw how the decoder refined the best box of an image, as PNG; see `refinement_view`."""
+    _, output = loaded.predict(prepare([image], loaded.config.input_size), image_sizes([image]), every_layer=True)
     assert output.matching is not None
     logits = output.logits[0]
     query, label = divmod(int(logits.flatten().argmax()), loaded.config.num_classes)
@@ -145,21 +145,22 @@ def explanation(loaded: LoadedDetector, image: Image.Image, names: Sequence[str]
     return png(figure)
 
 
-def _chosen(out: str, inputs: Inputs, plan: Plan, count: int) -> Iterator[tuple[Picture, dict[str, Any]]]:
-    """Pictures that could be read, evenly from the whole row, and their rows."""
+def _sample(out: str, inputs: Inputs, plan: PredictPlan, count: int) -> Iterator[tuple[InputImage, dict[str, Any]]]:
+    """Sample images evenly from the whole sequence, with their rows; those that could not be read are left out."""
+    count = min(count, plan.num_images)
     last: tuple[int, pa.Table] | None = None
-    for number in np.unique(np.linspace(0, plan.pictures - 1, min(count, plan.pictures)).round().astype(int)).tolist():
-        part, place = divmod(number, plan.part)
+    for index in np.unique(np.linspace(0, plan.num_images - 1, count).round().astype(int)).tolist():
+        part, position = divmod(index, plan.part_size)
         if last is None or last[0] != part:
             last = part, read_part(out, part)
-        (row,) = last[1].slice(place, 1).to_pylist()
-        (picture,) = read_pictures(inputs, number, number + 1)
-        if row["rejected"] is None and isinstance(picture, Picture):
-            yield picture, row
+        (row,) = last[1].slice(position, 1).to_pylist()
+        (source,) = read_images(inputs, index, index + 1)
+        if row["rejected"] is None and isinstance(source, InputImage):
+            yield source, row
 
 
-def _image(picture: Picture) -> Image.Image:
-    content = picture.content
+def _open(source: InputImage) -> Image.Image:
+    content = source.content
     return read_image(read_image_file(content) if isinstance(content, str) else content)
 
 

@@ -1,4 +1,4 @@
-"""Images of many requests through the detector together, without waiting for company."""
+"""Batch images of concurrent requests, without waiting for more of them."""
 
 import asyncio
 from collections import deque
@@ -11,35 +11,35 @@ Out = TypeVar("Out")
 
 
 class Batcher(Generic[In, Out]):
-    """Whatever waits when the worker is free goes together; the first of an idle time goes at once, alone.
+    """Run everything that is queued when the worker becomes free as one batch; an idle worker starts at once.
 
-    So nothing ever waits for a clock, and batches grow exactly as far as there is more to do than is done.
+    There is no timer: batches grow exactly as far as the load exceeds the throughput.
 
     Args:
-        work: called in `executor`, one batch at a time; answers in order.
-        size: of the largest batch.
+        work: processes one batch in `executor`, and returns its results in order.
+        max_batch_size: items per batch.
     """
 
-    def __init__(self, work: Callable[[Sequence[In]], Sequence[Out]], size: int, executor: Executor) -> None:
-        self._work, self._size, self._executor = work, size, executor
-        self._waiting: deque[tuple[In, asyncio.Future[Out]]] = deque()
+    def __init__(self, work: Callable[[Sequence[In]], Sequence[Out]], max_batch_size: int, executor: Executor) -> None:
+        self._work, self._max_batch_size, self._executor = work, max_batch_size, executor
+        self._queue: deque[tuple[In, asyncio.Future[Out]]] = deque()
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, items: Sequence[In]) -> list[Out]:
-        """Raises: what `work` raised for a batch with one of the items in it."""
+        """Process items; raises the exception of `work` if a batch with one of them failed."""
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in items]
-        self._waiting.extend(zip(items, futures, strict=True))
+        self._queue.extend(zip(items, futures, strict=True))
         if self._worker is None:
-            self._worker = loop.create_task(self._empty())
+            self._worker = loop.create_task(self._drain())
         try:
             return await asyncio.gather(*futures)
-        finally:  # a caller that gave up takes its items out of later batches
+        finally:  # the items of a cancelled caller are removed from later batches
             for future in futures:
                 future.cancel()
 
-    async def _empty(self) -> None:
-        while batch := self._next():
+    async def _drain(self) -> None:
+        while batch := self._next_batch():
             items, futures = zip(*batch, strict=True)
             try:
                 results = await asyncio.get_running_loop().run_in_executor(self._executor, self._work, items)
@@ -53,10 +53,10 @@ class Batcher(Generic[In, Out]):
                     future.set_result(result)
         self._worker = None
 
-    def _next(self) -> list[tuple[In, "asyncio.Future[Out]"]]:
+    def _next_batch(self) -> list[tuple[In, "asyncio.Future[Out]"]]:
         batch: list[tuple[In, asyncio.Future[Out]]] = []
-        while self._waiting and len(batch) < self._size:
-            item, future = self._waiting.popleft()
+        while self._queue and len(batch) < self._max_batch_size:
+            item, future = self._queue.popleft()
             if not future.done():
                 batch.append((item, future))
         return batch

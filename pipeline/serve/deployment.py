@@ -1,7 +1,7 @@
-"""The service on Ray Serve: replicas, their routes, and the life of the server.
+"""Detection service on Ray Serve: replicas, their routes, start and stop of the server.
 
-Replicas answer `/detect` together. A body is bounded twice: the proxy stops reading it (`body_limit.py`), the replica
-refuses it. A request waits in one place, its replica, which says how many may; the proxy's own queue is short.
+Replicas share the requests to `/detect`. A body is limited twice: the proxy stops reading it (`body_limit.py`), and the
+replica refuses it. Requests wait in their replica, which limits their number; the queue of the proxy is short.
 """
 
 import asyncio
@@ -22,136 +22,156 @@ from starlette.responses import Response
 
 from pipeline.config import ConfigError
 from pipeline.ray_cluster import start_ray
-from pipeline.serve.body_limit import environment
-from pipeline.serve.metrics import Counts, Totals, as_text
-from pipeline.serve.page import page
-from pipeline.serve.replica import RETRY_AFTER_S, SAFE, ServeSettings, Service, json_response, refusal
+from pipeline.serve.body_limit import proxy_environment
+from pipeline.serve.metrics import Metrics, ReplicaMetrics, prometheus_text
+from pipeline.serve.page import read_page
+from pipeline.serve.replica import (
+    NOSNIFF,
+    RETRY_AFTER_S,
+    DetectionService,
+    ServeSettings,
+    error_response,
+    json_response,
+)
 from pipeline.serve.request_parsing import RequestError
 
-NAME = "detector"  # of the application on Ray Serve
-ASIDE = 8  # requests beside those to /detect that a replica answers while it is full
-PROXY_GRACE_S = 10.0  # a replica answers in time by itself; past that the proxy gives up
-TOLD_EVERY_S = 1.0
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+APPLICATION = "detector"  # name on Ray Serve
+OTHER_REQUESTS = 8  # requests to other routes that a replica accepts while it is full
+PROXY_GRACE_S = 10.0  # a replica enforces the timeout itself; the proxy gives up this much later
+REPORT_INTERVAL_S = 1.0
+WARNINGS_ONLY = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
-app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's pages load scripts from elsewhere
+app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # these pages would load scripts from a CDN
 
 
 @app.exception_handler(HTTPException)
 @app.exception_handler(404)
 @app.exception_handler(405)
-async def _no_such_route(request: Request, error: HTTPException) -> Response:
-    return refusal(RequestError(error.status_code, f"{error.detail}: POST /detect, GET /health, /metrics, /model or /"))
+async def _no_such_route(_: Request, error: HTTPException) -> Response:
+    return error_response(
+        RequestError(error.status_code, f"{error.detail}: POST /detect, GET /health, /metrics, /model or /")
+    )
 
 
-class SharedTotals:
-    """Where replicas tell what they have counted."""
+class MetricsAggregator:
+    """Deployment that sums the metrics of all replicas."""
 
     def __init__(self) -> None:
-        self.totals = Totals()
+        self.by_replica = ReplicaMetrics()
 
-    async def told(self, replica: str, counts: Counts) -> Counts:
-        return self.totals.told(replica, counts)
+    async def update(self, replica: str, metrics: Metrics) -> Metrics:
+        """Store the metrics of a replica and return the sum over all replicas."""
+        return self.by_replica.update(replica, metrics)
 
 
 @serve.ingress(app)
 class DetectionServer:
-    """One replica.
+    """One replica of the server.
 
     Args:
-        totals: of all replicas, if there are several.
+        aggregator: collects the metrics if there are several replicas.
     """
 
-    def __init__(self, settings: ServeSettings, totals: DeploymentHandle[SharedTotals] | None) -> None:
-        self.service = Service(settings)
-        self.totals, self.will_tell = totals, False
+    def __init__(self, settings: ServeSettings, aggregator: DeploymentHandle[MetricsAggregator] | None) -> None:
+        self.service = DetectionService(settings)
+        self.aggregator, self.report_scheduled = aggregator, False
         self.replica = serve.get_replica_context().replica_id.unique_id
-        self.page, self.page_headers = page()
+        self.page, self.page_headers = read_page()
 
     @app.post("/detect")
     async def detect(self, request: Request) -> Response:
+        """Detect in the images of a request."""
         response = await self.service.detect(request)
-        if self.totals is not None and not self.will_tell:
-            self.will_tell = True
-            asyncio.get_running_loop().call_later(TOLD_EVERY_S, self._tell)
+        if self.aggregator is not None and not self.report_scheduled:
+            self.report_scheduled = True
+            asyncio.get_running_loop().call_later(REPORT_INTERVAL_S, self._report_metrics)
         return response
 
     @app.get("/health")
     async def health(self) -> Response:
-        if self.service.failed:
-            return refusal(RequestError(503, "the last batch failed", retry_after_s=RETRY_AFTER_S))
+        """Return 200 unless the last batch failed."""
+        if self.service.last_batch_failed:
+            return error_response(RequestError(503, "the last batch failed", retry_after_s=RETRY_AFTER_S))
         return json_response({"status": "ready"})
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
-        counts = self.service.counts.copy()  # the detecting thread writes on
-        if self.totals is not None:
-            counts = await self.totals.told.remote(self.replica, counts)
-        return Response(as_text(counts), headers=SAFE, media_type="text/plain; version=0.0.4")
+        """Return the metrics of all replicas."""
+        metrics = self.service.metrics.copy()  # the detecting thread updates the original
+        if self.aggregator is not None:
+            metrics = await self.aggregator.update.remote(self.replica, metrics)
+        return Response(prometheus_text(metrics), headers=NOSNIFF, media_type="text/plain; version=0.0.4")
 
     @app.get("/model")
     async def model(self) -> Response:
-        described = self.service.description()
-        return json_response(described | {"versions": {**described["versions"], "ray": ray.__version__}})
+        """Return class names, input size, limits and versions."""
+        description = self.service.description()
+        return json_response(description | {"versions": {**description["versions"], "ray": ray.__version__}})
 
     @app.get("/")
     async def index(self) -> Response:
+        """Return the web page."""
         return Response(self.page, headers=self.page_headers, media_type="text/html; charset=utf-8")
 
     async def check_health(self) -> None:
-        """Ray Serve asks; where it raises, it makes a new replica."""
-        await self.service.check()
+        """Raise if the detector fails. Ray Serve calls this method and then replaces the replica."""
+        await self.service.check_health()
 
-    def _tell(self) -> None:
-        assert self.totals is not None
-        self.will_tell = False
-        self.totals.told.remote(self.replica, self.service.counts.copy())
+    def _report_metrics(self) -> None:
+        assert self.aggregator is not None
+        self.report_scheduled = False
+        self.aggregator.update.remote(self.replica, self.service.metrics.copy())
 
 
 def application(settings: ServeSettings) -> serve.Application:
-    """As `serve run` and a Serve config file take it: `import_path: pipeline.serve.deployment:application`."""
+    """Build the application for `serve run` or a Serve config file: `import_path: pipeline.serve.deployment:application`."""
     replicas = serve.deployment(
         num_replicas=settings.replicas,
-        max_ongoing_requests=settings.max_waiting + ASIDE,
+        max_ongoing_requests=settings.max_waiting + OTHER_REQUESTS,
         max_queued_requests=settings.max_waiting,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=settings.timeout_s,
         health_check_period_s=5,
-        logging_config=QUIET,
+        logging_config=WARNINGS_ONLY,
     )(DetectionServer)
-    totals = serve.deployment(ray_actor_options={"num_cpus": 0}, logging_config=QUIET)(SharedTotals)
-    return replicas.bind(settings, totals.bind() if settings.replicas > 1 else None)
+    aggregator = serve.deployment(ray_actor_options={"num_cpus": 0}, logging_config=WARNINGS_ONLY)(MetricsAggregator)
+    return replicas.bind(settings, aggregator.bind() if settings.replicas > 1 else None)
 
 
 def start(settings: ServeSettings, *, host: str, port: int) -> str:
-    """Serve, and come back when the server answers with its URL.
+    """Start the server, wait until it responds, and return its URL.
 
     Raises:
-        ConfigError: the port is taken, the cluster too small, or another server answers.
+        ConfigError: the port is in use, the cluster is too small, or another server responds.
     """
+    # 1. Everything that can fail is checked before replicas start. The proxy inherits the limit on bodies.
     if not os.environ.get("RAY_ADDRESS"):
         _refuse_taken(host, port)
-    for name, value in environment(settings.limits.max_bytes).items():
+    for name, value in proxy_environment(settings.limits.max_bytes).items():
         os.environ.setdefault(name, value)
     start_ray()
     _refuse_too_small(settings)
+
+    # 2. Start the proxy and the replicas, whose constructors load the detector.
     options = HTTPOptions(host=host, port=port, request_timeout_s=settings.timeout_s + PROXY_GRACE_S)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options=options, logging_config=QUIET)
-    serve.run(application(settings), name=NAME, route_prefix="/")
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    _wait_for(reached, port)
-    return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
+    serve.start(http_options=options, logging_config=WARNINGS_ONLY)
+    serve.run(application(settings), name=APPLICATION, route_prefix="/")
+
+    # 3. Ray Serve returns before the proxy routes requests.
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    _wait_until_ready(address, port)
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
 
 
 def stop() -> None:
-    """Let replicas finish and take the application away; then a Ray that was started here, or a Ray Serve left with nothing."""
+    """Stop the application once its requests are finished, then Ray if it was started here, or an idle Ray Serve."""
     if not ray.is_initialized():
         return
-    if NAME in serve.status().applications:
-        serve.delete(NAME)
+    if APPLICATION in serve.status().applications:
+        serve.delete(APPLICATION)
     if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
         serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
@@ -170,34 +190,34 @@ def _refuse_taken(host: str, port: int) -> None:
 
 
 def _refuse_too_small(settings: ServeSettings) -> None:
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    available = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for kind, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
         needed = settings.replicas * each
-        if needed > there.get(kind, 0):
+        if needed > available.get(kind, 0):
             raise ConfigError(
-                f"{settings.replicas} replica(s) of {each:g} {kind} need {needed:g}, the cluster has"
-                f" {there.get(kind, 0):g}: fewer --replicas, or less of --cpus or --gpus each"
+                f"{settings.replicas} replica(s) with {each:g} {kind} need {needed:g}, the cluster has"
+                f" {available.get(kind, 0):g}: reduce --replicas, or --cpus and --gpus per replica"
             )
 
 
-def _wait_for(host: str, port: int, seconds: float = 30.0) -> None:
-    """The proxy learns of the application a moment after Ray Serve says that it runs."""
+def _wait_until_ready(host: str, port: int, seconds: float = 30.0) -> None:
+    """Poll /health: the proxy knows the application a moment after Ray Serve has started it."""
     until = time.monotonic() + seconds
-    answer = "nothing"
+    last = "no response"
     while time.monotonic() < until:
         connection = http.client.HTTPConnection(host, port, timeout=seconds)
         try:
             connection.request("GET", "/health")
             response = connection.getresponse()
-            answer = f"{response.status} {response.read(200).decode(errors='replace')}"
+            last = f"{response.status} {response.read(200).decode(errors='replace')}"
             if response.status == 200:
                 return
         except OSError as error:
-            answer = f"{error}"
+            last = f"{error}"
         finally:
             connection.close()
         time.sleep(0.2)
     raise ConfigError(
-        f"{host}:{port} answers {answer}: on a cluster, Ray Serve may be running with another host or port already"
-        " (see serve status), which a second start cannot change"
+        f"{host}:{port} is not ready, its last response: {last}. On a cluster, Ray Serve may already be running with another"
+        " host or port (see serve status), which a second start cannot change"
     )

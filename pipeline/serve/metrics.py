@@ -1,67 +1,67 @@
-"""What a server counts, as plain numbers that add up over replicas, and their text for Prometheus."""
+"""Metrics of a server, as plain numbers that add up over replicas, and their text format for Prometheus."""
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 NO_BUCKETS: Sequence[float] = ()
-# name: what it is, upper bounds of a histogram
-METRICS: Mapping[str, tuple[str, Sequence[float]]] = {
+# Metric: its help text, and the upper bounds of its buckets if it is a histogram.
+METRIC_DEFINITIONS: Mapping[str, tuple[str, Sequence[float]]] = {
     "detect_requests_total": ("Requests to /detect, by HTTP status.", NO_BUCKETS),
-    "detect_images_total": ("Images that were detected in.", NO_BUCKETS),
-    "detect_request_seconds": ("From the arrival of a request to /detect to its answer.", SECONDS),
-    "detect_forward_seconds": ("Of one batch through the detector.", SECONDS),
-    "detect_batch_images": ("Images of one batch.", SIZES),
+    "detect_images_total": ("Images processed by the detector.", NO_BUCKETS),
+    "detect_request_seconds": ("Time from the arrival of a request to /detect to its response.", SECONDS),
+    "detect_forward_seconds": ("Time of one batch in the detector.", SECONDS),
+    "detect_batch_images": ("Images per batch.", BATCH_SIZES),
 }
 
-# (metric, label or upper bound) to number. A histogram has, besides its buckets, which are not cumulative, a "sum".
-Counts = Counter[tuple[str, str]]
+# (metric, label or upper bound) to value. A histogram has a "sum" besides its buckets, which are not cumulative.
+Metrics = Counter[tuple[str, str]]
 
 
-def observe(counts: Counts, metric: str, value: float) -> None:
+def observe(metrics: Metrics, metric: str, value: float) -> None:
     """Add a value to a histogram."""
-    bounds = METRICS[metric][1]
-    place = bisect_left(bounds, value)
-    counts[metric, str(bounds[place]) if place < len(bounds) else "+Inf"] += 1
-    counts[metric, "sum"] += value  # type: ignore[assignment]  # a Counter of floats adds as well
+    bounds = METRIC_DEFINITIONS[metric][1]
+    index = bisect_left(bounds, value)
+    metrics[metric, str(bounds[index]) if index < len(bounds) else "+Inf"] += 1
+    metrics[metric, "sum"] += value  # type: ignore[assignment]  # a Counter adds floats as well
 
 
-def as_text(counts: Counts) -> str:
-    """In Prometheus' text format 0.0.4."""
+def prometheus_text(metrics: Metrics) -> str:
+    """Format metrics in Prometheus' text format 0.0.4."""
     lines = []
-    for metric, (meaning, bounds) in METRICS.items():
+    for metric, (meaning, bounds) in METRIC_DEFINITIONS.items():
         lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} {'histogram' if bounds else 'counter'}"]
-        lines += _histogram(counts, metric, bounds) if bounds else _counter(counts, metric)
+        lines += _histogram(metrics, metric, bounds) if bounds else _counter(metrics, metric)
     return "\n".join(lines) + "\n"
 
 
-def _counter(counts: Counts, metric: str) -> list[str]:
+def _counter(metrics: Metrics, metric: str) -> list[str]:
     if metric != "detect_requests_total":
-        return [f"{metric} {counts[metric, '']}"]
-    statuses = sorted(label for name, label in counts if name == metric)
-    return [f'{metric}{{status="{status}"}} {counts[metric, status]}' for status in statuses]
+        return [f"{metric} {metrics[metric, '']}"]
+    statuses = sorted(label for name, label in metrics if name == metric)
+    return [f'{metric}{{status="{status}"}} {metrics[metric, status]}' for status in statuses]
 
 
-def _histogram(counts: Counts, metric: str, bounds: Sequence[float]) -> list[str]:
-    lines, below = [], 0
+def _histogram(metrics: Metrics, metric: str, bounds: Sequence[float]) -> list[str]:
+    lines, cumulative = [], 0
     for bound in (*map(str, bounds), "+Inf"):
-        below += counts[metric, bound]
-        lines.append(f'{metric}_bucket{{le="{bound}"}} {below}')
-    return [*lines, f"{metric}_sum {counts[metric, 'sum']}", f"{metric}_count {below}"]
+        cumulative += metrics[metric, bound]
+        lines.append(f'{metric}_bucket{{le="{bound}"}} {cumulative}')
+    return [*lines, f"{metric}_sum {metrics[metric, 'sum']}", f"{metric}_count {cumulative}"]
 
 
-class Totals:
-    """Of all replicas, those that are gone included: each tells all that it has counted so far."""
+class ReplicaMetrics:
+    """Latest metrics of every replica, including stopped ones. A replica always reports its totals since its start."""
 
     def __init__(self) -> None:
-        self._by_replica: dict[str, Counts] = {}
+        self._by_replica: dict[str, Metrics] = {}
 
-    def told(self, replica: str, counts: Counts) -> Counts:
-        """The sum, after `replica` has told."""
-        self._by_replica[replica] = counts
-        total: Counts = Counter()
+    def update(self, replica: str, metrics: Metrics) -> Metrics:
+        """Store the metrics of a replica and return the sum over all replicas."""
+        self._by_replica[replica] = metrics
+        total: Metrics = Counter()
         for each in self._by_replica.values():
             total.update(each)
         return total

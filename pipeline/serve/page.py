@@ -1,26 +1,26 @@
-"""The page at `/`: one file, and the policy that lets a browser run nothing but what stands in it."""
+"""Web page at `/`: one file, with a policy that lets a browser run only the scripts of this file."""
 
 import base64
 import hashlib
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("templates") / "detect.html"
+PAGE_FILE = Path(__file__).with_name("templates") / "detect.html"
 
 
-def page() -> tuple[str, dict[str, str]]:
-    """Text and HTTP headers."""
-    text = PAGE.read_text()
+def read_page() -> tuple[str, dict[str, str]]:
+    """Read the text of the page and its HTTP headers."""
+    text = PAGE_FILE.read_text()
     return text, {
-        "Content-Security-Policy": policy(text),
+        "Content-Security-Policy": content_security_policy(text),
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-cache",
     }
 
 
-def policy(text: str) -> str:
-    """Scripts and styles by their hashes, pictures made by the page, requests to its own server; nothing else."""
+def content_security_policy(text: str) -> str:
+    """Allow scripts and styles by their hashes, images made by the page, requests to its own server; nothing else."""
     scripts, styles = (_hashes(text, tag) for tag in ("script", "style"))
     return (
         f"default-src 'none'; script-src {scripts}; style-src {styles}; img-src blob: data:; connect-src 'self';"

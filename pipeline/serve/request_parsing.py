@@ -1,6 +1,6 @@
-"""What a client may ask the server for: taken apart, checked, and bounded before any pixel is decoded.
+"""Parse and validate detection requests; every limit is enforced before decoding.
 
-A request is a form, JSON or one image as it is. Nothing in it is ever used as a path or an address.
+The body of a request is a form, JSON, or a single image. Nothing in it is ever used as a path or URL.
 """
 
 import base64
@@ -14,26 +14,25 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from dfine_core.images import FORMATS, ImageError, TooManyPixels, open_image, read_image
+from dfine_core.images import FORMATS, ImageError, TooManyPixelsError, open_image, read_image
 from dfine_core.model.postprocess import MAX_DETECTIONS
 from pipeline.errors import UserError
 
 OPTIONS = ("threshold", "max_detections")
-FORMS = (
-    "a form with files named image, JSON with a list named images, or one picture with its own type, such as image/jpeg"
+BODY_FORMATS = (
+    "a form with files named image, JSON with a list named images, or one image with its own type, such as image/jpeg"
 )
-
 
 M = TypeVar("M", bound=BaseModel)
 
 
 class RequestError(UserError):
-    """A request that is not answered, and why: a sentence with the way out.
+    """Refused request, with a message that says how to correct it.
 
     Args:
-        status: of HTTP.
-        field: what of the request is meant, such as `images[2]`.
-        retry_after_s: when to ask again.
+        status: HTTP status.
+        field: field of the request at fault, such as `images[2]`.
+        retry_after_s: delay after which a retry makes sense.
     """
 
     def __init__(
@@ -44,27 +43,29 @@ class RequestError(UserError):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Of one request."""
+class RequestLimits:
+    """Limits of one request."""
 
     max_bytes: int = 20 * 2**20
     max_images: int = 16
-    max_pixels: int = 50_000_000  # of all pictures together, counted before the first is decoded
+    max_pixels: int = 50_000_000  # over all images, counted before the first is decoded
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A picture as it came."""
+class EncodedImage:
+    """Image as received."""
 
-    field: str  # what the request calls it
+    field: str  # name of its field in the request
     content: bytes
 
 
 @dataclass(frozen=True)
-class Asked:
-    images: tuple[Encoded, ...]
+class DetectRequest:
+    """Parsed request: images, still encoded, and options."""
+
+    images: tuple[EncodedImage, ...]
     threshold: float
-    max_detections: int  # of each image
+    max_detections: int  # per image
 
 
 class _Options(BaseModel):
@@ -78,15 +79,15 @@ class _Body(_Options):
 
 
 async def read_body(chunks: AsyncIterable[bytes], headers: Mapping[str, str], max_bytes: int) -> bytes:
-    """The whole body. One that says it is longer than `max_bytes` is refused unread, any other where it gets longer.
+    """Read the whole body. It is refused unread if its declared length exceeds `max_bytes`, else where it does.
 
     Args:
-        chunks: of the body, as they come.
-        headers: with names in lower case.
+        chunks: chunks of the body in the order of arrival.
+        headers: HTTP headers with lower-case names.
     """
     if headers.get("content-encoding", "identity") != "identity":
-        raise RequestError(415, "the body must not be compressed: send it as it is", field="Content-Encoding")
-    too_long = RequestError(413, f"the body exceeds {max_bytes:,} bytes: send fewer or smaller pictures", field="body")
+        raise RequestError(415, "the body must not be compressed: send it uncompressed", field="Content-Encoding")
+    too_long = RequestError(413, f"the body exceeds {max_bytes:,} bytes: send fewer or smaller images", field="body")
     if int(headers.get("content-length", 0)) > max_bytes:
         raise too_long
     body = bytearray()
@@ -97,113 +98,117 @@ async def read_body(chunks: AsyncIterable[bytes], headers: Mapping[str, str], ma
     return bytes(body)
 
 
-async def parse(
-    content_type: str, query: Mapping[str, str], body: bytes, limits: Limits, default_threshold: float
-) -> Asked:
-    """Options stand in the query, or beside the pictures in a form or JSON; there they win.
+async def parse_request(
+    content_type: str, query: Mapping[str, str], body: bytes, limits: RequestLimits, default_threshold: float
+) -> DetectRequest:
+    """Parse a request. Options are in the query, or in the form or JSON next to the images, which takes precedence.
 
     Raises:
-        RequestError: 415 for another type of content, 422 for a wrong value, 413 for too many pictures.
+        RequestError: 415 for another type of content, 422 for an invalid value, 413 for too many images.
     """
     kind = parse_options_header(content_type)[0].decode("latin-1").lower()
     options: Mapping[str, Any] = query
     if kind == "application/json":
-        images, given = _from_json(body)
-        options = {**query, **given}
+        images, in_body = _from_json(body)
+        options = {**query, **in_body}
     elif kind == "multipart/form-data":
-        images, given = await _from_form(content_type, body, limits.max_images)
-        options = {**query, **given}
+        images, in_body = await _from_form(content_type, body, limits.max_images)
+        options = {**query, **in_body}
     elif kind.startswith("image/"):
-        images = (Encoded("body", body),)
+        images = (EncodedImage("body", body),)
     else:
-        raise RequestError(415, f"cannot read {kind or 'a body without a type'}: send {FORMS}", field="Content-Type")
+        raise RequestError(
+            415, f"cannot read {kind or 'a body without a type'}: send {BODY_FORMATS}", field="Content-Type"
+        )
     if not images:
-        raise RequestError(422, f"there is no picture in it: send {FORMS}", field="image")
+        raise RequestError(422, f"the request contains no image: send {BODY_FORMATS}", field="image")
     if len(images) > limits.max_images:
-        raise RequestError(413, f"{len(images)} pictures exceed the {limits.max_images} of a request: send several")
-    checked = _checked(_Options, options)
-    threshold = default_threshold if checked.threshold is None else checked.threshold
-    return Asked(images, threshold, checked.max_detections)
+        raise RequestError(
+            413, f"{len(images)} images exceed the limit of {limits.max_images} per request: send several requests"
+        )
+    valid = _validated(_Options, options)
+    threshold = default_threshold if valid.threshold is None else valid.threshold
+    return DetectRequest(images, threshold, valid.max_detections)
 
 
-def decode(images: Sequence[Encoded], max_pixels: int) -> list[PIL.Image.Image]:
-    """In RGB. The pixels of all are counted from their headers before the first is decoded.
+def decode_images(images: Sequence[EncodedImage], max_pixels: int) -> list[PIL.Image.Image]:
+    """Decode to RGB. The pixels of all images are counted from their headers before the first is decoded.
 
     Raises:
-        RequestError: 413 for more than `max_pixels` together, 415 for what is no picture, 422 for a broken one.
+        RequestError: 413 for more than `max_pixels` in total, 415 for an unknown format, 422 for a broken image.
     """
     pixels = 0
     for image in images:
         width, height = _size(image)
         pixels += width * height
         if pixels > max_pixels:
-            so_far = "with those before it, " if image is not images[0] else ""
+            so_far = "with the images before it, " if image is not images[0] else ""
             raise RequestError(
                 413,
-                f"{so_far}{width} x {height} pixels exceed the {max_pixels:,} of a request: scale it down",
+                f"{so_far}{width} x {height} pixels exceed the limit of {max_pixels:,} per request: scale it down",
                 field=image.field,
             )
     return [_decoded(image) for image in images]
 
 
-def _size(image: Encoded) -> tuple[int, int]:
+def _size(image: EncodedImage) -> tuple[int, int]:
     try:
         with open_image(image.content) as opened:
             return opened.size
-    except TooManyPixels:
+    except TooManyPixelsError:
         raise RequestError(413, "far too many pixels: scale it down", field=image.field) from None
     except ImageError:
         known = ", ".join(FORMATS)
-        raise RequestError(
-            415, f"this is no picture that can be read: send one of {known}", field=image.field
-        ) from None
+        raise RequestError(415, f"not an image in a known format: send one of {known}", field=image.field) from None
 
 
-def _decoded(image: Encoded) -> PIL.Image.Image:
+def _decoded(image: EncodedImage) -> PIL.Image.Image:
     try:
         return read_image(image.content)
     except ValueError as error:
-        raise RequestError(422, f"{error}: save it anew", field=image.field) from None
+        raise RequestError(422, f"{error}: save it again", field=image.field) from None
 
 
-def _from_json(body: bytes) -> tuple[tuple[Encoded, ...], dict[str, Any]]:
-    checked = _checked(_Body, body)
-    images = tuple(_from_base64(f"images[{n}]", text) for n, text in enumerate(checked.images))
-    return images, checked.model_dump(include=set(OPTIONS), exclude_unset=True)
+def _from_json(body: bytes) -> tuple[tuple[EncodedImage, ...], dict[str, Any]]:
+    valid = _validated(_Body, body)
+    images = tuple(_from_base64(f"images[{n}]", text) for n, text in enumerate(valid.images))
+    return images, valid.model_dump(include=set(OPTIONS), exclude_unset=True)
 
 
-def _from_base64(field: str, text: str) -> Encoded:
+def _from_base64(field: str, text: str) -> EncodedImage:
     try:
-        return Encoded(field, base64.b64decode(text, validate=True))
+        return EncodedImage(field, base64.b64decode(text, validate=True))
     except ValueError:
-        way_out = "leave out all up to the comma" if text.startswith("data:") else "paths and addresses are not opened"
-        raise RequestError(422, f"this is not the base64 text of a picture: {way_out}", field=field) from None
+        way_out = "remove everything up to the comma" if text.startswith("data:") else "paths and URLs are not opened"
+        raise RequestError(422, f"not a base64-encoded image: {way_out}", field=field) from None
 
 
-async def _from_form(content_type: str, body: bytes, max_images: int) -> tuple[tuple[Encoded, ...], dict[str, str]]:
+async def _from_form(
+    content_type: str, body: bytes, max_images: int
+) -> tuple[tuple[EncodedImage, ...], dict[str, str]]:
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     headers = Headers({"content-type": content_type})
     try:
-        # One file more than allowed, so that the answer to too many is the same for every form of request.
+        # One file more than allowed, so that too many images give the same error in every format.
         parser = MultiPartParser(headers, stream(), max_files=max_images + 1, max_fields=len(OPTIONS) + max_images)
-        parser.spool_max_size = len(body) + 1  # in memory, where the body is already
+        parser.spool_max_size = len(body) + 1  # keep it in memory, where the body already is
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            raise RequestError(413, f"more than the {max_images} pictures of a request: send several") from None
+            raise RequestError(413, f"more than {max_images} images per request: send several requests") from None
         raise RequestError(422, f"the form cannot be read: {error.message}", field="body") from None
     try:
-        images: list[Encoded] = []
+        images: list[EncodedImage] = []
         options: dict[str, str] = {}
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) != (name == "image"):
                 raise RequestError(
-                    422, f"a form has files named image, and {' and '.join(OPTIONS)} as text", field=name
+                    422, f"a form takes files named image, and {' and '.join(OPTIONS)} as text", field=name
                 )
             if isinstance(value, UploadFile):
-                images.append(Encoded(f"image[{len(images)}]", await value.read()))
+                images.append(EncodedImage(f"image[{len(images)}]", await value.read()))
             else:
                 options[name] = value
         return tuple(images), options
@@ -211,7 +216,7 @@ async def _from_form(content_type: str, body: bytes, max_images: int) -> tuple[t
         await form.close()
 
 
-def _checked(kind: type[M], content: bytes | Mapping[str, Any]) -> M:
+def _validated(kind: type[M], content: bytes | Mapping[str, Any]) -> M:
     try:
         return kind.model_validate_json(content) if isinstance(content, bytes) else kind.model_validate(content)
     except ValidationError as error:

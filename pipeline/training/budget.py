@@ -1,4 +1,4 @@
-"""What a training costs: its arithmetic counted, a step of it timed on this machine, hours elsewhere extrapolated."""
+"""Cost of a training: arithmetic counted, one step timed on this machine, hours on other machines extrapolated."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,21 +12,21 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Criterion, Detector, ModelConfig, Targets
-from dfine_core.model.denoising import draw_for
+from dfine_core.model.denoising import sample_queries_for
 
-BACKWARD = 2  # times the arithmetic of the forward pass: by the weights, and by the inputs
-STATE_VALUES = 5  # for each parameter: itself, its gradient, two moments, its average
+BACKWARD = 2  # backward / forward arithmetic: one pass for the weights, one for the inputs
+STATE_VALUES = 5  # per parameter: value, gradient, two moments, EMA
 FLOAT_BYTES = 4
-SUSTAINED_TFLOPS = (10, 30, 100)  # of one GPU, in this network and in bf16; what yours does, a first epoch shows
+SUSTAINED_TFLOPS = (10, 30, 100)  # assumed for one GPU in bf16; the first epoch shows the real value
 
 
 def budget_lines(config: ModelConfig, images: int, workers: int, *, boxes: int, measured: bool) -> Iterator[str]:
-    """For people; what is measured and what is extrapolated kept apart.
+    """Describe the cost in lines that keep counted, measured and extrapolated numbers apart.
 
     Args:
-        images: seen in the whole run.
-        boxes: of an image, on average; denoising queries grow with them.
-        measured: time a step here.
+        images: images seen in the whole run.
+        boxes: mean number of boxes per image; it sets the number of denoising queries.
+        measured: time a step on this machine.
     """
     flops = flops_per_image(config, boxes)
     yield f"counted: {images:,} images of {flops / 1e9:.1f} GFLOP forward and backward, {images * flops / 1e18:.3g} EFLOP in all"
@@ -43,19 +43,22 @@ def budget_lines(config: ModelConfig, images: int, workers: int, *, boxes: int, 
 
 
 def flops_per_image(config: ModelConfig, boxes: int, images: int = 2) -> float:
-    """Of a training step, denoising included, counted on tensors without content."""
+    """Floating-point operations of a training step per image, denoising included, counted on fake tensors."""
     counter = FlopCounterMode(display=False)
-    _forward_without_content(config, images, boxes, lambda state: counter)
+    _fake_forward(config, images, boxes, lambda _: counter)
     return (1 + BACKWARD) * counter.get_total_flops() / images
 
 
 def estimated_bytes(config: ModelConfig, micro_batch_size: int, boxes: int) -> tuple[int, int]:
-    """Bytes of the state, and of what the forward pass keeps, found by running it on tensors without content.
+    """Memory of a worker, found by running the forward pass on fake tensors.
 
     Args:
-        boxes: of every image; they set how many denoising queries there are.
+        boxes: number of boxes in every image; it sets the number of denoising queries.
+
+    Returns:
+        Bytes of the training state, and bytes that the forward pass keeps for the backward pass.
     """
-    kept: dict[int, tuple[Tensor, int]] = {}  # by storage, which stays alive so that its place is not taken by another
+    kept: dict[int, tuple[Tensor, int]] = {}  # by address of the storage; the tensor keeps the address taken
 
     def keeping(state: dict[str, Tensor]) -> AbstractContextManager[Any]:
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
@@ -68,20 +71,20 @@ def estimated_bytes(config: ModelConfig, micro_batch_size: int, boxes: int) -> t
 
         return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
-    parameters = _forward_without_content(config, micro_batch_size, boxes, keeping)
+    parameters = _fake_forward(config, micro_batch_size, boxes, keeping)
     return parameters * STATE_VALUES * FLOAT_BYTES, sum(size for _, size in kept.values())
 
 
-def _forward_without_content(
+def _fake_forward(
     config: ModelConfig,
     images: int,
     boxes: int,
     during: Callable[[dict[str, Tensor]], AbstractContextManager[Any]],
 ) -> int:
-    """Run the training's forward pass inside `during(state)`; the number of parameters."""
+    """Run the forward pass of training on fake tensors inside `during(state)`; return the number of parameters."""
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
     targets = Targets.pack([target] * images, config.num_classes, torch.device("cpu"))
-    denoising = draw_for(config, targets) or False
+    denoising = sample_queries_for(config, targets) or False
     detector = Detector(config).train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state: dict[str, Tensor] = {
@@ -93,7 +96,7 @@ def _forward_without_content(
 
 
 def seconds_per_image(config: ModelConfig, boxes: int, device: torch.device) -> float:
-    """Of forward and backward pass in fp32, one image at a time, after a first that is not counted."""
+    """Seconds of a forward and backward pass of one image in fp32; the second of two passes."""
     detector, criterion = Detector(config).train().to(device), Criterion(config)
     images = torch.rand(1, 3, *config.input_size, device=device)
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}

@@ -1,6 +1,6 @@
-"""Training runs after each other, each beginning with the best weights of the one before: pretrain, then fine-tune.
+"""Chain of training runs, each initialised with the best weights of the one before: pretrain, then fine-tune.
 
-One MLflow run is the parent of all of them. What is finished is left alone when the same chain is given again.
+One MLflow run is the parent of all stages. Given again, the same chain skips the stages that are finished.
 """
 
 import shlex
@@ -26,51 +26,55 @@ from pipeline.training.context import resolve_data
 from pipeline.training.launch import launch
 
 SOURCE = "jobs/pretrain_finetune.py"
-REACHED_WITHIN_S = 30.0  # MLflow, to give the chain's run an id that its stages can name as their parent
+RUN_ID_TIMEOUT_S = 30.0  # for MLflow to create the parent run, whose id the stages record
 
 
-class Stage(Config):
-    name: FolderName  # of its run, behind the chain's
-    prepare: tuple[str, ...] = ()  # arguments of jobs.prepare, one line for each shard set that may be missing
+class ChainStage(Config):
+    """One training run of a chain, as written in the file."""
+
+    name: FolderName  # the run is called CHAIN-STAGE
+    prepare: tuple[str, ...] = ()  # arguments of `dfine prepare`, one line for each shard set that may be missing
     experiment: str  # file, relative to the chain's
-    set: dict[str, Any] = Field(default_factory=dict)  # values of the experiment, by dotted key
-    cluster: str | Cluster | None = None  # file, relative to the chain's, or its values; the command's if left out
-    registered_model_name: str | None = None  # name of the model version made of its best weights
-    alias: str | None = None  # given to that version
+    set: dict[str, Any] = Field(default_factory=dict)  # overrides of the experiment, by dotted key
+    cluster: str | Cluster | None = None  # file, relative to the chain's, or its values; default: the command's
+    registered_model_name: str | None = None  # registers the best weights under this name
+    alias: str | None = None  # alias of the registered version
 
 
 class Chain(Config):
+    """Chain file."""
+
     name: FolderName
     storage: Location = Field(default="runs", validate_default=True)
     tracking: Tracking = Tracking()
-    stages: tuple[Stage, ...]
+    stages: tuple[ChainStage, ...]
 
     @model_validator(mode="after")
-    def _stages_have_names_of_their_own(self) -> Self:
+    def _stages_have_distinct_names(self) -> Self:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ValueError(
-                f"stages: {len(names)} named {', '.join(names) or '-'}; give one or more, each another name"
+                f"stages: {len(names)} named {', '.join(names) or '-'}; give at least one, with distinct names"
             )
         return self
 
 
 @dataclass(frozen=True)
-class Step:
-    """A stage with everything that it names, checked."""
+class ResolvedStage:
+    """A stage with its experiment and cluster, loaded and checked."""
 
-    stage: Stage
+    stage: ChainStage
     experiment: Experiment
     cluster: Cluster
-    missing: tuple[tuple[str, ...], ...]  # arguments of jobs.prepare for shard sets that are not there yet
+    missing: tuple[tuple[str, ...], ...]  # arguments of `dfine prepare` for shard sets that do not exist yet
 
 
-def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) -> tuple[Chain, list[Step]]:
-    """The chain of a file, and its stages with the experiments that they come to.
+def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) -> tuple[Chain, list[ResolvedStage]]:
+    """Load a chain file, and the experiment and cluster of every stage.
 
     Args:
         overrides: values of single stages, `{"pretrain.schedule.epochs": 2}`, or of the chain, `{"storage": "s3://bucket/runs"}`.
-        cluster: where stages run that do not say it themselves.
+        cluster: default for stages without a cluster of their own.
 
     Raises:
         ConfigError: with every problem of the chain, its experiments and its clusters.
@@ -96,7 +100,7 @@ def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) ->
     return chain, steps
 
 
-def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cluster: Cluster) -> Step:
+def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cluster: Cluster) -> ResolvedStage:
     stage = chain.stages[number]
     run = f"{chain.name}-{stage.name}"
     fixed: dict[str, Any] = {"name": run, "storage": chain.storage, "tracking": dump(chain.tracking)}
@@ -116,7 +120,9 @@ def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cl
     if problems := relative_problems(("prepare: --out", _out(line)) for line in stage.prepare):
         raise ConfigError("\n".join(problems))
     missing = tuple(tuple(_words(line)) for line in stage.prepare if not _is_there(_out(line)))
-    return Step(stage, experiment, where or (stage.cluster if isinstance(stage.cluster, Cluster) else cluster), missing)
+    return ResolvedStage(
+        stage, experiment, where or (stage.cluster if isinstance(stage.cluster, Cluster) else cluster), missing
+    )
 
 
 def _out(line: str) -> str:
@@ -137,11 +143,11 @@ def _is_there(folder: str) -> bool:
     return storage.exists(storage.join(folder, MANIFEST_NAME))
 
 
-def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]], None]) -> str:
-    """Do what is not done yet; what came of it, for people.
+def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[list[str]], None]) -> str:
+    """Run the stages that are not finished, and return a summary.
 
     Args:
-        prepare: does what `jobs.prepare` does with its arguments.
+        prepare: main function of `dfine prepare`.
     """
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
@@ -154,28 +160,30 @@ def run_chain(chain: Chain, steps: Sequence[Step], prepare: Callable[[list[str]]
     with Tracker(run_dir.outbox_folder(folder, settings.run_key or ""), settings) as tracker:
         job = {"ray.job": name} if (name := submitted_job()) else {}
         tracker.begin(flatten(dump(chain)), {"run_folder": folder, **job, **chain.tracking.tags}, (), SOURCE)
-        parent_run_id = tracker.wait_for_run_id(REACHED_WITHIN_S)
+        parent_run_id = tracker.wait_for_run_id(RUN_ID_TIMEOUT_S)
         lines = []
         for number, step in enumerate(steps, start=1):
             print(f"stage {number} of {len(steps)}: {step.stage.name}", flush=True)
             try:
-                numbers = _carry_out(step, prepare, parent_run_id)
+                numbers = _run_stage(step, prepare, parent_run_id)
             except BaseException as error:
                 tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
                 raise
             lines.append(
-                f"{step.stage.name}: {_said(numbers)}, {storage.join(chain.storage, step.experiment.name or '')}"
+                f"{step.stage.name}: {_summary_of(numbers)}, {storage.join(chain.storage, step.experiment.name or '')}"
             )
             tracker.metrics({f"{step.stage.name}/{key}": value for key, value in (numbers or {}).items()}, step=number)
         tracker.finish("FINISHED")
     last = storage.join(chain.storage, steps[-1].experiment.name or "")
-    return "\n".join([*lines, f"record: {settings.shown_uri}", f"what came from where: python -m jobs.lineage {last}"])
+    return "\n".join([*lines, f"MLflow: {settings.shown_uri}", f"lineage: dfine lineage {last}"])
 
 
-def _carry_out(step: Step, prepare: Callable[[list[str]], None], parent_run_id: str | None) -> dict[str, float] | None:
-    """The 12 numbers of its best weights."""
+def _run_stage(
+    step: ResolvedStage, prepare: Callable[[list[str]], None], parent_run_id: str | None
+) -> dict[str, float] | None:
+    """Run one stage; return the 12 COCO numbers of its best weights."""
     if step.missing:
-        start_ray(dashboard=True)  # as the training will need it
+        start_ray(dashboard=True)  # the training needs the dashboard
     for arguments in step.missing:
         if not _is_there(arguments[arguments.index("--out") + 1]):
             prepare(list(arguments))
@@ -183,13 +191,13 @@ def _carry_out(step: Step, prepare: Callable[[list[str]], None], parent_run_id: 
     run = storage.join(experiment.storage, experiment.name or "")
     result = run_dir.result_of(run, experiment, resolve_data(experiment.data))
     if result is not None:
-        print(f"{experiment.name} is finished: left alone", flush=True)
+        print(f"{experiment.name} is finished: skipped", flush=True)
         return result["numbers"]
     started_at = time.time()
-    outcome = launch(experiment, step.cluster, parent_run_id=parent_run_id)
-    print(f"{outcome.summary()}\n{experiment.name} took {(time.time() - started_at) / 60:.1f} min", flush=True)
-    return outcome.numbers
+    trained = launch(experiment, step.cluster, parent_run_id=parent_run_id)
+    print(f"{trained.summary()}\n{experiment.name} took {(time.time() - started_at) / 60:.1f} min", flush=True)
+    return trained.numbers
 
 
-def _said(numbers: dict[str, float] | None) -> str:
+def _summary_of(numbers: dict[str, float] | None) -> str:
     return f"AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}" if numbers else "not evaluated"

@@ -12,7 +12,6 @@ any number of workers.
 """
 
 import hashlib
-import json
 import queue
 import threading
 from collections.abc import Mapping
@@ -23,19 +22,21 @@ from typing import Any, Literal
 import yaml
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
+from dfine_core.checkpoints import folder as checkpoint_folder
+from dfine_core.checkpoints.folder import METADATA as METADATA
+from dfine_core.checkpoints.folder import LoadError
+from dfine_core.checkpoints.folder import step_folder as step_folder
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
+from pipeline.open_detector import STORED
 from pipeline.training.stage_two import EvaluationHistory
 from pipeline.training.state import TrainState
 
 FORMAT_VERSION = 1
-METADATA = "metadata.json"
 EXPERIMENT = "experiment.yaml"
 FILES = ("model", "ema", "optimizer")
 
@@ -45,6 +46,8 @@ class CheckpointError(UserError, ValueError):
 
 
 class Metadata(BaseModel):
+    """Content of metadata.json."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
@@ -164,16 +167,12 @@ def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], uri: str) 
 # Files
 
 
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def write(snapshot: Snapshot, folder: str) -> str:
     """Write a checkpoint below `folder`, complete or not at all, and return its URI."""
     filesystem, _ = storage.resolve(folder)
-    target = storage.join(folder, folder_name(snapshot.metadata.step))
+    target = storage.join(folder, step_folder(snapshot.metadata.step))
     on_disk = isinstance(filesystem, fs.LocalFileSystem)
-    aside = storage.join(folder, f".{folder_name(snapshot.metadata.step)}.partial") if on_disk else target
+    aside = storage.join(folder, f".{step_folder(snapshot.metadata.step)}.partial") if on_disk else target
     hashes = {}
     for file, tensors in snapshot.tensors.items():
         content = tensors_to_bytes(tensors)
@@ -190,48 +189,46 @@ def write(snapshot: Snapshot, folder: str) -> str:
 
 
 def read_metadata(uri: str) -> Metadata:
-    path = storage.join(uri, METADATA)
+    """Read and check the metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its metadata is damaged.
+    """
     try:
-        return Metadata.model_validate(json.loads(storage.read_bytes(path)))
-    except FileNotFoundError:
-        raise CheckpointError(f"{uri}: not a checkpoint, it has no {METADATA}") from None
-    except (ValueError, ValidationError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        return Metadata.model_validate(checkpoint_folder.read_metadata(uri, STORED))
+    except LoadError as error:
+        raise CheckpointError(f"{error}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{storage.join(uri, METADATA)}: cannot be read: {error}") from None
 
 
 def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
+    """Read the tensors of one file of a checkpoint; arguments and errors as in `read_file`."""
     content = read_file(uri, file, metadata)
     try:
-        return tensors_from_bytes(content)
-    except SafetensorError as error:
-        raise CheckpointError(f"{uri}: {file} is damaged: {error}") from None
+        return checkpoint_folder.tensors_from_bytes(content, f"{uri}: {file}")
+    except LoadError as error:
+        raise CheckpointError(f"{error}") from None
 
 
 def read_file(uri: str, file: str, metadata: Metadata) -> bytes:
     """Read a safetensors file of a checkpoint and check its SHA-256.
 
+    Args:
+        file: one of `FILES`.
+
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    path = storage.join(uri, f"{file}.safetensors")
     try:
-        content = storage.read_bytes(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing") from None
-    if hashlib.sha256(content).hexdigest() != metadata.sha256.get(file):
-        raise CheckpointError(f"{path}: is damaged: not what was written (SHA-256)")
-    return content
+        return checkpoint_folder.read_tensor_file(uri, file, metadata.sha256.get(file), STORED)
+    except LoadError as error:
+        raise CheckpointError(f"{error}") from None
 
 
 def steps_in(folder: str) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending."""
-    filesystem, path = storage.resolve(folder)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    names = [
-        info.base_name for info in found if info.type == fs.FileType.Directory and info.base_name.startswith("step-")
-    ]
-    complete = [name for name in names if storage.exists(storage.join(folder, name, METADATA))]
-    return sorted(int(name.removeprefix("step-")) for name in complete)
+    return checkpoint_folder.complete_steps(folder, STORED)
 
 
 def remove_superseded(folder: str, *, keep: int, history: EvaluationHistory) -> None:
@@ -240,7 +237,7 @@ def remove_superseded(folder: str, *, keep: int, history: EvaluationHistory) -> 
     kept = {*steps[-keep:], history.best_step, history.stage_one_step, history.pending_step}
     for step in steps:
         if step not in kept:
-            storage.remove_folder(storage.join(folder, folder_name(step)))
+            storage.remove_folder(storage.join(folder, step_folder(step)))
 
 
 class CheckpointWriter:
@@ -254,6 +251,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def write(self, snapshot: Snapshot) -> None:
+        """Queue a snapshot; blocks while another one waits."""
         self._raise_failure()
         self._queue.put(snapshot)
 
@@ -271,7 +269,7 @@ class CheckpointWriter:
             try:
                 write(snapshot, self._folder)
                 remove_superseded(self._folder, keep=self._keep, history=snapshot.metadata.history)
-            except BaseException as error:
+            except BaseException as error:  # raised again in the training thread
                 self._failure = self._failure or error
             finally:
                 self._queue.task_done()

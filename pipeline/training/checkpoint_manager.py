@@ -82,7 +82,8 @@ class CheckpointManager:
         return found
 
     def uri(self, step: int) -> str:
-        return storage.join(self._job.checkpoints, checkpoint.folder_name(step))
+        """Path or URI of the checkpoint of a step."""
+        return storage.join(self._job.checkpoints, checkpoint.step_folder(step))
 
     def wait(self) -> None:
         """Block all ranks until rank 0 has written every snapshot."""

@@ -60,6 +60,7 @@ class TrainJob:
 
     @property
     def checkpoints(self) -> str:
+        """Folder or URI of the run's checkpoints."""
         return storage.join(self.run, "checkpoints")
 
 
@@ -85,7 +86,7 @@ class WorkerContext:
     device: "torch.device"
     broadcast: "Broadcast"  # rank 0's value on every rank; collective
     console: Console
-    report: Callable[[dict[str, float]], None] = lambda metrics: None  # metrics of an evaluation to Ray; collective
+    report: Callable[[dict[str, float]], None] = lambda _: None  # metrics of an evaluation to Ray; collective
     submit_evaluation: "SubmitEvaluation | None" = None  # on rank 0, if evaluations are asynchronous
 
     def print(self, text: str) -> None:

@@ -30,6 +30,8 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class EvaluationResult:
+    """Report of an evaluation, and its rendered images."""
+
     report: EvaluationReport
     images: tuple[tuple[str, bytes], ...]  # name and PNG
 

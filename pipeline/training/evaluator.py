@@ -137,7 +137,7 @@ class Evaluator:
             try:
                 result = self._in_flight.result()
                 outcome = _Outcome(ap=result.report.numbers["AP"])
-            except Exception as error:  # training must survive any failure of the other process
+            except Exception as error:  # training survives any failure of the other process
                 outcome = _Outcome(error=f"{type(error).__name__}: {error}")
             self._in_flight = None
         outcome = self._context.broadcast(outcome)

@@ -21,6 +21,8 @@ HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat per activity in 
 
 @dataclass(frozen=True)
 class Heartbeat:
+    """Last sign of life of one worker."""
+
     step: int
     activity: str
     at: float  # seconds since 1970, by the actor's clock
@@ -47,12 +49,15 @@ class ProgressBoard:
         self._heartbeats: dict[int, Heartbeat] = {}
 
     def heartbeat(self, rank: int, step: int, activity: str) -> None:
+        """Store the latest heartbeat of a rank."""
         self._heartbeats[rank] = Heartbeat(step, activity, time.time())
 
     def print(self, text: str) -> None:
+        """Queue a message for the driver."""
         self._messages.append(text)
 
     def progress(self, step: int, note: str) -> None:
+        """Store the latest progress."""
         self._step, self._note = step, note
 
     def restart(self) -> float | None:
@@ -62,6 +67,7 @@ class ProgressBoard:
         return last.at if last else None
 
     def poll(self) -> ProgressUpdate:
+        """Return everything new since the last poll."""
         update = ProgressUpdate(tuple(self._messages), self._step, self._note, dict(self._heartbeats), time.time())
         self._messages.clear()
         self._step = None
@@ -69,6 +75,7 @@ class ProgressBoard:
 
 
 def start_progress_board() -> Any:
+    """Start the actor; it survives the death of its process with an empty state."""
     actor: Any = ray.remote(num_cpus=0, max_restarts=3)(ProgressBoard)
     return actor.remote()
 
@@ -91,15 +98,18 @@ class WorkerConsole:
         self._activity = ""
 
     def heartbeat(self, step: int, activity: str) -> None:
+        """Send a heartbeat, at most one per second and activity."""
         now = time.monotonic()
         if now >= self._next_at or activity != self._activity:
             self._next_at, self._activity = now + HEARTBEAT_SECONDS, activity
             self._board.heartbeat.remote(self._rank, step, activity)
 
     def print(self, text: str) -> None:
+        """Send a message."""
         self._board.print.remote(text)
 
     def progress(self, step: int, note: str) -> None:
+        """Send the progress of the run."""
         self._board.progress.remote(step, note)
 
 
@@ -134,7 +144,7 @@ class ProgressMonitor:
             last = self._stopped.wait(POLL_SECONDS)
             try:
                 self._show(ray.get(self._board.poll.remote(), timeout=REPLY_SECONDS))
-            except Exception:  # the cluster is busy or going down: the training itself fails with the reason
+            except Exception:  # the cluster is busy or going down: training itself fails with the reason
                 if last:
                     return
                 continue

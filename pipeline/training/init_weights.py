@@ -10,38 +10,43 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
 from dfine_core import Detector
 from dfine_core.checkpoints.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
+from dfine_core.checkpoints.folder import (
+    DESCRIPTION,
+    WEIGHTS,
+    StoredDetector,
+    make_description,
+    read_detector,
+    tensors_from_bytes,
+)
 from dfine_core.checkpoints.rebinning import rebin
 from dfine_core.checkpoints.weights import load_weights, read_checkpoint
-from dfine_core.inference import DESCRIPTION, best_of_run
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.open_detector import MODEL, RUN, STORED, TRACKING_URI, open_detector
 from pipeline.training import checkpoint
 
-WEIGHTS, ORIGIN = "model.safetensors", "origin.json"  # beside DESCRIPTION
+ORIGIN = "origin.json"  # lies beside DESCRIPTION and WEIGHTS
 CLASS_ROWS = "decoder.denoising_class_embed.weight"  # one row per class, and one for padding
 SCALE = "decoder.reg_scale"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What was loaded, for the log and for the record."""
+    """Source of the loaded weights: lines for the log, and facts for checkpoints and MLflow."""
 
     lines: tuple[str, ...]
     parent: dict[str, str]
 
 
 def materialize_init(source: str, run: str, tracking_uri: str) -> str:
-    """Where workers find the weights of `init`: what MLflow knows is copied into the folder of the run, once.
+    """Path of the initial weights for the workers: a model of MLflow is copied into the run's folder, once.
 
     Raises:
         ConfigError: MLflow does not know it.
@@ -57,9 +62,9 @@ def materialize_init(source: str, run: str, tracking_uri: str) -> str:
         trained = open_detector(source)
     weights = checkpoint.weights_as_bytes(trained.detector)
     parent = facts(client_of(tracking_uri), source) | {"sha256": hashlib.sha256(weights).hexdigest()}
-    described = {"config": asdict(trained.config), "categories": trained.names, "category_ids": trained.category_ids}
+    description = make_description(trained.config, trained.names, trained.category_ids)
     storage.write_atomic(storage.join(folder, WEIGHTS), weights)
-    storage.write_atomic(storage.join(folder, DESCRIPTION), json.dumps(described, indent=1).encode())
+    storage.write_atomic(storage.join(folder, DESCRIPTION), description)
     storage.write_atomic(storage.join(folder, ORIGIN), json.dumps(parent, indent=1).encode())  # last: complete with it
     return folder
 
@@ -80,7 +85,7 @@ def refuse_unreadable_weights(init: str | None, resume: str | None) -> None:
 
 @contextmanager
 def _default_server(tracking_uri: str) -> Iterator[None]:
-    """MLflow URIs are looked up at the server of this run, unless the environment names another one."""
+    """Resolve MLflow URIs at the server of this run, unless the environment names another one."""
     if os.environ.get(TRACKING_URI):
         yield
         return
@@ -101,11 +106,11 @@ def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origi
         ConfigError: for weights that are missing, damaged or cannot be made to fit.
     """
     with _named_in_errors(source):
-        found = _read(source)
-        if any(key.startswith("stem.") for key in found.weights):
-            load_weights(detector.backbone, found.weights)
-            return Origin((f"backbone from {source}",), found.parent)
-        return _fit(detector, found, names, source)
+        initial = _read(source)
+        if any(key.startswith("stem.") for key in initial.weights):
+            load_weights(detector.backbone, initial.weights)
+            return Origin((f"backbone from {source}",), initial.parent)
+        return _fit(detector, initial, names, source)
 
 
 @contextmanager
@@ -114,70 +119,64 @@ def _named_in_errors(source: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ConfigError(f"init: {source} does not exist") from None
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ConfigError(f"init: {source}: {error}") from None
+    except (ValueError, OSError) as error:
+        reason = f"{error}"
+        raise ConfigError(f"init: {reason}" if reason.startswith(source) else f"init: {source}: {reason}") from None
 
 
 @dataclass(frozen=True)
-class _Source:
+class _InitWeights:
     weights: dict[str, Tensor]
-    names: Sequence[str | None] | None  # of the classes; None: the file does not tell
+    names: Sequence[str | None] | None  # class names; None: the file does not contain them
     parent: dict[str, str]
 
 
-def _read(source: str) -> _Source:
-    source = best_of_run(storage.join(source, "checkpoints"), STORED) or source
-    if storage.exists(storage.join(source, checkpoint.METADATA)):
-        return _checkpoint(source)
-    if storage.exists(storage.join(source, DESCRIPTION)):
-        return _described(source)
-    content = storage.read_bytes(source)
-    parent = {"file": source, "sha256": hashlib.sha256(content).hexdigest()}
-    if source.endswith(".safetensors"):
-        return _Source(tensors_from_bytes(content), None, parent)
+def _read(source: str) -> _InitWeights:
+    try:
+        STORED.list_folder(source)
+    except NotADirectoryError:
+        return _read_file(source)
+    stored = read_detector(source, STORED)
+    return _InitWeights(stored.weights, [name for _, name in stored.categories], _parent(stored))
+
+
+def _read_file(path: str) -> _InitWeights:
+    """Read a safetensors file, a released file or a backbone."""
+    content = storage.read_bytes(path)
+    parent = {"file": path, "sha256": hashlib.sha256(content).hexdigest()}
+    if path.endswith(".safetensors"):
+        return _InitWeights(tensors_from_bytes(content, path), None, parent)
     stream = io.BytesIO(content)
     try:
-        return _Source(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]
+        return _InitWeights(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(str(error).replace(str(stream), "it")) from None
 
 
-def _checkpoint(folder: str) -> _Source:
-    metadata = checkpoint.read_metadata(folder)
-    parent = {
-        "checkpoint": folder,
-        "run": metadata.run,
-        "step": str(metadata.step),
-        "sha256": metadata.sha256["ema"],
-    }
-    if metadata.tracking_key:
-        parent["run_key"] = metadata.tracking_key
-    names = [category.name for category in metadata.categories]
-    return _Source(checkpoint.read_tensors(folder, "ema", metadata), names, parent)
+def _parent(stored: StoredDetector) -> dict[str, str]:
+    """Facts about a stored detector, for the checkpoints that descend from it."""
+    sha256 = stored.sha256 or ""
+    if stored.metadata is not None:
+        metadata = checkpoint.Metadata.model_validate(stored.metadata)
+        parent = {"checkpoint": stored.folder, "run": metadata.run, "step": str(metadata.step), "sha256": sha256}
+        return parent | ({"run_key": metadata.tracking_key} if metadata.tracking_key else {})
+    if not storage.exists(storage.join(stored.folder, ORIGIN)):
+        return {"folder": stored.folder, "sha256": sha256}
+    origin: dict[str, str] = storage.read_json(storage.join(stored.folder, ORIGIN), "sha256")
+    if origin["sha256"] != sha256:
+        raise ValueError(f"{WEIGHTS} is damaged: not what was written (SHA-256)")
+    return origin
 
 
-def _described(folder: str) -> _Source:
-    """An exported detector, or one that `materialize_init` has copied here."""
-    described = storage.read_json(storage.join(folder, DESCRIPTION), "categories")
-    content = storage.read_bytes(storage.join(folder, WEIGHTS))
-    sha256 = hashlib.sha256(content).hexdigest()
-    parent = {"folder": folder, "sha256": sha256}
-    if storage.exists(storage.join(folder, ORIGIN)):
-        parent = storage.read_json(storage.join(folder, ORIGIN), "sha256")
-        if parent["sha256"] != sha256:
-            raise ValueError(f"{WEIGHTS} is damaged: not what was written (SHA-256)")
-    return _Source(tensors_from_bytes(content), described["categories"], parent)
-
-
-def _fit(detector: Detector, found: _Source, names: Sequence[str], source: str) -> Origin:
+def _fit(detector: Detector, initial: _InitWeights, names: Sequence[str], source: str) -> Origin:
     config, lines = detector.config, [f"weights from {source}"]
-    fitted: Mapping[str, Tensor] = found.weights
+    fitted: Mapping[str, Tensor] = initial.weights
     if config.regression == "fdr" and SCALE in fitted:
         fitted, report = rebin(fitted, reg_max=config.reg_max, reg_scale=config.reg_scale, up=config.up)
         if report.source != report.target:
             lines.append(str(report))
     rows = len(fitted[CLASS_ROWS]) - 1 if CLASS_ROWS in fitted else 0
-    known = found.names or _names_of(rows, names)
+    known = initial.names or _names_of(rows, names)
     if known is not None and list(known) != list(names):
         match = match_classes(known, names)
         fitted = transfer_classes(fitted, detector.state_dict(), match)
@@ -185,11 +184,11 @@ def _fit(detector: Detector, found: _Source, names: Sequence[str], source: str) 
     load_weights(detector, fitted)
     if not all(torch.isfinite(p).all() for p in detector.parameters()):
         raise ValueError("holds values that are not finite")
-    return Origin(tuple(lines), found.parent)
+    return Origin(tuple(lines), initial.parent)
 
 
 def _names_of(rows: int, names: Sequence[str]) -> Sequence[str | None] | None:
-    """Class names of a file that does not tell them."""
+    """Class names of a file that does not contain them, by their number."""
     if rows == len(coco_names()):
         return coco_names()
     if rows == len(objects365_names()):

@@ -35,6 +35,8 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray Train's controll
 
 @dataclass(frozen=True)
 class TrainResult:
+    """Result of a finished training."""
+
     run: str  # folder or URI
     step: int
     best_ap: float | None
@@ -44,6 +46,7 @@ class TrainResult:
     run_id: str | None  # in MLflow
 
     def summary(self) -> str:
+        """Describe the result in a few lines."""
         lines = [f"finished at step {self.step}; {self.skipped_steps} non-finite steps were skipped"]
         if self.numbers is not None:
             lines.append(f"best weights: AP {self.numbers['AP']:.3f}, AP50 {self.numbers['AP50']:.3f}")

@@ -184,7 +184,7 @@ def latency_ms(job: TrainJob, context: WorkerContext, state: TrainState) -> floa
     """Median latency of one image, in milliseconds, if the experiment asks for it."""
     if not job.experiment.evaluation.latency:
         return None
-    from pipeline.benchmark import measure, of_detector  # here: it would lengthen the start of every worker
+    from pipeline.benchmark import detector_subject, measure  # here: it would lengthen the start of every worker
 
     categories = job.data.train.manifest.categories
     loaded = LoadedDetector(
@@ -194,7 +194,7 @@ def latency_ms(job: TrainJob, context: WorkerContext, state: TrainState) -> floa
         job.run,
         context.device,
     )
-    return measure(of_detector(loaded), batches=(), seconds=LATENCY_SECONDS).latency_ms["p50"]
+    return measure(detector_subject(loaded), batch_sizes=(), seconds=LATENCY_SECONDS).latency_ms["p50"]
 
 
 def result_of(state: TrainState, report: EvaluationReport | None, run_id: str | None) -> dict[str, Any]:

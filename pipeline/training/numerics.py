@@ -92,6 +92,7 @@ class LossScale:
         self.finite_steps = torch.zeros((), device=device)
 
     def update(self, finite: Tensor) -> None:
+        """Adapt the scale to the outcome of a step."""
         if not self.enabled:
             return
         self.finite_steps.add_(1).mul_(finite)

@@ -1,4 +1,4 @@
-"""Before anything is started: does the cluster have what is asked for, and can every node reach the data and the storage?"""
+"""Checks before the start: the cluster has the requested resources, and every node reaches data and storage."""
 
 import os
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.manifest import ManifestError, load_shards
 from pipeline.training.schedule import BASE_BATCH_SIZE
 
-DECODING_CPUS = 1.0  # the least that is left for data tasks
+DECODING_CPUS = 1.0  # minimum left for data tasks
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a training asks of the cluster."""
+    """Resources that a training requests from the cluster."""
 
-    least: int  # workers
+    least: int  # number of workers
     most: int
     gpus: float  # per worker
-    per_worker: dict[str, float]
+    per_worker: dict[str, float]  # amount by resource
 
     def __str__(self) -> str:
         count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
@@ -31,7 +31,7 @@ class Request:
         return f"{count} worker(s), each with {each}"
 
     def micro_batch_size(self, experiment: Experiment) -> int | None:
-        """One that every number of workers can share; None where there is only one number.
+        """Micro-batch size that every number of workers can share; None for a fixed number of workers.
 
         Raises:
             ConfigError: there is none.
@@ -50,13 +50,14 @@ class Request:
 
 
 def request_for(cluster: Cluster, *, decodes: bool, asynchronous_evaluation: bool = False) -> Request:
-    """
+    """Resolve the cluster file against the running cluster.
+
     Args:
-        decodes: data tasks decode, and need cores of their own.
-        asynchronous_evaluation: so do evaluations beside the training.
+        decodes: data tasks decode images, and need CPUs of their own.
+        asynchronous_evaluation: evaluations run as tasks, and need resources of their own.
 
     Raises:
-        ConfigError: naming everything that the cluster lacks.
+        ConfigError: the cluster is too small; names everything that it lacks.
     """
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = cluster.gpus_per_worker
@@ -67,8 +68,8 @@ def request_for(cluster: Cluster, *, decodes: bool, asynchronous_evaluation: boo
     per_worker = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker, **({"GPU": gpus} if gpus else {})}
     request = Request(least, most, gpus, {name: amount for name, amount in per_worker.items() if amount})
     if not cluster.autoscaling:
-        beside = {"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus} if asynchronous_evaluation else {}
-        refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes, beside)
+        evaluation = {"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus} if asynchronous_evaluation else {}
+        refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes, evaluation)
     return request
 
 
@@ -77,37 +78,43 @@ def refuse_what_never_fits(
     total: dict[str, float],
     nodes: list[dict[str, float]],
     decodes: bool,
-    beside: Mapping[str, float] | None = None,
+    evaluation: Mapping[str, float] | None = None,
 ) -> None:
-    """Ray itself would wait for ever.
+    """Raise for a request that no node can ever serve; Ray itself would wait for ever.
 
     Args:
-        beside: what an evaluation beside the training asks for.
+        total: resources of the whole cluster.
+        nodes: resources of each node.
+        decodes: data tasks need CPUs of their own.
+        evaluation: resources of an asynchronous evaluation.
+
+    Raises:
+        ConfigError: names every resource that is missing.
     """
     problems = []
     for name, amount in request.per_worker.items():
         reserved = DECODING_CPUS if name == "CPU" and decodes else 0.0
-        evaluating = (beside or {}).get(name, 0.0)
-        needed, there = request.least * amount + reserved + evaluating, total.get(name, 0.0)
-        if needed > there:
-            for_data = f" and {reserved:g} for decoding" if reserved else ""
-            for_data += f" and {evaluating:g} for evaluation beside" if evaluating else ""
-            problems.append(f"{name}: {request.least} x {amount:g}{for_data} are asked for, the cluster has {there:g}")
+        evaluating = (evaluation or {}).get(name, 0.0)
+        needed, available = request.least * amount + reserved + evaluating, total.get(name, 0.0)
+        if needed > available:
+            more = f" and {reserved:g} for decoding" if reserved else ""
+            more += f" and {evaluating:g} for asynchronous evaluation" if evaluating else ""
+            problems.append(f"{name}: {request.least} x {amount:g}{more} are requested, the cluster has {available:g}")
         elif not any(node.get(name, 0.0) >= amount for node in nodes):
-            problems.append(f"{name}: a worker asks for {amount:g}, no node has so much")
+            problems.append(f"{name}: a worker requests {amount:g}, no node has that much")
     if problems:
-        ways = "lower `workers` or what each asks for in the cluster file, or set autoscaling: true if nodes will come"
-        more = "; data.decode_in=worker needs no cores for decoding" if decodes else ""
-        raise ConfigError("\n  ".join(["the cluster is too small:", *problems, ways + more]))
+        ways = "lower `workers` or their resources in the cluster file, or set autoscaling: true if nodes will be added"
+        without_tasks = "; data.decode_in=worker needs no CPUs for decoding" if decodes else ""
+        raise ConfigError("\n  ".join(["the cluster is too small:", *problems, ways + without_tasks]))
 
 
 def problems_on_nodes(run: str, manifests: list[str]) -> list[str]:
-    """What nodes cannot do: see the run's folder and write to it, read the data."""
+    """Check on every node that it sees the run's folder, can write to it, and can read the data."""
     probe = storage.join(run, ".preflight")
     storage.write_atomic(probe, b"")
     nodes = _nodes()
     if len(nodes) == 1:
-        return []  # this one, which has just done both
+        return []  # this node, which has just written
     check = ray.remote(num_cpus=0)(_problems_here)
     tasks = [
         check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
@@ -118,8 +125,8 @@ def problems_on_nodes(run: str, manifests: list[str]) -> list[str]:
     found: list[list[str]] = ray.get(tasks)
     return [
         f"node {node['NodeManagerHostname']}: {problem}"
-        for node, those in zip(nodes, found, strict=True)
-        for problem in those
+        for node, problems in zip(nodes, found, strict=True)
+        for problem in problems
     ]
 
 
@@ -146,7 +153,7 @@ def _problems_here(run: str, manifests: list[str]) -> list[str]:
 
 
 def cpu_threads(request: Request) -> int | None:
-    """Of PyTorch in each worker, where it computes on the CPU; None leaves it to PyTorch."""
+    """PyTorch threads of a worker on the CPU: an equal share of the cores. None on GPUs leaves it to PyTorch."""
     if request.gpus:
         return None
     return max(1, (os.cpu_count() or 1) // request.most)

@@ -19,6 +19,8 @@ from pipeline.training.nonfinite import ABOUT, MODEL, rank_file
 
 @dataclass(frozen=True)
 class ReplayedImage:
+    """Losses of one image of a kept step, run on its own."""
+
     rank: int
     micro_batch: int
     image_id: int
@@ -28,6 +30,7 @@ class ReplayedImage:
 
     @property
     def finite(self) -> bool:
+        """Whether all losses and gradients were finite."""
         return all(value - value == 0 for value in self.terms.values()) and self.gradient_of is None
 
     def __str__(self) -> str:
@@ -104,7 +107,7 @@ def _first_bad_output(detector: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
                 found.append(name)
 

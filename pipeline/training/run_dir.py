@@ -27,6 +27,7 @@ from pipeline.training import checkpoint
 from pipeline.training.context import ResolvedData
 
 RUN_START = "run.json"
+SWEEP_START = "sweep.json"  # in the folder of a sweep
 DRIVER = "driver.json"
 RESULT = "result.json"
 HEARTBEAT_SECONDS = 10.0
@@ -49,6 +50,8 @@ PATHS = ("data.train", "data.val")  # compared by digest
 
 @dataclass(frozen=True)
 class RunStart:
+    """Facts of an existing run that a continuing start takes over."""
+
     tracking_key: str  # finds the MLflow run
     micro_batch_size: int | None  # as in the newest checkpoint; None at the first start
 
@@ -112,7 +115,7 @@ def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:
 
 
 def get_or_make_key(folder: str) -> str:
-    """Tracking key of a run's, chain's or sweep's folder; made at the first call."""
+    """Tracking key of a run's or chain's folder; made at the first call."""
     if (key := key_of(folder)) is None:
         key = uuid.uuid4().hex
         storage.write_atomic(storage.join(folder, RUN_START), json.dumps({"tracking_key": key}).encode())
@@ -127,9 +130,12 @@ def outbox_folder(run: str, key: str) -> Path:
 
 
 def key_of(run: str) -> str | None:
-    """Tracking key of a run's folder; None if it is no run's folder."""
-    path = storage.join(run, RUN_START)
-    return storage.read_json(path, "tracking_key")["tracking_key"] if storage.exists(path) else None
+    """Tracking key of the folder of a run, chain or sweep; None if it is none of these."""
+    for start in (RUN_START, SWEEP_START):
+        if storage.exists(path := storage.join(run, start)):
+            key: str = storage.read_json(path, "tracking_key")["tracking_key"]
+            return key
+    return None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -152,7 +158,7 @@ def _last_micro_batch(run: str) -> int | None:
     folder = storage.join(run, "checkpoints")
     for step in reversed(checkpoint.steps_in(folder)):
         try:
-            return checkpoint.read_metadata(storage.join(folder, checkpoint.folder_name(step))).micro_batch_size
+            return checkpoint.read_metadata(storage.join(folder, checkpoint.step_folder(step))).micro_batch_size
         except checkpoint.CheckpointError:
             continue
     return None

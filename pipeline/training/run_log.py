@@ -46,6 +46,7 @@ class MetricMeter:
     started_at: float = field(default_factory=time.perf_counter)
 
     def add(self, result: StepResult, waited_s: float) -> None:
+        """Add the losses of a step, and the time it waited for data."""
         values = {**result.terms, "loss": result.loss, "grad_norm": result.grad_norm}
         for name, value in values.items():
             finite_value = torch.where(result.finite, value, 0)
@@ -220,7 +221,7 @@ class RunLog:
             images: name and PNG.
         """
         self._context.print(f"evaluation, {title}\n{report.table()}")
-        folder = storage.join(self._job.run, "evaluation", "final" if final else checkpoint.folder_name(step))
+        folder = storage.join(self._job.run, "evaluation", "final" if final else checkpoint.step_folder(step))
         report.write(folder)
         if self._tracker is not None:
             self._tracker.metrics(report.metrics("final" if final else "val"), step)

@@ -1,57 +1,68 @@
-"""What follows from the length of a run: its steps, stages, warm-ups, rates and evaluations, as plain arithmetic.
+"""Steps, stages, warm-ups, rates and evaluations of a run, derived by plain arithmetic from its length and batch.
 
-A user says how long (`schedule.epochs`) and how large the batch is; the rest scales with these unless it is given.
+A user chooses `schedule.epochs` and the batch; everything else scales with these unless it is given.
 """
 
 from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
-from dfine_core.learning_rate import learning_rate_factor
 from pipeline.config import ConfigError, Experiment
 
-BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # of the published recipes
-CLEAN_SHARE = 0.09  # of the epochs, at the end; the published recipes spend 0.075 to 0.17 so
-EMA_HORIZON_SHARE = 0.2  # of the run that the average looks back over at most, lest it is still the start at the end
+BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
+NO_AUG_SHARE = 0.09  # last share of the epochs; 0.075 to 0.17 in the published recipes
+EMA_HORIZON_SHARE = 0.2  # EMA horizon is at most this share of the run, so that short runs forget the initial weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    images: int  # of the training set
+    """Derived schedule of a run; the same for any number of workers."""
+
+    images: int  # in the training set
     global_batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int  # images per forward pass of a worker
     steps_per_epoch: int
     steps: int
-    strong_epochs: int | None  # strong augmentation and multi-scale end before this epoch; None: they never do
-    stage_two_step: int | None  # the first without strong augmentation
+    strong_epochs: int | None  # strong augmentation and multi-scale end before this epoch; None: never
+    stage_two_step: int | None  # first step without strong augmentation
     warmup_steps: int
-    min_lr_ratio: float
+    min_lr_ratio: float  # final / initial learning rate
     ema_decay: float
     ema_warmup_steps: int
-    evaluation_steps: int  # from one evaluation to the next
+    evaluation_steps: int  # steps between two evaluations
     optimizer: OptimizerConfig
 
     @property
     def epochs(self) -> float:
+        """Length of the run in epochs."""
         return self.steps / self.steps_per_epoch
 
     def accumulation(self, workers: int) -> int:
-        """Micro-batches of a step that each worker goes through."""
+        """Micro-batches per step on each worker."""
         return self.global_batch_size // self.micro_batch_size // workers
 
     def learning_rate_factor(self, step: int) -> float:
+        """Factor on the initial learning rates in the step after `step` steps."""
+        from dfine_core.optim import learning_rate_factor  # here: commands derive a schedule without loading torch
+
         return learning_rate_factor(
             step, warmup_steps=self.warmup_steps, total_steps=self.steps, min_lr_ratio=self.min_lr_ratio
         )
 
     def is_strong(self, step: int) -> bool:
+        """Whether the step after `step` steps belongs to stage one, with strong augmentation."""
         return self.stage_two_step is None or step < self.stage_two_step
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether there is an evaluation when `step` steps are done."""
+        """Whether the weights are evaluated after `step` steps."""
         return step == self.steps or (step > 0 and step % self.evaluation_steps == 0)
 
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations of the whole run."""
+        return _evaluations(self.steps, self.evaluation_steps)
+
     def lines(self) -> list[str]:
-        """For a person, one fact each."""
+        """Describe the schedule, one fact per line."""
         stage_two = (
             "none" if self.stage_two_step is None else f"from epoch {self.strong_epochs}, step {self.stage_two_step}"
         )
@@ -64,18 +75,19 @@ class Schedule:
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
-            f"evaluations: every {self.evaluation_steps} steps, {-(-self.steps // self.evaluation_steps)} in all",
+            f"evaluations: every {self.evaluation_steps} steps, {self.evaluations} in all",
         ]
 
 
 def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_size: int | None = None) -> Schedule:
-    """
+    """Derive the schedule of an experiment.
+
     Args:
-        images: of the training set.
-        micro_batch_size: of the run that is continued; the experiment's own comes first.
+        images: number of training images.
+        micro_batch_size: size in the run that is continued; the experiment's own takes precedence.
 
     Raises:
-        ConfigError: for a batch that the data or the workers cannot make, with the nearest that they can.
+        ConfigError: the data or the workers cannot form the batch; names the nearest that they can.
     """
     given, variant = experiment.schedule, experiment.model.variant
     global_batch_size = given.global_batch_size or BASE_BATCH_SIZE[variant]
@@ -88,8 +100,8 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         )
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
     epochs = -(-steps // steps_per_epoch)
-    clean = given.no_aug_epochs if given.no_aug_epochs is not None else round(CLEAN_SHARE * epochs)
-    strong_epochs = epochs - clean if clean else None
+    no_aug = given.no_aug_epochs if given.no_aug_epochs is not None else round(NO_AUG_SHARE * epochs)
+    strong_epochs = epochs - no_aug if no_aug else None
 
     scale = global_batch_size / (experiment.optimizer.base_batch_size or BASE_BATCH_SIZE[variant])
     warmup = given.warmup_steps
@@ -111,16 +123,31 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     )
 
 
+def evaluations_without_data(experiment: Experiment) -> int | None:
+    """Number of evaluations of the whole run; None if it depends on the number of images."""
+    length, evaluation = experiment.schedule, experiment.evaluation
+    if length.epochs and not evaluation.every_steps:
+        return _evaluations(length.epochs, evaluation.every_epochs)
+    if length.steps and evaluation.every_steps:
+        return _evaluations(length.steps, evaluation.every_steps)
+    return None
+
+
+def _evaluations(length: int, interval: int) -> int:
+    """One at the end of each interval, and one at the end of the run."""
+    return -(-length // interval)
+
+
 def ema_horizon(scale: float, steps: int) -> float:
-    """The published decay of .9999 for `scale` times its batch, and less where a run is too short to follow it."""
+    """EMA decay: the published .9999, adapted to `scale` times its batch, and less for runs too short for it."""
     return max(0.0, 1 - max(1e-4 * scale, 1 / max(1.0, EMA_HORIZON_SHARE * steps)))
 
 
 def divided(global_batch_size: int, micro_batch_size: int | None, workers: int) -> int:
-    """The micro-batch with which `workers` share a global batch evenly.
+    """Micro-batch size with which `workers` share a global batch evenly.
 
     Raises:
-        ConfigError: naming the nearest global batches, or the micro-batches that fit.
+        ConfigError: there is none; names the nearest global batches, or the micro-batch sizes that fit.
     """
     if global_batch_size % workers:
         below, above = nearest_below(global_batch_size, workers), -(-global_batch_size // workers) * workers
@@ -144,4 +171,5 @@ def divided(global_batch_size: int, micro_batch_size: int | None, workers: int) 
 
 
 def nearest_below(batch: int, workers: int) -> int:
+    """Largest global batch up to `batch` that `workers` share evenly."""
     return batch // workers * workers

@@ -49,6 +49,7 @@ class TrainState:
     parent: dict[str, str] = field(default_factory=dict)  # source of the initial weights
 
     def autocast(self) -> AbstractContextManager[None]:
+        """Autocast region of the run's precision."""
         if self.precision == "fp32":
             return nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dfine_core import Targets
 from dfine_core.loss.criterion import Normalizers, count
 from dfine_core.loss.matching import Matches
-from dfine_core.model.denoising import draw_for
+from dfine_core.model.denoising import sample_queries_for
 from dfine_core.structures import DenoisingQueries
 from pipeline.data.augment.photometric import photometric_distort, resize_images
 from pipeline.data.stream.batch import Batch
@@ -63,7 +63,7 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
         images = images.contiguous(memory_format=torch.channels_last)
     generator = torch.Generator(state.device)
     generator.manual_seed(int(np.random.SeedSequence((seed, batch.step, batch.micro_batch)).generate_state(1)[0]))
-    return MicroBatch(images, targets, draw_for(config, targets, generator))
+    return MicroBatch(images, targets, sample_queries_for(config, targets, generator))
 
 
 def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepResult:

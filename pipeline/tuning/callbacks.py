@@ -1,87 +1,104 @@
-"""How trials ended, told to their MLflow runs by a thread: a server that hangs holds no trial up."""
+"""Reactions to Tune's events: records, the console, and the final status of each trial in MLflow."""
 
 import logging
+import sys
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.tune import Callback
 
 from pipeline import storage
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
-from pipeline.tuning.curves import ENDED, TrialSettings, runs_folder
-from pipeline.tuning.records import TrialRecord
-from pipeline.tuning.sweep import tracking_of
-from pipeline.tuning.trial_store import Ledger
+from pipeline.tuning.analysis.factors import point_text
+from pipeline.tuning.sweep import Trial, tracking_of
+from pipeline.tuning.trial_files import TrialSettings, runs_folder
+from pipeline.tuning.trial_records import ENDED, STATUSES, TrialRecord
+from pipeline.tuning.trial_store import TrialStore
 
-AGAIN_S = 5.0  # between two looks at trials whose last process is still ending
-DELIVERED_WITHIN_S = 10.0  # to a server that answers
+LOG_INTERVAL_S = 30.0  # between two lines of a job's log
+RETRY_S = 5.0  # between two attempts for a trial whose last process is still ending
+DELIVERY_TIMEOUT_S = 10.0  # per trial
 MLFLOW_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 logger = logging.getLogger(__name__)
 
 
-class Closing:
-    """The thread. Trials of an earlier start that were not told then are told now."""
+# MLflow
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._untold = {record.id for record in ledger.records.values() if record.status in ENDED and not record.run_id}
+
+class TrialStatusReporter:
+    """Background thread that writes each trial's final status to MLflow, so that a slow server never blocks a trial.
+
+    Trials of an earlier start whose status is not in MLflow yet are reported too.
+    """
+
+    def __init__(self, store: TrialStore) -> None:
+        self._store = store
+        self._pending = {r.id for r in store.records.values() if r.status in ENDED and not r.run_id}
         self._changed = threading.Condition()
         self._stopped = False
-        self._thread = threading.Thread(target=self._work, name="closing", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="trial status reporter", daemon=True)
         self._thread.start()
 
-    def tell(self, trial_id: str) -> None:
-        """Soon: this returns at once."""
+    def submit(self, trial_id: str) -> None:
+        """Queue the status of an ended trial, and return at once."""
         with self._changed:
-            self._untold.add(trial_id)
+            self._pending.add(trial_id)
             self._changed.notify_all()
 
-    def finish(self, timeout: float) -> int:
-        """Wait for those that are left, at most `timeout` seconds; the number of those that still are."""
+    def drain(self, timeout: float) -> int:
+        """Wait at most `timeout` seconds for queued trials, stop, and return the number of trials that are left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._untold, timeout)
+            self._changed.wait_for(lambda: not self._pending, timeout)
             self._stopped = True
             self._changed.notify_all()
-            left = len(self._untold)
+            left = len(self._pending)
         if left:
-            logger.warning("MLflow was not told how %d trial(s) ended; the next start of the sweep tells it", left)
+            logger.warning(
+                "the final status of %d trial(s) is not in MLflow yet; the next start of the sweep writes it", left
+            )
         return left
 
     def _work(self) -> None:
-        tried: dict[str, float] = {}
+        attempted_at: dict[str, float] = {}
         while True:
+            # Wait for a trial that is new, or whose last attempt was long enough ago.
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped or _due(self._untold, tried) is not None, AGAIN_S)
-                trial_id = _due(self._untold, tried)
+                self._changed.wait_for(lambda: self._stopped or _due(self._pending, attempted_at) is not None, RETRY_S)
+                trial_id = _due(self._pending, attempted_at)
                 if self._stopped:
                     return
             if trial_id is None:
                 continue
-            tried[trial_id] = time.monotonic()
-            if _told(self._ledger, trial_id):
+            # The lock is not held here: the server may be slow.
+            attempted_at[trial_id] = time.monotonic()
+            if _report_status(self._store, trial_id):
                 with self._changed:
-                    self._untold.discard(trial_id)
+                    self._pending.discard(trial_id)
                     self._changed.notify_all()
 
 
-def _due(untold: set[str], tried: dict[str, float]) -> str | None:
+def _due(pending: set[str], attempted_at: dict[str, float]) -> str | None:
     now = time.monotonic()
-    return next((name for name in sorted(untold) if now - tried.get(name, -AGAIN_S) >= AGAIN_S), None)
+    return next((name for name in sorted(pending) if now - attempted_at.get(name, -RETRY_S) >= RETRY_S), None)
 
 
-def _told(ledger: Ledger, trial_id: str) -> bool:
-    """Whether nothing is left to tell of this trial."""
-    run = storage.join(runs_folder(ledger.settings.folder), trial_id)
+def _report_status(store: TrialStore, trial_id: str) -> bool:
+    """Write the status of a trial to MLflow; False if it must be tried again."""
+    run = storage.join(runs_folder(store.settings.folder), trial_id)
     try:
         key = run_dir.key_of(run)
         if key is None:
-            return True  # it ended before it was a run
-        run_id = _close_run(ledger.settings, run, key, ledger.records[trial_id])
-    except (RuntimeError, OSError, ValueError):  # its last process is still ending, or has left half a file
+            return True  # it ended before its training began
+        run_id = _close_run(store.settings, run, key, store.records[trial_id])
+    except (RuntimeError, OSError, ValueError):  # its last process is still ending, or left an incomplete file
         return False
     if run_id is not None:
-        ledger.told(trial_id, run_id)
+        store.set_run_id(trial_id, run_id)
     return run_id is not None
 
 
@@ -95,7 +112,103 @@ def _close_run(settings: TrialSettings, run: str, key: str, record: TrialRecord)
         parent_run_id=settings.parent_run_id,
     )
     with Tracker(run_dir.outbox_folder(run, key), tracking) as tracker:
-        told = {"status": record.status, "rung": record.rung, "reason": record.reason, **record.cost}
-        tracker.tags({f"trial.{name}": str(value) for name, value in told.items() if value not in (None, "")})
+        facts = {"status": record.status, "rung": record.rung, "reason": record.reason, **record.cost}
+        tracker.tags({f"trial.{name}": str(value) for name, value in facts.items() if value not in (None, "")})
         tracker.finish(MLFLOW_STATUS[record.status])  # type: ignore[arg-type]
-        return tracker.run_id if tracker.flush(DELIVERED_WITHIN_S) else None
+        return tracker.run_id if tracker.flush(DELIVERY_TIMEOUT_S) else None
+
+
+# Records and console
+
+
+class ProgressCallback(Callback):
+    """Callback that keeps the records up to date and shows them. It runs in Tune's loop, so nothing in it blocks."""
+
+    def __init__(self, store: TrialStore, reporter: TrialStatusReporter, total: str) -> None:
+        self._store, self._reporter, self._total = store, reporter, total
+        self._ended_before = {
+            record.id for record in store.ordered() if record.status in ENDED
+        }  # ids from earlier starts
+        self._shown_at, self._lines = 0.0, 0
+        self._began_at = time.time()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Tune pickles its callbacks, but a sweep continues from its own files."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Mark the trial as running."""
+        self._store.begin(_trial_of(trial))
+        self._show()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """Update the record of the trial."""
+        self._store.refresh(_trial_of(trial))
+        self._show()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record the end of the trial."""
+        self._end(self._store.finish(_trial_of(trial), failed=False))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record the failure of the trial, and print its reason."""
+        record = self._store.finish(_trial_of(trial), failed=True)
+        _print(f"{record.id} failed: {record.reason}; see logs/{record.id}.log")
+        self._end(record)
+
+    def _end(self, record: TrialRecord) -> None:
+        if record.id not in self._ended_before:
+            self._reporter.submit(record.id)
+            self._show(now=True)
+
+    def _show(self, now: bool = False) -> None:
+        """Redraw the table in a terminal; print a line from time to time in a log."""
+        if not now and time.time() - self._shown_at < (1.0 if sys.stdout.isatty() else LOG_INTERVAL_S):
+            return
+        self._shown_at = time.time()
+        records, metric = self._store.ordered(), self._store.settings.sweep.metric
+        summary = summary_line(records, metric, self._total, time.time() - self._began_at)
+        if not sys.stdout.isatty():
+            _print(summary)
+            return
+        lines = [*trial_lines(records, metric), summary]
+        _print("\x1b[A\x1b[2K" * self._lines + "\n".join(lines))  # go up, and clear the lines of the last table
+        self._lines = len(lines)
+
+
+def trial_lines(records: Sequence[TrialRecord], metric: str, most: int = 12) -> list[str]:
+    """Lines of the running trials, and of those that ended last."""
+    running = [record for record in records if record.status == "running"]
+    rest = [record for record in records if record.status != "running"]
+    chosen = sorted([*running, *rest[-(most - len(running)) :]], key=lambda record: record.number)[-most:]
+    return [
+        f"{record.number:4} {record.phase:9} {record.status:11} {_metric_text(record, metric):>8} {record.cost_s:7.0f} s "
+        f" {point_text(record.point)}"[:118]
+        for record in chosen
+    ]
+
+
+def summary_line(records: Sequence[TrialRecord], metric: str, total: str, seconds: float) -> str:
+    """Number of trials by status, time, and range of the metric."""
+    counts = ", ".join(f"{n} {status}" for status in STATUSES if (n := sum(r.status == status for r in records)))
+    values = [value for record in records if (value := _latest(record, metric)) is not None]
+    span = f"; {metric} so far {min(values):.3f} to {max(values):.3f}" if values else ""
+    return f"{counts or 'no trial yet'} of {total}, {seconds / 60:.0f} min{span}"
+
+
+def _metric_text(record: TrialRecord, metric: str) -> str:
+    value = _latest(record, metric)
+    return "" if value is None else f"{value:.4f}"
+
+
+def _latest(record: TrialRecord, metric: str) -> float | None:
+    """Final value of a finished trial, otherwise the value of its last evaluation."""
+    return record.result(metric) if record.status == "finished" else record.at(len(record.curve), metric)
+
+
+def _trial_of(tune_trial: Any) -> Trial:
+    return Trial(**tune_trial.config["trial"])
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -1,11 +1,11 @@
-"""A sweep from its file to its verdict: the default, a search that stops what is bad, then chosen points at full length.
+"""The driver of a sweep: search with early stopping, confirmation of the best points at full length, report.
 
 <storage>/<name>/
-    run.json      what the sweep began with
-    trials/       one record per trial, see `Ledger`
-    curves/       evaluations of each, written by the trials
-    runs/         the trials' own folders, as of any training
-    logs/         what each trial said
+    sweep.json    the sweep and the digests of its data at the first start
+    trials/       one record per trial, see `TrialStore`
+    curves/       evaluations of each trial, written by the trial itself
+    runs/         run folders of the trials, as of any training
+    logs/         console output of each trial
     report.html   records.json   promoted.yaml
 """
 
@@ -13,18 +13,19 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.config_files import check, dump, load_cluster
-from pipeline.data.shards.manifest import load_shards
+from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
@@ -35,28 +36,34 @@ from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
+from pipeline.training.context import ResolvedData, resolve_data
 from pipeline.training.init_weights import materialize_init
 from pipeline.training.preflight import DECODING_CPUS
 from pipeline.training.run_log import dataset_input
-from pipeline.tuning.analysis.sweep_report import BINS, SweepReport, as_html, draw, make_report, table
-from pipeline.tuning.analysis.verdict import as_text, top_points
-from pipeline.tuning.callbacks import Closing
-from pipeline.tuning.curves import ENDED, EVALUATION, TrialSettings, saying_why
-from pipeline.tuning.resources import place
-from pipeline.tuning.searcher import Listed, Points
+from pipeline.tuning.analysis.sweep_report import BINS, SweepReport, draw_figures, make_report, report_page, trial_table
+from pipeline.tuning.analysis.verdict import top_points, verdict_text
+from pipeline.tuning.callbacks import ProgressCallback, TrialStatusReporter
+from pipeline.tuning.resources import place_trials
+from pipeline.tuning.schedulers import make_scheduler
+from pipeline.tuning.searcher import FixedTrials, SpaceSearcher
 from pipeline.tuning.space import grid_size
 from pipeline.tuning.sweep import LATENCY, Sweep, confirm_trials, default_point, replicate_trials, tracking_of
-from pipeline.tuning.trial import DRIVER, evaluations_in, run_trial
-from pipeline.tuning.trial_store import Ledger
-from pipeline.tuning.watcher import Watcher
+from pipeline.tuning.trial import DRIVER, run_trial
+from pipeline.tuning.trial_files import TrialSettings, record_failure
+from pipeline.tuning.trial_records import ENDED
+from pipeline.tuning.trial_store import TrialStore
 
 SOURCE = "jobs/tune.py"
-REACHED_WITHIN_S = 30.0  # MLflow, to give the sweep's run an id that its trials can name as their parent
-CLOSING_S = 30.0  # given to the last processes of stopped trials, and to MLflow to hear of them
-# What may change between two starts: how long, how much beside each other, where it is recorded.
-NEUTRAL = ("storage", "trials", "hours", "together", "confirm", "replicates", "cluster", "tracking", "base.tracking")
 REPORT = "report.html"
-# The ledger keeps and shows. A trial ends without a metric when its last evaluation is its first: the ledger has it.
+RUN_ID_TIMEOUT_S = 30.0  # for MLflow to create the sweep's run, which the trials name as their parent
+DRAIN_TIMEOUT_S = 30.0  # for the last processes of stopped trials to end, and for MLflow to receive their status
+# Keys that may change between two starts: budget, resources, tracking.
+NEUTRAL = (
+    *("storage", "trials", "hours", "max_concurrent_trials", "confirm", "replicates", "cluster"),
+    *("tracking", "base.tracking"),
+)
+# Records and console are this project's own. A trial whose only evaluation is its last ends without a metric in Tune, which
+# the strict check would not accept; `TrialStore` has its result.
 QUIET_TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -65,71 +72,95 @@ QUIET_TUNE = {
 
 
 class SweepInterruptedError(UserError):
-    """The sweep was stopped before its end; its folder is whole."""
+    """The sweep was stopped before its end; its folder is intact."""
 
     exit_code = 130
 
 
 @dataclass(frozen=True)
-class SweepOutcome:
+class SweepResult:
+    """A sweep that came to its end."""
+
     folder: str
     report: SweepReport
     tracking: TrackingSettings
 
     def summary(self) -> str:
-        lines = [as_text(self.report.verdict), f"report: {storage.join(self.folder, REPORT)}"]
-        return "\n".join([*lines, f"record: {self.tracking.shown_uri}, run {self.report.sweep.name}"])
+        """Verdict, path of the report, and MLflow run, for the console."""
+        lines = [verdict_text(self.report.verdict), f"report: {storage.join(self.folder, REPORT)}"]
+        return "\n".join([*lines, f"MLflow: {self.tracking.shown_uri}, run {self.report.sweep.name}"])
 
 
-def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> SweepOutcome:
-    """Do what is not done yet.
+@dataclass(frozen=True)
+class SweepContext:
+    """State that the phases of a sweep share."""
+
+    settings: TrialSettings
+    store: TrialStore
+    reporter: TrialStatusReporter
+    trainable: Callable[..., None]
+    max_concurrent_trials: int
+
+
+def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> SweepResult:
+    """Run a sweep, or continue it: trials that have ended are not repeated.
 
     Args:
-        trainable: what a trial does; simulations put something shorter here.
+        trainable: the work of one trial; simulations pass a shorter one.
 
     Raises:
-        ConfigError: it cannot run, or was begun as another sweep.
-        SweepInterruptedError: by Ctrl-C or SIGTERM.
+        ConfigError: the sweep cannot run, or its name belongs to another sweep.
+        SweepInterruptedError: Ctrl-C or SIGTERM.
     """
+    # 1. Check tracking and data, before anything starts.
     tracking = TrackingSettings.resolve(
         sweep.storage,
         experiment=tracking_of(sweep).experiment,
         run_name=sweep.name or "sweep",
         uri=tracking_of(sweep).uri,
     )
-    for use in ("train", "val"):
-        refuse_changed_files(load_shards(sweep.base["data"][use]))
+    data = resolve_data(check(Experiment, sweep.base, source=sweep.experiment).data)
+    for shards in _shard_sets(data).values():
+        refuse_changed_files(shards)
+
+    # 2. Decide how many trials run at once.
     start_ray(dashboard=True)
-    cluster, together = placed(sweep)
+    cluster, max_concurrent_trials = plan_resources(sweep)
+
+    # 3. Begin or continue, under the lock of the sweep's folder.
     folder = storage.join(sweep.storage, sweep.name or "sweep")
     with run_dir.driver_lock(folder):
-        key = _begin_or_continue(folder, sweep)
+        key = _begin_or_continue(folder, sweep, data)
         tracking = replace(tracking, run_key=key)
         with Tracker(run_dir.outbox_folder(folder, key), tracking) as tracker:
-            _begin_record(tracker, sweep, folder)
-            begun = as_trials_see_it(sweep, folder, tracking.uri)
-            settings = TrialSettings(begun, folder, cluster, tracking.uri, tracker.wait_for_run_id(REACHED_WITHIN_S))
-            ledger = Ledger(settings)
-            closing = Closing(ledger)
+            _begin_mlflow_run(tracker, sweep, data, folder)
+            pinned = sweep_for_trials(sweep, folder, tracking.uri)
+            parent_run_id = tracker.wait_for_run_id(RUN_ID_TIMEOUT_S)
+            settings = TrialSettings(pinned, folder, cluster, tracking.uri, parent_run_id)
+            store = TrialStore(settings)
+            reporter = TrialStatusReporter(store)
+            context = SweepContext(settings, store, reporter, trainable, max_concurrent_trials)
+
+            # 4. Both phases. The report is written however they end.
             try:
-                _search(settings, ledger, closing, together, trainable)
-                _confirm(settings, ledger, closing, together, trainable)
+                _search(context)
+                _confirm(context)
             except BaseException as error:
                 tracker.finish("KILLED" if isinstance(error, SweepInterruptedError | KeyboardInterrupt) else "FAILED")
                 raise
             finally:
-                closing.finish(CLOSING_S)
-                report = make_report(sweep, ledger.ordered(), _bins(begun.init))
-                _write(report, ledger, tracker)
+                reporter.drain(DRAIN_TIMEOUT_S)
+                report = make_report(sweep, store.ordered(), _detector_bins(pinned.init))
+                _write_report(report, store, tracker)
             tracker.finish("FINISHED")
-    return SweepOutcome(folder, report, tracking)
+    return SweepResult(folder, report, tracking)
 
 
-def placed(sweep: Sweep) -> tuple[Cluster, int]:
-    """The cluster as one trial may use it, and how many trials run at once."""
+def plan_resources(sweep: Sweep) -> tuple[Cluster, int]:
+    """Cluster settings of one trial, and the number of trials that run at once."""
     cluster = load_cluster(sweep.cluster)
     decodes = sweep.base.get("data", {}).get("decode_in", "task") == "task"
-    placement = place(
+    placement = place_trials(
         sweep,
         cluster,
         ray.cluster_resources(),  # type: ignore[no-untyped-call]
@@ -139,189 +170,170 @@ def placed(sweep: Sweep) -> tuple[Cluster, int]:
     )
     if placement.message:
         print(placement.message, flush=True)
-    of_trial = cluster.model_copy(
+    workers = placement.max_concurrent_trials * placement.workers
+    trial_cluster = cluster.model_copy(
         update={
             "workers": placement.workers,
             "cpus_per_worker": placement.per_worker.get("CPU", 0.0),
             "gpus_per_worker": placement.per_worker.get("GPU", 0.0),
-            "threads_per_worker": cluster.threads_per_worker or _threads(placement.together * placement.workers),
+            "threads_per_worker": cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // workers),
         }
     )
-    return of_trial, placement.together
-
-
-def _threads(workers: int) -> int:
-    return max(1, (os.cpu_count() or 1) // workers)
+    return trial_cluster, placement.max_concurrent_trials
 
 
 # Phases
 
 
-def _search(
-    settings: TrialSettings, ledger: Ledger, closing: Closing, together: int, trainable: Callable[..., None]
-) -> None:
-    sweep = settings.sweep
-    ends_at = _began_at(settings.folder) + 3600 * sweep.hours if sweep.hours else float("inf")
+def _search(context: SweepContext) -> None:
+    """Search the space, with early stopping."""
+    sweep, store = context.settings.sweep, context.store
+    ends_at = _began_at(context.settings.folder) + 3600 * sweep.hours if sweep.hours else float("inf")
     default = replicate_trials(sweep)[:1]  # one is enough to compare with; several would crowd points out of the rungs
-    searcher = Points(sweep, default, ledger.ordered(), ledger.settle, ends_at)
+    searcher = SpaceSearcher(sweep, default, store.ordered(), store.finish, ends_at)
     points = sweep.trials or (grid_size(sweep.space) if sweep.searcher.kind == "grid" else None)
     total = f"{points * sweep.seeds_per_point + len(default)}" if points else f"{sweep.hours:g} h of trials"
-    _fit(
-        settings, ledger, closing, trainable, searcher, scheduler_of(settings), together, f"{total} before confirmation"
-    )
+    _run_trials(context, searcher, make_scheduler(context.settings), f"{total} before confirmation")
 
 
-def _confirm(
-    settings: TrialSettings, ledger: Ledger, closing: Closing, together: int, trainable: Callable[..., None]
-) -> None:
-    """The default and the points that looked best, at full length and with seeds that chose nothing."""
-    sweep = settings.sweep
+def _confirm(context: SweepContext) -> None:
+    """Train the default and the best points of the search at full length, with fresh seeds."""
+    sweep, records = context.settings.sweep, context.store.records
     best = top_points(
-        ledger.ordered(),
+        context.store.ordered(),
         default_point(sweep),
         sweep.metric,
         count=sweep.confirm.top,
         mode=sweep.mode,
         latency=LATENCY in sweep.objectives,
     )
-    records = ledger.records
-    left = [
+    trials = [
         trial
         for trial in [*replicate_trials(sweep), *confirm_trials(sweep, best)]
         if trial.id not in records or records[trial.id].status not in ENDED
     ]
-    if left:
-        total = f"{len(ledger.records) + len(left)}"
-        _fit(settings, ledger, closing, trainable, Listed(left, ledger.settle), FIFOScheduler(), together, total)  # type: ignore[no-untyped-call]
+    if trials:
+        scheduler = FIFOScheduler()  # type: ignore[no-untyped-call]
+        total = f"{len(records) + len(trials)}"
+        _run_trials(context, FixedTrials(trials, context.store.finish), scheduler, total)
 
 
-def _fit(
-    settings: TrialSettings,
-    ledger: Ledger,
-    closing: Closing,
-    trainable: Callable[..., None],
-    searcher: Points | Listed,
-    scheduler: TrialScheduler,
-    together: int,
-    total: str,
+def _run_trials(
+    context: SweepContext, searcher: SpaceSearcher | FixedTrials, scheduler: TrialScheduler, total: str
 ) -> None:
+    """Run trials with Ray Tune until the searcher has no more.
+
+    Args:
+        total: expected number of trials, for the console.
+
+    Raises:
+        SweepInterruptedError: Tune ended before the searcher.
+    """
+    settings = context.settings
     os.environ.update(QUIET_TUNE)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(saying_why, work=trainable, settings=settings), DRIVER),
+        tune.with_resources(
+            tune.with_parameters(record_failure, work=context.trainable, settings=settings),
+            DRIVER,
+        ),
         tune_config=tune.TuneConfig(
             metric=settings.sweep.metric,
             mode=settings.sweep.mode,
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=-1,  # until the searcher has no more
-            max_concurrent_trials=together,
+            num_samples=-1,  # until the searcher is exhausted
+            max_concurrent_trials=context.max_concurrent_trials,
             reuse_actors=False,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),  # what is continued are the trials' own folders
+            name=time.strftime("%Y%m%d-%H%M%S"),  # always a new name: trials continue from their own folders
             storage_path=storage.join(settings.folder, "ray"),
-            callbacks=[Watcher(ledger, closing, total)],
-            failure_config=tune.FailureConfig(max_failures=0),  # a training has restarts of its own
+            callbacks=[ProgressCallback(context.store, context.reporter, total)],
+            failure_config=tune.FailureConfig(max_failures=0),  # each training restarts by itself
             verbose=0,
         ),
     )
     tuner.fit()
-    if ledger.interrupt() or not searcher.exhausted:
-        raise SweepInterruptedError(f"{settings.folder} is whole: give the same command again to go on")
+    if context.store.interrupt() or not searcher.exhausted:
+        raise SweepInterruptedError(f"interrupted; {settings.folder} is intact: run the same command again to continue")
 
 
-def scheduler_of(settings: TrialSettings) -> TrialScheduler:
-    scheduler = settings.sweep.scheduler
-    experiment = check(Experiment, settings.sweep.base, source=settings.sweep.experiment)
-    total = evaluations_in(experiment, settings.cluster)
-    if scheduler.kind == "none":
-        return FIFOScheduler()  # type: ignore[no-untyped-call]
-    if scheduler.kind == "median":
-        return SparingMedian(time_attr=EVALUATION, grace_period=scheduler.grace, min_samples_required=3)
-    return SparingASHA(
-        time_attr=EVALUATION,
-        max_t=max(total, scheduler.grace),  # reached by nobody: the last evaluation is not told
-        grace_period=scheduler.grace,
-        reduction_factor=scheduler.reduction,
-        brackets=3 if scheduler.kind == "hyperband" else 1,
-    )
+# Start
 
 
-class SparingASHA(ASHAScheduler):
-    """Replicates of the default are compared with, and never stopped."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return _spared(trial, super().on_trial_result(tune_controller, trial, result))
-
-
-class SparingMedian(MedianStoppingRule):
-    """Likewise."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return _spared(trial, super().on_trial_result(tune_controller, trial, result))
-
-
-def _spared(trial: Any, action: str) -> str:
-    return TrialScheduler.CONTINUE if trial.config["trial"]["phase"] == "replicate" else action
-
-
-# The record
-
-
-def _begin_or_continue(folder: str, sweep: Sweep) -> str:
-    """The key under which MLflow knows the sweep.
+def _begin_or_continue(folder: str, sweep: Sweep, data: ResolvedData) -> str:
+    """Write the start of a new sweep, or check that an existing one may continue; returns its tracking key.
 
     Raises:
-        ConfigError: another sweep has this name.
+        ConfigError: the name belongs to another sweep.
     """
-    uses = {use: sweep.base["data"][use] for use in ("train", "val")}
-    now = {"sweep": dump(sweep), "data": {use: load_shards(uri).manifest.digest for use, uri in uses.items()}}
-    path = storage.join(folder, run_dir.RUN_START)
+    now = {"sweep": dump(sweep), "data": data.digests()}
+    path = storage.join(folder, run_dir.SWEEP_START)
     if not storage.exists(path):
-        key = run_dir.get_or_make_key(folder)
+        key = uuid.uuid4().hex
         storage.write_atomic(path, json.dumps({**now, "tracking_key": key, "began_at": time.time()}, indent=1).encode())
         return key
-    began = storage.read_json(path, "sweep", "data", "tracking_key")
-    before, after = (flatten(content["sweep"]) | flatten(content["data"]) for content in (began, now))
-    places = tuple(f"base.data.{use}" for use in uses)
+    start = storage.read_json(path, "sweep", "data", "tracking_key")
+    before, after = (flatten(content["sweep"]) | flatten(content["data"]) for content in (start, now))
+    paths = tuple(f"base.data.{use}" for use in now["data"])  # data are compared by their digests
     changes = [
         f"{name}: {before.get(name)!r} before, {after.get(name)!r} now"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith((*NEUTRAL, *places))
+        if before.get(name) != after.get(name) and not name.startswith((*NEUTRAL, *paths))
     ]
     if changes:
-        listed = "".join(f"\n  {line}" for line in changes)
-        raise ConfigError(f"sweep {sweep.name!r} began as another one:{listed}\nGive another name: --set name=...")
-    key = began["tracking_key"]
-    return str(key)
+        lines = "".join(f"\n  {line}" for line in changes)
+        raise ConfigError(
+            f"sweep {sweep.name!r} was started with other settings:{lines}\nGive another name: --set name=..."
+        )
+    return str(start["tracking_key"])
 
 
 def _began_at(folder: str) -> float:
-    return float(storage.read_json(storage.join(folder, run_dir.RUN_START), "began_at")["began_at"])
+    return float(storage.read_json(storage.join(folder, run_dir.SWEEP_START), "began_at")["began_at"])
 
 
-def _begin_record(tracker: Tracker, sweep: Sweep, folder: str) -> None:
-    uses: tuple[tuple[str, Any], ...] = (("train", "training"), ("val", "validation"))
-    datasets = [dataset_input(load_shards(sweep.base["data"][use]), context) for use, context in uses]
+def _begin_mlflow_run(tracker: Tracker, sweep: Sweep, data: ResolvedData, folder: str) -> None:
+    contexts: dict[str, Any] = {"train": "training", "val": "validation"}
+    datasets = [dataset_input(shards, contexts[use]) for use, shards in _shard_sets(data).items()]
     job = {"ray.job": name} if (name := submitted_job()) else {}
     params = flatten({name: value for name, value in dump(sweep).items() if name != "base"})
     tracker.begin(params, {"run_folder": folder, "sweep": sweep.name or "", **job}, datasets, SOURCE)
 
 
-def _write(report: SweepReport, ledger: Ledger, tracker: Tracker) -> None:
-    folder, drawn = ledger.settings.folder, draw(report)
-    page = as_html(report, drawn).encode()
-    records = storage.read_bytes(ledger.write())
+def _shard_sets(data: ResolvedData) -> dict[str, ShardSet]:
+    assert data.val is not None  # `load_sweep` requires it
+    return {"train": data.train, "val": data.val}
+
+
+def sweep_for_trials(sweep: Sweep, folder: str, tracking_uri: str) -> Sweep:
+    """Copy of the sweep that means the same in every working directory and at any time.
+
+    Paths become absolute. Initial weights in MLflow are copied once, because aliases move.
+    """
+    data = {**sweep.base["data"], **{use: storage.absolute(sweep.base["data"][use]) for use in ("train", "val")}}
+    init = sweep.init and materialize_init(sweep.init, folder, tracking_uri)
+    return sweep.model_copy(update={"base": {**sweep.base, "data": data}, "init": init})
+
+
+# Report
+
+
+def _write_report(report: SweepReport, store: TrialStore, tracker: Tracker) -> None:
+    """Write records and report to the sweep's folder and to MLflow."""
+    folder, figures = store.settings.folder, draw_figures(report)
+    page = report_page(report, figures).encode()
+    records = storage.read_bytes(store.write())
     storage.write_atomic(storage.join(folder, REPORT), page)
     tracker.artifact(page, f"sweep/{REPORT}")
     tracker.artifact(records, "sweep/records.json")
-    tracker.text(as_text(report.verdict), "sweep/verdict.txt")
-    for name, figure in drawn.items():
+    tracker.text(verdict_text(report.verdict), "sweep/verdict.txt")
+    for name, figure in figures.items():
         tracker.artifact(png(figure), f"sweep/{name}.png")
     if report.records:
-        tracker.table(table(report), "sweep/trials.json")
+        tracker.table(trial_table(report), "sweep/trials.json")
         counts = dict.fromkeys(("finished", "pruned", "failed"), 0.0)
         for record in report.records:
             counts[record.status] = counts.get(record.status, 0.0) + 1
@@ -329,15 +341,8 @@ def _write(report: SweepReport, ledger: Ledger, tracker: Tracker) -> None:
         tracker.metrics({f"sweep/{name}": value for name, value in (counts | cost).items()}, len(report.records))
 
 
-def as_trials_see_it(sweep: Sweep, folder: str, tracking_uri: str) -> Sweep:
-    """The same from every working directory, and the same tomorrow: aliases move, so what MLflow knows is copied once."""
-    data = {**sweep.base["data"], **{use: storage.absolute(sweep.base["data"][use]) for use in ("train", "val")}}
-    init = sweep.init and materialize_init(sweep.init, folder, tracking_uri)
-    return sweep.model_copy(update={"base": {**sweep.base, "data": data}, "init": init})
-
-
-def _bins(init: str | None) -> dict[str, float] | None:
-    """Of the detector that all trials start from, if it is one."""
+def _detector_bins(init: str | None) -> dict[str, float] | None:
+    """Bins of the detector that all trials start from; None if there is no such detector."""
     if init is None:
         return None
     try:

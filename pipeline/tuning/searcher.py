@@ -1,4 +1,4 @@
-"""Which point is tried next, as a searcher of Ray Tune: those of an earlier start, then what Optuna, chance or a grid say."""
+"""Ray Tune searchers: points of earlier starts first, then points from Optuna, random search or a grid."""
 
 import math
 import time
@@ -10,21 +10,31 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
-from pipeline.tuning.curves import ENDED
-from pipeline.tuning.records import TrialRecord
-from pipeline.tuning.space import Point, active, as_text, category, distribution, grid, ordered, random, suggest
+from pipeline.tuning.space import (
+    Point,
+    canonical_text,
+    category,
+    distribution,
+    grid_points,
+    is_active,
+    random_point,
+    sampling_order,
+    suggest_point,
+)
 from pipeline.tuning.sweep import LATENCY, Sweep, Trial, search_trials
+from pipeline.tuning.trial_records import ENDED, TrialRecord
 
-SettleTrial = Callable[[Trial, bool], TrialRecord]  # what a trial came to; the second says whether Tune saw it fail
+FinishTrial = Callable[[Trial, bool], TrialRecord]  # `TrialStore.finish`; the second argument: Tune saw the trial fail
 
 
-class Points(Searcher):
-    """
+class SpaceSearcher(Searcher):
+    """Searcher of the search phase: each point is trained with every seed before the next point begins.
+
     Args:
-        first: trials before any point is drawn: the default, so that what is searched is compared with it from the beginning.
-        known: trials of the search in earlier starts.
-        settle: asked when a trial has ended.
-        ends_at: no point is begun later; seconds since 1970.
+        first: trials before the first point: a replicate of the default, which the scheduler compares points with.
+        known: records of earlier starts.
+        finish: records how a trial ended.
+        ends_at: no point begins later; seconds since 1970.
     """
 
     def __init__(
@@ -32,24 +42,25 @@ class Points(Searcher):
         sweep: Sweep,
         first: Sequence[Trial],
         known: Sequence[TrialRecord],
-        settle: SettleTrial,
+        finish: FinishTrial,
         ends_at: float,
     ) -> None:
         super().__init__(metric=sweep.metric, mode=sweep.mode)
-        self._sweep, self._settle, self._ends_at = sweep, settle, ends_at
-        self.exhausted = False  # nothing is left to begin
+        self._sweep, self._finish, self._ends_at = sweep, finish, ends_at
+        self.exhausted = False  # no trial is left to begin
         self._status = {record.id: record.status for record in known}
         searched = sorted((record for record in known if record.phase == "search"), key=lambda record: record.number)
-        self._known_points = list({as_text(record.point): record.point for record in searched}.values())
+        self._known_points = list({canonical_text(record.point): record.point for record in searched}.values())
         self._waiting = list(first)
-        self._running: dict[str, Trial] = {}  # by Tune's id
-        self._ended: dict[str, list[TrialRecord]] = {}  # by point
-        self._asked: dict[str, optuna.Trial] = {}  # by point
-        self._begun = 0  # points
-        self._grid = grid(sweep.space) if sweep.searcher.kind == "grid" else []
-        self._study = _study(sweep) if sweep.searcher.kind == "optuna" else None
+        self._running: dict[str, Trial] = {}  # keyed by Tune's trial id
+        self._ended: dict[str, list[TrialRecord]] = {}  # keyed by the point's text
+        self._asked: dict[str, optuna.Trial] = {}  # keyed by the point's text
+        self._begun = 0  # number of points
+        self._grid = grid_points(sweep.space) if sweep.searcher.kind == "grid" else []
+        self._study = _optuna_study(sweep) if sweep.searcher.kind == "optuna" else None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray's lacks FINISHED
+        """Next trial of the current point, or of a new one."""
         if not self._waiting:
             point = self._next_point()
             if point is None:
@@ -62,18 +73,19 @@ class Points(Searcher):
         return {"trial": asdict(trial), "ended": self._status.get(trial.id) in ENDED}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Searchers learn from whole trials."""
+        """Ignore single evaluations: the search learns from whole trials."""
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Record the end of a trial; after the last seed of a point, pass its results to Optuna."""
         trial = self._running.pop(trial_id)
-        record = self._settle(trial, error)
+        record = self._finish(trial, error)
         if trial.phase != "search":
             return
-        name = as_text(trial.point)
+        name = canonical_text(trial.point)
         records = self._ended.setdefault(name, [])
         records.append(record)
         if len(records) == self._sweep.seeds_per_point and self._study is not None:
-            self._tell(trial.point, records, self._asked.pop(name, None))
+            self._add_to_study(trial.point, records, self._asked.pop(name, None))
 
     def _next_point(self) -> Point | None:
         if self._known_points:
@@ -84,84 +96,91 @@ class Points(Searcher):
         if sweep.searcher.kind == "grid":
             return self._grid[self._begun] if self._begun < len(self._grid) else None
         if self._study is None:
-            return random(sweep.space, [sweep.searcher.seed, self._begun])
+            return random_point(sweep.space, [sweep.searcher.seed, self._begun])
         asked = self._study.ask()
-        point = suggest(sweep.space, asked)
-        if as_text(point) in self._asked or as_text(point) in self._ended:  # nothing is learnt by training it again
+        point = suggest_point(sweep.space, asked)
+        if (
+            canonical_text(point) in self._asked or canonical_text(point) in self._ended
+        ):  # training it again would teach nothing
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-            point = random(sweep.space, [sweep.searcher.seed, self._begun])
+            point = random_point(sweep.space, [sweep.searcher.seed, self._begun])
         else:
-            self._asked[as_text(point)] = asked
+            self._asked[canonical_text(point)] = asked
         return point
 
-    def _tell(self, point: Point, records: Sequence[TrialRecord], asked: optuna.Trial | None) -> None:
+    def _add_to_study(self, point: Point, records: Sequence[TrialRecord], asked: optuna.Trial | None) -> None:
+        """Report a point's mean over its seeds: complete, pruned at its last evaluation, or failed."""
         assert self._study is not None
         metric, objectives = self._sweep.metric, self._sweep.objectives
         finished = [record for record in records if record.status == "finished"]
         values = [_mean([record.result(name) for record in finished]) for name in objectives]
         curves = [value for record in records if (value := record.at(len(record.curve), metric)) is not None]
         state, given = optuna.trial.TrialState.FAIL, None
-        readings: dict[int, float] = {}
+        evaluations: dict[int, float] = {}
         if all(math.isfinite(value) for value in values):
             state, given = optuna.trial.TrialState.COMPLETE, values
         elif curves and len(objectives) == 1:
             state = optuna.trial.TrialState.PRUNED
-            readings = {max(len(record.curve) for record in records): fmean(curves)}
+            evaluations = {max(len(record.curve) for record in records): fmean(curves)}
         if asked is not None:
-            for number, value in readings.items():
+            for number, value in evaluations.items():
                 asked.report(value, number)
             self._study.tell(asked, given, state)
             return
         space = self._sweep.space
-        inside = [key for key in ordered(space) if active(space[key], point) and space[key].allows(point.get(key))]
+        inside = [
+            key for key in sampling_order(space) if is_active(space[key], point) and space[key].allows(point.get(key))
+        ]
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=state,
                 values=given,
                 params={key: category(space[key], point[key]) if space[key].listed else point[key] for key in inside},
                 distributions={key: distribution(space[key]) for key in inside},
-                intermediate_values=readings,
+                intermediate_values=evaluations,
             )
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the trials' own files tell everything at the next start."""
+        """Save nothing: the next start reads the trials' own files."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, see `save`."""
+        """Restore nothing, see `save`."""
 
 
-class Listed(Searcher):
-    """Trials that are known beforehand, in their order."""
+class FixedTrials(Searcher):
+    """Searcher of the confirmation phase: a fixed list of trials, in order."""
 
-    def __init__(self, trials: Sequence[Trial], settle: SettleTrial) -> None:
+    def __init__(self, trials: Sequence[Trial], finish: FinishTrial) -> None:
         super().__init__()
-        self._trials, self._settle = list(trials), settle
-        self.exhausted = False  # nothing is left to begin
+        self._trials, self._finish = list(trials), finish
+        self.exhausted = False  # no trial is left to begin
         self._running: dict[str, Trial] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray's lacks FINISHED
+        """Next trial of the list."""
         if not self._trials:
             self.exhausted = True
             return str(Searcher.FINISHED)
         self._running[trial_id] = self._trials.pop(0)
         return {"trial": asdict(self._running[trial_id]), "ended": False}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._settle(self._running.pop(trial_id), error)
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Record the end of a trial."""
+        self._finish(self._running.pop(trial_id), error)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see `Points.save`."""
+        """Save nothing, see `SpaceSearcher.save`."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Restore nothing."""
 
 
-def _study(sweep: Sweep) -> optuna.Study:
+def _optuna_study(sweep: Sweep) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    lowest, highest = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
-    best = highest if sweep.mode == "max" else lowest
-    directions = [lowest if name == LATENCY else best for name in sweep.objectives]
+    minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
+    direction = maximize if sweep.mode == "max" else minimize
+    directions = [minimize if name == LATENCY else direction for name in sweep.objectives]
     sampler = optuna.samplers.TPESampler(seed=sweep.searcher.seed, constant_liar=True)
     return optuna.create_study(directions=directions, sampler=sampler)
 

@@ -1,7 +1,7 @@
-"""What a sweep may vary: candidate values by dotted key, and points drawn from them.
+"""The search space of a sweep: candidate values by dotted key, and points sampled from them.
 
-A point holds a value for every key that is active in it; a key whose condition does not hold is left out, and the experiment's
-own value stands. Keys are drawn after those that their conditions name.
+A point has a value for every key that is active in it. A key whose condition does not hold is left out, and keeps the
+experiment's own value. Keys are sampled after those that their conditions name.
 """
 
 import itertools
@@ -24,17 +24,16 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class Domain(Config):
-    """Candidate values of one key: exactly one of the first six."""
+    """Candidate values of one key: exactly one of the first six fields is given."""
 
-    choice: tuple[Any, ...] | None = None  # drawn from
-    grid: tuple[Any, ...] | None = None  # each is tried, with each of every other key
+    choice: tuple[Any, ...] | None = None  # sampled from
+    grid: tuple[Any, ...] | None = None  # every combination with the other keys is tried
     uniform: tuple[float, float] | None = None  # (lowest, highest)
     loguniform: tuple[float, float] | None = None
     quniform: tuple[float, float, float] | None = None  # (lowest, highest, step)
     integer: tuple[int, int] | tuple[int, int, int] | None = None  # (lowest, highest[, step]), both included
-    when: dict[str, Any] = Field(
-        default_factory=dict
-    )  # other searched keys and the value, or list of values, that they must have
+    # Condition: other searched keys, each with the value, or list of values, that it must have.
+    when: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("choice", "grid", "when")
     @classmethod
@@ -42,7 +41,7 @@ class Domain(Config):
         return _with_numbers(value)
 
     @model_validator(mode="after")
-    def _one_kind_that_can_be_drawn_from(self) -> Self:
+    def _one_valid_kind(self) -> Self:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(KINDS)}, not {' and '.join(given) or 'none'}")
@@ -53,36 +52,39 @@ class Domain(Config):
 
     @property
     def kind(self) -> str:
+        """Name of the field that is given."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
     def listed(self) -> bool:
-        """Whether the candidates are written one by one."""
+        """True for a list of candidates, False for a range."""
         return self.kind in LISTED
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """The candidates as they are written: the list, or (lowest, highest[, step])."""
+        """Candidates as written: the list, or (lowest, highest[, step])."""
         return tuple(getattr(self, self.kind))
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The candidates to be checked: all of a list, both ends of a range."""
+        """Candidates to check: the whole list, or both ends of the range."""
         return self.values if self.listed else self.values[:2]
 
     @property
     def step(self) -> float | None:
+        """Step of a range; None if it has none."""
         return self.values[2] if not self.listed and len(self.values) == 3 else None
 
     def allows(self, value: Any) -> bool:
+        """Test a value against the list or the range."""
         if self.listed:
-            return any(same(value, candidate) for candidate in self.values)
+            return any(equal_values(value, candidate) for candidate in self.values)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.values[0] <= value <= self.values[1]
 
 
 def _with_numbers(value: Any) -> Any:
-    """`1e-4` as people write it, which YAML 1.1 reads as a word."""
+    """Convert exponents such as `1e-4`, which YAML 1.1 reads as text, to numbers."""
     if isinstance(value, dict):
         return {key: _with_numbers(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -91,10 +93,10 @@ def _with_numbers(value: Any) -> Any:
 
 
 def _list_problems(values: Sequence[Any]) -> list[str]:
-    texts = [as_text(value) for value in values]
+    texts = [canonical_text(value) for value in values]
     twice = sorted({text for text in texts if texts.count(text) > 1})
-    problems = [f"{', '.join(twice)} is there twice"] if twice else []
-    return problems if values else ["it is empty: name at least one value"]
+    problems = [f"{', '.join(twice)} is listed twice"] if twice else []
+    return problems if values else ["the list is empty: give at least one value"]
 
 
 def _range_problems(domain: Domain) -> list[str]:
@@ -105,20 +107,20 @@ def _range_problems(domain: Domain) -> list[str]:
     if low >= high:
         return [f"{domain.kind} [{low:g}, {high:g}]: the first number must be below the second"]
     if domain.kind == "loguniform" and low <= 0:
-        return [f"loguniform [{low:g}, {high:g}] must lie above zero: take uniform, or another lower end"]
+        return [f"loguniform [{low:g}, {high:g}] must be above zero: use uniform, or a positive lower end"]
     if step is not None and step <= 0:
         return [f"{domain.kind}: the step ({step:g}) must be positive"]
     if step is not None and abs((high - low) / step - round((high - low) / step)) > 1e-9:
-        reached = low + math.floor((high - low) / step) * step
-        return [f"{domain.kind}: steps of {step:g} from {low:g} miss {high:g}; the last one is {reached:g}"]
+        last = low + math.floor((high - low) / step) * step
+        return [f"{domain.kind}: steps of {step:g} from {low:g} miss {high:g}; the last one is {last:g}"]
     return []
 
 
 Space = Mapping[str, Domain]
 
 
-def as_text(value: Any) -> str:
-    """A value as one name: equal values have equal names."""
+def canonical_text(value: Any) -> str:
+    """JSON text of a value; equal values have equal texts."""
     return json.dumps(_canonical(value), sort_keys=True)
 
 
@@ -130,27 +132,28 @@ def _canonical(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def same(a: Any, b: Any) -> bool:
-    """Equal as numbers, 8 and 8.0 too, but a truth value is none."""
+def equal_values(a: Any, b: Any) -> bool:
+    """Compare values: numbers by value (8 == 8.0); a bool never equals a number."""
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(equal_values, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
-def wanted(condition: Any) -> Sequence[Any]:
-    """The values of a condition, which may be written as one or as a list."""
+def condition_values(condition: Any) -> Sequence[Any]:
+    """Values of a condition, which may be written as one value or as a list."""
     return condition if isinstance(condition, list | tuple) else [condition]
 
 
-def active(domain: Domain, point: Mapping[str, Any]) -> bool:
-    """Whether the condition holds among the values drawn so far."""
+def is_active(domain: Domain, point: Mapping[str, Any]) -> bool:
+    """Test the condition of a key against the values sampled so far."""
     return all(
-        key in point and any(same(point[key], value) for value in wanted(values)) for key, values in domain.when.items()
+        key in point and any(equal_values(point[key], value) for value in condition_values(values))
+        for key, values in domain.when.items()
     )
 
 
-def ordered(space: Space) -> list[str]:
-    """Keys in the file's order, but each after those that its condition names; without those of a circle."""
+def sampling_order(space: Space) -> list[str]:
+    """Keys in the file's order, but each after those that its condition names; keys with circular conditions are left out."""
     order: list[str] = []
     waiting = list(space)
     while ready := [key for key in waiting if all(other in order for other in space[key].when if other in space)]:
@@ -159,41 +162,41 @@ def ordered(space: Space) -> list[str]:
     return order
 
 
-def grid(space: Space) -> list[Point]:
-    """Every combination once, the first key changing slowest.
+def grid_points(space: Space) -> list[Point]:
+    """Every combination once; the first key changes slowest.
 
     Args:
-        space: of listed values alone.
+        space: all its domains are lists.
     """
     points: list[Point] = [{}]
-    for key in ordered(space):
+    for key in sampling_order(space):
         points = list(itertools.chain.from_iterable(_extended(point, key, space[key]) for point in points))
     return points
 
 
 def grid_size(space: Space) -> int:
-    """Number of combinations if no key had a condition: the most that there can be."""
+    """Number of combinations without any condition: an upper bound."""
     return math.prod(len(domain.values) for domain in space.values())
 
 
 def _extended(point: Point, key: str, domain: Domain) -> Iterator[Point]:
-    if not active(domain, point):
+    if not is_active(domain, point):
         yield point
         return
     yield from ({**point, key: value} for value in domain.values)
 
 
-def random(space: Space, seed: int | Sequence[int]) -> Point:
-    """One point; a pure function of the seed."""
+def random_point(space: Space, seed: int | Sequence[int]) -> Point:
+    """Sample a point; a pure function of the seed."""
     generator = np.random.default_rng(seed)
     point: Point = {}
-    for key in ordered(space):
-        if active(space[key], point):
-            point[key] = _drawn(space[key], generator)
+    for key in sampling_order(space):
+        if is_active(space[key], point):
+            point[key] = _sample_value(space[key], generator)
     return point
 
 
-def _drawn(domain: Domain, generator: np.random.Generator) -> Any:
+def _sample_value(domain: Domain, generator: np.random.Generator) -> Any:
     if domain.listed:
         return domain.values[int(generator.integers(len(domain.values)))]
     low, high = domain.values[:2]
@@ -206,16 +209,16 @@ def _drawn(domain: Domain, generator: np.random.Generator) -> Any:
     return int(value) if domain.kind == "integer" else min(float(value), float(high))
 
 
-def suggest(space: Space, trial: optuna.Trial) -> Point:
-    """One point by Optuna's sampler, the space being defined while it is drawn: conditions are its branches."""
+def suggest_point(space: Space, trial: optuna.Trial) -> Point:
+    """Sample a point with Optuna. The space is defined by run: conditions are branches."""
     point: Point = {}
-    for key in ordered(space):
-        if active(space[key], point):
-            point[key] = _suggested(key, space[key], trial)
+    for key in sampling_order(space):
+        if is_active(space[key], point):
+            point[key] = _suggest_value(key, space[key], trial)
     return point
 
 
-def _suggested(key: str, domain: Domain, trial: optuna.Trial) -> Any:
+def _suggest_value(key: str, domain: Domain, trial: optuna.Trial) -> Any:
     if domain.listed:
         return _from_categories(domain, trial.suggest_categorical(key, categories(domain)))
     low, high = domain.values[:2]
@@ -225,7 +228,7 @@ def _suggested(key: str, domain: Domain, trial: optuna.Trial) -> Any:
 
 
 def distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
-    """The same candidates as `suggest` takes, for trials that are told to Optuna afterwards."""
+    """Optuna's distribution of the candidates, for trials that are added to a study afterwards."""
     if domain.listed:
         return optuna.distributions.CategoricalDistribution(categories(domain))
     low, high = domain.values[:2]
@@ -235,15 +238,15 @@ def distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
 
 
 def categories(domain: Domain) -> list[Any]:
-    """Optuna takes plain values only, and holds 1 and True for one: anything else goes in as its text."""
+    """Candidates as Optuna's categories. It takes plain values only, and 1 equals True there: others become text."""
     plain = all(isinstance(value, str) for value in domain.values) or all(map(_is_number, domain.values))
-    return list(domain.values) if plain else [as_text(value) for value in domain.values]
+    return list(domain.values) if plain else [canonical_text(value) for value in domain.values]
 
 
 def category(domain: Domain, value: Any) -> Any:
-    """The one of `categories` that stands for a value."""
-    place = next(n for n, candidate in enumerate(domain.values) if same(candidate, value))
-    return categories(domain)[place]
+    """Category of a candidate value."""
+    index = next(n for n, candidate in enumerate(domain.values) if equal_values(candidate, value))
+    return categories(domain)[index]
 
 
 def _from_categories(domain: Domain, category: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a sweep file says, and the trials that follow from it.
+"""Schema of a sweep file, and the trials that follow from it.
 
     experiment: ../small_data.yaml
     space:
@@ -6,7 +6,7 @@
       loss.ddf: {uniform: [0, 5], when: {model.regression: fdr}}
     trials: 24
 
-A trial is one training: a point of the space and a seed. It is known by what it is, so the same sweep started again finds it.
+A trial is one training: a point of the space and a seed. Its id is a hash of both, so a sweep that is started again finds it.
 """
 
 import hashlib
@@ -26,70 +26,71 @@ from pydantic import (
 from pipeline.config import Config, Experiment, FolderName, Location, Tracking
 from pipeline.config_files import check, dump, with_values
 from pipeline.evaluation.coco_metrics import NUMBERS
-from pipeline.training.schedule import BASE_BATCH_SIZE
-from pipeline.tuning.space import Domain, Point, as_text
+from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data
+from pipeline.tuning.space import Domain, Point, canonical_text
 
-LATENCY = "latency"  # of one image in milliseconds, measured when a trial ends; the lower the better
+LATENCY = "latency"  # milliseconds per image, measured when a trial ends; lower is better
 OBJECTIVES = (*NUMBERS, LATENCY)
-# Seeds of the phases, counted from the experiment's own: none is used in two phases.
-SEEDS_OF_A_PHASE = 1000
+# Each phase has its own range of seeds, counted from the experiment's seed, so that no seed is used in two phases.
+SEEDS_PER_PHASE = 1000
 Phase = Literal["search", "replicate", "confirm"]
 PHASES: tuple[Phase, ...] = ("search", "replicate", "confirm")
 
 
 class Scheduler(Config):
-    """Which trials are stopped before their end."""
+    """Early stopping of trials."""
 
     kind: Literal["asha", "hyperband", "median", "none"] = "asha"
-    reduction: Annotated[float, Field(gt=1)] = 3  # one of so many goes on at each rung
-    grace: PositiveInt = 1  # evaluations that every trial may have
+    reduction: Annotated[float, Field(gt=1)] = 3  # one trial in so many continues at each rung
+    grace: PositiveInt = 1  # evaluations before a trial may be stopped
 
 
 class Searcher(Config):
-    """Where points come from."""
+    """Source of the points to try."""
 
     kind: Literal["optuna", "random", "grid"] = "optuna"
-    objectives: tuple[str, ...] = ()  # the metric alone if left out; [AP, latency] looks for trade-offs
+    objectives: tuple[str, ...] = ()  # default: the metric alone; [AP, latency] looks for trade-offs
     seed: NonNegativeInt = 0
 
 
 class Confirm(Config):
-    """The points that looked best, trained again at full length with seeds that chose nothing."""
+    """Confirmation: the best points of the search, trained again at full length with fresh seeds."""
 
     top: NonNegativeInt = 3
     seeds: PositiveInt = 3
 
 
 class Sweep(Config):
-    """Paths stand in the file relative to it, and are absolute here. `pipeline.tuning.load` makes one."""
+    """A sweep file after `pipeline.tuning.load`: its paths are absolute, and `base` is filled in."""
 
-    name: FolderName | None = None  # of the folder and the parent run; the file's name if left out
+    name: FolderName | None = None  # folder and parent run; default: the file's name
     storage: Location = Field(default="runs", validate_default=True)  # folder or URI, reachable from every node
     experiment: str
     cluster: str | None = None
-    set: dict[str, Any] = Field(default_factory=dict)  # values of the experiment by dotted key, the same in all trials
-    init: Location | None = None  # one pretrained detector that all trials start from, though their heads differ
+    set: dict[str, Any] = Field(default_factory=dict)  # the experiment's values by dotted key, equal in all trials
+    init: Location | None = None  # pretrained detector that all trials start from; their heads may differ
     space: dict[str, Domain]
     metric: str = "AP"
     mode: Literal["max", "min"] = "max"
-    trials: PositiveInt | None = None  # points of the search phase; each is trained `seeds_per_point` times
-    hours: PositiveFloat | None = None  # no point is begun after so long
+    trials: PositiveInt | None = None  # points of the search; each is trained `seeds_per_point` times
+    hours: PositiveFloat | None = None  # no point begins after so long
     scheduler: Scheduler = Scheduler()
     searcher: Searcher = Searcher()
-    together: PositiveInt | None = None  # trials at once; as many as fit if left out
+    max_concurrent_trials: PositiveInt | None = None  # default: as many as fit
     workers_per_trial: PositiveInt = 1
-    cpus_per_worker: NonNegativeFloat | None = None  # the cluster file's if left out
+    cpus_per_worker: NonNegativeFloat | None = None  # default: as in the cluster file
     gpus_per_worker: NonNegativeFloat | None = None  # 0.5 lets two workers share a GPU
-    seeds_per_point: Annotated[int, Field(ge=1, le=SEEDS_OF_A_PHASE)] = 1
-    replicates: Annotated[int, Field(ge=0, le=SEEDS_OF_A_PHASE)] = 3  # of the experiment as it is: they show the noise
+    seeds_per_point: Annotated[int, Field(ge=1, le=SEEDS_PER_PHASE)] = 1
+    replicates: Annotated[int, Field(ge=0, le=SEEDS_PER_PHASE)] = (
+        3  # trainings of the unchanged experiment: they show the noise
+    )
     confirm: Confirm = Confirm()
-    tracking: Tracking | None = None  # the experiment's own if left out
-    base: dict[str, Any] = Field(
-        default_factory=dict
-    )  # the experiment's file with `set` applied: filled in, not written
+    tracking: Tracking | None = None  # default: the experiment's own
+    # The experiment's file with `set` applied; filled in by the loader, never written by the user.
+    base: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _says_what_to_look_for_and_how_long(self) -> Self:
+    def _has_a_goal_and_a_budget(self) -> Self:
         problems = [*_budget_problems(self), *_objective_problems(self), *_resource_problems(self)]
         if problems:
             raise ValueError("; ".join(problems))
@@ -97,6 +98,7 @@ class Sweep(Config):
 
     @property
     def objectives(self) -> tuple[str, ...]:
+        """One or two metrics that the searcher optimizes."""
         return self.searcher.objectives or (self.metric,)
 
 
@@ -105,41 +107,43 @@ class Sweep(Config):
 
 @dataclass(frozen=True)
 class Trial:
-    index: int  # within its phase
+    """One training: a point and a seed."""
+
+    index: int  # position in its phase
     phase: Phase
     point: Point
     seed: int
 
     @property
     def id(self) -> str:
-        """The same for the same training in every start of the sweep."""
-        content = as_text([self.phase, self.seed, self.point])
+        """Identifier of this training, equal in every start of the sweep."""
+        content = canonical_text([self.phase, self.seed, self.point])
         return f"{self.phase}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
 
 def search_trials(sweep: Sweep, point: Point, first_index: int = 0) -> list[Trial]:
-    """The trainings of one searched point."""
+    """Trials of one point of the search, one per seed."""
     return _repeated(sweep, "search", [point], sweep.seeds_per_point, first_index)
 
 
 def replicate_trials(sweep: Sweep) -> list[Trial]:
-    """The experiment as it is, with other seeds: what chance alone does to the metric. They must not be stopped early."""
+    """Trials of the unchanged experiment with fresh seeds. They measure the noise, so they must not be stopped early."""
     return _repeated(sweep, "replicate", [default_point(sweep)], sweep.replicates)
 
 
 def confirm_trials(sweep: Sweep, points: Sequence[Point]) -> list[Trial]:
-    """Points trained again at full length, all with the same fresh seeds."""
+    """Trials that confirm points at full length; all points share the same fresh seeds."""
     return _repeated(sweep, "confirm", points, sweep.confirm.seeds)
 
 
 def _repeated(sweep: Sweep, phase: Phase, points: Sequence[Point], count: int, first_index: int = 0) -> list[Trial]:
-    first = int(sweep.base.get("seed") or 0) + SEEDS_OF_A_PHASE * PHASES.index(phase)
+    first = int(sweep.base.get("seed") or 0) + SEEDS_PER_PHASE * PHASES.index(phase)
     runs = [(point, first + n) for point in points for n in range(count)]
     return [Trial(first_index + n, phase, point, seed) for n, (point, seed) in enumerate(runs)]
 
 
 def experiment_of(sweep: Sweep, point: Point, seed: int) -> dict[str, Any]:
-    """What a trial trains, for `check(Experiment, ...)`: the experiment's file, then `set`, then the point."""
+    """Experiment of a trial, for `check(Experiment, ...)`: the experiment's file, then `set`, then the point."""
     content = with_values(sweep.base, point)
     content["seed"] = seed
     if sweep.init is not None:
@@ -150,12 +154,12 @@ def experiment_of(sweep: Sweep, point: Point, seed: int) -> dict[str, Any]:
 
 
 def tracking_of(sweep: Sweep) -> Tracking:
-    """Where the sweep and its trials are recorded: the sweep's own section, else the experiment's."""
+    """Tracking of the sweep and its trials: the sweep's own section, or the experiment's."""
     return sweep.tracking or Tracking(**(sweep.base.get("tracking") or {}))
 
 
 def default_point(sweep: Sweep) -> Point:
-    """The experiment's own values of the searched keys; None where a value follows from the length of the run."""
+    """The experiment's own values of the searched keys; None if a value follows from the length of the run."""
     experiment = check(Experiment, sweep.base, source=sweep.experiment)
     variant = experiment.model.variant
     recipe = {f"optimizer.{name}": value for name, value in vars(experiment.optimizer.config(variant, 1.0)).items()}
@@ -165,39 +169,29 @@ def default_point(sweep: Sweep) -> Point:
 
 
 def value_at(content: Mapping[str, Any], dotted: str) -> Any:
-    """None where there is none."""
+    """Look up a dotted key; None if it is missing."""
     value: Any = content
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def evaluations(experiment: Experiment) -> int | None:
-    """Of a whole trial, where the config alone tells."""
-    schedule, evaluation = experiment.schedule, experiment.evaluation
-    if schedule.epochs and not evaluation.every_steps:
-        return -(-schedule.epochs // evaluation.every_epochs)
-    if schedule.steps and evaluation.every_steps:
-        return -(-schedule.steps // evaluation.every_steps)
-    return None
-
-
-def evaluations_of(sweep: Sweep) -> int | None:
-    """Of a whole trial of the experiment as it is."""
-    return evaluations(check(Experiment, sweep.base, source=sweep.experiment))
+def evaluations_per_trial(sweep: Sweep) -> int | None:
+    """Number of evaluations of a whole trial of the unchanged experiment; None if it depends on the data."""
+    return evaluations_without_data(check(Experiment, sweep.base, source=sweep.experiment))
 
 
 def rungs(sweep: Sweep, total: int) -> tuple[int, ...]:
-    """Evaluations after which trials are compared and stopped, out of `total`."""
+    """Numbers of evaluations, below `total`, after which trials are compared and stopped."""
     if sweep.scheduler.kind == "none":
         return ()
     if sweep.scheduler.kind == "median":
         return tuple(range(sweep.scheduler.grace, total))
-    found, at = [], float(sweep.scheduler.grace)
-    while at < total:
-        found.append(round(at))
-        at *= sweep.scheduler.reduction
-    return tuple(dict.fromkeys(found))
+    numbers, rung = [], float(sweep.scheduler.grace)
+    while rung < total:
+        numbers.append(round(rung))
+        rung *= sweep.scheduler.reduction
+    return tuple(dict.fromkeys(numbers))
 
 
 # Checks
@@ -206,34 +200,38 @@ def rungs(sweep: Sweep, total: int) -> tuple[int, ...]:
 def _budget_problems(sweep: Sweep) -> list[str]:
     problems = []
     if not sweep.space:
-        problems.append("space: name at least one key with its candidates")
+        problems.append("space: name at least one key with its candidate values")
     if sweep.trials is None and sweep.hours is None and sweep.searcher.kind != "grid":
-        problems.append("give trials or hours: how many points to try, or for how long; a grid alone ends by itself")
+        problems.append(
+            "give trials or hours: the number of points to try, or the time limit; only a grid ends by itself"
+        )
     return problems
 
 
 def _objective_problems(sweep: Sweep) -> list[str]:
     problems = [
-        f"{name!r} is not measured: choose among {', '.join(OBJECTIVES)}"
+        f"{name!r} is not measured: choose from {', '.join(OBJECTIVES)}"
         for name in dict.fromkeys((sweep.metric, *sweep.searcher.objectives))
         if name not in OBJECTIVES
     ]
     objectives = sweep.objectives
     if sweep.metric == LATENCY:
-        problems.append("metric: latency is known at the end of a trial only: take AP, and objectives [AP, latency]")
+        problems.append(
+            "metric: latency is known only at the end of a trial: use AP, and searcher.objectives [AP, latency]"
+        )
     if len(set(objectives)) != len(objectives) or len(objectives) > 2 or sweep.metric not in objectives:
         problems.append(
-            f"searcher.objectives {list(objectives)}: name the metric ({sweep.metric}), and at most one more"
+            f"searcher.objectives {list(objectives)}: give the metric ({sweep.metric}) and at most one more"
         )
     if len(objectives) > 1 and sweep.searcher.kind != "optuna":
-        problems.append(f"two objectives need searcher optuna, not {sweep.searcher.kind}")
+        problems.append(f"two objectives need searcher.kind optuna, not {sweep.searcher.kind}")
     return problems
 
 
 def _resource_problems(sweep: Sweep) -> list[str]:
     gpus = sweep.gpus_per_worker
     if gpus is not None and gpus > 1 and gpus % 1:
-        return [f"gpus_per_worker ({gpus:g}): above one only whole GPUs can be given"]
+        return [f"gpus_per_worker ({gpus:g}): above 1, only whole GPUs can be assigned"]
     if not sweep.cpus_per_worker and not gpus and sweep.cpus_per_worker is not None:
-        return ["a worker needs something: give cpus_per_worker or gpus_per_worker"]
+        return ["cpus_per_worker and gpus_per_worker are both 0: a worker needs at least one of them"]
     return []

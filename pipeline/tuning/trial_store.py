@@ -1,4 +1,4 @@
-"""What the driver of a sweep knows of its trials, kept so that the next start knows it too."""
+"""The driver's records of its trials, one file per trial, so that the next start of the sweep knows them too."""
 
 import json
 from dataclasses import asdict, replace
@@ -6,15 +6,15 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.training.run_dir import RESULT
-from pipeline.tuning.curves import ENDED, TrialSettings, costs_per_second, read_curve, runs_folder
-from pipeline.tuning.records import TrialRecord, record_of, write_records
 from pipeline.tuning.sweep import Trial
+from pipeline.tuning.trial_files import TrialSettings, costs_per_second, read_progress, runs_folder
+from pipeline.tuning.trial_records import ENDED, TrialRecord, record_of, write_records
 
 RECORDS = "records.json"
 
 
-class Ledger:
-    """The records of all trials, by trial id. One process has it."""
+class TrialStore:
+    """The records of all trials by trial id. Only the driver of the sweep holds one."""
 
     def __init__(self, settings: TrialSettings) -> None:
         self.settings = settings
@@ -24,9 +24,11 @@ class Ledger:
             self.records[record.id] = record if record.status in ENDED else self._left_by_an_earlier_start(record)
 
     def ordered(self) -> list[TrialRecord]:
+        """All records, in the order in which the trials began."""
         return sorted(self.records.values(), key=lambda record: record.number)
 
     def begin(self, trial: Trial) -> None:
+        """Mark a trial as running, unless it ended in an earlier start."""
         known = self.records.get(trial.id)
         if known is None:
             number = len(self.records) + 1
@@ -37,59 +39,64 @@ class Ledger:
             return
         self._keep(replace(known, status="running", reason=""))
 
-    def settle(self, trial: Trial, failed: bool) -> TrialRecord:
-        """What an ended trial came to. Asking again changes nothing."""
+    def finish(self, trial: Trial, failed: bool) -> TrialRecord:
+        """Record how a trial ended. Idempotent.
+
+        Args:
+            failed: Tune saw the trial's process fail.
+        """
         if trial.id not in self.records:
             self.begin(trial)  # its process never started
         known = self.records[trial.id]
         if known.status in ENDED:
             return known
+        # A training with a result is finished, whatever happened to its process afterwards.
         record = self._with_results(known, trial)
-        if failed and record.status != "finished":  # a process may die of its own end
-            reason = read_curve(self.settings.folder, trial).error or "its process ended"
+        if failed and record.status != "finished":
+            reason = read_progress(self.settings.folder, trial).error or "its process ended"
             record = replace(record, status="failed", reason=reason)
         elif record.status != "finished":
             record = replace(record, status="pruned", rung=len(record.curve))
         return self._keep(record)
 
     def refresh(self, trial: Trial) -> TrialRecord:
-        """With what a running trial has come to so far."""
+        """Update the record of a running trial with its evaluations so far."""
         known = self.records[trial.id]
-        return known if known.status in ENDED else self._keep(self._with_curve(known, trial))
+        return known if known.status in ENDED else self._keep(self._with_progress(known, trial))
 
     def interrupt(self) -> list[TrialRecord]:
-        """Trials that were running and no longer are; they continue at the next start."""
+        """Mark running trials as interrupted; they continue at the next start."""
         running = [record for record in self.records.values() if record.status == "running"]
         return [self._keep(replace(record, status="interrupted")) for record in running]
 
-    def told(self, trial_id: str, run_id: str) -> None:
-        """MLflow knows how this trial ended."""
+    def set_run_id(self, trial_id: str, run_id: str) -> None:
+        """Note that MLflow has the final status of this trial."""
         self._keep(replace(self.records[trial_id], run_id=run_id))
 
     def write(self) -> str:
-        """All records in one file."""
+        """Write all records to one file, and return its path."""
         path = storage.join(self.settings.folder, RECORDS)
         write_records(path, self.ordered())
         return path
 
     def _left_by_an_earlier_start(self, record: TrialRecord) -> TrialRecord:
-        """Interrupted, unless its training came to its end and nobody was there to note it."""
+        """Interrupted, or finished if its training ended after the driver was gone."""
         trial = Trial(0, record.phase, record.point, record.seed)
         known = self._with_results(replace(record, status="interrupted"), trial)
         return self._keep(known) if known.status == "finished" else known
 
-    def _with_curve(self, record: TrialRecord, trial: Trial) -> TrialRecord:
-        curve = read_curve(self.settings.folder, trial)
-        cost = {name: curve.seconds * rate for name, rate in costs_per_second(self.settings.cluster).items()}
-        return replace(record, curve=curve.readings, cost=cost)
+    def _with_progress(self, record: TrialRecord, trial: Trial) -> TrialRecord:
+        progress = read_progress(self.settings.folder, trial)
+        cost = {name: progress.seconds * rate for name, rate in costs_per_second(self.settings.cluster).items()}
+        return replace(record, curve=progress.evaluations, cost=cost)
 
     def _with_results(self, record: TrialRecord, trial: Trial) -> TrialRecord:
-        record = self._with_curve(record, trial)
+        record = self._with_progress(record, trial)
         run = storage.join(runs_folder(self.settings.folder), trial.id)
-        before = _json(storage.join(run, "evaluation", "step-00000000", "report.json"))
+        before = _json_or_none(storage.join(run, "evaluation/step-00000000/report.json"))
         if before is not None:
             record = replace(record, ap_before_training=before["numbers"]["AP"])
-        result = _json(storage.join(run, RESULT))
+        result = _json_or_none(storage.join(run, RESULT))
         if result is None:
             return record
         numbers = result["numbers"] or {}
@@ -105,6 +112,6 @@ class Ledger:
         return [record_of(storage.read_json(storage.join(self._path, name))) for name in names]
 
 
-def _json(path: str) -> dict[str, Any] | None:
+def _json_or_none(path: str) -> dict[str, Any] | None:
     content: dict[str, Any] | None = storage.read_json(path) if storage.exists(path) else None
     return content

@@ -1,4 +1,4 @@
-"""Box arithmetic against torchvision, and where torchvision has nothing to say."""
+"""Box arithmetic against torchvision, and cases that torchvision does not define."""
 
 import torch
 from torchvision.ops import box_convert, box_iou, generalized_box_iou

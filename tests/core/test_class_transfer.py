@@ -103,7 +103,7 @@ def test_a_stricter_comparison_wins() -> None:
     assert [match_classes(names[:n], ["couch"]).rows[0].source for n in (4, 3, 2, 1)] == [3, 2, 1, 0]
 
 
-def test_among_equal_matches_the_lowest_row_wins_and_the_report_says_so() -> None:
+def test_among_equal_matches_the_lowest_row_wins_and_the_report_names_the_others() -> None:
     match = match_classes(["Cup/Mug", "Mug/Jar"], ["mug"])
     (row,) = [row for row in match.rows if row.passed_over]
     assert (row.source, row.passed_over) == (0, ("Mug/Jar",))
@@ -116,7 +116,7 @@ def test_own_synonyms_extend_the_table() -> None:
     assert match_classes(["truck", "car"], ["juggernaut", "car"], synonyms=own).rows[0].how == "synonym"
 
 
-def test_the_report_names_what_is_new_and_what_is_unused() -> None:
+def test_the_report_names_new_and_unused_classes() -> None:
     match = match_classes(["person", "Couch", "kite"], ["person", "sofa", "drone"])
     assert match.new == ("drone",)
     assert match.unused == ("kite",)
@@ -137,9 +137,9 @@ def test_no_match_at_all_is_an_error() -> None:
 
 @given(st.permutations(range(80)), st.integers(1, 80))
 def test_a_shuffled_selection_finds_its_way_back(order: list[int], count: int) -> None:
-    kept = order[:count]
-    match = match_classes(coco_names(), [coco_names()[i].upper() for i in kept])
-    assert [row.source for row in match.rows] == kept
+    some = order[:count]
+    match = match_classes(coco_names(), [coco_names()[i].upper() for i in some])
+    assert [row.source for row in match.rows] == some
 
 
 def test_rows_travel_with_their_class_and_new_ones_start_fresh() -> None:

@@ -1,4 +1,4 @@
-"""The whole training loss where data is unkind: nothing to see, too much to see, odd classes, a rank without objects."""
+"""Whole training loss on difficult data: no objects, too many objects, odd classes, a rank without objects."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ NUMBER_OF_TERMS = {"n": 38, "s": 38, "m": 48, "l": 68, "x": 68}  # published, wi
 
 
 def small(**settings: Any) -> ModelConfig:
-    """A detector of the N kind that a test can afford."""
+    """Configuration of a small N detector."""
     defaults = {"num_classes": 4, "input_size": (96, 96), "num_queries": 40, "num_denoising": 20}
     return ModelConfig.variant("n", **{**defaults, **settings})
 

@@ -1,11 +1,11 @@
-"""Noised queries: who is where, how far boxes moved, and who may look at whom."""
+"""Denoising queries: layout of the slots, distance that boxes moved, and attention mask."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfine_core.boxes import cxcywh_to_xyxy
-from dfine_core.model.denoising import draw
+from dfine_core.model.denoising import sample_queries
 from dfine_core.structures import DenoisingQueries, Targets
 from tests.support import recorded
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def noised(counts: list[int], seed: int = 0, num_denoising: int = 100) -> tuple[Targets, DenoisingQueries]:
     packed = Targets.pack(recorded.targets(counts, 5, seed), 5, CPU)
     generator = torch.Generator().manual_seed(seed)
-    group = draw(
+    group = sample_queries(
         packed,
         num_classes=5,
         num_queries=30,
@@ -48,20 +48,22 @@ def test_slots_follow_the_published_layout(counts: list[int]) -> None:
 
 def test_positive_corners_move_less_than_half_a_side_and_negative_ones_further() -> None:
     packed, group = noised([1], seed=3, num_denoising=400)
-    truth = packed.boxes_xyxy[0]
+    true_corners = packed.boxes_xyxy[0]
     size = packed.boxes[0, 2:].repeat(2)
-    moved = (cxcywh_to_xyxy(group.reference_logits[0].sigmoid()) - truth).abs() / size
+    moved = (cxcywh_to_xyxy(group.reference_logits[0].sigmoid()) - true_corners).abs() / size
     positive = torch.arange(len(moved)) % 2 == 0
     assert moved[positive].max() < 0.5 + 1e-3
-    inside = ((truth - size > 0.01) & (truth + size < 0.99)).all()  # clipping at the border shortens moves
+    inside = (
+        (true_corners - size > 0.01) & (true_corners + size < 0.99)
+    ).all()  # clipping at the border shortens moves
     if inside:
         assert moved[~positive].max() > 0.9
 
 
 def test_a_quarter_of_the_labels_is_redrawn() -> None:
     packed, group = noised([10], seed=1, num_denoising=4000)
-    kept = (group.labels[0].reshape(-1, 10) == packed.labels).float().mean()
-    assert abs(float(kept) - (0.75 + 0.25 / 5)) < 0.02
+    unchanged = (group.labels[0].reshape(-1, 10) == packed.labels).float().mean()
+    assert abs(float(unchanged) - (0.75 + 0.25 / 5)) < 0.02
 
 
 def test_attention_is_blocked_between_groups_and_towards_noise() -> None:

@@ -1,4 +1,4 @@
-"""The network as a whole: sizes, compilation, export, and what it says to wrong input."""
+"""Network as a whole: sizes, compilation, export, and errors for invalid input."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_the_detector_is_traced_as_one_graph_and_exported_with_the_same_output(s
 
 
 class Plain(nn.Module):
-    """Tensors out, as an exporter wants them."""
+    """Wrapper with tensors as output, for an exporter."""
 
     def __init__(self, detector: Detector):
         super().__init__()

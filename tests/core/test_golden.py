@@ -1,4 +1,4 @@
-"""Ours against the published detector, number by number."""
+"""Comparison with the published detector, number by number."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_evaluation_equals_the_recording(name: str) -> None:
         assert relative(ours_map, theirs_map) <= 1e-5
 
     logits, boxes = record.tensor("pred_logits"), record.tensor("pred_boxes")
-    # Near-tied scores may swap places among the queries, so compare query with its counterpart.
+    # Near-tied scores may swap ranks among the queries, so compare query with its counterpart.
     for output, tolerance in ((detector.decoder(record.encoder_maps), 1e-5), (detector(images), 1e-4)):
         distance = torch.cdist(torch.cat([output.logits[0], output.boxes[0]], 1), torch.cat([logits[0], boxes[0]], 1))
         ours_index, theirs_index = linear_sum_assignment(distance.numpy())

@@ -1,4 +1,4 @@
-"""The opener of images: which formats and sizes it takes, and that nothing else in the project opens images."""
+"""Opener of images: accepted formats and sizes, and that nothing else in the project opens images."""
 
 import io
 import re
@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfine_core.images import FORMATS, PIXEL_LIMIT, ImageError, TooManyPixels, UnknownFormat, open_image, read_image
+from dfine_core.images import (
+    FORMATS,
+    PIXEL_LIMIT,
+    ImageError,
+    TooManyPixelsError,
+    UnknownFormatError,
+    open_image,
+    read_image,
+)
 from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, image_size
 from pipeline.data.augment.samples import AnnotatedImage, plain_sample
 from pipeline.data.prepare.image_files import BadImageError, checked_image
@@ -77,13 +85,13 @@ def test_the_opener_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("kind", "name"), [("ICO", "ICO"), ("PCX", "PCX"), ("SGI", "SGI"), (None, "EPS"), (None, None)]
 )
-def test_a_format_outside_the_list_is_refused_with_its_name_wherever_it_comes_in(
+def test_a_format_outside_the_list_is_refused_with_its_name_at_every_entrance(
     kind: str | None, name: str | None, tmp_path: Path
 ) -> None:
     data = encoded(Image.new("RGB", (8, 8), "red"), kind) if kind else EPS if name else b"not an image"
     message = f"its format seems to be {name}; only JPEG, PNG" if name else "cannot identify its format; only JPEG, PNG"
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(UnknownFormat, match=message):
+    with pytest.raises(UnknownFormatError, match=message):
         open_image(tmp_path / "a.png")
     with pytest.raises(ImageError, match=message):
         read_image(data)
@@ -108,7 +116,7 @@ def test_every_format_of_the_list_gives_the_same_pixels_from_shards_and_to_detec
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of so many pixels by its header, with hardly any behind it."""
+    """PNG whose header claims so many pixels, with hardly any data behind it."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return start + encoded(Image.new("RGB", (4, 3)), "PNG")[33:]
@@ -117,9 +125,9 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
 @pytest.mark.parametrize(("width", "height"), [(12_000, 8_000), (50_000, 40_000)])
 def test_the_limit_of_pixels_holds_by_the_header(width: int, height: int) -> None:
-    with pytest.raises(TooManyPixels, match=r"exceeds (the )?limit of"):
+    with pytest.raises(TooManyPixelsError, match=r"exceeds (the )?limit of"):
         open_image(png_header(width, height))
-    with pytest.raises(TooManyPixels, match="100x60 pixels exceeds the limit of 5999"):
+    with pytest.raises(TooManyPixelsError, match="100x60 pixels exceeds the limit of 5999"):
         open_image(png_header(100, 60), max_pixels=5999)
     assert open_image(png_header(100, 60), max_pixels=6000).size == (100, 60)
 

@@ -1,4 +1,4 @@
-"""Images and detectors from wherever they lie: every way in gives the same detections, and none runs code."""
+"""Loading of images and detectors: every source gives the same detections, and none runs code."""
 
 import base64
 import io
@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dfine_core
-from dfine_core import Detector, ImageDetections, LoadedDetector, ModelConfig, load
+from dfine_core import Detector, ImageDetections, LoadedDetector, LoadError, ModelConfig, load
 from dfine_core.checkpoints.class_transfer import coco_names
 from dfine_core.checkpoints.weights import save_released
 from dfine_core.images import read_image
-from dfine_core.inference import LoadError, from_description, predict_batch, prepare
+from dfine_core.inference import from_description, predict_batch, prepare
 from pipeline.config import ConfigError
 from pipeline.data.augment.decode import decode_rgb, stretch
 from pipeline.data.shards.manifest import Category
@@ -55,9 +55,9 @@ def weights(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     coarse = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
     Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(path)
     return path
 
@@ -70,7 +70,7 @@ def exported(folder: Path, weights: Path, config: ModelConfig = CONFIG) -> Path:
 
 
 def run_folder(folder: Path, detector: Detector) -> Path:
-    """Of two checkpoints: step 10 is the best and has the detector's weights, step 20 others."""
+    """Run with two checkpoints: step 10 is the best and has the detector's weights, step 20 others."""
     state = {key: tensor.clone() for key, tensor in detector.state_dict().items()}
     other = {key: tensor * 2 if "dec_score" in key else tensor for key, tensor in state.items()}
     for step, tensors in ((10, state), (20, other)):
@@ -94,11 +94,11 @@ def run_folder(folder: Path, detector: Detector) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(
-    detector: Detector, weights: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory
+    detector: Detector, weights: Path, photo: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
     save_released(detector.state_dict(), CONFIG, folder / "released.pth")
-    example = picture.read_bytes()
+    example = photo.read_bytes()
     save_detector(folder / "mlflow", config=CONFIG, weights=weights, categories=coco_names(), example=example)
     run = run_folder(folder / "run", detector)
     return {
@@ -106,7 +106,7 @@ def sources(
         "mlflow": folder / "mlflow",
         "exported": exported(folder / "exported", weights),
         "run": run,
-        "checkpoint": run / "checkpoints" / checkpoint.folder_name(10),
+        "checkpoint": run / "checkpoints" / checkpoint.step_folder(10),
     }
 
 
@@ -119,18 +119,18 @@ def same(a: ImageDetections, b: ImageDetections) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["released", "mlflow", "run", "checkpoint"])
-def test_every_kind_of_source_gives_equal_detections(kind: str, sources: dict[str, Path], picture: Path) -> None:
-    (expected,) = load(sources["exported"], "cpu")(picture)
+def test_every_kind_of_source_gives_equal_detections(kind: str, sources: dict[str, Path], photo: Path) -> None:
+    (expected,) = load(sources["exported"], "cpu")(photo)
     assert 0 < len(expected.scores) < 300
     assert (expected.scores >= 0.4).all()
     loaded = load(sources[kind], "cpu")
     assert loaded.config.input_size == CONFIG.input_size
     assert loaded.names == coco_names()
-    (found,) = loaded(picture)
+    (found,) = loaded(photo)
     assert same(found, expected)
     opened = open_detector(str(sources[kind]))
     assert opened.origin == loaded.origin
-    assert same(opened(picture)[0], expected)
+    assert same(opened(photo)[0], expected)
 
 
 def test_category_ids_are_the_data_s_the_published_ones_or_the_labels(sources: dict[str, Path]) -> None:
@@ -140,7 +140,7 @@ def test_category_ids_are_the_data_s_the_published_ones_or_the_labels(sources: d
 
 
 @pytest.mark.parametrize("variant", ["n", "s", *(pytest.param(name, marks=pytest.mark.slow) for name in "mlx")])
-def test_a_released_file_tells_its_variant_classes_bins_and_size(variant: str, tmp_path: Path) -> None:
+def test_variant_classes_bins_and_size_are_read_off_a_released_file(variant: str, tmp_path: Path) -> None:
     config = ModelConfig.variant(variant, num_classes=366, input_size=(640, 512), reg_max=24, up=0.25)
     save_released(Detector(config).state_dict(), config, tmp_path / "released.pth")
     loaded = load(tmp_path / "released.pth", "cpu")
@@ -149,15 +149,15 @@ def test_a_released_file_tells_its_variant_classes_bins_and_size(variant: str, t
     assert loaded.category_ids[1] == 1
 
 
-def test_it_detects_what_evaluation_detects(sources: dict[str, Path], detector: Detector, picture: Path) -> None:
-    pixels = stretch(decode_rgb(picture.read_bytes(), WIDTH, HEIGHT), CONFIG.input_size)
+def test_it_detects_what_evaluation_detects(sources: dict[str, Path], detector: Detector, photo: Path) -> None:
+    pixels = stretch(decode_rgb(photo.read_bytes(), WIDTH, HEIGHT), CONFIG.input_size)
     with torch.no_grad():
         output = detector(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
     scores, order = output.logits[0].sigmoid().flatten().sort(descending=True)
     query = order // CLASSES
     centre, size = output.boxes[0][query].split(2, -1)
     boxes = torch.cat([centre - size / 2, centre + size / 2], -1) * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
-    (found,) = load(sources["exported"], "cpu")(picture, threshold=0.0)
+    (found,) = load(sources["exported"], "cpu")(photo, threshold=0.0)
     assert found.labels.tolist() == (order % CLASSES)[:300].tolist()
     torch.testing.assert_close(found.scores, scores[:300])
     torch.testing.assert_close(found.boxes, boxes[:300])
@@ -173,31 +173,131 @@ def test_floating_pixels_and_bytes_give_equal_detections_up_to_300_or_all_pairs(
     assert all(torch.equal(getattr(found, name), getattr(floating, name)) for name in ("labels", "boxes", "scores"))
     assert output.matching is None
     assert layers.matching is not None
-    assert found.scores.shape == (2, 300)  # of 75 queries x 80 classes
+    assert found.scores.shape == (2, 300)  # out of 75 queries x 80 classes
     few = Detector(CONFIG.with_(num_classes=2)).eval()
     with torch.no_grad():
         assert predict_batch(few, pixels, sizes)[0].scores.shape == (2, 150)
 
 
-def test_paths_bytes_arrays_and_pictures_single_or_several_are_one(sources: dict[str, Path], picture: Path) -> None:
+def test_paths_bytes_arrays_and_images_single_or_several_are_one(sources: dict[str, Path], photo: Path) -> None:
     loaded = load(str(sources["exported"]), "cpu")
-    (expected,) = loaded([picture])
-    pixels = np.asarray(Image.open(picture))
-    for image in (str(picture), picture, picture.read_bytes(), pixels, Image.open(picture)):
+    (expected,) = loaded([photo])
+    pixels = np.asarray(Image.open(photo))
+    for image in (str(photo), photo, photo.read_bytes(), pixels, Image.open(photo)):
         (found,) = loaded(image)
         assert same(found, expected), type(image)
     assert all(same(found, expected) for found in loaded(pixels[None]))
-    several = loaded([pixels, pixels[:50], picture], batch=2)
+    several = loaded([pixels, pixels[:50], photo], batch_size=2)
     assert [len(found.scores) > 0 for found in several] == [True] * 3
     torch.testing.assert_close(several[2].boxes, expected.boxes)
     assert loaded([]) == []
 
 
-def test_deployed_it_detects_the_same_up_to_rounding(sources: dict[str, Path], picture: Path) -> None:
+def test_deployed_it_detects_the_same_up_to_rounding(sources: dict[str, Path], photo: Path) -> None:
     loaded = load(sources["exported"], "cpu")
-    (plain,) = loaded(picture)
-    (fused,) = loaded.deploy()(picture)
+    (plain,) = loaded(photo)
+    (fused,) = loaded.deploy()(photo)
     torch.testing.assert_close(fused.boxes, plain.boxes, rtol=1e-5, atol=1e-3)
+
+
+# Draw, save, print
+
+
+def test_a_saved_detector_opens_again_with_equal_detections(
+    sources: dict[str, Path], photo: Path, tmp_path: Path
+) -> None:
+    loaded = load(sources["run"], "cpu")
+    folder = loaded.save(tmp_path / "new" / "saved")
+    assert sorted(path.name for path in folder.iterdir()) == ["detector.json", "model.safetensors"]
+    again = load(folder, "cpu")
+    assert (again.config, again.names, again.category_ids) == (loaded.config, loaded.names, loaded.category_ids)
+    assert same(again(photo)[0], loaded(photo)[0])
+    again.save(folder)  # over itself
+    assert same(load(folder, "cpu")(photo)[0], loaded(photo)[0])
+
+
+def test_a_detector_is_saved_neither_fused_nor_among_other_files(sources: dict[str, Path], tmp_path: Path) -> None:
+    loaded = load(sources["exported"], "cpu")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        loaded.save(tmp_path)
+    with pytest.raises(ValueError, match=r"save it before"):
+        loaded.deploy().save(tmp_path / "fused")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_printing_a_detector_names_origin_classes_size_and_device(sources: dict[str, Path]) -> None:
+    loaded = load(sources["run"], "cpu")
+    text = str(loaded)
+    assert len(text.splitlines()) <= 7
+    assert loaded.path == f"{sources['checkpoint']}/ema.safetensors"
+    numbers = sum(parameter.numel() for parameter in loaded.detector.parameters())
+    stored = Path(loaded.path).stat().st_size
+    assert loaded.size_bytes == pytest.approx(stored, rel=0.02)  # the file has a header besides
+    for part in (
+        f"from {sources['checkpoint']}",
+        loaded.path,
+        "80: person, bicycle",
+        "72 more",
+        "160 x 96 pixels",
+        f"{numbers / 1e6:.2f} million",
+        f"{loaded.size_bytes / 1e6:.1f} MB",
+        "cpu",
+    ):
+        assert part in text, part
+    released = load(sources["released"], "cpu")
+    assert released.path == released.origin == str(sources["released"])
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), 40])
+def test_a_threshold_outside_0_to_1_is_refused(threshold: float, sources: dict[str, Path], photo: Path) -> None:
+    with pytest.raises(ValueError, match=rf"threshold \({threshold}\) must lie in 0\.\.1"):
+        load(sources["exported"], "cpu")(photo, threshold=threshold)
+
+
+def test_iterating_gives_every_detection_as_plain_values(sources: dict[str, Path], photo: Path) -> None:
+    (found,) = load(sources["exported"], "cpu")(photo)
+    rows = list(found)
+    assert len(rows) == len(found) == len(found.scores) > 0
+    assert [row.name for row in rows] == list(found.names)
+    assert torch.tensor([row.box for row in rows]).equal(found.boxes)
+    assert [row.label for row in rows] == found.labels.tolist()
+    assert [row.score for row in rows] == found.scores.tolist()
+
+
+def test_drawing_marks_the_boxes_and_leaves_the_rest_and_the_source_as_they_were(photo: Path) -> None:
+    white = Image.new("RGB", (200, 150), "white")
+    boxes = torch.tensor([[40.0, 60, 120, 120], [150, 2, 190, 146]])
+    found = ImageDetections(boxes, torch.tensor([0.9, 0.5]), torch.tensor([0, 1]), ("cat", "dog"))
+    rendered = np.asarray(found.draw(white))
+    assert rendered.shape == (150, 200, 3)
+    assert (np.asarray(white) == 255).all()
+    coloured = (rendered != 255).any(-1)
+    assert coloured[60:121, 40].all()  # left edge
+    assert coloured[120, 40:121].all()  # lower edge
+    assert not coloured[63:118, 43:118].any()  # the caption stands above its box, not in it
+    assert coloured[45:58, 42:60].any()
+    assert not coloured[:, :38].any()
+    assert tuple(rendered[100, 40]) != tuple(rendered[100, 150])  # a colour for each class
+    assert found.draw(photo).size == (WIDTH, HEIGHT)
+    nothing = ImageDetections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), ())
+    assert np.array_equal(np.asarray(nothing.draw(white)), np.asarray(white))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(10.0, 0, 80, 60), (120.0, 40, 199, 149), (-30.0, -20, 60, 50), (150.0, 100, 260, 190), (90.0, 70, 40, 30)],
+)
+def test_a_caption_stays_in_the_image_and_beside_its_box_where_there_is_room(box: tuple[float, ...]) -> None:
+    white = Image.new("RGB", (200, 150), "white")
+    found = ImageDetections(torch.tensor([box]), torch.tensor([0.5]), torch.tensor([2]), ("traffic light",))
+    rendered = np.asarray(found.draw(white))
+    left, right = sorted(np.clip((box[0], box[2]), 0, 199).astype(int))
+    top, bottom = sorted(np.clip((box[1], box[3]), 0, 149).astype(int))
+    assert (rendered[top + 3 : bottom - 2, left + 3 : right - 2] == 255).all()
+    outside = rendered.copy()
+    outside[top : bottom + 1, left : right + 1] = 255
+    assert (outside != 255).any()
 
 
 class RunsCode:
@@ -219,13 +319,13 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_detector_is_refused_with_what_was_found(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_or_file_without_a_detector_is_refused_with_its_content(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     torch.save({"w": torch.ones(1)}, tmp_path / "other.pth")
     for source, message in (
         (tmp_path, "it holds .*notes.txt"),
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "nowhere.pth", "No such file"),
+        (tmp_path / "nowhere.pth", r"nowhere\.pth does not exist"),
         (tmp_path / "other.pth", "not the weights of a detector"),
     ):
         with pytest.raises(LoadError, match=message):
@@ -235,7 +335,7 @@ def test_what_is_no_detector_is_refused_with_what_was_found(sources: dict[str, P
 
 
 @pytest.mark.parametrize("source", ["models:/none@champion", "models:/none/1", "runs:/0123"])
-def test_what_only_mlflow_knows_is_opened_by_the_pipeline_alone(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_uris_are_opened_by_the_pipeline_alone(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(LoadError, match=r"pipeline\.open_detector\.open_detector opens"):
         load(source)
@@ -245,7 +345,7 @@ def test_what_only_mlflow_knows_is_opened_by_the_pipeline_alone(source: str, mon
 
 def test_a_damaged_checkpoint_is_named(detector: Detector, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", detector)
-    path = run / "checkpoints" / checkpoint.folder_name(10) / "ema.safetensors"
+    path = run / "checkpoints" / checkpoint.step_folder(10) / "ema.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -267,7 +367,7 @@ def test_a_description_that_does_not_fit_is_refused(change: dict[str, Any], mess
         from_description(json.dumps(content).encode(), weights.read_bytes(), "here", "cpu")
 
 
-def test_the_package_offers_what_opens_a_detector() -> None:
+def test_the_package_exports_the_functions_that_open_a_detector() -> None:
     assert dfine_core.load is load
     assert LoadedDetector.__name__ in dfine_core.__all__
 
@@ -275,19 +375,19 @@ def test_the_package_offers_what_opens_a_detector() -> None:
 # Images
 
 
-def test_preparing_is_what_evaluation_does_to_images(picture: Path) -> None:
-    image = read_image(picture)
+def test_preparing_is_what_evaluation_does_to_images(photo: Path) -> None:
+    image = read_image(photo)
     prepared = prepare([image, image.crop((0, 0, 50, 60))], (64, 96))
     assert prepared.shape == (2, 3, 64, 96)
     assert prepared.dtype == torch.uint8
-    expected = stretch(decode_rgb(picture.read_bytes(), WIDTH, HEIGHT), (64, 96))
+    expected = stretch(decode_rgb(photo.read_bytes(), WIDTH, HEIGHT), (64, 96))
     assert np.array_equal(prepared[0].permute(1, 2, 0).numpy(), expected)
     assert prepare([], (64, 96)).shape == (0, 3, 64, 96)
 
 
-def test_a_broken_image_among_others_is_named(sources: dict[str, Path], picture: Path) -> None:
+def test_a_broken_image_among_others_is_named(sources: dict[str, Path], photo: Path) -> None:
     with pytest.raises(ValueError, match="image 1: a broken PNG image"):
-        load(sources["exported"], "cpu")([picture, picture.read_bytes()[:2000]])
+        load(sources["exported"], "cpu")([photo, photo.read_bytes()[:2000]])
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -321,7 +421,7 @@ def test_odd_images_become_rgb_as_in_training() -> None:
         (np.full((4, 4, 3), 300), r"0\.\.255"),
     ],
 )
-def test_what_is_no_image_is_refused_with_the_reason(value: object, message: str) -> None:
+def test_a_value_that_is_no_image_is_refused_with_the_reason(value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_image(value)  # type: ignore[arg-type]
 

@@ -29,11 +29,11 @@ VFL_INDEX = (
 
 def test_varifocal_loss_equals_a_plain_loop() -> None:
     logits, ious = numbers(2, 2, 4, 5), numbers(2, 3, seed=1).sigmoid()
-    truth = torch.zeros_like(logits)
-    truth[VFL_INDEX] = ious
+    iou_target = torch.zeros_like(logits)
+    iou_target[VFL_INDEX] = ious
     expected = [0.0, 0.0]
     for stage in range(2):
-        for z, y in zip(logits[stage].flatten().tolist(), truth[stage].flatten().tolist(), strict=True):
+        for z, y in zip(logits[stage].flatten().tolist(), iou_target[stage].flatten().tolist(), strict=True):
             p = 1 / (1 + math.exp(-z))
             cross_entropy = -y * math.log(p) - (1 - y) * math.log(1 - p)
             expected[stage] += (y if y > 0 else 0.75 * p**2) * cross_entropy
@@ -43,11 +43,11 @@ def test_varifocal_loss_equals_a_plain_loop() -> None:
 def test_varifocal_gradient_treats_weights_as_constants() -> None:
     logits, ious = numbers(2, 2, 4, 5).requires_grad_(), numbers(2, 3, seed=1).sigmoid()
     varifocal_loss(logits, VFL_INDEX, ious, 0.75, 2.0).sum().backward()
-    truth = torch.zeros_like(logits)
-    truth[VFL_INDEX] = ious
+    iou_target = torch.zeros_like(logits)
+    iou_target[VFL_INDEX] = ious
     p = logits.detach().sigmoid()
-    weight = torch.where(truth > 0, truth, 0.75 * p**2)
-    torch.testing.assert_close(logits.grad, weight * (p - truth))
+    weight = torch.where(iou_target > 0, iou_target, 0.75 * p**2)
+    torch.testing.assert_close(logits.grad, weight * (p - iou_target))
 
 
 def test_fine_grained_localization_equals_the_bins_own_cross_entropy() -> None:
@@ -98,8 +98,8 @@ def test_gradients_agree_with_finite_differences() -> None:
     )
 
     boxes = (numbers(2, 3, 4, seed=6).sigmoid() * 0.4 + 0.2).requires_grad_()
-    truth = numbers(3, 4, seed=7).sigmoid() * 0.4 + 0.2
-    assert torch.autograd.gradcheck(lambda x: torch.stack(box_losses(x, truth)), boxes)
+    target_boxes = numbers(3, 4, seed=7).sigmoid() * 0.4 + 0.2
+    assert torch.autograd.gradcheck(lambda x: torch.stack(box_losses(x, target_boxes)), boxes)
 
 
 def test_a_student_that_equals_its_teacher_costs_and_learns_nothing() -> None:

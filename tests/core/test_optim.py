@@ -10,8 +10,7 @@ from torch import nn
 from dfine_core import Detector, ModelConfig
 from dfine_core.config import OptimizerConfig
 from dfine_core.ema import ExponentialMovingAverage, ema_decay
-from dfine_core.learning_rate import learning_rate_factor
-from dfine_core.optim import make_optimizer, parameter_groups
+from dfine_core.optim import learning_rate_factor, make_optimizer, parameter_groups
 
 # Tensors and numbers per group as the released code forms them: backbone, no_decay, rest.
 PUBLISHED_GROUPS = {

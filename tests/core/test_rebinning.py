@@ -28,7 +28,7 @@ small = ModelConfig.variant("n", num_classes=2, input_size=(256, 256), num_queri
 
 @pytest.fixture(scope="module")
 def detector() -> Detector:
-    """Random weights everywhere, so that distributions are far from uniform."""
+    """Detector with random weights everywhere, so that distributions are far from uniform."""
     model = Detector(small).eval()
     fill(model, seed=0)
     return model
@@ -85,7 +85,7 @@ def test_the_map_between_equal_bins_is_the_identity(bins: Bins) -> None:
 @given(source=every_bins, target=every_bins, seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_symmetric_distributions_stay_symmetric(source: Bins, target: Bins, seed: int) -> None:
-    """The uniform one of an untrained model above all: its boxes are the initial boxes, exactly."""
+    """The uniform distribution of an untrained model above all: its boxes are the initial boxes, exactly."""
     matrix, constant = logit_map(source, target)
     logits = torch.randn(source.reg_max + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for symmetric in (torch.zeros_like(logits), logits + logits.flip(0)):
@@ -148,7 +148,7 @@ def test_boxes_stay_closer_than_by_interpolating_logits(
 
 
 def naively(key: str, tensor: Tensor, weights: dict[str, Tensor], report: RebinReport) -> Tensor:
-    """Last layers interpolated along their bins, by offset; all else as `rebin` leaves it."""
+    """Interpolate the last layers along their bins, by offset; all else as `rebin` leaves it."""
     if not (key.startswith("decoder.dec_bbox_head") and ".layers.2." in key):
         return weights[key]
     source, target = (bins.offsets for bins in (report.source, report.target))
@@ -192,9 +192,9 @@ def test_quality_estimates_of_bell_shaped_distributions_stay_close(reg_max: int)
     new = old @ matrix.T + constant
     edges = torch.randint(len(old), (1000, 4), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = estimate(old[edges].float())
-        left_alone = (estimate(new[edges].float()) - wanted).abs().mean()
-        taken_along = (converted(new[edges].float()) - wanted).abs().mean()
+        expected = estimate(old[edges].float())
+        left_alone = (estimate(new[edges].float()) - expected).abs().mean()
+        taken_along = (converted(new[edges].float()) - expected).abs().mean()
     assert taken_along < 0.5 * left_alone
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read, what is refused and why, and what is written."""
+"""Weight files: those that are read, those that are refused with the reason, and the written layout."""
 
 import math
 import os
@@ -91,7 +91,7 @@ def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"date": "today", "epoch": 3}, [torch.ones(1)], {}, {"model": {}}], ids=str)
-def test_a_file_without_weights_says_what_it_holds(content: Any, tmp_path: Path) -> None:
+def test_a_file_without_weights_is_refused_with_its_content(content: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no weights: expected ema.module, model or a bare state dict, found"):
         read_checkpoint(saved(content, tmp_path / "x.pth"))
 
@@ -129,9 +129,7 @@ def test_a_backbone_file_is_sent_to_the_backbone(detector: Detector) -> None:
         load_weights(detector, detector.backbone.state_dict())
 
 
-def test_a_misfit_names_keys_of_both_sides_and_changes_nothing(
-    detector: Detector, state_dict: dict[str, Tensor]
-) -> None:
+def test_a_misfit_names_keys_of_both_sides_and_changes_nothing(state_dict: dict[str, Tensor]) -> None:
     model = Detector(SMALL)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     for leaf in ("weight", "bias"):
@@ -241,7 +239,7 @@ def test_a_failed_write_leaves_the_old_file(
     save_released(state_dict, SMALL, path)
     before = path.read_bytes()
 
-    def disk_full(content: object, file: Path) -> None:
+    def disk_full(_: object, file: Path) -> None:
         Path(file).write_bytes(b"half a file")
         raise OSError("no space left on device")
 

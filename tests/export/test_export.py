@@ -1,4 +1,4 @@
-"""Exported files, each in its own runtime: they find what the detector finds, and what does not is refused."""
+"""Exported files in their own runtimes: equal detections are accepted, different ones refused."""
 
 import hashlib
 import json
@@ -19,16 +19,16 @@ from dfine_core.inference import LoadedDetector
 from jobs import export as export_job
 from pipeline.evaluation.ground_truth import GroundTruth
 from pipeline.export import export as exporting
-from pipeline.export.check_images import CheckSet, drawn, from_shards
-from pipeline.export.export import Export, export
-from pipeline.export.formats import FORMATS, Format, Source, at_input_size, write_safetensors
-from pipeline.export.gate import FULL, OPENERS, TOLERANCES, judge_files
+from pipeline.export.check_images import CheckSet, from_shards, from_synthetic_images
+from pipeline.export.export import ExportResult, export
+from pipeline.export.formats import FORMATS, ExportFormat, ExportSource, at_input_size, write_safetensors
+from pipeline.export.gate import FULL, OPENERS, TOLERANCES, check_files
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
-PICTURES = 7
+NUM_IMAGES = 7
 traced = pytest.mark.slow  # tracing takes half a minute
-QUICK = ["onnx", "onnx-fp16", "released", "safetensors"]  # of one layer, which Transformers cannot have
+QUICK = ["onnx", "onnx-fp16", "released", "safetensors"]  # for a single layer, which Transformers does not support
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +42,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(model: LoadedDetector, folder: Path) -> Export:
-    """At once and small: tracing is what takes long."""
-    return export(model, QUICK, folder, drawn(PICTURES, longest_side=96))
+def exported(model: LoadedDetector, folder: Path) -> ExportResult:
+    """One small export shared by all tests, because tracing is slow."""
+    return export(model, QUICK, folder, from_synthetic_images(NUM_IMAGES, longest_side=96))
 
 
 @traced
-def test_what_is_exported_is_accepted_on_pictures(exported: Export, folder: Path) -> None:
-    print(exported.table())
-    assert [result.verdict.reason for result in exported.results] == [None] * len(QUICK)
+def test_exported_files_are_accepted_on_images(exported: ExportResult, folder: Path) -> None:
+    assert [result.verdict.reason for result in exported.results] == [None] * len(QUICK), exported.table()
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         ["export.json", *(FORMATS[name].file for name in QUICK)]
     )
     for result in exported.results:
-        assert result.verdict.measured["detections"] == PICTURES * 20
+        assert result.verdict.measured["detections"] == NUM_IMAGES * 20
 
 
 @traced
-def test_the_report_names_source_versions_differences_and_digests(
-    exported: Export, folder: Path, model: LoadedDetector
-) -> None:
+@pytest.mark.usefixtures("exported")
+def test_the_report_names_source_versions_differences_and_digests(folder: Path, model: LoadedDetector) -> None:
     report = json.loads((folder / "export.json").read_text())
     assert report["names"] == list(model.names)
     assert report["input_size"] == [64, 64]
-    assert report["checked_on"] == f"{PICTURES} drawn images"
+    assert report["checked_on"] == f"{NUM_IMAGES} generated images"
     assert report["versions"]["torch"] == version("torch")
     assert list(report["formats"]) == QUICK
     for name, entry in report["formats"].items():
@@ -79,40 +77,39 @@ def test_the_report_names_source_versions_differences_and_digests(
 
 def check_batches(model: LoadedDetector, name: str, path: Path) -> None:
     detect = OPENERS[name](path, model)
-    (pictures,) = drawn(3, longest_side=96).batches(model.config.input_size)
-    for batch in (1, 2, 3):
-        found = detect(pictures.pixels[:batch], pictures.sizes[:batch])
-        expected = model.detect(pictures.pixels[:batch], pictures.sizes[:batch])
-        assert found.boxes.shape == expected.boxes.shape
-        assert found.scores.shape == expected.scores.shape
-        torch.testing.assert_close(found.scores[:, :5], expected.scores[:, :5], rtol=0, atol=TOLERANCES[name].score)
+    (batch,) = from_synthetic_images(3, longest_side=96).batches(model.config.input_size)
+    for size in (1, 2, 3):
+        actual = detect(batch.pixels[:size], batch.sizes[:size])
+        expected = model.detect(batch.pixels[:size], batch.sizes[:size])
+        assert actual.boxes.shape == expected.boxes.shape
+        assert actual.scores.shape == expected.scores.shape
+        torch.testing.assert_close(actual.scores[:, :5], expected.scores[:, :5], rtol=0, atol=TOLERANCES[name].score)
 
 
 @traced
 @pytest.mark.parametrize("name", ["onnx", "onnx-fp16"])
-def test_one_file_takes_one_two_or_three_images(
-    exported: Export, folder: Path, model: LoadedDetector, name: str
-) -> None:
+@pytest.mark.usefixtures("exported")
+def test_one_file_takes_one_two_or_three_images(folder: Path, model: LoadedDetector, name: str) -> None:
     check_batches(model, name, folder / FORMATS[name].file)
 
 
 @pytest.mark.slow
 def test_every_format_is_accepted_and_a_torch_program_takes_one_two_or_three_images(tmp_path: Path) -> None:
     model = loaded(small())
-    done = export(model, list(FORMATS), tmp_path, drawn(PICTURES, longest_side=96))
+    done = export(model, list(FORMATS), tmp_path, from_synthetic_images(NUM_IMAGES, longest_side=96))
     assert done.accepted, done.table()
     check_batches(model, "torch-export", tmp_path / "detector.pt2")
 
 
 @traced
-def test_an_onnx_file_says_what_it_is(exported: Export, folder: Path, model: LoadedDetector) -> None:
+def test_an_onnx_file_carries_its_metadata(exported: ExportResult, folder: Path, model: LoadedDetector) -> None:
     for name in ("onnx", "onnx-fp16"):
         session = onnxruntime.InferenceSession(folder / FORMATS[name].file, providers=["CPUExecutionProvider"])
-        said = session.get_modelmeta().custom_metadata_map
-        assert json.loads(said["names"]) == list(model.names)
-        assert json.loads(said["input_size"]) == [64, 64]
-        assert said["weights_sha256"] == exported.source.digest
-        assert said["made_by"].startswith("ray-dfine")
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["names"]) == list(model.names)
+        assert json.loads(metadata["input_size"]) == [64, 64]
+        assert metadata["weights_sha256"] == exported.source.digest
+        assert metadata["made_by"].startswith("ray-dfine")
         assert [(one.name, one.type, one.shape[1:]) for one in session.get_inputs()] == [
             ("images", "tensor(float)", [3, 64, 64]),
             ("orig_target_sizes", "tensor(int64)", [2]),
@@ -126,15 +123,15 @@ def test_an_onnx_file_says_what_it_is(exported: Export, folder: Path, model: Loa
 
 
 @traced
-def test_half_precision_takes_half_the_space(exported: Export, folder: Path) -> None:
+@pytest.mark.usefixtures("exported")
+def test_half_precision_takes_half_the_space(folder: Path) -> None:
     whole, half = ((folder / FORMATS[name].file).stat().st_size for name in ("onnx", "onnx-fp16"))
     assert half < 0.65 * whole
 
 
 @traced
-def test_a_released_file_and_a_folder_hold_the_very_weights(
-    exported: Export, folder: Path, model: LoadedDetector
-) -> None:
+@pytest.mark.usefixtures("exported")
+def test_a_released_file_and_a_folder_hold_the_very_weights(folder: Path, model: LoadedDetector) -> None:
     released = read_checkpoint(folder / "detector.pth")
     again = load(folder / "safetensors", "cpu")
     assert again.config == model.config
@@ -145,7 +142,7 @@ def test_a_released_file_and_a_folder_hold_the_very_weights(
 
 
 def changed_initializer(path: Path, target: Path) -> Path:
-    """The file with the weights of its score heads larger by a hundredth."""
+    """Copy of the file with the weights of its score heads increased by 1 %."""
     proto = onnx.load(path)
     heads = [one for one in proto.graph.initializer if sorted(one.dims) == [8, 128]]
     assert heads
@@ -156,36 +153,36 @@ def changed_initializer(path: Path, target: Path) -> Path:
 
 
 @traced
-def test_a_file_with_tampered_weights_is_refused(
-    exported: Export, folder: Path, model: LoadedDetector, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("exported")
+def test_a_file_with_tampered_weights_is_refused(folder: Path, model: LoadedDetector, tmp_path: Path) -> None:
     tampered = changed_initializer(folder / "detector.onnx", tmp_path / "detector.onnx")
-    verdict = judge_files(model, {"onnx": tampered}, drawn(3, longest_side=96))["onnx"]
+    verdict = check_files(model, {"onnx": tampered}, from_synthetic_images(3, longest_side=96))["onnx"]
     assert "of its detections agree" in str(verdict.reason)
 
 
 @traced
-def test_a_file_that_is_cut_short_is_refused(
-    exported: Export, folder: Path, model: LoadedDetector, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("exported")
+def test_a_file_that_is_cut_short_is_refused(folder: Path, model: LoadedDetector, tmp_path: Path) -> None:
     for name in ("onnx", "released"):
         content = (folder / FORMATS[name].file).read_bytes()
         (tmp_path / FORMATS[name].file).write_bytes(content[: len(content) // 2])
-        verdict = judge_files(model, {name: tmp_path / FORMATS[name].file}, drawn(1, longest_side=64))[name]
+        verdict = check_files(model, {name: tmp_path / FORMATS[name].file}, from_synthetic_images(1, longest_side=64))[
+            name
+        ]
         assert str(verdict.reason).startswith("cannot be opened"), verdict
 
 
-def _tampered(source: Source, path: Path) -> None:
-    write_safetensors(Source(loaded(source.model.config, seed=1)), path)
+def _tampered(source: ExportSource, path: Path) -> None:
+    write_safetensors(ExportSource(loaded(source.model.config, seed=1)), path)
 
 
 def test_a_refused_file_lies_apart_and_takes_the_earlier_one_with_it(
     model: LoadedDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert export(model, ["safetensors"], tmp_path, drawn(2, longest_side=64)).accepted
+    assert export(model, ["safetensors"], tmp_path, from_synthetic_images(2, longest_side=64)).accepted
     assert (tmp_path / "safetensors" / "detector.json").exists()
-    monkeypatch.setitem(exporting.FORMATS, "safetensors", Format("safetensors", _tampered))
-    done = export(model, ["safetensors", "released"], tmp_path, drawn(2, longest_side=64))
+    monkeypatch.setitem(exporting.FORMATS, "safetensors", ExportFormat("safetensors", _tampered))
+    done = export(model, ["safetensors", "released"], tmp_path, from_synthetic_images(2, longest_side=64))
     assert not done.accepted
     assert sorted(file.name for file in tmp_path.iterdir()) == ["detector.pth", "export.json", "refused"]
     assert (tmp_path / "refused" / "safetensors" / "detector.json").exists()
@@ -196,9 +193,9 @@ def test_a_refused_file_lies_apart_and_takes_the_earlier_one_with_it(
     assert "REFUSED" in done.table()
 
 
-def test_what_cannot_be_written_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_format_that_cannot_be_written_is_refused_and_the_others_are_exported(tmp_path: Path) -> None:
     rectangular = loaded(small(input_size=(64, 96)))
-    done = export(rectangular, ["huggingface", "safetensors"], tmp_path, drawn(2, longest_side=64))
+    done = export(rectangular, ["huggingface", "safetensors"], tmp_path, from_synthetic_images(2, longest_side=64))
     assert "cannot express positional_table" in str(done.results[0].verdict.reason)
     assert done.results[1].verdict.accepted
     assert not (tmp_path / "huggingface").exists()
@@ -208,8 +205,10 @@ def test_another_input_size_keeps_the_weights(tmp_path: Path) -> None:
     model = loaded(small())
     larger = at_input_size(model, (96, 96))
     assert larger.config == model.config.with_(input_size=(96, 96))
-    assert Source(larger).digest == Source(model).digest
-    done = export(larger, ["huggingface", "released", "safetensors"], tmp_path, drawn(3, longest_side=96))
+    assert ExportSource(larger).digest == ExportSource(model).digest
+    done = export(
+        larger, ["huggingface", "released", "safetensors"], tmp_path, from_synthetic_images(3, longest_side=96)
+    )
     assert done.accepted, done.table()
     size = json.loads((tmp_path / "huggingface" / "preprocessor_config.json").read_text())["size"]
     assert size == {"height": 96, "width": 96}
@@ -221,13 +220,13 @@ def test_another_input_size_keeps_the_weights(tmp_path: Path) -> None:
 # The command
 
 
-def labelled(checked: CheckSet, model: LoadedDetector) -> GroundTruth:
-    """The truth replaced by what the detector finds best in each image, so that an AP is not 0."""
-    assert checked.truth is not None
-    found = [model.detect(batch.pixels, batch.sizes) for batch in checked.batches(model.config.input_size)]
+def labelled(check_set: CheckSet, model: LoadedDetector) -> GroundTruth:
+    """Ground truth replaced by the best detection of each image, so that AP is not 0."""
+    assert check_set.ground_truth is not None
+    found = [model.detect(batch.pixels, batch.sizes) for batch in check_set.batches(model.config.input_size)]
     box = torch.cat([part.boxes[:, 0] for part in found]).numpy()
     return replace(
-        checked.truth,
+        check_set.ground_truth,
         image=np.arange(len(box)),
         box=box,
         label=torch.cat([part.labels[:, 0] for part in found]).numpy().astype(np.int32),
@@ -239,7 +238,7 @@ def labelled(checked: CheckSet, model: LoadedDetector) -> GroundTruth:
 @pytest.fixture(scope="module")
 def stored(model: LoadedDetector, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stored") / "detector"
-    write_safetensors(Source(model), path)
+    write_safetensors(ExportSource(model), path)
     return path
 
 
@@ -252,17 +251,16 @@ def test_the_command_compares_average_precision_on_shards(
 ) -> None:
     shards = write_shards(tmp_path / "val", synthetic_records(8, longest_side=64))
 
-    def with_truth(given: object, images: int) -> CheckSet:
-        checked = from_shards(shards, images)
-        return replace(checked, truth=labelled(checked, model))
+    def with_ground_truth(_: object, images: int) -> CheckSet:
+        check_set = from_shards(shards, images)
+        return replace(check_set, ground_truth=labelled(check_set, model))
 
-    monkeypatch.setattr(export_job, "from_shards", with_truth)
+    monkeypatch.setattr(export_job, "from_shards", with_ground_truth)
     out = tmp_path / "out"
     export_job.main(
         [str(stored), "--to", "released", "safetensors", "--out", str(out), "--check", shards.uri, "--images", "6"]
     )
-    said = capsys.readouterr().out
-    assert "the first 6 images of" in said
+    assert "the first 6 images of" in capsys.readouterr().out
     measured = json.loads((out / "export.json").read_text())["formats"]["released"]["measured"]
     assert measured["AP_exported"] == measured["AP_pytorch"] > 0.2
 
@@ -287,7 +285,7 @@ def test_the_command_fails_when_a_file_is_refused(
         (["--attach", "shapes"], "name a run"),
     ],
 )
-def test_the_command_refuses_what_makes_no_sense(
+def test_the_command_refuses_invalid_arguments(
     stored: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit, match=message):
@@ -300,9 +298,8 @@ def test_the_command_refuses_what_makes_no_sense(
 def test_larger_variants_at_another_size_are_accepted(variant: str, tmp_path: Path) -> None:
     config = small().variant(variant, num_classes=8, input_size=(128, 128), num_queries=100)
     other = at_input_size(loaded(config), (160, 160))
-    done = export(other, list(FORMATS), tmp_path, drawn(4, longest_side=200))
-    print(done.table())
-    assert done.accepted
+    done = export(other, list(FORMATS), tmp_path, from_synthetic_images(4, longest_side=200))
+    assert done.accepted, done.table()
 
 
 @pytest.mark.slow
@@ -314,7 +311,10 @@ def test_other_settings_are_accepted(tmp_path: Path) -> None:
     ]
     for number, some in enumerate(settings):
         done = export(
-            loaded(small(**some)), ["onnx", "torch-export"], tmp_path / str(number), drawn(3, longest_side=96)
+            loaded(small(**some)),
+            ["onnx", "torch-export"],
+            tmp_path / str(number),
+            from_synthetic_images(3, longest_side=96),
         )
         assert done.accepted, done.table()
 

@@ -1,4 +1,4 @@
-"""Exported files in MLflow: among the run's artifacts, with their numbers, and marked on the model version."""
+"""Exported files attached to an MLflow run: artifacts, metrics, and tags of the model version."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs import export as export_job
-from pipeline.export.formats import Source, write_safetensors
+from pipeline.export.formats import ExportSource, write_safetensors
 from pipeline.tracking.attachments import AttachError, Target, find_target
 from tests.support.varied_detectors import loaded, small
 
@@ -41,7 +41,8 @@ def test_a_run_a_version_and_an_alias_lead_to_the_same_run(version: Target) -> N
     assert find_target(f"runs:/{version.run_id}") == Target(version.run_id)
 
 
-def test_what_is_not_there_is_named(version: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("version")
+def test_a_missing_run_or_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for source, message in (
         ("runs:/none", "runs:/none"),
         ("models:/shapes@nobody", "nobody"),
@@ -55,12 +56,12 @@ def test_what_is_not_there_is_named(version: Target, monkeypatch: pytest.MonkeyP
         find_target("models:/shapes@champion")
 
 
-def test_accepted_files_numbers_and_marks_arrive_and_refused_files_do_not(
+def test_accepted_files_metrics_and_tags_are_attached_and_refused_files_are_not(
     version: Target, server: MlflowClient, tmp_path: Path
 ) -> None:
     stored, out = tmp_path / "stored", tmp_path / "out"
-    write_safetensors(Source(loaded(small(input_size=(64, 96)))), stored)
-    with pytest.raises(SystemExit) as ended:  # what Transformers cannot express is refused
+    write_safetensors(ExportSource(loaded(small(input_size=(64, 96)))), stored)
+    with pytest.raises(SystemExit) as ended:  # Transformers cannot express this size
         export_job.main(
             [
                 *(str(stored), "--to", "released", "safetensors", "huggingface", "--out", str(out)),
@@ -76,8 +77,8 @@ def test_accepted_files_numbers_and_marks_arrive_and_refused_files_do_not(
     digest = report["formats"]["released"]["files"][0]["sha256"]
     run = server.get_run(version.run_id).data
     tags = server.get_model_version(version.name, version.version).tags
-    for told in (run.tags, tags):
-        assert told["dfine.export.released"] == f"accepted: detector.pth sha256:{digest}"
-        assert told["dfine.export.huggingface"].startswith("refused: cannot be written")
+    for attached in (run.tags, tags):
+        assert attached["dfine.export.released"] == f"accepted: detector.pth sha256:{digest}"
+        assert attached["dfine.export.huggingface"].startswith("refused: cannot be written")
     assert run.metrics["export/released/agreeing"] == 1
     assert "export/huggingface/agreeing" not in run.metrics

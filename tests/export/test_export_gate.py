@@ -1,4 +1,4 @@
-"""The gate in numbers: which differences count, and what it does with files that cannot keep up."""
+"""Gate of the export: which differences count, and which files are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,16 @@ from dfine_core.inference import prepare
 from dfine_core.model.postprocess import Detections
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.export import gate
-from pipeline.export.check_images import CheckSet, Pictures, drawn, from_files, from_shards, only, ragged
-from pipeline.export.gate import FULL, UNLIKE, Tolerance, differences, judge_files, summary
+from pipeline.export.check_images import (
+    CheckBatch,
+    CheckSet,
+    from_files,
+    from_shards,
+    from_synthetic_images,
+    select_images,
+    split_first_batch,
+)
+from pipeline.export.gate import FULL, MISMATCH, Tolerance, check_files, differences, summarize
 from tests.support.synthetic_scenes import AWAY, BOX, ground_truth_of
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
@@ -23,7 +31,7 @@ SIZE = torch.tensor([[100, 50]])  # width, height
 
 
 def detections(*rows: tuple[int, float, tuple[float, float, float, float]]) -> Detections:
-    """Of one image: label, score, box."""
+    """Detections of one image from rows of label, score and box."""
     return Detections(
         labels=torch.tensor([[row[0] for row in rows]]),
         scores=torch.tensor([[row[1] for row in rows]]),
@@ -31,7 +39,7 @@ def detections(*rows: tuple[int, float, tuple[float, float, float, float]]) -> D
     )
 
 
-def test_tied_detections_that_changed_places_do_not_differ() -> None:
+def test_tied_detections_that_swapped_ranks_do_not_differ() -> None:
     one = detections((0, 0.9, BOX), (0, 0.9, AWAY), (1, 0.5, BOX))
     other = detections((0, 0.9, AWAY), (1, 0.5, BOX), (0, 0.9, BOX))
     assert differences(one, other, SIZE, 3).max() == 0
@@ -39,17 +47,24 @@ def test_tied_detections_that_changed_places_do_not_differ() -> None:
 
 def test_a_corner_counts_over_the_side_of_the_image() -> None:
     one, other = detections((0, 0.9, (10, 10, 50, 40))), detections((0, 0.8, (12, 10, 50, 39)))
-    assert differences(one, other, SIZE, 1) == pytest.approx(np.array([[0.1, 2 / 100]]))  # of 100; the other is 1 of 50
+    # The first corner is off by 2 of 100 px, the other one by 1 of 50.
+    assert differences(one, other, SIZE, 1) == pytest.approx(np.array([[0.1, 2 / 100]]))
 
 
-def test_another_class_a_missing_detection_and_nan_are_unlike() -> None:
+def test_another_class_a_missing_detection_and_nan_are_mismatches() -> None:
     one = detections((0, 0.9, BOX), (1, 0.5, BOX))
-    assert differences(one, detections((2, 0.9, BOX), (1, 0.5, BOX)), SIZE, 2).tolist() == [[UNLIKE, UNLIKE], [0, 0]]
-    assert differences(one, detections((0, 0.9, BOX)), SIZE, 2).tolist() == [[0, 0], [UNLIKE, UNLIKE]]
-    assert differences(one, detections((0, float("nan"), BOX), (1, 0.5, BOX)), SIZE, 2)[0].tolist() == [UNLIKE, UNLIKE]
+    assert differences(one, detections((2, 0.9, BOX), (1, 0.5, BOX)), SIZE, 2).tolist() == [
+        [MISMATCH, MISMATCH],
+        [0, 0],
+    ]
+    assert differences(one, detections((0, 0.9, BOX)), SIZE, 2).tolist() == [[0, 0], [MISMATCH, MISMATCH]]
+    assert differences(one, detections((0, float("nan"), BOX), (1, 0.5, BOX)), SIZE, 2)[0].tolist() == [
+        MISMATCH,
+        MISMATCH,
+    ]
 
 
-def test_only_the_best_are_compared_with_all_that_the_file_found() -> None:
+def test_only_the_best_are_compared_with_all_detections_of_the_file() -> None:
     one = detections((0, 0.9, BOX), (1, 0.5, BOX))
     other = detections((1, 0.7, AWAY), (0, 0.9, BOX))
     assert differences(one, other, SIZE, 1).tolist() == [[0, 0]]
@@ -57,15 +72,15 @@ def test_only_the_best_are_compared_with_all_that_the_file_found() -> None:
 
 def test_the_summary_counts_what_agrees_in_score_and_box() -> None:
     off = np.array([[0.0, 0.0], [0.05, 0.0], [0.0, 0.05], [0.01, 0.01]])
-    numbers = summary(off, Tolerance(score=0.02, box=0.02, share=1.0))
+    numbers = summarize(off, Tolerance(score=0.02, box=0.02, share=1.0))
     assert numbers["detections"] == 4
     assert numbers["agreeing"] == 0.5
     assert numbers["score_largest_agreeing"] == numbers["box_largest_agreeing"] == 0.01
 
 
-def test_the_truth_of_some_images_is_theirs_alone() -> None:
+def test_the_ground_truth_of_selected_images_is_theirs_alone() -> None:
     whole = ground_truth_of([(0, BOX), (1, AWAY)], [(2, BOX)], [(1, BOX)], crowd=[3])
-    part = only(whole, np.array([100, 102]))
+    part = select_images(whole, np.array([100, 102]))
     assert part.image_id.tolist() == [100, 102]
     assert part.image.tolist() == [0, 0, 1]
     assert part.label.tolist() == [0, 1, 1]
@@ -73,26 +88,26 @@ def test_the_truth_of_some_images_is_theirs_alone() -> None:
     assert part.file_name == ("0.jpg", "2.jpg")
 
 
-def test_pictures_of_a_shard_set_come_in_order_with_their_truth(tmp_path: Path) -> None:
+def test_images_of_a_shard_set_come_in_order_with_their_ground_truth(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "val", synthetic_records(9, longest_side=64))
-    checked = from_shards(shards, 5)
-    batches = list(ragged(checked.batches((64, 96))))
+    check_set = from_shards(shards, 5)
+    batches = list(split_first_batch(check_set.batches((64, 96))))
     assert [tuple(batch.pixels.shape) for batch in batches] == [(count, 3, 64, 96) for count in (1, 2, 2)]
     ids = torch.cat([batch.image_id for batch in batches]).numpy()
-    assert checked.truth is not None
-    assert ids.tolist() == checked.truth.image_id.tolist() == read_ground_truth(shards).image_id[:5].tolist()
+    assert check_set.ground_truth is not None
+    assert ids.tolist() == check_set.ground_truth.image_id.tolist() == read_ground_truth(shards).image_id[:5].tolist()
     sizes = torch.cat([batch.sizes for batch in batches]).numpy()
-    assert sizes.tolist() == np.stack([checked.truth.width, checked.truth.height], 1).tolist()
+    assert sizes.tolist() == np.stack([check_set.ground_truth.width, check_set.ground_truth.height], 1).tolist()
     assert from_shards(shards, 100).images == 9
 
 
-def test_pictures_of_files_are_read_as_everywhere(tmp_path: Path) -> None:
+def test_image_files_are_read_as_everywhere(tmp_path: Path) -> None:
     record = synthetic_records(1, longest_side=64)[0]
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jpg").write_bytes(record.image)
     (tmp_path / "notes.txt").write_text("no image")
-    checked = from_files([tmp_path], 10)
-    (batch,) = checked.batches((64, 64))
+    check_set = from_files([tmp_path], 10)
+    (batch,) = check_set.batches((64, 64))
     assert torch.equal(batch.pixels, prepare([read_image(record.image)], (64, 64)))
     assert batch.sizes.tolist() == [[record.width, record.height]]
     (tmp_path / "empty").mkdir()
@@ -103,22 +118,24 @@ def test_pictures_of_files_are_read_as_everywhere(tmp_path: Path) -> None:
 MODEL = loaded(small())
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, change: object, checked: CheckSet | None = None) -> gate.Verdict:
-    """A file that answers what the detector answers, after `change`."""
+def verdict_after(
+    monkeypatch: pytest.MonkeyPatch, change: object, check_set: CheckSet | None = None
+) -> gate.GateVerdict:
+    """Verdict about a file that returns the detector's detections after `change`."""
 
-    def opened(path: Path, model: object) -> gate.Detect:
+    def opened(_: Path, __: object) -> gate.DetectFunction:
         return lambda pixels, sizes: change(MODEL.detect(pixels, sizes))  # type: ignore[operator]
 
     monkeypatch.setitem(gate.OPENERS, "onnx", opened)
-    return judge_files(MODEL, {"onnx": Path("none")}, checked or drawn(4, longest_side=64))["onnx"]
+    return check_files(MODEL, {"onnx": Path("none")}, check_set or from_synthetic_images(4, longest_side=64))["onnx"]
 
 
 def with_(found: Detections, **values: Tensor) -> Detections:
     return Detections(**{**vars(found), **values})
 
 
-def test_the_same_answers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = judged(monkeypatch, lambda found: found)
+def test_equal_detections_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = verdict_after(monkeypatch, lambda found: found)
     assert verdict.accepted
     assert verdict.measured["detections"] == 4 * 20
     assert verdict.measured["agreeing"] == 1
@@ -126,52 +143,52 @@ def test_the_same_answers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scores_beyond_the_tolerance_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judged(monkeypatch, lambda found: with_(found, scores=found.scores * (1 - FULL.score / 2))).accepted
-    verdict = judged(monkeypatch, lambda found: with_(found, scores=found.scores - 3 * FULL.score))
+    assert verdict_after(monkeypatch, lambda found: with_(found, scores=found.scores * (1 - FULL.score / 2))).accepted
+    verdict = verdict_after(monkeypatch, lambda found: with_(found, scores=found.scores - 3 * FULL.score))
     assert "0.0% of its detections agree" in str(verdict.reason)
 
 
-def test_what_fails_on_one_number_of_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_fails_on_one_batch_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def only_single(found: Detections) -> Detections:
         if len(found.scores) > 1:
             raise RuntimeError("Got: 2 Expected: 1\nmore")
         return found
 
-    verdict = judged(monkeypatch, only_single)
+    verdict = verdict_after(monkeypatch, only_single)
     assert verdict.reason == "fails on a batch of 2: RuntimeError: Got: 2 Expected: 1"
 
 
-def test_answers_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = judged(monkeypatch, lambda found: with_(found, scores=found.scores * torch.nan))
+def test_detections_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = verdict_after(monkeypatch, lambda found: with_(found, scores=found.scores * torch.nan))
     assert "not finite" in str(verdict.reason)
 
 
 def test_an_average_precision_that_fell_is_refused_although_the_detections_agree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The truth is what the detector finds best; the file gives exactly those one score too low to come first."""
+    """Ground truth is the best detection of each image; the file scores exactly these lowest."""
     shards = write_shards(tmp_path / "val", synthetic_records(6, longest_side=64))
-    checked = from_shards(shards, 6)
-    assert checked.truth is not None
+    check_set = from_shards(shards, 6)
+    assert check_set.ground_truth is not None
     tolerant = Tolerance(score=1.0, box=1.0, share=0.0, ap=0.001)
     monkeypatch.setitem(gate.TOLERANCES, "onnx", tolerant)
-    found = [MODEL.detect(batch.pixels, batch.sizes) for batch in checked.batches((64, 64))]
+    found = [MODEL.detect(batch.pixels, batch.sizes) for batch in check_set.batches((64, 64))]
     best = torch.cat([part.boxes[:, 0] for part in found]).numpy()
     labels = torch.cat([part.labels[:, 0] for part in found]).numpy()
-    truth = truth_with(checked, best, labels)
-    checked = CheckSet(checked.what, checked.images, checked.batches, truth)
-    same = judged(monkeypatch, lambda found: found, checked)
+    ground_truth = ground_truth_with(check_set, best, labels)
+    check_set = CheckSet(check_set.description, check_set.images, check_set.batches, ground_truth)
+    same = verdict_after(monkeypatch, lambda found: found, check_set)
     assert same.accepted
     assert same.measured["AP_pytorch"] == same.measured["AP_exported"] > 0.2
-    worse = judged(monkeypatch, lambda found: with_(found, scores=1 - found.scores), checked)
+    worse = verdict_after(monkeypatch, lambda found: with_(found, scores=1 - found.scores), check_set)
     assert "its AP is" in str(worse.reason)
 
 
-def truth_with(checked: CheckSet, boxes: np.ndarray, labels: np.ndarray) -> object:
-    assert checked.truth is not None
+def ground_truth_with(check_set: CheckSet, boxes: np.ndarray, labels: np.ndarray) -> object:
+    assert check_set.ground_truth is not None
     count = len(labels)
     return replace(
-        checked.truth,
+        check_set.ground_truth,
         image=np.arange(count),
         box=boxes.astype(np.float32),
         label=labels.astype(np.int32),
@@ -180,6 +197,6 @@ def truth_with(checked: CheckSet, boxes: np.ndarray, labels: np.ndarray) -> obje
     )
 
 
-def test_the_first_picture_goes_alone() -> None:
-    batch = Pictures(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.ones(3, 2, dtype=torch.int64), torch.arange(3))
-    assert [part.image_id.tolist() for part in ragged(iter([batch, batch]))] == [[0], [1, 2], [0, 1, 2]]
+def test_the_first_image_comes_alone() -> None:
+    batch = CheckBatch(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.ones(3, 2, dtype=torch.int64), torch.arange(3))
+    assert [part.image_id.tolist() for part in split_first_batch(iter([batch, batch]))] == [[0], [1, 2], [0, 1, 2]]

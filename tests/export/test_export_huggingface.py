@@ -1,4 +1,4 @@
-"""Transformers' D-FINE, used as a library: the same weights under its names give the same logits and boxes."""
+"""D-FINE of Transformers as an independent implementation: renamed weights give the same logits and boxes."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from dfine_core import ModelConfig
 from dfine_core.images import read_image
 from dfine_core.inference import prepare
 from pipeline.export.huggingface import (
-    refusal,
     save_transformers,
     transformers_config,
     transformers_detector,
     transformers_key,
+    unsupported_settings,
 )
 from tests.support.synthetic_shards import synthetic_records
 from tests.support.varied_detectors import varied_detector
@@ -28,7 +28,7 @@ def config_of(variant: str, **settings: object) -> ModelConfig:
 
 
 def largest_differences(config: ModelConfig) -> tuple[float, float]:
-    """Of logits and boxes, query by query."""
+    """Largest differences of logits and boxes, query by query."""
     detector = varied_detector(config)
     theirs = transformers_detector(config, detector.state_dict(), NAMES).eval()
     images = torch.rand(2, 3, *config.input_size, generator=torch.Generator().manual_seed(1))
@@ -58,23 +58,23 @@ def test_logits_and_boxes_equal_those_of_transformers(config: ModelConfig) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"regression": "direct"}, "boxes from distributions alone"),
-        ({"query_selection": "one2many"}, "the default alone"),
+        ({"regression": "direct"}, "only boxes from distributions"),
+        ({"query_selection": "one2many"}, "only the default"),
         ({"learn_query_content": True}, "fails on the first image"),
-        ({"num_layers": 1}, "none to share with"),
-        ({"input_size": (96, 160)}, "the table 'grid'"),
-        ({"positional_temperature": 9999.5}, "whole numbers"),
+        ({"num_layers": 1}, "needs at least two"),
+        ({"input_size": (96, 160)}, "only the table 'grid'"),
+        ({"positional_temperature": 9999.5}, "only whole numbers"),
     ],
 )
-def test_what_its_configuration_cannot_express_is_refused(settings: dict[str, object], message: str) -> None:
+def test_settings_that_transformers_cannot_express_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         transformers_config(config_of("n", **settings), NAMES)
-    assert refusal(config_of("n")) is None
+    assert unsupported_settings(config_of("n")) is None
 
 
 def test_the_released_table_really_differs_on_rectangles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the refusal is not for nothing."""
-    monkeypatch.setattr("pipeline.export.huggingface.refusal", lambda config: None)
+    """Justifies the refusal."""
+    monkeypatch.setattr("pipeline.export.huggingface.unsupported_settings", lambda _: None)
     logits, _ = largest_differences(config_of("n", input_size=(96, 160)))
     assert logits > 1e-4
 
@@ -98,7 +98,7 @@ def test_keys_by_hand(ours: str, theirs: str) -> None:
     assert transformers_key(ours) == theirs
 
 
-def test_a_folder_opens_as_any_other_and_knows_its_classes_and_pictures(tmp_path: Path) -> None:
+def test_a_folder_opens_like_any_other_with_its_classes_and_image_processor(tmp_path: Path) -> None:
     config = config_of("n")
     detector = varied_detector(config)
     save_transformers(config, detector.state_dict(), NAMES, tmp_path / "hf")
@@ -111,7 +111,7 @@ def test_a_folder_opens_as_any_other_and_knows_its_classes_and_pictures(tmp_path
     theirs = processor(images=image, return_tensors="pt")["pixel_values"]
     ours = prepare([image], config.input_size).float() / 255
     assert theirs.shape == ours.shape
-    assert (theirs - ours).abs().max() < 2 / 255  # two programs for one filter
+    assert (theirs - ours).abs().max() < 2 / 255  # two implementations of one filter
     with torch.no_grad():
         their, our = model(pixel_values=ours), detector(ours)
     assert (their.logits - our.logits).abs().max() < 1e-4

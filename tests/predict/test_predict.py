@@ -1,4 +1,4 @@
-"""Batch prediction without Ray: what is read, in which parts, and what is written about it."""
+"""Batch prediction without Ray: inputs, parts, and output files."""
 
 import contextlib
 import io
@@ -29,12 +29,12 @@ from pipeline.data.shards.records import ImageRecord
 from pipeline.evaluation.evaluate import detect, judge
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import colour, contact_sheet, draw_detections
-from pipeline.predict.inputs import Picture, list_inputs, read_pictures
-from pipeline.predict.predict import HERE, PredictOptions, cpus_of_each, predict
+from pipeline.predict.inputs import InputImage, list_inputs, read_images
+from pipeline.predict.predict import IN_PROCESS, PredictOptions, cpus_per_worker, predict
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
-OPTIONS = PredictOptions(workers=HERE, part=4, batch=3, pictures=0)
+OPTIONS = PredictOptions(workers=IN_PROCESS, part_size=4, batch_size=3, num_images=0)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def loaded() -> LoadedDetector:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten images, two of them below, and files that are none."""
+    """Ten images, two of them in a subfolder, and other files."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "below").mkdir()
     for number, record in enumerate(synthetic_records(10, longest_side=80)):
@@ -56,7 +56,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """25 frames of 64 x 48 pixels, 10 a second; frame n is grey, 10 n bright."""
+    """25 frames of 64 x 48 pixels at 10 per second; frame n is grey with brightness 10 n."""
     path = tmp_path_factory.mktemp("video") / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
     for number in range(25):
@@ -79,11 +79,11 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 # Inputs
 
 
-def test_folders_are_read_with_all_below_them_and_without_what_is_no_picture(photos: Path) -> None:
+def test_folders_are_read_with_subfolders_and_other_files_are_skipped(photos: Path) -> None:
     inputs = list_inputs([str(photos)])
     assert [Path(source.uri).name for source in inputs.sources] == [*(f"{n}.jpg" for n in range(8)), "8.jpg", "9.jpg"]
-    assert inputs.passed_over == 1
-    assert str(inputs) == "10 pictures (10 images; 1 files of other kinds passed over)"
+    assert inputs.skipped_files == 1
+    assert str(inputs) == "10 images (10 image files; 1 other file skipped)"
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,10 @@ def test_a_pattern_stays_within_folders_unless_it_has_two_stars(pattern: str, na
     assert "".join(sorted(Path(source.uri).stem for source in inputs.sources)) == names
 
 
-def test_what_is_given_twice_is_read_once_and_relative_paths_are_the_same(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_input_given_twice_or_as_a_relative_path_is_read_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos)
     inputs = list_inputs(["0.jpg", str(photos / "0.jpg"), "1.jpg", "."])
-    assert inputs.pictures == 10
+    assert inputs.num_images == 10
     assert Path(inputs.sources[0].uri).name == "0.jpg"
 
 
@@ -112,33 +110,35 @@ def test_a_shard_set_alone_keeps_its_image_ids_and_among_others_is_numbered(phot
     alone = list_inputs([f"{shards.uri}/manifest.json"])
     stored = [row for number in (0, 1) for row in pq.read_table(shards.shard_uri(number)).to_pylist()]
     for first, stop in ((0, 20), (5, 6), (7, 19)):
-        pictures = list(read_pictures(alone, first, stop))
-        assert [p.image_id for p in pictures] == [row["image_id"] for row in stored[first:stop]]
-        assert [p.content for p in pictures if isinstance(p, Picture)] == [row["image"] for row in stored[first:stop]]
+        images = list(read_images(alone, first, stop))
+        assert [image.image_id for image in images] == [row["image_id"] for row in stored[first:stop]]
+        assert [image.content for image in images if isinstance(image, InputImage)] == [
+            row["image"] for row in stored[first:stop]
+        ]
     together = list_inputs([str(photos), shards.uri])
-    assert [picture.image_id for picture in read_pictures(together, 8, 14)] == [9, 10, 11, 12, 13, 14]
+    assert [image.image_id for image in read_images(together, 8, 14)] == [9, 10, 11, 12, 13, 14]
 
 
-@pytest.mark.parametrize(("every", "first", "stop"), [(1, 0, 25), (1, 13, 17), (10, 0, 3), (7, 2, 4)])
-def test_every_frame_of_a_video_is_found_from_anywhere(every: int, first: int, stop: int, video: Path) -> None:
-    inputs = list_inputs([str(video)], every=every)
-    assert inputs.pictures == -(-25 // every)
-    pictures = list(read_pictures(inputs, first, stop))
-    assert len(pictures) == stop - first
-    for number, picture in enumerate(pictures, start=first):
-        assert isinstance(picture, Picture)
-        assert isinstance(picture.content, np.ndarray)
-        assert picture.content.shape == (48, 64, 3)
-        assert abs(float(picture.content.mean()) - 10 * number * every) < 4
-        assert picture.image_id == number + 1
-        assert picture.frame == number * every
-        assert picture.seconds == pytest.approx(number * every / 10)
+@pytest.mark.parametrize(("stride", "first", "stop"), [(1, 0, 25), (1, 13, 17), (10, 0, 3), (7, 2, 4)])
+def test_every_frame_of_a_video_is_found_from_anywhere(stride: int, first: int, stop: int, video: Path) -> None:
+    inputs = list_inputs([str(video)], frame_stride=stride)
+    assert inputs.num_images == -(-25 // stride)
+    images = list(read_images(inputs, first, stop))
+    assert len(images) == stop - first
+    for number, image in enumerate(images, start=first):
+        assert isinstance(image, InputImage)
+        assert isinstance(image.content, np.ndarray)
+        assert image.content.shape == (48, 64, 3)
+        assert abs(float(image.content.mean()) - 10 * number * stride) < 4
+        assert image.image_id == number + 1
+        assert image.frame == number * stride
+        assert image.seconds == pytest.approx(number * stride / 10)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "no such file"), ("*.png", "no file fits"), ("empty", "no images or videos")]
+    ("name", "message"), [("nowhere", "no such file"), ("*.png", "no file matches"), ("empty", "no images or videos")]
 )
-def test_inputs_that_hold_nothing_are_refused(name: str, message: str, tmp_path: Path) -> None:
+def test_inputs_without_images_are_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=message):
         list_inputs([str(tmp_path / name)])
@@ -147,29 +147,27 @@ def test_inputs_that_hold_nothing_are_refused(name: str, message: str, tmp_path:
 # Predictions
 
 
-def test_a_prediction_is_what_the_detector_says_of_each_picture(
-    loaded: LoadedDetector, photos: Path, tmp_path: Path
-) -> None:
+def test_a_prediction_equals_the_detections_of_each_image(loaded: LoadedDetector, photos: Path, tmp_path: Path) -> None:
     inputs = list_inputs([str(photos)])
-    expected: list[ImageDetections] = [found for source in inputs.sources for found in small_detector()(source.uri)]
-    outcome = predict(loaded, inputs, str(tmp_path / "out"), OPTIONS)
+    expected: list[ImageDetections] = [each for source in inputs.sources for each in small_detector()(source.uri)]
+    result = predict(loaded, inputs, str(tmp_path / "out"), OPTIONS)
     rows = rows_of(tmp_path / "out")
     assert [row["file_name"] for row in rows] == [source.uri for source in inputs.sources]
-    assert 0 < sum(len(found.scores) for found in expected) == outcome.detections.total() < 10 * 160
-    for row, found in zip(rows, expected, strict=True):
-        assert row["labels"] == found.labels.tolist()
-        assert row["scores"] == pytest.approx(found.scores.tolist(), abs=1e-5)
-        assert row["boxes"] == pytest.approx(found.boxes.flatten().tolist(), abs=1e-3)
+    assert 0 < sum(len(each.scores) for each in expected) == result.detections.total() < 10 * 160
+    for row, each in zip(rows, expected, strict=True):
+        assert row["labels"] == each.labels.tolist()
+        assert row["scores"] == pytest.approx(each.scores.tolist(), abs=1e-5)
+        assert row["boxes"] == pytest.approx(each.boxes.flatten().tolist(), abs=1e-3)
         with Image.open(row["file_name"]) as image:
             assert (row["width"], row["height"]) == image.size
-    assert str(outcome.summary()).startswith(f"{tmp_path}/out: {outcome.detections.total()} detections in 10 pictures")
+    assert str(result.summary()).startswith(f"{tmp_path}/out: {result.detections.total()} detections in 10 images")
 
 
-def test_results_do_not_depend_on_how_the_work_is_cut(photos: Path, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_part_size_and_batch_size(photos: Path, tmp_path: Path) -> None:
     inputs = list_inputs([str(photos)])
     rows = []
     for part, batch in ((4, 3), (100, 3), (1, 1)):
-        options = replace(OPTIONS, part=part, batch=batch)
+        options = replace(OPTIONS, part_size=part, batch_size=batch)
         predict(small_detector(), inputs, str(tmp_path / f"{part}"), options)
         rows.append(rows_of(tmp_path / f"{part}"))
     for other in rows[1:]:
@@ -178,7 +176,7 @@ def test_results_do_not_depend_on_how_the_work_is_cut(photos: Path, tmp_path: Pa
             assert one["boxes"] == pytest.approx(two["boxes"], abs=1e-3)
 
 
-def test_what_cannot_be_read_is_listed_and_everything_else_detected(
+def test_unreadable_inputs_are_listed_and_all_others_processed(
     loaded: LoadedDetector, photos: Path, video: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "in"
@@ -188,22 +186,22 @@ def test_what_cannot_be_read_is_listed_and_everything_else_detected(
     (folder / "c.png").write_bytes(b"text")
     (folder / "d.avi").write_bytes(b"text")
     (folder / "e.avi").write_bytes(video.read_bytes())
-    inputs = list_inputs([str(folder)], every=20)
+    inputs = list_inputs([str(folder)], frame_stride=20)
     (folder / "f.jpg").write_bytes(b"")
-    gone = list_inputs([str(folder)], every=20)
+    gone = list_inputs([str(folder)], frame_stride=20)
     (folder / "f.jpg").unlink()
-    assert (inputs.pictures, gone.pictures) == (6, 7)
-    outcome = predict(loaded, gone, str(tmp_path / "out"), OPTIONS)
+    assert (inputs.num_images, gone.num_images) == (6, 7)
+    result = predict(loaded, gone, str(tmp_path / "out"), OPTIONS)
     rows = rows_of(tmp_path / "out")
     assert [row["image_id"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     assert [row["rejected"] is None for row in rows] == [True, False, False, False, True, True, False]
-    assert [(Path(name).name, reason.split(":")[0]) for name, reason in outcome.rejected] == [
+    assert [(Path(name).name, reason.split(":")[0]) for name, reason in result.rejected] == [
         ("b.jpg", "a broken JPEG image"),
         ("c.png", "an image cannot be opened"),
         ("d.avi#frame=0", "the video cannot be opened"),
         ("f.jpg", "missing file"),
     ]
-    assert "4 could not be read" in outcome.summary()
+    assert "4 could not be read" in result.summary()
     assert pq.read_table(tmp_path / "out/rejected.parquet").column("image_id").to_pylist() == [2, 3, 4, 7]
     described = json.loads((tmp_path / "out/images.json").read_text())
     assert [(image["id"], image.get("frame"), image.get("seconds")) for image in described["images"]] == [
@@ -213,7 +211,7 @@ def test_what_cannot_be_read_is_listed_and_everything_else_detected(
     ]
 
 
-def test_parts_that_are_there_are_kept_and_only_the_others_made(photos: Path, tmp_path: Path) -> None:
+def test_existing_parts_are_kept_and_only_missing_ones_written(photos: Path, tmp_path: Path) -> None:
     inputs, out = list_inputs([str(photos)]), tmp_path / "out"
     predict(small_detector(), inputs, str(out), OPTIONS)
     whole = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -228,16 +226,16 @@ def test_parts_that_are_there_are_kept_and_only_the_others_made(photos: Path, tm
     assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == whole
 
 
-def test_another_question_in_the_same_folder_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_another_prediction_in_the_same_folder_is_refused(photos: Path, tmp_path: Path) -> None:
     inputs, out = list_inputs([str(photos)]), str(tmp_path / "out")
     predict(small_detector(), inputs, out, OPTIONS)
     fewer = list_inputs([str(photos / "below")])
-    for detector, given, options, what in (
+    for detector, given, options, message in (
         (small_detector(seed=1), inputs, OPTIONS, "detector changed"),
-        (small_detector(), fewer, OPTIONS, "inputs, pictures changed"),
+        (small_detector(), fewer, OPTIONS, "inputs, num_images changed"),
         (small_detector(), inputs, replace(OPTIONS, threshold=0.1), "threshold changed"),
     ):
-        with pytest.raises(ConfigError, match=f"holds another prediction: {what}"):
+        with pytest.raises(ConfigError, match=f"contains another prediction: {message}"):
             predict(detector, given, out, options)
 
 
@@ -245,7 +243,7 @@ def test_another_question_in_the_same_folder_is_refused(photos: Path, tmp_path: 
 
 
 def self_labelled(loaded: LoadedDetector, folder: Path) -> ShardSet:
-    """Drawn images whose truth is what a detector finds in them, moved a little: so it has an AP between 0 and 1."""
+    """Images whose ground truth is a jittered sample of the detector's own detections: its AP lies between 0 and 1."""
     random = np.random.default_rng(0)
     records = []
     for record in synthetic_records(12, longest_side=64):
@@ -265,7 +263,7 @@ def labelled(record: ImageRecord, boxes: NDArray[np.float32], labels: NDArray[np
     return replace(record, boxes=boxes, labels=labels.astype(np.int32), areas=areas, crowd=crowd)
 
 
-def test_pycocotools_takes_the_detections_and_finds_the_ap_of_the_evaluation(tmp_path: Path) -> None:
+def test_pycocotools_reads_the_detections_and_computes_the_ap_of_the_evaluation(tmp_path: Path) -> None:
     shards = self_labelled(small_detector(), tmp_path / "shards")
     predict(small_detector(), list_inputs([shards.uri]), str(tmp_path / "out"), replace(OPTIONS, threshold=0.0))
     found = detect(
@@ -275,15 +273,15 @@ def test_pycocotools_takes_the_detections_and_finds_the_ap_of_the_evaluation(tmp
     expected = judge(found, read_ground_truth(shards)).numbers
     assert 0.05 < expected["AP"] < 0.95
 
-    truth = json.loads((tmp_path / "out/images.json").read_text())
-    assert [category["name"] for category in truth["categories"]] == list(small_detector().names)
-    truth["annotations"] = [
+    ground_truth = json.loads((tmp_path / "out/images.json").read_text())
+    assert [category["name"] for category in ground_truth["categories"]] == list(small_detector().names)
+    ground_truth["annotations"] = [
         {"id": number, "image_id": image_id, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         for number, (image_id, label, box) in enumerate(boxes_of(shards), start=1)
     ]
-    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "ground_truth.json").write_text(json.dumps(ground_truth))
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(tmp_path / "truth.json"))
+        coco = COCO(str(tmp_path / "ground_truth.json"))
         run = COCOeval(coco, coco.loadRes(str(tmp_path / "out/detections.json")), "bbox")
         run.evaluate()
         run.accumulate()
@@ -294,13 +292,13 @@ def test_pycocotools_takes_the_detections_and_finds_the_ap_of_the_evaluation(tmp
 
 def boxes_of(shards: ShardSet) -> Sequence[tuple[int, int, list[float]]]:
     """Image id, label and xywh of all boxes."""
-    truth = read_ground_truth(shards)
-    sizes = truth.box[:, 2:] - truth.box[:, :2]
-    xywh = np.concatenate([truth.box[:, :2], sizes], 1).tolist()
-    return list(zip(truth.image_id[truth.image].tolist(), truth.label.tolist(), xywh, strict=True))
+    ground_truth = read_ground_truth(shards)
+    sizes = ground_truth.box[:, 2:] - ground_truth.box[:, :2]
+    xywh = np.concatenate([ground_truth.box[:, :2], sizes], 1).tolist()
+    return list(zip(ground_truth.image_id[ground_truth.image].tolist(), ground_truth.label.tolist(), xywh, strict=True))
 
 
-def test_categories_of_other_inputs_are_the_detector_s(loaded: LoadedDetector, photos: Path, tmp_path: Path) -> None:
+def test_other_inputs_have_the_categories_of_the_detector(loaded: LoadedDetector, photos: Path, tmp_path: Path) -> None:
     predict(loaded, list_inputs([str(photos / "0.jpg")]), str(tmp_path / "out"), OPTIONS)
     described = json.loads((tmp_path / "out/images.json").read_text())
     assert described["categories"][0] == {"id": 11, "name": "circle"}
@@ -309,30 +307,30 @@ def test_categories_of_other_inputs_are_the_detector_s(loaded: LoadedDetector, p
     assert ids
 
 
-def test_nothing_found_is_an_empty_list(loaded: LoadedDetector, photos: Path, tmp_path: Path) -> None:
-    outcome = predict(loaded, list_inputs([str(photos)]), str(tmp_path / "out"), replace(OPTIONS, threshold=1.0))
+def test_no_detections_are_an_empty_list(loaded: LoadedDetector, photos: Path, tmp_path: Path) -> None:
+    result = predict(loaded, list_inputs([str(photos)]), str(tmp_path / "out"), replace(OPTIONS, threshold=1.0))
     assert json.loads((tmp_path / "out/detections.json").read_text()) == []
-    assert outcome.detections.total() == 0
+    assert result.detections.total() == 0
     assert [row["labels"] for row in rows_of(tmp_path / "out")] == [[]] * 10
 
 
-# How sure each edge is
+# Deviations of the edges
 
 
 def test_the_deviation_of_an_edge_is_that_of_its_distribution() -> None:
     bins = torch.tensor([-2.0, 0.0, 1.0])
-    sure, even, apart = [[0.0, 100, 0]], [[0.0, 0, 0]], [[50.0, -50, 50]]
-    logits = torch.tensor([sure + even + apart + sure])
+    certain, uniform, bimodal = [[0.0, 100, 0]], [[0.0, 0, 0]], [[50.0, -50, 50]]
+    logits = torch.tensor([certain + uniform + bimodal + certain])
     box = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
-    of_even = ((4 + 0 + 1) / 3 - (-1 / 3) ** 2) ** 0.5
-    expected = [0.0, of_even * 0.4 / 4, 1.5 * 0.2 / 4, 0.0]
+    uniform_deviation = ((4 + 0 + 1) / 3 - (-1 / 3) ** 2) ** 0.5
+    expected = [0.0, uniform_deviation * 0.4 / 4, 1.5 * 0.2 / 4, 0.0]
     assert distribution.edge_deviations(box, logits, bins, 4.0)[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_explained_parts_have_the_deviation_of_each_edge_in_pixels(
     loaded: LoadedDetector, photos: Path, tmp_path: Path
 ) -> None:
-    predict(loaded, list_inputs([str(photos / "0.jpg")]), str(tmp_path / "out"), replace(OPTIONS, explain=1))
+    predict(loaded, list_inputs([str(photos / "0.jpg")]), str(tmp_path / "out"), replace(OPTIONS, num_explanations=1))
     (row,) = rows_of(tmp_path / "out")
     with Image.open(photos / "0.jpg") as image:
         pixels, size = prepare([image.convert("RGB")], (64, 64)), image.size
@@ -342,43 +340,43 @@ def test_explained_parts_have_the_deviation_of_each_edge_in_pixels(
     detections = postprocess(output.logits, output.boxes, torch.tensor([size]), 160)
     kept = int((detections.scores >= 0.4).sum())
     assert 0 < kept == len(row["labels"])
-    for place in range(0, kept, 7):
-        probabilities = output.matching.edge_logits[-1, 0, query[0, place]].softmax(-1)
-        bins, (_, _, width, height) = loaded.detector.decoder.bins, output.matching.initial_boxes[0, query[0, place]]
+    for index in range(0, kept, 7):
+        probabilities = output.matching.edge_logits[-1, 0, query[0, index]].softmax(-1)
+        bins, (_, _, width, height) = loaded.detector.decoder.bins, output.matching.initial_boxes[0, query[0, index]]
         variance = probabilities @ bins**2 - (probabilities @ bins) ** 2
         unit = torch.stack([width * size[0], height * size[1]] * 2) / loaded.config.reg_scale
         expected = (variance.sqrt() * unit).tolist()
-        assert row["deviations"][4 * place : 4 * place + 4] == pytest.approx(expected, rel=1e-3)
+        assert row["deviations"][4 * index : 4 * index + 4] == pytest.approx(expected, rel=1e-3)
     assert (tmp_path / "out/explained/1.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_direct_regression_has_nothing_to_explain(photos: Path, tmp_path: Path) -> None:
     direct = small_detector(regression="direct")
     with pytest.raises(ConfigError, match="no distributions to explain"):
-        predict(direct, list_inputs([str(photos)]), str(tmp_path / "out"), replace(OPTIONS, explain=1))
+        predict(direct, list_inputs([str(photos)]), str(tmp_path / "out"), replace(OPTIONS, num_explanations=1))
     predict(direct, list_inputs([str(photos)]), str(tmp_path / "out"), OPTIONS)
 
 
-# Pictures
+# Drawings
 
 
 def test_boxes_are_drawn_where_they_are_in_the_colour_of_their_class() -> None:
     image = Image.new("RGB", (800, 600), "black")
-    drawn = draw_detections(image, [[100, 200, 500, 580]], [2], [0.9], ["a", "b", "c"])
-    assert drawn.size == (800, 600)
-    for place in ((100, 400), (500, 400), (300, 580)):
-        assert drawn.getpixel(place) == colour(2)
-    assert drawn.getpixel((300, 400)) == (0, 0, 0)
-    assert image.getbbox() is None  # itself untouched
+    drawing = draw_detections(image, [[100, 200, 500, 580]], [2], [0.9], ["a", "b", "c"])
+    assert drawing.size == (800, 600)
+    for point in ((100, 400), (500, 400), (300, 580)):
+        assert drawing.getpixel(point) == colour(2)
+    assert drawing.getpixel((300, 400)) == (0, 0, 0)
+    assert image.getbbox() is None  # the original is unchanged
     assert draw_detections(image.resize((80, 60)), [], [], [], []).size == (640, 480)
     assert draw_detections(image.resize((3200, 2400)), [[-5, -5, 9e3, 9e3]], [0], [1.0], ["a"]).size == (1600, 1200)
 
 
-def test_pictures_are_drawn_from_all_over_and_come_on_one_page(
+def test_images_are_sampled_evenly_and_shown_on_one_contact_sheet(
     loaded: LoadedDetector, photos: Path, tmp_path: Path
 ) -> None:
-    predict(loaded, list_inputs([str(photos)]), str(tmp_path / "out"), replace(OPTIONS, pictures=4))
-    assert sorted(path.name for path in (tmp_path / "out/pictures").iterdir()) == ["1.jpg", "10.jpg", "4.jpg", "7.jpg"]
+    predict(loaded, list_inputs([str(photos)]), str(tmp_path / "out"), replace(OPTIONS, num_images=4))
+    assert sorted(path.name for path in (tmp_path / "out/drawings").iterdir()) == ["1.jpg", "10.jpg", "4.jpg", "7.jpg"]
     with Image.open(tmp_path / "out/contact_sheet.jpg") as sheet:
         assert sheet.size == contact_sheet([("", Image.new("RGB", (9, 9)))] * 4).size
 
@@ -386,7 +384,7 @@ def test_pictures_are_drawn_from_all_over_and_come_on_one_page(
 # The command
 
 
-def test_the_command_predicts_and_says_what_it_found(
+def test_the_command_predicts_and_prints_a_summary(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dfine_core.checkpoints.weights import save_released
@@ -395,9 +393,9 @@ def test_the_command_predicts_and_says_what_it_found(
     save_released(released.detector.state_dict(), released.config, tmp_path / "small.pth")
     command = [str(tmp_path / "small.pth"), str(photos / "below"), "--out", str(tmp_path / "out"), "--workers", "0"]
     predict_job.main([*command, "--pictures", "1"])
-    said = capsys.readouterr().out
-    assert "on 2 pictures (2 images)" in said
-    assert "class_0" in said
+    output = capsys.readouterr().out
+    assert "on 2 images (2 image files)" in output
+    assert "class_0" in output
     with pytest.raises(SystemExit, match="threshold changed"):
         predict_job.main([*command, "--threshold", "0.9"])
     with pytest.raises(SystemExit, match="no detector"):
@@ -409,4 +407,4 @@ def test_the_command_predicts_and_says_what_it_found(
     [([2], 1, 2), ([2], 2, 1), ([4, 4], 3, 2), ([3, 3, 3], 4, 1), ([1], 5, 1), ([16], 3, 5)],
 )
 def test_workers_share_the_cpus_of_their_nodes(nodes: list[int], workers: int, cpus: int) -> None:
-    assert cpus_of_each(nodes, workers) == cpus
+    assert cpus_per_worker(nodes, workers) == cpus

@@ -1,4 +1,4 @@
-"""Batch prediction on a Ray of its own: killed in the middle, it goes on, and finds what a process alone finds."""
+"""Batch prediction on its own Ray: killed in the middle it resumes, with the detections of a single process."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from pipeline.predict.inputs import list_inputs
-from pipeline.predict.predict import HERE, PredictOptions, predict
+from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
 from tests.support.processes import kill_driver, one_thread, wait_for
 from tests.support.s3_server import s3_bucket
 from tests.support.small_detectors import small_detector
@@ -20,7 +20,7 @@ from tests.support.synthetic_shards import synthetic_records, write_shards
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-IMAGES, PART = 240, 4
+IMAGES, PART_SIZE = 240, 4
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def start(folder: Path, source: str, out: str, log: Path, *options: str) -> subp
         )
 
 
-def test_a_killed_prediction_goes_on_with_the_parts_it_has(folder: Path) -> None:
+def test_a_killed_prediction_resumes_with_its_parts(folder: Path) -> None:
     out, log = folder / "out", folder / "log"
-    options = ("--workers", "2", "--part", str(PART), "--pictures", "2", "--explain", "1")
+    options = ("--workers", "2", "--part", str(PART_SIZE), "--pictures", "2", "--explain", "1")
     driver = start(folder, str(folder / "photos"), str(out), log, *options)
 
     def parts() -> list[Path]:
@@ -60,26 +60,26 @@ def test_a_killed_prediction_goes_on_with_the_parts_it_has(folder: Path) -> None
     wait_for(lambda: len(parts()) >= 6, driver, log)
     kill_driver(driver)
     kept = {path: path.stat().st_mtime_ns for path in parts()}
-    assert 6 <= len(kept) < (IMAGES + 1) / PART
+    assert 6 <= len(kept) < (IMAGES + 1) / PART_SIZE
     assert not (out / "detections.json").exists()
 
     driver = start(folder, str(folder / "photos"), str(out), log, *options)
     assert driver.wait(timeout=400) == 0, log.read_text()[-4000:]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(parts()) == -(-(IMAGES + 1) // PART)
+    assert len(parts()) == -(-(IMAGES + 1) // PART_SIZE)
     assert "1 could not be read" in log.read_text()
     assert not list((out / "parts").glob(".*"))
 
     alone = folder / "alone"
-    settings = PredictOptions(workers=HERE, part=PART, pictures=0, explain=1)
+    settings = PredictOptions(workers=IN_PROCESS, part_size=PART_SIZE, num_images=0, num_explanations=1)
     with one_thread():
         predict(small_detector(), list_inputs([str(folder / "photos")]), str(alone), settings)
-    here, there = (pq.read_table(place / "parts").to_pylist() for place in (alone, out))
-    assert len(here) == IMAGES + 1
-    assert here == there
+    expected, actual = (pq.read_table(path / "parts").to_pylist() for path in (alone, out))
+    assert len(expected) == IMAGES + 1
+    assert actual == expected
 
 
-def test_inputs_and_results_may_lie_in_an_object_store(folder: Path) -> None:
+def test_inputs_and_results_may_be_in_an_object_store(folder: Path) -> None:
     shards = write_shards(folder / "shards", synthetic_records(10, longest_side=64))
     with s3_bucket() as bucket:
         from pipeline import storage
@@ -92,6 +92,6 @@ def test_inputs_and_results_may_lie_in_an_object_store(folder: Path) -> None:
         described = json.loads(storage.read_bytes(f"{bucket}/out/images.json"))
         assert len(described["images"]) == 10
         assert storage.exists(f"{bucket}/out/contact_sheet.jpg")
-        here = PredictOptions(workers=HERE, pictures=0)
-        outcome = predict(small_detector(), list_inputs([f"{bucket}/in/*.jpg"]), f"{bucket}/pattern", here)
-        assert outcome.pictures == 1
+        options = PredictOptions(workers=IN_PROCESS, num_images=0)
+        result = predict(small_detector(), list_inputs([f"{bucket}/in/*.jpg"]), f"{bucket}/pattern", options)
+        assert result.num_images == 1

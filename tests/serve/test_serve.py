@@ -1,4 +1,4 @@
-"""The server on Ray Serve, asked over HTTP as a client would: answers, limits, overload, the page in a browser."""
+"""Server on Ray Serve, used over HTTP as by a client: responses, limits, overload, the page in a browser."""
 
 import base64
 import http.client
@@ -30,7 +30,7 @@ from pipeline.serve.replica import ServeSettings
 from tests.support.browser import Page, browser
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, about Ray Serve's own code
+    warnings.simplefilter("ignore", DeprecationWarning)  # raised by pydantic about Ray Serve's own code
     from jobs import serve as serve_job
     from pipeline.serve import deployment
 
@@ -39,16 +39,16 @@ NAMES = ["disc", "box", "ring"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported detector with weights drawn by lot."""
+    """Exported detector with random weights."""
     torch.manual_seed(0)
     config = ModelConfig.variant("n", num_classes=3, input_size=(96, 128), num_queries=12)
     detector = Detector(config)
-    with torch.no_grad():  # scores all over the range, so that thresholds cut and no two are equal
+    with torch.no_grad():  # scores cover the whole range, so that thresholds matter and no two are equal
         for head in [detector.decoder.enc_score_head, *detector.decoder.dec_score_head]:
             head.weight.normal_(std=0.3)
             head.bias.normal_()
     folder = tmp_path_factory.mktemp("exported")
-    weights = {name: tensor.clone() for name, tensor in detector.state_dict().items()}  # some share memory
+    weights = {name: tensor.clone() for name, tensor in detector.state_dict().items()}  # without shared memory
     save_file(weights, folder / "model.safetensors")
     (folder / "detector.json").write_text(json.dumps({"config": asdict(config), "categories": NAMES}))
     return folder
@@ -63,7 +63,7 @@ def direct(folder: Path) -> LoadedDetector:
 def port(folder: Path) -> Iterator[int]:
     port = free_port()
     settings = ServeSettings(
-        source=str(folder), batch=8, max_waiting=20, max_megabytes=1, max_megapixels=2, max_images=4, timeout_s=20
+        source=str(folder), batch_size=8, max_waiting=20, max_megabytes=1, max_megapixels=2, max_images=4, timeout_s=20
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -75,17 +75,17 @@ def port(folder: Path) -> Iterator[int]:
             deployment.stop()
 
 
-def test_what_cannot_be_served_is_told_before_anything_starts(
+def test_invalid_arguments_are_reported_before_anything_starts(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for arguments, says in (
+    for arguments, message in (
         ([str(tmp_path)], "no detector"),
         ([str(folder), "--threshold", "2"], "threshold.* less than or equal to 1"),
         ([str(folder), "--batch", "0"], "batch.* greater than 0"),
         ([str(folder), "--detach"], "set RAY_ADDRESS"),
     ):
-        with pytest.raises(SystemExit, match=says):
+        with pytest.raises(SystemExit, match=message):
             serve_job.main(arguments)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -98,7 +98,9 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
 @pytest.mark.parametrize(
     ("host", "warned"), [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True)]
 )
-def test_others_are_let_in_with_a_warning(host: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_listening_on_other_than_the_loopback_address_prints_a_warning(
+    host: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     serve_job.warn_of_strangers(host)
     assert ("warning" in capsys.readouterr().out) == warned
 
@@ -109,24 +111,24 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def ask(
+def request(
     port: int, path: str, body: bytes | None = None, method: str | None = None, **headers: str
 ) -> tuple[int, dict[str, str], Any]:
-    """Status, headers with names in lower case, and the content: of JSON its value."""
+    """Send a request; returns status, headers with lower-case names, and content (parsed if it is JSON)."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method or ("GET" if body is None else "POST"), path, body, named)
         response = connection.getresponse()
         content = response.read()
-        answered = {name.lower(): value for name, value in response.getheaders()}
-        is_json = answered.get("content-type") == "application/json"
-        return response.status, answered, json.loads(content) if is_json else content.decode()
+        response_headers = {name.lower(): value for name, value in response.getheaders()}
+        is_json = response_headers.get("content-type") == "application/json"
+        return response.status, response_headers, json.loads(content) if is_json else content.decode()
     finally:
         connection.close()
 
 
-def picture(width: int, height: int, seed: int = 0, kind: str = "PNG") -> bytes:
+def encoded_image(width: int, height: int, seed: int = 0, kind: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (max(1, height // 8), max(1, width // 8), 3), np.uint8)
     written = io.BytesIO()
     PIL.Image.fromarray(pixels).resize((width, height)).save(written, kind)
@@ -144,8 +146,8 @@ def assert_same(detected: dict[str, Any], direct: LoadedDetector, content: bytes
         assert (detected["width"], detected["height"]) == image.size
 
 
-def test_every_form_of_a_request_gets_the_detections_of_a_direct_call(port: int, direct: LoadedDetector) -> None:
-    first, second = picture(100, 80, 1), picture(70, 150, 2, "JPEG")
+def test_every_form_of_a_request_returns_the_detections_of_a_direct_call(port: int, direct: LoadedDetector) -> None:
+    first, second = encoded_image(100, 80, 1), encoded_image(70, 150, 2, "JPEG")
     form = b"".join(
         b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + content + b"\r\n"
         for content in (first, second)
@@ -156,33 +158,33 @@ def test_every_form_of_a_request_gets_the_detections_of_a_direct_call(port: int,
         (form + option, "multipart/form-data; boundary=XX"),
         (json.dumps(as_json).encode(), "application/json"),
     ):
-        status, headers, answer = ask(port, "/detect", body, Content_Type=kind)
+        status, headers, payload = request(port, "/detect", body, Content_Type=kind)
         assert (status, headers["x-content-type-options"]) == (200, "nosniff")
-        assert answer["model"] == direct.origin
-        assert len(answer["detections"]) == 2
-        for detected, content in zip(answer["detections"], (first, second), strict=True):
+        assert payload["model"] == direct.origin
+        assert len(payload["detections"]) == 2
+        for detected, content in zip(payload["detections"], (first, second), strict=True):
             assert_same(detected, direct, content, 0.3)
-    _, _, answer = ask(port, "/detect?threshold=0.2&max_detections=3", first, Content_Type="image/png")
-    assert len(answer["detections"][0]["scores"]) == 3
-    assert answer["detections"][0]["scores"] == sorted(answer["detections"][0]["scores"], reverse=True)
+    _, _, payload = request(port, "/detect?threshold=0.2&max_detections=3", first, Content_Type="image/png")
+    assert len(payload["detections"][0]["scores"]) == 3
+    assert payload["detections"][0]["scores"] == sorted(payload["detections"][0]["scores"], reverse=True)
 
 
-def test_parallel_requests_of_different_sizes_get_their_own_answers(port: int, direct: LoadedDetector) -> None:
-    pictures = [picture(40 + 13 * number, 150 - 7 * number, number) for number in range(16)]
+def test_parallel_requests_of_different_sizes_get_their_own_detections(port: int, direct: LoadedDetector) -> None:
+    images = [encoded_image(40 + 13 * number, 150 - 7 * number, number) for number in range(16)]
     before = metric(port, "detect_batch_images_count")
     with ThreadPoolExecutor(16) as pool:
-        answers = list(
-            pool.map(lambda content: ask(port, "/detect?threshold=0.2", content, Content_Type="image/png"), pictures)
+        responses = list(
+            pool.map(lambda content: request(port, "/detect?threshold=0.2", content, Content_Type="image/png"), images)
         )
-    assert [status for status, _, _ in answers] == [200] * 16
-    for (_, _, answer), content in zip(answers, pictures, strict=True):
-        assert_same(answer["detections"][0], direct, content, 0.2)
-    assert metric(port, "detect_batch_images_count") - before < 16  # some went together
+    assert [status for status, _, _ in responses] == [200] * 16
+    for (_, _, payload), content in zip(responses, images, strict=True):
+        assert_same(payload["detections"][0], direct, content, 0.2)
+    assert metric(port, "detect_batch_images_count") - before < 16  # some were batched
 
 
-def test_health_and_model_say_what_is_served(port: int, direct: LoadedDetector) -> None:
-    assert ask(port, "/health")[::2] == (200, {"status": "ready"})
-    status, _, model = ask(port, "/model")
+def test_health_and_model_describe_the_server(port: int, direct: LoadedDetector) -> None:
+    assert request(port, "/health")[::2] == (200, {"status": "ready"})
+    status, _, model = request(port, "/model")
     assert status == 200
     assert (model["origin"], model["names"], model["input_size"]) == (direct.origin, NAMES, [96, 128])
     assert model["limits"] == {"max_bytes": 1_000_000, "max_images": 4, "max_pixels": 2_000_000, "timeout_s": 20}
@@ -190,7 +192,7 @@ def test_health_and_model_say_what_is_served(port: int, direct: LoadedDetector) 
 
 
 def metric(port: int, name: str, **labels: str) -> float:
-    _, headers, text = ask(port, "/metrics")
+    _, headers, text = request(port, "/metrics")
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return sum(sample.value for sample in samples if sample.name == name and sample.labels == labels)
@@ -200,8 +202,8 @@ def test_metrics_count_requests_by_status_images_and_seconds(port: int) -> None:
     names = [("detect_requests_total", {"status": "200"}), ("detect_requests_total", {"status": "415"})]
     names += [("detect_images_total", {}), ("detect_request_seconds_count", {}), ("detect_batch_images_sum", {})]
     before = [metric(port, name, **labels) for name, labels in names]
-    assert ask(port, "/detect", picture(30, 30), Content_Type="image/png")[0] == 200
-    assert ask(port, "/detect", b"hello", Content_Type="image/png")[0] == 415
+    assert request(port, "/detect", encoded_image(30, 30), Content_Type="image/png")[0] == 200
+    assert request(port, "/detect", b"hello", Content_Type="image/png")[0] == 415
     after = [metric(port, name, **labels) for name, labels in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 1, 2, 1]
 
@@ -213,22 +215,22 @@ def test_metrics_count_requests_by_status_images_and_seconds(port: int) -> None:
         ("/detect", "image/png", b"x", 415, "body"),
         ("/detect?threshold=2", "image/png", b"x", 422, "threshold"),
         ("/detect", "application/json", b'{"images": ["/etc/passwd"]}', 422, "images[0]"),
-        ("/detect", "image/png", picture(2000, 1001), 413, "body"),
+        ("/detect", "image/png", encoded_image(2000, 1001), 413, "body"),
         ("/detect", "image/png", b"x" * 1_000_001, 413, "body"),
         ("/nothing", "image/png", b"x", 404, None),
         ("/health", "image/png", b"x", 405, None),
     ],
 )
-def test_refusals_are_json_that_names_the_field(
+def test_errors_are_json_that_names_the_field(
     port: int, path: str, kind: str, body: bytes, status: int, field: str | None
 ) -> None:
-    answered, headers, answer = ask(port, path, body, Content_Type=kind)
-    assert (answered, headers["content-type"]) == (status, "application/json")
-    assert answer.get("field") == field
-    assert len(answer["error"]) > 20
+    response_status, headers, payload = request(port, path, body, Content_Type=kind)
+    assert (response_status, headers["content-type"]) == (status, "application/json")
+    assert payload.get("field") == field
+    assert len(payload["error"]) > 20
 
 
-def test_a_body_that_says_it_is_too_long_is_refused_before_it_is_sent(port: int) -> None:
+def test_a_body_with_too_large_a_content_length_is_refused_before_it_is_sent(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         client.sendall(
             b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 9000000000\r\n\r\n"
@@ -236,7 +238,7 @@ def test_a_body_that_says_it_is_too_long_is_refused_before_it_is_sent(port: int)
         assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_body_of_unsaid_length_is_refused_where_it_gets_too_long(port: int) -> None:
+def test_a_body_of_unknown_length_is_refused_where_it_gets_too_long(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         head = b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
         client.sendall(head + b"10000\r\n" + b"x" * 65536 + b"\r\n")
@@ -245,51 +247,57 @@ def test_a_body_of_unsaid_length_is_refused_where_it_gets_too_long(port: int) ->
         assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_full_replica_says_come_again_and_still_tells_its_health(port: int) -> None:
-    """20 requests, whose bodies do not end, fill it."""
+def test_a_full_replica_asks_to_retry_and_still_reports_its_health(port: int) -> None:
+    """The replica is filled by 20 requests whose bodies do not end."""
     unfinished = b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900000\r\n\r\nx"
-    clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(20)]
+    clients: list[socket.socket] = []
+
+    def open_unfinished_request() -> None:
+        clients.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+        clients[-1].sendall(unfinished)
+
     try:
-        for client in clients:
-            client.sendall(unfinished)
+        for _ in range(20):
+            open_unfinished_request()
         deadline = time.monotonic() + 10
-        while (answer := ask(port, "/detect", picture(30, 30), Content_Type="image/png"))[0] != 503:
+        while (response := request(port, "/detect", encoded_image(30, 30), Content_Type="image/png"))[0] != 503:
             assert time.monotonic() < deadline
-        assert answer[1]["retry-after"] == "1"
-        assert "come again" in answer[2]["error"]
-        assert ask(port, "/health")[0] == 200
+            open_unfinished_request()  # the request above may have taken the place of one that was refused
+        assert response[1]["retry-after"] == "1"
+        assert "retry later" in response[2]["error"]
+        assert request(port, "/health")[0] == 200
     finally:
         for client in clients:
             client.close()
     deadline = time.monotonic() + 20
-    while ask(port, "/detect", picture(30, 30), Content_Type="image/png")[0] != 200:
+    while request(port, "/detect", encoded_image(30, 30), Content_Type="image/png")[0] != 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_a_client_cannot_lift_the_time_limit(folder: Path) -> None:
-    """Ray Serve lets a header do so; the replica's own limit holds. Asked without Ray."""
+def test_a_client_cannot_raise_the_time_limit(folder: Path) -> None:
+    """Ray Serve accepts a header for it, but the limit of the replica holds. Tested without Ray."""
     import asyncio
 
     from starlette.requests import Request
 
-    from pipeline.serve.replica import Service
+    from pipeline.serve.replica import DetectionService
 
     async def never() -> dict[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError
 
-    service = Service(ServeSettings(source=str(folder), timeout_s=0.2))
+    service = DetectionService(ServeSettings(source=str(folder), timeout_s=0.2))
     headers = [(b"content-type", b"image/png"), (b"x-request-timeout-seconds", b"0")]
     scope = {"type": "http", "method": "POST", "path": "/detect", "query_string": b"", "headers": headers}
     response = asyncio.run(service.detect(Request(scope, never)))
     assert response.status_code == 504
-    assert "not done within 0.2 s" in bytes(response.body).decode()
-    assert (service.inside, service.counts["detect_requests_total", "504"]) == (0, 1)
+    assert "not finished within 0.2 s" in bytes(response.body).decode()
+    assert (service.active_requests, service.metrics["detect_requests_total", "504"]) == (0, 1)
 
 
 def test_the_page_has_a_strict_policy(port: int) -> None:
-    status, headers, text = ask(port, "/")
+    status, headers, text = request(port, "/")
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'sha256-")
     assert "<canvas" in text
@@ -305,7 +313,7 @@ SHOWN = "document.querySelectorAll('#list button').length"
 
 
 @pytest.mark.slow
-def test_the_page_draws_boxes_and_the_slider_filters_without_asking_again(port: int, page: Page) -> None:
+def test_the_page_draws_boxes_and_the_slider_filters_without_another_request(port: int, page: Page) -> None:
     page.open(f"http://127.0.0.1:{port}/?example&threshold=0")
     page.wait_for("document.body.dataset.state === 'done'")
     assert "480 \u00d7 320 px" in page.evaluate("document.getElementById('status').textContent")
@@ -319,19 +327,22 @@ def test_the_page_draws_boxes_and_the_slider_filters_without_asking_again(port: 
         page.evaluate(f"slider.value = {least}; slider.dispatchEvent(new Event('input'))")
         kept = sum(score >= least for score in scores)
         assert page.evaluate(SHOWN) == kept
-        assert (f"{kept} boxes" if kept else "without") in page.evaluate("canvas.getAttribute('aria-label')")
-    assert "Nothing reaches this score." in page.evaluate("document.getElementById('list').textContent")
+        boxes = "1 box" if kept == 1 else f"{kept} boxes"
+        assert (f"Image with {boxes}" if kept else "Image without boxes") in page.evaluate(
+            "canvas.getAttribute('aria-label')"
+        )
+    assert "No detection reaches this score." in page.evaluate("document.getElementById('list').textContent")
     assert metric(port, "detect_request_seconds_count") == before
-    assert page.said == []  # no error, nothing that the policy forbids
+    assert page.messages == []  # no error, no violation of the policy
 
 
 @pytest.mark.slow
-def test_a_box_is_drawn_where_it_was_found(port: int, page: Page) -> None:
+def test_a_box_is_drawn_where_it_was_detected(port: int, page: Page) -> None:
     page.open(f"http://127.0.0.1:{port}/?example&threshold=0")
     page.wait_for("document.body.dataset.state === 'done'")
     changed = """(() => {
         const paper = canvas.getContext("2d"), all = () => paper.getImageData(0, 0, canvas.width, canvas.height).data;
-        show(picture, {scores: [0.9], labels: [0], names: ["disc"], boxes: [[120, 80, 360, 240]], width: 480, height: 320}, "");
+        show(image, {scores: [0.9], labels: [0], names: ["disc"], boxes: [[120, 80, 360, 240]], width: 480, height: 320}, "");
         const drawn = all();
         draw([]);
         const plain = all(), scale = parseFloat(canvas.dataset.scale);
@@ -340,7 +351,7 @@ def test_a_box_is_drawn_where_it_was_found(port: int, page: Page) -> None:
             return drawn[at] !== plain[at] || drawn[at + 1] !== plain[at + 1];
         });
     })()"""
-    assert page.evaluate(changed) == [True, True, True, True, False, False]  # four edges; inside and outside
+    assert page.evaluate(changed) == [True, True, True, True, False, False]  # four edges, inside, outside
 
 
 @pytest.mark.slow
@@ -355,28 +366,28 @@ def test_the_page_is_usable_with_the_keyboard(port: int, page: Page) -> None:
     assert page.evaluate("marked === detections[0]")
     page.evaluate("slider.focus()")
     page.press("End")
-    assert page.evaluate("document.getElementById('least').textContent") == "100 %"
+    assert page.evaluate("document.getElementById('threshold-text').textContent") == "100 %"
 
 
 @pytest.mark.slow
-def test_the_page_shows_what_the_server_refuses(port: int, page: Page) -> None:
+def test_the_page_shows_errors_of_the_server(port: int, page: Page) -> None:
     page.open(f"http://127.0.0.1:{port}/")
     page.wait_for("document.body.dataset.state === 'ready'")
     error = "document.getElementById('error').textContent"
     page.evaluate("detect(new File(['hello'], 'a.png', {type: 'image/png'}))")
     assert page.evaluate("document.body.dataset.state") == "error"
-    assert "no picture that can be read: send one of JPEG" in page.evaluate(error)
+    assert "not an image in a known format: send one of JPEG" in page.evaluate(error)
     assert "HTTP 415" in page.evaluate(error)
     page.evaluate("detect(new File(['hello'], 'a.txt', {type: 'text/plain'}))")
-    assert "a.txt is no picture (text/plain)" in page.evaluate(error)
+    assert "a.txt is not an image (text/plain)" in page.evaluate(error)
     page.evaluate("detect(new File([new Uint8Array(1000001)], 'a.png', {type: 'image/png'}))")
-    assert "1.0 MB exceed the 1 MB of a request" in page.evaluate(error)
+    assert "1.0 MB exceed the limit of 1 MB per request" in page.evaluate(error)
     page.evaluate("example().then(detect)")
     assert page.evaluate("document.getElementById('error').hidden")
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_end(folder: Path, tmp_path: Path) -> None:
+def test_the_command_serves_until_sigterm(folder: Path, tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "jobs.serve", str(folder), "--port", str(port), "--replicas", "2", "--cpus", "0.5"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -391,13 +402,17 @@ def test_the_command_serves_until_it_is_told_to_end(folder: Path, tmp_path: Path
             time.sleep(0.2)
         assert f"curl -F image=@picture.jpg http://127.0.0.1:{port}/detect" in log.read_text()
         with ThreadPoolExecutor(8) as pool:
-            answers = pool.map(lambda n: ask(port, "/detect", picture(60, 50, n), Content_Type="image/png"), range(12))
-        assert [status for status, _, _ in answers] == [200] * 12
-        time.sleep(2 * deployment.TOLD_EVERY_S)
-        assert [metric(port, "detect_requests_total", status="200") for _ in range(4)] == [12] * 4  # of both replicas
+            responses = pool.map(
+                lambda n: request(port, "/detect", encoded_image(60, 50, n), Content_Type="image/png"), range(12)
+            )
+        assert [status for status, _, _ in responses] == [200] * 12
+        time.sleep(2 * deployment.REPORT_INTERVAL_S)
+        assert [metric(port, "detect_requests_total", status="200") for _ in range(4)] == [
+            12
+        ] * 4  # summed over both replicas
     finally:
         server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0, log.read_text()
     assert log.read_text().rstrip().endswith("stopping")
     with pytest.raises(ConnectionRefusedError):
-        ask(port, "/health")
+        request(port, "/health")

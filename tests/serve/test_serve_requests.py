@@ -1,4 +1,4 @@
-"""The server without Ray: what a request may be, batches, counts, and what the page may do."""
+"""Server without Ray: parsing of requests, batching, metrics, and the policy of the page."""
 
 import asyncio
 import base64
@@ -21,22 +21,30 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.serve.batching import Batcher
 from pipeline.serve.body_limit import BodyLimit
-from pipeline.serve.metrics import SECONDS, Counts, Totals, as_text, observe
-from pipeline.serve.page import page
-from pipeline.serve.request_parsing import Asked, Encoded, Limits, RequestError, decode, parse, read_body
+from pipeline.serve.metrics import SECONDS, Metrics, ReplicaMetrics, observe, prometheus_text
+from pipeline.serve.page import read_page
+from pipeline.serve.request_parsing import (
+    DetectRequest,
+    EncodedImage,
+    RequestError,
+    RequestLimits,
+    decode_images,
+    parse_request,
+    read_body,
+)
 
-LIMITS = Limits(max_bytes=100_000, max_images=3, max_pixels=10_000)
+LIMITS = RequestLimits(max_bytes=100_000, max_images=3, max_pixels=10_000)
 FORM = "multipart/form-data; boundary=XX"
 
 
-def picture(width: int = 40, height: int = 30, kind: str = "PNG") -> bytes:
+def encoded_image(width: int = 40, height: int = 30, kind: str = "PNG") -> bytes:
     written = io.BytesIO()
     PIL.Image.effect_noise((width, height), 50).convert("RGB").save(written, kind)
     return written.getvalue()
 
 
 def form(*parts: tuple[str, bytes, str | None]) -> bytes:
-    """Parts of (name, content, file name)."""
+    """Form of parts (name, content, file name)."""
     lines = []
     for name, content, file in parts:
         named = f'; filename="{file}"' if file is not None else ""
@@ -54,12 +62,12 @@ def base64_of(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def asked(content_type: str, body: bytes, **query: str) -> Asked:
-    return asyncio.run(parse(content_type, query, body, LIMITS, 0.4))
+def parsed(content_type: str, body: bytes, **query: str) -> DetectRequest:
+    return asyncio.run(parse_request(content_type, query, body, LIMITS, 0.4))
 
 
 def read(*chunks: bytes, **headers: str) -> tuple[bytes, int]:
-    """The body, and how many chunks were asked for."""
+    """Read a body; also return how many chunks were requested."""
     taken = 0
 
     async def body() -> AsyncIterator[bytes]:
@@ -72,27 +80,29 @@ def read(*chunks: bytes, **headers: str) -> tuple[bytes, int]:
     return asyncio.run(read_body(body(), named, 100)), taken
 
 
-def test_the_three_forms_of_a_request_hold_the_same_pictures() -> None:
-    first, second = picture(), picture(20, 50)
+def test_the_three_forms_of_a_request_hold_the_same_images() -> None:
+    first, second = encoded_image(), encoded_image(20, 50)
     for one in (
-        asked(FORM, form(("image", first, "a.png"), ("image", second, "b.png"), ("threshold", b"0.25", None))),
-        asked("application/json", as_json(images=[base64_of(first), base64_of(second)], threshold=0.25)),
+        parsed(FORM, form(("image", first, "a.png"), ("image", second, "b.png"), ("threshold", b"0.25", None))),
+        parsed("application/json", as_json(images=[base64_of(first), base64_of(second)], threshold=0.25)),
     ):
         assert [image.content for image in one.images] == [first, second]
         assert (one.threshold, one.max_detections) == (0.25, 300)
-    assert asked("image/png", first, threshold="0.25", max_detections="7") == Asked((Encoded("body", first),), 0.25, 7)
+    assert parsed("image/png", first, threshold="0.25", max_detections="7") == DetectRequest(
+        (EncodedImage("body", first),), 0.25, 7
+    )
 
 
-def test_options_have_defaults_and_the_body_wins_over_the_query() -> None:
-    assert asked("image/png", b"x").threshold == 0.4
+def test_options_have_defaults_and_the_body_takes_precedence_over_the_query() -> None:
+    assert parsed("image/png", b"x").threshold == 0.4
     body = as_json(images=[base64_of(b"x")], threshold=0.5)
-    assert asked("application/json; charset=utf-8", body, threshold="0.1", max_detections="9") == Asked(
-        (Encoded("images[0]", b"x"),), 0.5, 9
+    assert parsed("application/json; charset=utf-8", body, threshold="0.1", max_detections="9") == DetectRequest(
+        (EncodedImage("images[0]", b"x"),), 0.5, 9
     )
 
 
 @pytest.mark.parametrize(
-    ("content_type", "body", "query", "status", "field", "says"),
+    ("content_type", "body", "query", "status", "field", "message"),
     [
         ("", b"x", {}, 415, "Content-Type", "without a type"),
         ("text/plain", b"x", {}, 415, "Content-Type", "cannot read text/plain: send a form"),
@@ -106,7 +116,7 @@ def test_options_have_defaults_and_the_body_wins_over_the_query() -> None:
         ("application/json", b"\xff\xfe", {}, 422, "body", "Invalid JSON"),
         ("application/json", b"{}", {}, 422, "images", "Field required"),
         ("application/json", as_json(images="abc"), {}, 422, "images", "valid array"),
-        ("application/json", as_json(images=[]), {}, 422, "image", "no picture"),
+        ("application/json", as_json(images=[]), {}, 422, "image", "contains no image"),
         ("application/json", as_json(images=["eA==", 3]), {}, 422, "images[1]", "valid string"),
         (
             "application/json",
@@ -114,37 +124,37 @@ def test_options_have_defaults_and_the_body_wins_over_the_query() -> None:
             {},
             422,
             "images[0]",
-            "paths and addresses are not opened",
+            "paths and URLs are not opened",
         ),
-        ("application/json", as_json(images=["http://a.b/c.png"]), {}, 422, "images[0]", "addresses are not opened"),
+        ("application/json", as_json(images=["http://a.b/c.png"]), {}, 422, "images[0]", "URLs are not opened"),
         ("application/json", as_json(images=["data:image/png;base64,eA=="]), {}, 422, "images[0]", "up to the comma"),
-        ("application/json", as_json(images=["eA=="] * 4), {}, 413, None, "4 pictures exceed the 3"),
+        ("application/json", as_json(images=["eA=="] * 4), {}, 413, None, "4 images exceed the limit of 3"),
         ("application/json", as_json(images=["eA=="], url="x"), {}, 422, "url", "known: .*images"),
-        (FORM, form(*[("image", b"x", "a")] * 4), {}, 413, None, "4 pictures exceed the 3"),
-        (FORM, form(*[("image", b"x", "a")] * 9), {}, 413, None, "more than the 3 pictures"),
-        (FORM, form(), {}, 422, "image", "no picture"),
+        (FORM, form(*[("image", b"x", "a")] * 4), {}, 413, None, "4 images exceed the limit of 3"),
+        (FORM, form(*[("image", b"x", "a")] * 9), {}, 413, None, "more than 3 images"),
+        (FORM, form(), {}, 422, "image", "contains no image"),
         (FORM, form(("image", b"/etc/passwd", None)), {}, 422, "image", "files named image"),
         (FORM, form(("picture", b"x", "a")), {}, 422, "picture", "files named image"),
         (FORM, b"--YY\r\n\r\n", {}, 422, "body", "cannot be read"),
         ("multipart/form-data", b"x", {}, 422, "body", "boundary"),
     ],
 )
-def test_a_wrong_request_is_refused_with_its_field_and_a_way_out(
-    content_type: str, body: bytes, query: dict[str, str], status: int, field: str | None, says: str
+def test_an_invalid_request_is_refused_with_its_field_and_a_way_out(
+    content_type: str, body: bytes, query: dict[str, str], status: int, field: str | None, message: str
 ) -> None:
-    with pytest.raises(RequestError, match=says) as refused:
-        asked(content_type, body, **query)
+    with pytest.raises(RequestError, match=message) as refused:
+        parsed(content_type, body, **query)
     assert (refused.value.status, refused.value.field) == (status, field)
 
 
-def test_a_body_that_says_it_is_too_long_is_refused_unread() -> None:
+def test_a_body_with_too_large_a_content_length_is_refused_unread() -> None:
     assert read(b"ab", b"cd", content_length="4") == (b"abcd", 2)
     with pytest.raises(RequestError, match="exceeds 100 bytes") as refused:
         read(b"x" * 101, content_length="101")
     assert refused.value.status == 413
 
 
-def test_a_body_of_unsaid_length_is_read_no_further_than_allowed() -> None:
+def test_a_body_of_unknown_length_is_read_no_further_than_allowed() -> None:
     taken = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -164,51 +174,60 @@ def test_a_compressed_body_is_refused() -> None:
     assert refused.value.status == 415
 
 
-def test_pictures_are_decoded_as_they_are() -> None:
-    encoded = [Encoded("a", picture()), Encoded("b", picture(50, 20, "BMP")), Encoded("c", picture(9, 9, "TIFF"))]
-    decoded = decode(encoded, 10_000)
+def test_images_are_decoded_unchanged() -> None:
+    encoded = [
+        EncodedImage("a", encoded_image()),
+        EncodedImage("b", encoded_image(50, 20, "BMP")),
+        EncodedImage("c", encoded_image(9, 9, "TIFF")),
+    ]
+    decoded = decode_images(encoded, 10_000)
     assert [image.size for image in decoded] == [(40, 30), (50, 20), (9, 9)]
     for image, source in zip(decoded, encoded, strict=True):
         assert np.array_equal(image, PIL.Image.open(io.BytesIO(source.content)).convert("RGB"))
 
 
 def test_pixels_are_counted_before_any_is_decoded() -> None:
-    # The second one's header says 60,000 x 50,000; there are no pixels behind it that could be decoded.
-    header = bytearray(picture())
+    # The header of the second image claims 60,000 x 50,000 pixels; there is no such data to decode.
+    header = bytearray(encoded_image())
     header[16:24] = (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big")
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
     with pytest.raises(RequestError) as refused:
-        decode([Encoded("images[0]", picture()), Encoded("images[1]", bytes(header))], 10_000)
+        decode_images([EncodedImage("images[0]", encoded_image()), EncodedImage("images[1]", bytes(header))], 10_000)
     assert (refused.value.status, refused.value.field) == (413, "images[1]")
-    with pytest.raises(RequestError, match=r"with those before it, 100 x 60 pixels exceed the 10,000") as refused:
-        decode([Encoded("images[0]", picture(100, 60)), Encoded("images[1]", picture(100, 60))], 10_000)
+    with pytest.raises(
+        RequestError, match=r"with the images before it, 100 x 60 pixels exceed the limit of 10,000"
+    ) as refused:
+        decode_images(
+            [EncodedImage("images[0]", encoded_image(100, 60)), EncodedImage("images[1]", encoded_image(100, 60))],
+            10_000,
+        )
     assert (refused.value.status, refused.value.field) == (413, "images[1]")
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"/etc/passwd"]
 )
-def test_what_is_no_picture_is_refused(content: bytes) -> None:
-    with pytest.raises(RequestError, match="no picture that can be read: send one of JPEG, PNG") as refused:
-        decode([Encoded("image[0]", content)], 10_000)
+def test_a_file_that_is_not_an_image_is_refused(content: bytes) -> None:
+    with pytest.raises(RequestError, match="not an image in a known format: send one of JPEG, PNG") as refused:
+        decode_images([EncodedImage("image[0]", content)], 10_000)
     assert (refused.value.status, refused.value.field) == (415, "image[0]")
 
 
 def test_a_path_given_as_bytes_is_not_opened(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
-    with pytest.raises(RequestError, match="no picture"):
-        decode([Encoded("body", str(tmp_path / "a.png").encode())], 10_000)
+    (tmp_path / "a.png").write_bytes(encoded_image())
+    with pytest.raises(RequestError, match="not an image in a known format"):
+        decode_images([EncodedImage("body", str(tmp_path / "a.png").encode())], 10_000)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_broken_picture_is_refused(kind: str) -> None:
-    with pytest.raises(RequestError, match="save it anew") as refused:
-        decode([Encoded("image[0]", picture(90, 90, kind)[:-900])], 10_000)
+def test_a_broken_image_is_refused(kind: str) -> None:
+    with pytest.raises(RequestError, match="save it again") as refused:
+        decode_images([EncodedImage("image[0]", encoded_image(90, 90, kind)[:-900])], 10_000)
     assert (refused.value.status, refused.value.field) == (422, "image[0]")
 
 
 class Work:
-    """Doubles numbers, waits for `go` first, and remembers its batches."""
+    """Worker that waits for `go`, doubles numbers and stores its batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -227,7 +246,7 @@ async def _turns(count: int = 20) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_whatever_waits_when_the_worker_is_free_goes_together() -> None:
+def test_everything_queued_when_the_worker_is_free_forms_one_batch() -> None:
     async def scenario() -> None:
         calls = [asyncio.create_task(batcher([n])) for n in (1,)]
         await _turns()
@@ -240,10 +259,14 @@ def test_whatever_waits_when_the_worker_is_free_goes_together() -> None:
     with ThreadPoolExecutor(1) as pool:
         batcher = Batcher(work, 4, pool)
         asyncio.run(scenario())
-    assert work.batches == [[1], [2, 3, 4, 5], [6]]  # the first at once, at most four, a call over two batches
+    assert work.batches == [
+        [1],
+        [2, 3, 4, 5],
+        [6],
+    ]  # first alone and at once; then at most four, so one call spans two batches
 
 
-def test_who_gave_up_is_taken_out_of_later_batches() -> None:
+def test_items_of_a_cancelled_call_are_removed_from_later_batches() -> None:
     async def scenario() -> None:
         calls = [asyncio.create_task(batcher([n])) for n in (1, 2, 3)]
         await _turns()
@@ -259,7 +282,7 @@ def test_who_gave_up_is_taken_out_of_later_batches() -> None:
     assert work.batches == [[1], [3]]
 
 
-def test_a_failed_batch_is_told_to_its_callers_and_the_next_one_works() -> None:
+def test_a_failed_batch_raises_in_its_callers_and_the_next_one_works() -> None:
     async def scenario() -> None:
         work.go.set()
         with pytest.raises(ValueError, match="unlucky"):
@@ -272,16 +295,16 @@ def test_a_failed_batch_is_told_to_its_callers_and_the_next_one_works() -> None:
         asyncio.run(scenario())
 
 
-def test_counts_are_read_by_prometheus_own_parser() -> None:
+def test_metrics_are_read_by_prometheus_own_parser() -> None:
     random.seed(0)
     values = [random.expovariate(1) for _ in range(200)] + [0.01, 100.0]
-    counts: Counts = Counter()
+    metrics: Metrics = Counter()
     for value in values:
-        observe(counts, "detect_request_seconds", value)
-    counts["detect_requests_total", "200"] += 3
-    counts["detect_requests_total", "413"] += 1
-    counts["detect_images_total", ""] += 5
-    families = {family.name: family for family in text_string_to_metric_families(as_text(counts))}
+        observe(metrics, "detect_request_seconds", value)
+    metrics["detect_requests_total", "200"] += 3
+    metrics["detect_requests_total", "413"] += 1
+    metrics["detect_images_total", ""] += 5
+    families = {family.name: family for family in text_string_to_metric_families(prometheus_text(metrics))}
     requests = families["detect_requests"]
     assert requests.type == "counter"
     assert {sample.labels["status"]: sample.value for sample in requests.samples} == {"200": 3, "413": 1}
@@ -295,15 +318,15 @@ def test_counts_are_read_by_prometheus_own_parser() -> None:
     assert seconds["detect_request_seconds_sum", None] == pytest.approx(sum(values))
 
 
-def test_totals_add_replicas_up_and_keep_those_that_are_gone() -> None:
-    totals = Totals()
-    totals.told("a", Counter({("detect_images_total", ""): 3}))
-    totals.told("b", Counter({("detect_images_total", ""): 4}))
-    assert totals.told("a", Counter({("detect_images_total", ""): 5})) == {("detect_images_total", ""): 9}
-    assert totals.told("c", Counter()) == {("detect_images_total", ""): 9}
+def test_metrics_are_summed_over_replicas_including_stopped_ones() -> None:
+    metrics = ReplicaMetrics()
+    metrics.update("a", Counter({("detect_images_total", ""): 3}))
+    metrics.update("b", Counter({("detect_images_total", ""): 4}))
+    assert metrics.update("a", Counter({("detect_images_total", ""): 5})) == {("detect_images_total", ""): 9}
+    assert metrics.update("c", Counter()) == {("detect_images_total", ""): 9}
 
 
-def test_the_proxy_asks_for_no_more_of_a_body_that_is_too_long() -> None:
+def test_the_proxy_stops_reading_a_body_that_is_too_long() -> None:
     received = 0
 
     async def endless() -> dict[str, Any]:
@@ -311,7 +334,7 @@ def test_the_proxy_asks_for_no_more_of_a_body_that_is_too_long() -> None:
         received += 1
         return {"type": "http.request", "body": b"x" * 40, "more_body": True}
 
-    async def greedy(scope: Any, receive: Any, send: Any) -> None:
+    async def greedy(_: Any, receive: Any, __: Any) -> None:
         while True:
             await receive()
 
@@ -323,8 +346,8 @@ def test_the_proxy_asks_for_no_more_of_a_body_that_is_too_long() -> None:
     assert received == 3
 
 
-def test_the_page_may_run_what_stands_in_it_and_nothing_else() -> None:
-    text, headers = page()
+def test_the_page_may_run_its_own_scripts_and_nothing_else() -> None:
+    text, headers = read_page()
     policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
     assert policy["default-src"] == "'none'"
     assert "unsafe" not in headers["Content-Security-Policy"]

@@ -1,4 +1,4 @@
-"""The golden recordings of the published detector, and deterministic weights and inputs to repeat them with.
+"""Golden recordings of the published detector, and deterministic weights and inputs to repeat them with.
 
 Every tensor is a function of its state-dict key, its shape and a seed, from NumPy's frozen legacy stream, so two programs
 that agree on keys and shapes hold the same weights.
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfine_core.structures import DenoisingQueries, positive_slots
+from dfine_core.model.denoising import positive_slots
+from dfine_core.structures import DenoisingQueries
 
 FOLDER = Path(__file__).parents[1] / "golden"
 DERIVED = ("decoder.anchors", "decoder.valid_mask")
@@ -39,7 +40,7 @@ class Recording:
 
 
 def denoising_queries(recording: Recording, targets: Sequence[Mapping[str, Tensor]]) -> DenoisingQueries:
-    """The denoising group that the recorded program drew, for the same targets."""
+    """Denoising group that the recorded program sampled for the same targets."""
     groups = int(recording.arrays["dn.groups"])
     image, query, target = positive_slots([len(each["labels"]) for each in targets], groups)
     return DenoisingQueries(
@@ -111,7 +112,7 @@ def targets(counts: list[int], num_classes: int, seed: int) -> list[dict[str, Te
 
 
 def batch_norms_to_eval(model: nn.Module) -> None:
-    """As in the train recordings: batch statistics over tiny maps would amplify rounding."""
+    """Put batch norms into eval mode, as in the train recordings: batch statistics over tiny maps would amplify rounding."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

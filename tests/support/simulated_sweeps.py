@@ -1,4 +1,4 @@
-"""Sweeps whose truth is known: trials with planted effects, noise, and successive halving, without any training."""
+"""Simulated sweeps with known effects: planted effects, noise and successive halving, without any training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ import yaml
 
 from pipeline.tuning.analysis.verdict import top_points
 from pipeline.tuning.load import load_sweep
-from pipeline.tuning.records import Reading, TrialRecord
-from pipeline.tuning.space import Point, grid, random
+from pipeline.tuning.space import Point, grid_points, random_point
 from pipeline.tuning.sweep import Phase, Sweep, Trial, confirm_trials, default_point, replicate_trials, search_trials
+from pipeline.tuning.trial_records import TrialEvaluation, TrialRecord
 
-Truth = Callable[[Point], float]  # what a point reaches at the end, on average
+TrueMean = Callable[[Point], float]  # expected final metric of a point
 
 EXPERIMENT: dict[str, Any] = {
     "data": {"train": "train", "val": "val"},
@@ -28,7 +28,7 @@ SPACE: dict[str, Any] = {
 
 
 def written(folder: Path, **sweep: Any) -> Path:
-    """A sweep's file and its experiment's."""
+    """Write a sweep file and its experiment file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     content = {"experiment": "experiment.yaml", "space": SPACE, "trials": 16, **sweep}
@@ -41,13 +41,15 @@ def loaded(folder: Path, **sweep: Any) -> Sweep:
     return load_sweep(written(folder, **sweep))
 
 
-def trained(trial: Trial, number: int, truth: Truth, *, sd: float, seed: int, evaluations: int = 9) -> TrialRecord:
-    """A trial at its full length. Its own luck stays with it through its curve."""
+def trained(
+    trial: Trial, number: int, true_mean: TrueMean, *, sd: float, seed: int, evaluations: int = 9
+) -> TrialRecord:
+    """Record of a trial at full length. Its deviation from the mean is the same at all evaluations."""
     generator = np.random.default_rng([seed, number])
-    end = truth(trial.point) + sd * generator.standard_normal()
+    end = true_mean(trial.point) + sd * generator.standard_normal()
     rise = 1 - 0.6 ** (3 * np.arange(1, evaluations + 1))
     values = np.maximum(0, end * rise + 0.1 * sd * generator.standard_normal(evaluations))
-    curve = tuple(Reading(100 * n, 5.0 * n, {"AP": float(v)}, 130.0 * n) for n, v in enumerate(values, start=1))
+    curve = tuple(TrialEvaluation(100 * n, 5.0 * n, {"AP": float(v)}, 130.0 * n) for n, v in enumerate(values, start=1))
     return TrialRecord(
         id=trial.id,
         number=number,
@@ -71,42 +73,48 @@ def stopped(record: TrialRecord, evaluation: int) -> TrialRecord:
 
 
 def halved(records: Sequence[TrialRecord], rungs: Sequence[int], reduction: int = 3) -> list[TrialRecord]:
-    """At each rung the best third of those that came there goes on."""
+    """Successive halving: at each rung the best third continues."""
     result = {record.id: record for record in records}
-    alive = list(records)
+    running = list(records)
     for rung in rungs:
-        alive = sorted(alive, key=lambda record: -record.curve[rung - 1].metrics["AP"])
-        kept = max(1, len(alive) // reduction)
-        result |= {record.id: stopped(record, rung) for record in alive[kept:]}
-        alive = alive[:kept]
+        running = sorted(running, key=lambda record: -record.curve[rung - 1].metrics["AP"])
+        kept = max(1, len(running) // reduction)
+        result |= {record.id: stopped(record, rung) for record in running[kept:]}
+        running = running[:kept]
     return [result[record.id] for record in records]
 
 
 def searched_points(sweep: Sweep, count: int, seed: int) -> list[Point]:
     if sweep.searcher.kind == "grid":
-        return grid(sweep.space)
-    return [random(sweep.space, [seed, n]) for n in range(count)]
+        return grid_points(sweep.space)
+    return [random_point(sweep.space, [seed, n]) for n in range(count)]
 
 
 def simulated(
-    sweep: Sweep, truth: Truth, *, sd: float = 0.01, seed: int = 0, rungs: Sequence[int] = (), points: int | None = None
+    sweep: Sweep,
+    true_mean: TrueMean,
+    *,
+    sd: float = 0.01,
+    seed: int = 0,
+    rungs: Sequence[int] = (),
+    points: int | None = None,
 ) -> list[TrialRecord]:
-    """All three phases, as a sweep would leave them."""
+    """Records of all three phases, as after a real sweep."""
     number = 0
 
     def train(trials: Sequence[Trial]) -> list[TrialRecord]:
         nonlocal number
         first, number = number, number + len(trials)
-        return [trained(trial, first + n, truth, sd=sd, seed=seed) for n, trial in enumerate(trials)]
+        return [trained(trial, first + n, true_mean, sd=sd, seed=seed) for n, trial in enumerate(trials)]
 
     replicates = train(replicate_trials(sweep))
     search: dict[str, Trial] = {}
     for point in searched_points(sweep, points or sweep.trials or 1, seed):
         search |= {trial.id: trial for trial in search_trials(sweep, point)}
-    found = halved(train(list(search.values())), rungs)
+    searched = halved(train(list(search.values())), rungs)
     default = default_point(sweep)
-    top = top_points(found, default, sweep.metric, count=sweep.confirm.top)
-    return [*replicates, *found, *train(confirm_trials(sweep, top))]
+    top = top_points(searched, default, sweep.metric, count=sweep.confirm.top)
+    return [*replicates, *searched, *train(confirm_trials(sweep, top))]
 
 
 def phases(records: Sequence[TrialRecord], phase: Phase) -> list[TrialRecord]:

@@ -1,4 +1,4 @@
-"""Untrained detectors whose scores lie on both sides of any threshold, and whose edges are unsure."""
+"""Untrained detectors whose scores lie on both sides of any threshold, and whose edges are uncertain."""
 
 from collections.abc import Sequence
 from typing import Any

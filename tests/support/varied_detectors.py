@@ -30,7 +30,7 @@ def varied_detector(config: ModelConfig, *, seed: int = 0) -> Detector:
 
 
 def loaded(config: ModelConfig, *, seed: int = 0) -> LoadedDetector:
-    """Of the classes that drawn pictures show."""
+    """Detector of the classes that synthetic images show."""
     names = CLASSES[: config.num_classes]
     detector = varied_detector(config, seed=seed)
     return LoadedDetector(detector, names, tuple(range(len(names))), "varied", torch.device("cpu"))

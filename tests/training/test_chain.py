@@ -87,7 +87,7 @@ def test_every_problem_of_a_chain_is_told_at_once(tmp_path: Path) -> None:
 
 def test_stages_of_one_name_are_refused(tmp_path: Path) -> None:
     stages = [{"name": "a", "experiment": "experiment.yaml"}] * 2
-    with pytest.raises(ConfigError, match="each another name"):
+    with pytest.raises(ConfigError, match="distinct names"):
         load_chain(chain_file(tmp_path, stages=stages), {}, Cluster())
 
 
@@ -125,7 +125,7 @@ def test_the_demo_chain_beats_scratch_is_left_alone_when_finished_and_tells_its_
     assert f"AP {result['numbers']['AP']:.3f}" in first
 
     again = run(*chain)
-    assert again.count("is finished: left alone") == 2
+    assert again.count("is finished: skipped") == 2
 
     scratch = load_experiment(chains / "demo" / "finetune.yaml")
     assert scratch.init is None

@@ -94,11 +94,11 @@ def test_requests_that_never_fit_are_refused_with_every_reason() -> None:
     nodes = [{"CPU": 4.0, "GPU": 8.0}, {"CPU": 4.0}]
     with pytest.raises(ConfigError) as raised:
         refuse_what_never_fits(request, {"CPU": 8.0, "GPU": 8.0}, nodes, decodes=True)
-    assert "CPU: 4 x 2 and 1 for decoding are asked for, the cluster has 8" in str(raised.value)
-    assert "lake: 4 x 1 are asked for, the cluster has 0" in str(raised.value)
+    assert "CPU: 4 x 2 and 1 for decoding are requested, the cluster has 8" in str(raised.value)
+    assert "lake: 4 x 1 are requested, the cluster has 0" in str(raised.value)
     assert "GPU" not in str(raised.value)
     refuse_what_never_fits(Request(4, 4, 1, {"CPU": 1, "GPU": 1}), {"CPU": 8.0, "GPU": 8.0}, nodes, decodes=True)
-    with pytest.raises(ConfigError, match="no node has so much"):
+    with pytest.raises(ConfigError, match="no node has that much"):
         refuse_what_never_fits(Request(1, 1, 0, {"CPU": 6}), {"CPU": 8.0}, nodes, decodes=False)
 
 

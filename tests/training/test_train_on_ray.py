@@ -82,7 +82,7 @@ def kill_one_worker(driver: subprocess.Popen[str]) -> None:
 
 
 def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
-    place = folder / "runs" / name / "checkpoints" / checkpoint.folder_name(STEPS)
+    place = folder / "runs" / name / "checkpoints" / checkpoint.step_folder(STEPS)
     return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
 
 
@@ -120,7 +120,7 @@ def test_a_job_that_never_fits_is_refused_before_anything_starts(folder: Path) -
     (folder / "64.yaml").write_text(yaml.safe_dump({"workers": 64, "gpus_per_worker": 0}))
     process = start(folder, "large", workers=64)
     assert process.wait(timeout=120) == 1
-    assert "CPU: 64 x 0.5 and 1 for decoding are asked for" in (folder / "large.log").read_text()
+    assert "CPU: 64 x 0.5 and 1 for decoding are requested" in (folder / "large.log").read_text()
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def run_and_kill(job: TrainJob, *, after: int, written: int, **context: Any) -> 
 
 
 def tensors_of(folder: str, step: int) -> dict[str, Tensor]:
-    place = Path(folder) / checkpoint.folder_name(step)
+    place = Path(folder) / checkpoint.step_folder(step)
     return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_and_continued_equals_one_that_was_not(data: dict[s
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(data: dict[str, str], tmp_path: Path) -> None:
     setting = experiment(tmp_path, data, checkpoints={"every_steps": 2})
     run_and_kill(job(setting), after=5, written=4)
-    newest = Path(f"{tmp_path}/runs/run/checkpoints/{checkpoint.folder_name(4)}")
+    newest = Path(f"{tmp_path}/runs/run/checkpoints/{checkpoint.step_folder(4)}")
     content = bytearray((newest / "ema.safetensors").read_bytes())
     content[-5] ^= 1
     (newest / "ema.safetensors").write_bytes(content)
@@ -93,9 +93,9 @@ def test_half_a_checkpoint_does_not_count(data: dict[str, str], tmp_path: Path) 
     setting = experiment(tmp_path, data, checkpoints={"every_steps": 2})
     run_and_kill(job(setting), after=3, written=2)
     folder = Path(f"{tmp_path}/runs/run/checkpoints")
-    shutil.copytree(folder / checkpoint.folder_name(2), folder / checkpoint.folder_name(3))
-    (folder / checkpoint.folder_name(3) / checkpoint.METADATA).unlink()
-    shutil.copytree(folder / checkpoint.folder_name(2), folder / f".{checkpoint.folder_name(3)}.partial")
+    shutil.copytree(folder / checkpoint.step_folder(2), folder / checkpoint.step_folder(3))
+    (folder / checkpoint.step_folder(3) / checkpoint.METADATA).unlink()
+    shutil.copytree(folder / checkpoint.step_folder(2), folder / f".{checkpoint.step_folder(3)}.partial")
     assert checkpoint.steps_in(str(folder)) == [2]
 
 
@@ -112,7 +112,7 @@ def test_an_evaluated_run_keeps_its_last_and_best_checkpoints_and_its_result(
     console = RecordingConsole()
     result = train(job(setting), alone(console))
     steps = checkpoint.steps_in(f"{tmp_path}/runs/run/checkpoints")
-    metadata = checkpoint.read_metadata(f"{tmp_path}/runs/run/checkpoints/{checkpoint.folder_name(18)}")
+    metadata = checkpoint.read_metadata(f"{tmp_path}/runs/run/checkpoints/{checkpoint.step_folder(18)}")
     history = metadata.history
     assert [step for step, _ in history.evaluated] == [3, 6, 9, 12, 15, 18]
     assert set(steps) == {18, history.best_step, history.stage_one_step}
@@ -156,7 +156,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_kept_for_replay(
     assert result["skipped_steps"] == 1
     (line,) = console.about("skipped step 3")
     assert "images [" in line
-    kept = Path(f"{tmp_path}/runs/run/non_finite/{checkpoint.folder_name(3)}")
+    kept = Path(f"{tmp_path}/runs/run/non_finite/{checkpoint.step_folder(3)}")
     assert load_file(kept / "rank-0.safetensors")["0/images"].shape == (4, 3, 64, 64)
 
 
@@ -203,7 +203,7 @@ def test_a_step_that_the_batch_norms_alone_would_not_survive_is_skipped(data: di
 def finished(data: dict[str, str], tmp_path: Path) -> str:
     setting = experiment(tmp_path, data, name="source", schedule={"steps": 2})
     train(job(setting), alone())
-    return f"{tmp_path}/runs/source/checkpoints/{checkpoint.folder_name(2)}"
+    return f"{tmp_path}/runs/source/checkpoints/{checkpoint.step_folder(2)}"
 
 
 def test_first_weights_are_the_averaged_ones_and_the_parent_is_noted(

@@ -1,4 +1,4 @@
-"""What differs between recorded runs, told from their folders and from MLflow."""
+"""Differences between runs, from their folders and from MLflow."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
 from pipeline.training.context import resolve_data
 from pipeline.training.run_log import RunLog
-from pipeline.tuning.analysis.compare_runs import as_html, as_text, compare, open_runs, read_folder
+from pipeline.tuning.analysis.compare_runs import compare, comparison_page, comparison_text, open_runs, read_folder
 from tests.support.training_runs import alone, experiment, job, shard_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -31,7 +31,7 @@ def settings_of(storage: Path, name: str, parent: str | None = None) -> Tracking
 
 
 def record_run(setting: Experiment, ap: float, parent: str | None = None) -> str:
-    """Everything that a training leaves behind but its checkpoints; the id of its MLflow run."""
+    """Write everything that a training leaves except checkpoints, and return the id of its MLflow run."""
     storage, name = Path(setting.storage), str(setting.name)
     run = str(storage / name)
     run_dir.begin_or_continue(run, setting, resolve_data(setting.data), tracking_key=f"key-{name}", allow_changes=False)
@@ -52,7 +52,7 @@ def record_run(setting: Experiment, ap: float, parent: str | None = None) -> str
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs, in one storage with one database."""
+    """Storage of several runs with one database."""
     folder = tmp_path_factory.mktemp("compared")
     server = os.environ.pop("MLFLOW_TRACKING_URI", None)
     data = shard_folders(folder)
@@ -82,10 +82,10 @@ def opened(folder: Path, *names: str, noise: tuple[str, ...] = ()) -> Any:
 
 
 @pytest.mark.parametrize("by", ["folder", "name"])
-def test_what_differs_is_named_whether_told_from_folders_or_from_mlflow(folder: Path, by: str) -> None:
+def test_differences_are_the_same_from_folders_and_from_mlflow(folder: Path, by: str) -> None:
     names = [str(folder / name) if by == "folder" else name for name in ("first", "second")]
     comparison = opened(folder, *names)
-    config = {difference.key: difference.values for difference in comparison.learnt if difference.part == "config"}
+    config = {difference.key: difference.values for difference in comparison.effective if difference.part == "config"}
     assert config["loss.ddf"] == ("1.5", "5.0")
     derived = {key for key in config if key.startswith("derived.")}
     assert config.keys() - derived == {"loss.ddf"}
@@ -99,7 +99,7 @@ def test_what_differs_is_named_whether_told_from_folders_or_from_mlflow(folder: 
     ap = next(result for result in comparison.results if result.name == "AP")
     assert ap.values == (0.400, 0.300)
     assert ap.changes == (pytest.approx(-0.1),)
-    assert [result.name for result in comparison.results] == ["AP", "AP50"]  # what is not known is left out
+    assert [result.name for result in comparison.results] == ["AP", "AP50"]  # unknown metrics are left out
 
 
 def test_a_folder_and_its_own_mlflow_run_do_not_differ(folder: Path) -> None:
@@ -108,11 +108,11 @@ def test_a_folder_and_its_own_mlflow_run_do_not_differ(folder: Path) -> None:
     assert comparison.results[0].changes == (0.0,)
 
 
-def test_without_replicates_the_noise_is_unknown_and_said_so(folder: Path) -> None:
+def test_without_replicates_the_noise_is_unknown(folder: Path) -> None:
     comparison = opened(folder, "first", "third")
     assert {result.word(change) for result in comparison.results for change in result.changes} == {"noise unknown"}
-    assert "seed: 0  |  1" in as_text(comparison)
-    assert "noise unknown" in as_text(comparison)
+    assert "seed: 0  |  1" in comparison_text(comparison)
+    assert "noise unknown" in comparison_text(comparison)
 
 
 def test_replicates_that_are_named_give_the_band(folder: Path) -> None:
@@ -122,7 +122,9 @@ def test_replicates_that_are_named_give_the_band(folder: Path) -> None:
     ap = comparison.results[0]
     assert ap.noise.band() == pytest.approx(0.06085, abs=1e-5)
     assert [ap.word(change) for change in ap.changes] == ["beyond noise", "within noise"]
-    assert "0.3000 (-0.1000 ±0.0608, beyond noise)  |  0.4050 (+0.0050 ±0.0608, within noise)" in as_text(comparison)
+    assert "0.3000 (-0.1000 ±0.0608, beyond noise)  |  0.4050 (+0.0050 ±0.0608, within noise)" in comparison_text(
+        comparison
+    )
 
 
 def test_runs_of_a_sweep_bring_its_noise_with_them(folder: Path) -> None:
@@ -138,10 +140,10 @@ def test_runs_that_differ_in_more_than_their_seed_are_no_replicates(folder: Path
     assert opened(folder, "first", "third", noise=("first", "second", "trial")).results[0].noise.df == 0
 
 
-def test_a_run_that_is_not_there_or_not_alone_is_refused(folder: Path, tmp_path: Path) -> None:
-    for named, said in (("none", "0 runs"), ("0" * 32, "not found"), ("o'clock", "give the id")):
-        with pytest.raises(RunLookupError, match=said):
-            opened(folder, "first", named)
+def test_a_missing_or_damaged_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    for name, message in (("none", "0 runs"), ("0" * 32, "not found"), ("o'clock", "give the id")):
+        with pytest.raises(RunLookupError, match=message):
+            opened(folder, "first", name)
     with pytest.raises(RunLookupError, match="there is no database"):
         opened(tmp_path, "first", "second")
     with pytest.raises(RunLookupError, match="name a server"):
@@ -154,16 +156,16 @@ def test_a_run_that_is_not_there_or_not_alone_is_refused(folder: Path, tmp_path:
         read_folder(str(tmp_path / "broken"))
 
 
-def test_a_run_without_results_is_compared_by_what_it_began_with(folder: Path, tmp_path: Path) -> None:
+def test_a_run_without_results_is_compared_by_its_start(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "first", tmp_path / "begun", ignore=shutil.ignore_patterns("tracking", "result.json"))
-    text = as_text(opened(folder, str(folder / "second"), str(tmp_path / "begun")))
+    text = comparison_text(opened(folder, str(folder / "second"), str(tmp_path / "begun")))
     assert "begun, not finished" in text
     assert "AP        0.3000  |  -" in text
 
 
 def test_names_of_runs_are_escaped_in_the_page() -> None:
     runs = [RunFacts(f"<script>{n}", {"loss.ddf": f"{n}<b>"}, {}, None, {}, {"AP": 0.1}) for n in range(2)]
-    page = as_html(compare(runs))
+    page = comparison_page(compare(runs))
     assert "<script>0" not in page
     assert "0&lt;b&gt;" in page
 
@@ -172,9 +174,9 @@ def test_the_command_prints_writes_and_logs(folder: Path, tmp_path: Path, capsys
     page = tmp_path / "page.html"
     runs = [str(folder / "first"), str(folder / "second")]
     compare_job.main([*runs, "--storage", str(folder), "--html", str(page), "--log"])
-    said = capsys.readouterr().out
-    assert "loss.ddf: 1.5  |  5.0" in said
-    assert "logged as compare/second.html" in said
+    output = capsys.readouterr().out
+    assert "loss.ddf: 1.5  |  5.0" in output
+    assert "logged as compare/second.html" in output
     for part in ("loss.ddf", "Runs compared", "-0.1000", "unknown"):
         assert part in page.read_text(), part
     run_id = Runs(None, str(folder)).find("first").run_id

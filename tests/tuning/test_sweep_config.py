@@ -1,4 +1,4 @@
-"""Sweep files: what is taken, what is said about what is not, and the trials that follow."""
+"""Sweep files: accepted and rejected content, and the trials that follow from it."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.config_files import check, dump
 from pipeline.tuning.load import load_sweep
-from pipeline.tuning.resources import place
-from pipeline.tuning.space import Domain, active, distribution, grid, random, suggest
+from pipeline.tuning.resources import place_trials
+from pipeline.tuning.space import Domain, distribution, grid_points, is_active, random_point, suggest_point
 from pipeline.tuning.sweep import (
     Sweep,
     confirm_trials,
@@ -29,7 +29,7 @@ from tests.support.simulated_sweeps import loaded, written
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONDITIONAL = {
-    "loss.ddf": {"uniform": [0, 5], "when": {"model.regression": "fdr"}},  # written before what it waits for
+    "loss.ddf": {"uniform": [0, 5], "when": {"model.regression": "fdr"}},  # written before the key of its condition
     "model.regression": {"choice": ["fdr", "direct"]},
     "loss.ddf_temperature": {"choice": [2, 5], "when": {"model.regression": ["fdr"]}},
 }
@@ -53,43 +53,44 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         "10 problem(s)",
         "none.yaml: there is no such file",
         "space.model.reg_mx: model: unknown key 'reg_mx'; did you mean reg_max",
-        "space.model.reg_max: 17 is refused: model: reg_max (17) must be an even number",
+        "space.model.reg_max: 17 is invalid: model: reg_max (17) must be an even number",
         "space.lernrate: unknown key 'lernrate'",
-        "space.loss.ddf: -1 is refused: loss: ddf (-1.0) must not be negative",
+        "space.loss.ddf: -1 is invalid: loss: ddf (-1.0) must not be negative",
         "space.loss.fgl.when: loss.dff is not searched",
-        "9 is refused: schedule.global_batch_size (9) cannot be shared evenly by 2 workers",
-        "grid needs searcher.kind grid; write choice for optuna",
+        "9 is invalid: schedule.global_batch_size (9) cannot be shared evenly by 2 workers",
+        "grid needs searcher.kind grid; use choice with optuna",
         "scheduler.grace (9) leaves nothing to stop: a trial has 9 evaluation(s)",
     ):
         assert part in text, f"{part}\n{text}"
 
 
 @pytest.mark.parametrize(
-    ("sweep", "said"),
+    ("sweep", "message"),
     [
         ({"trials": None}, "give trials or hours"),
         ({"space": {}}, "name at least one key"),
+        ({"together": 2}, "unknown key 'together'; it is called max_concurrent_trials"),
         ({"spcae": {}}, "unknown key 'spcae'; did you mean space"),
-        ({"metric": "mAP"}, "'mAP' is not measured: choose among AP, AP50"),
-        ({"metric": "latency"}, "known at the end of a trial only"),
-        ({"searcher": {"kind": "random", "objectives": ["AP", "latency"]}}, "two objectives need searcher optuna"),
-        ({"searcher": {"objectives": ["AP50", "latency"]}}, "name the metric (AP)"),
+        ({"metric": "mAP"}, "'mAP' is not measured: choose from AP, AP50"),
+        ({"metric": "latency"}, "known only at the end of a trial"),
+        ({"searcher": {"kind": "random", "objectives": ["AP", "latency"]}}, "two objectives need searcher.kind optuna"),
+        ({"searcher": {"objectives": ["AP50", "latency"]}}, "give the metric (AP)"),
         ({"searcher": {"kind": "grid"}, "space": {"loss.ddf": {"uniform": [0, 1]}}}, "grid needs a list of values"),
-        ({"gpus_per_worker": 1.5}, "only whole GPUs"),
-        ({"cpus_per_worker": 0, "gpus_per_worker": 0}, "a worker needs something"),
+        ({"gpus_per_worker": 1.5}, "only whole GPUs can be assigned"),
+        ({"cpus_per_worker": 0, "gpus_per_worker": 0}, "a worker needs at least one of them"),
         ({"name": "a b"}, "becomes a folder"),
-        ({"base": {"seed": 1}}, "it is filled in"),
+        ({"base": {"seed": 1}}, "the loader fills it in"),
         ({"experiment": "none.yaml"}, "there is no such file"),
         ({"set": {"model.reg_max": 7}}, "experiment: model: reg_max (7) must be an even number"),
         ({"set": {"data.val": None}}, "data.val is missing"),
-        ({"set": {"init": "a.pth"}}, "set.init: the sweep itself decides"),
-        ({"space": {"seed": {"choice": [1, 2]}}}, "space.seed: the sweep itself decides"),
-        ({"space": {"loss.ddf": {"choice": []}}}, "it is empty"),
-        ({"space": {"loss.ddf": {"choice": [1, 2, 1.0]}}}, "1 is there twice"),
+        ({"set": {"init": "a.pth"}}, "set.init: the sweep sets it"),
+        ({"space": {"seed": {"choice": [1, 2]}}}, "space.seed: the sweep sets it"),
+        ({"space": {"loss.ddf": {"choice": []}}}, "the list is empty"),
+        ({"space": {"loss.ddf": {"choice": [1, 2, 1.0]}}}, "1 is listed twice"),
         ({"space": {"loss.ddf": {}}}, "give one of choice, grid"),
         ({"space": {"loss.ddf": {"choice": [1], "uniform": [0, 1]}}}, "not choice and uniform"),
         ({"space": {"loss.ddf": {"uniform": [1, 0]}}}, "must be below the second"),
-        ({"space": {"loss.ddf": {"loguniform": [0, 1]}}}, "must lie above zero"),
+        ({"space": {"loss.ddf": {"loguniform": [0, 1]}}}, "must be above zero"),
         ({"space": {"model.reg_max": {"integer": [8, 33, 2]}}}, "miss 33; the last one is 32"),
         ({"space": {"loss.ddf": {"choice": [1], "when": {"loss.fgl": 3}}, "loss.fgl": {"choice": [1]}}}, "never 3"),
         (
@@ -98,7 +99,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
                     k: {"choice": [1], "when": {o: 1}} for k, o in (("loss.ddf", "loss.fgl"), ("loss.fgl", "loss.ddf"))
                 }
             },
-            "wait for each other",
+            "circular conditions: loss.ddf, loss.fgl",
         ),
         (
             {
@@ -111,19 +112,19 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         ),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path: Path, sweep: dict[str, Any], said: str) -> None:
+def test_an_invalid_sweep_is_refused_with_a_way_out(tmp_path: Path, sweep: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_sweep(written(tmp_path, **sweep))
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_values_that_are_right_alone_but_not_together_are_refused(tmp_path: Path) -> None:
+def test_values_that_are_valid_alone_but_not_together_are_refused(tmp_path: Path) -> None:
     space = {
         "schedule.global_batch_size": {"choice": [8, 12]},
         "schedule.micro_batch_size": {"choice": [2, 8]},
     }
     with pytest.raises(
-        ConfigError, match=r"refused together .schedule.global_batch_size=12, schedule.micro_batch_size=8"
+        ConfigError, match=r"invalid together .schedule.global_batch_size=12, schedule.micro_batch_size=8"
     ):
         load_sweep(written(tmp_path, space=space, searcher={"kind": "grid"}))
 
@@ -136,7 +137,12 @@ def test_overrides_reach_the_sweep_and_through_it_the_experiment(tmp_path: Path)
     assert sweep.base["data"]["val"] == "elsewhere"
 
 
-def test_a_sweep_that_was_written_down_is_read_back_the_same(tmp_path: Path) -> None:
+def test_an_override_with_an_old_key_of_the_sweep_is_refused_with_the_new_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'together'; it is called max_concurrent_trials"):
+        load_sweep(written(tmp_path), {"together": 4})
+
+
+def test_a_stored_sweep_is_read_back_unchanged(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, space=CONDITIONAL)
     assert check(Sweep, json.loads(json.dumps(dump(sweep))), source="kept") == sweep
 
@@ -175,7 +181,7 @@ def test_trial_ids_are_the_same_in_every_start_and_differ_by_point_seed_and_phas
         *confirm_trials(sweep, [point, {"model.reg_max": 8, "loss.ddf": 5}]),
     ]
     assert len({trial.id for trial in trials}) == len(trials) == 2 + 3 + 4
-    assert len({trial.seed for trial in trials}) == 2 + 3 + 2  # confirmed points share theirs; no phase another's
+    assert len({trial.seed for trial in trials}) == 2 + 3 + 2  # confirmed points share their seeds; phases do not
     later = loaded(tmp_path, set={"seed": 5})
     assert {trial.seed for trial in replicate_trials(later)} == {1005, 1006, 1007}
     swapped = {"loss.ddf": 1.5, "model.reg_max": 16.0}
@@ -192,14 +198,14 @@ def conditional() -> dict[str, Domain]:
     return {key: Domain(**domain) for key, domain in CONDITIONAL.items()}
 
 
-def test_optuna_draws_conditional_points_that_its_own_importance_and_sampler_take() -> None:
+def test_optuna_samples_conditional_points_that_its_own_study_accepts() -> None:
     space = conditional()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
     points = []
     for _ in range(20):
         trial = study.ask()
-        point = suggest(space, trial)
+        point = suggest_point(space, trial)
         points.append(point)
         study.tell(trial, -abs(point.get("loss.ddf", 9) - 1))
         assert trial.params.keys() == point.keys()
@@ -211,11 +217,11 @@ def test_optuna_draws_conditional_points_that_its_own_importance_and_sampler_tak
     assert abs(study.best_params["loss.ddf"] - 1) < 1
 
 
-def test_lists_and_truth_values_come_back_from_optuna_as_they_were_written() -> None:
+def test_lists_and_booleans_come_back_from_optuna_unchanged() -> None:
     sizes = Domain(choice=[[128, 128], [256, 256]])
     switches = Domain(choice=[True, 1, None])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    points = [suggest({"size": sizes, "switch": switches}, study.ask()) for _ in range(30)]
+    points = [suggest_point({"size": sizes, "switch": switches}, study.ask()) for _ in range(30)]
     assert {json.dumps(point["size"]) for point in points} == {"[128, 128]", "[256, 256]"}
     assert {json.dumps(point["switch"]) for point in points} == {"true", "1", "null"}
 
@@ -225,7 +231,7 @@ def test_a_grid_tries_every_combination_that_is_active_once() -> None:
         "b": Domain(grid=[1, 2], when={"a": ["x", "y"]}),
         "a": Domain(grid=["x", "y", "z"]),
     }
-    assert grid(space) == [
+    assert grid_points(space) == [
         {"a": "x", "b": 1},
         {"a": "x", "b": 2},
         {"a": "y", "b": 1},
@@ -236,30 +242,30 @@ def test_a_grid_tries_every_combination_that_is_active_once() -> None:
 
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None)
-def test_drawn_values_are_candidates_and_present_exactly_where_active(seed: int) -> None:
+def test_sampled_values_are_candidates_and_present_exactly_where_active(seed: int) -> None:
     space = {
         **conditional(),
         "q": Domain(quniform=[0.1, 0.7, 0.2]),
         "i": Domain(integer=[8, 64, 2]),
         "l": Domain(loguniform=[1e-5, 1e-1]),
     }
-    point = random(space, seed)
-    assert point == random(space, seed)
+    point = random_point(space, seed)
+    assert point == random_point(space, seed)
     for key, domain in space.items():
-        assert (key in point) == active(domain, point)
+        assert (key in point) == is_active(domain, point)
         assert key not in point or domain.allows(point[key])
     assert point["i"] % 2 == 0
     assert (point["q"] - 0.1) / 0.2 == pytest.approx(round((point["q"] - 0.1) / 0.2))
 
 
-def test_drawing_covers_both_ends_of_a_range_and_halves_a_logarithmic_one_in_its_geometric_middle() -> None:
+def test_sampling_covers_both_ends_of_a_range_and_halves_a_logarithmic_one_at_its_geometric_mean() -> None:
     space = {"i": Domain(integer=[1, 3]), "l": Domain(loguniform=[1e-4, 1e-2])}
-    points = [random(space, seed) for seed in range(400)]
+    points = [random_point(space, seed) for seed in range(400)]
     assert {point["i"] for point in points} == {1, 2, 3}
     assert np.mean([point["l"] < 1e-3 for point in points]) == pytest.approx(0.5, abs=0.1)
 
 
-def test_exponents_as_people_write_them_are_numbers() -> None:
+def test_exponents_without_a_decimal_point_are_numbers() -> None:
     domain = Domain(**yaml.safe_load("choice: [1e-4, 2E+3, '5', fdr]"))
     assert domain.values == (1e-4, 2000.0, "5", "fdr")
 
@@ -271,52 +277,54 @@ GPU_NODE = {"CPU": 32.0, "GPU": 4.0, "memory": 64.0 * 2**30}
 DRIVER = {"CPU": 0.01, "memory": 1.0 * 2**30}
 
 
-def placed(sweep: Sweep, nodes: list[dict[str, float]], cluster: Cluster | None = None) -> Any:
+def placement(sweep: Sweep, nodes: list[dict[str, float]], cluster: Cluster | None = None) -> Any:
     total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-    return place(sweep, cluster or Cluster(), total, nodes, driver=DRIVER, decoding_cpus=1.0)
+    return place_trials(sweep, cluster or Cluster(), total, nodes, driver=DRIVER, decoding_cpus=1.0)
 
 
 def test_two_trials_share_a_laptop_and_more_are_reduced_with_a_message(tmp_path: Path) -> None:
-    asked = loaded(tmp_path, cpus_per_worker=0.4, together=2)
-    assert (placed(asked, [LAPTOP]).together, placed(asked, [LAPTOP]).message) == (2, None)
-    more = placed(asked.model_copy(update={"together": 6}), [LAPTOP])
-    assert more.together == 2
+    asked = loaded(tmp_path, cpus_per_worker=0.4, max_concurrent_trials=2)
+    assert (placement(asked, [LAPTOP]).max_concurrent_trials, placement(asked, [LAPTOP]).message) == (2, None)
+    more = placement(asked.model_copy(update={"max_concurrent_trials": 6}), [LAPTOP])
+    assert more.max_concurrent_trials == 2
     assert "2 trial(s) at once instead of 6" in more.message
-    assert "of which 1 CPU decode" in more.message
+    assert "1 CPU is reserved for decoding" in more.message
 
 
-def test_what_never_fits_is_refused_with_what_there_is(tmp_path: Path) -> None:
+def test_a_trial_that_never_fits_is_refused_with_the_resources_of_the_cluster(tmp_path: Path) -> None:
     wide = loaded(tmp_path, cpus_per_worker=1.5)
     with pytest.raises(
         ConfigError, match=r"no trial would ever start.*1.5 CPU.*the cluster has 2 CPU, 4 GiB on 1 node"
     ):
-        placed(wide, [LAPTOP])
+        placement(wide, [LAPTOP])
     with pytest.raises(ConfigError, match="no trial would ever start"):
-        placed(loaded(tmp_path, gpus_per_worker=1), [LAPTOP])
-    assert placed(wide, [LAPTOP], Cluster(autoscaling=True)).together == 1
+        placement(loaded(tmp_path, gpus_per_worker=1), [LAPTOP])
+    assert placement(wide, [LAPTOP], Cluster(autoscaling=True)).max_concurrent_trials == 1
 
 
-def test_a_worker_lies_on_one_node_so_rests_of_several_do_not_add_up(tmp_path: Path) -> None:
+def test_a_worker_needs_one_node_so_remainders_of_several_do_not_add_up(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, gpus_per_worker=3, trials=100)
-    assert placed(sweep, [GPU_NODE, GPU_NODE]).together == 2  # 8 GPUs, but one of each node stays over
+    assert (
+        placement(sweep, [GPU_NODE, GPU_NODE]).max_concurrent_trials == 2
+    )  # 8 GPUs, but one of each node is left over
     halves = loaded(
         tmp_path, gpus_per_worker=0.5, workers_per_trial=2, set={"schedule.global_batch_size": 8}, trials=100
     )
-    assert placed(halves, [GPU_NODE] * 4).together == 16
-    assert placed(halves.model_copy(update={"trials": 5}), [GPU_NODE] * 4).together == 5
+    assert placement(halves, [GPU_NODE] * 4).max_concurrent_trials == 16
+    assert placement(halves.model_copy(update={"trials": 5}), [GPU_NODE] * 4).max_concurrent_trials == 5
 
 
-def test_processes_that_drive_trials_need_memory(tmp_path: Path) -> None:
+def test_drivers_of_trials_need_memory(tmp_path: Path) -> None:
     small = {**GPU_NODE, "memory": 2.5 * 2**30}
-    sweep = loaded(tmp_path, gpus_per_worker=0.5, trials=100, together=16)
-    assert placed(sweep, [small, small]).together == 4
-    assert "0.01 CPU with 1 GiB beside them" in placed(sweep, [small, small]).message
+    sweep = loaded(tmp_path, gpus_per_worker=0.5, trials=100, max_concurrent_trials=16)
+    assert placement(sweep, [small, small]).max_concurrent_trials == 4
+    assert "0.01 CPU with 1 GiB for its driver" in placement(sweep, [small, small]).message
 
 
 # What is shipped
 
 
-def test_every_shipped_sweep_is_valid_and_says_how_to_run_it() -> None:
+def test_every_shipped_sweep_is_valid_and_its_header_has_command_hardware_and_cost() -> None:
     paths = sorted((CONFIGS / "sweeps").glob("*.yaml"))
     assert {path.stem for path in paths} >= {"fdr_golsd", "learning_rate", "small_data"}
     for path in paths:
@@ -333,5 +341,5 @@ def test_the_sweep_of_fdr_and_go_lsd_looks_at_all_their_settings() -> None:
         *("model.reg_max", "model.reg_scale", "model.up", "model.numerics"),
         *("loss.ddf", "loss.fgl", "loss.ddf_temperature"),
     }
-    bins = {random({"bins": space["model.reg_max"]}, seed)["bins"] for seed in range(500)}
+    bins = {random_point({"bins": space["model.reg_max"]}, seed)["bins"] for seed in range(500)}
     assert bins == set(range(8, 65, 2))

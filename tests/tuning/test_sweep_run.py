@@ -1,4 +1,4 @@
-"""Sweeps as they run: what is tried next, what is kept, and a driver that is killed in the middle."""
+"""Running sweeps: searchers, records, MLflow, and a driver that is killed in the middle."""
 
 import json
 import os
@@ -19,15 +19,14 @@ from ray import cloudpickle
 
 from pipeline.config import Cluster
 from pipeline.training import run_dir
-from pipeline.tuning.callbacks import Closing
-from pipeline.tuning.curves import Curve, TrialSettings, write_curve
+from pipeline.tuning.callbacks import ProgressCallback, TrialStatusReporter, summary_line, trial_lines
 from pipeline.tuning.load import load_sweep
-from pipeline.tuning.records import Reading, TrialRecord, read_records
-from pipeline.tuning.searcher import Points
+from pipeline.tuning.searcher import SpaceSearcher
 from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
-from pipeline.tuning.trial import evaluations_in, experiment_of_trial
-from pipeline.tuning.trial_store import Ledger
-from pipeline.tuning.watcher import Watcher, summary, table
+from pipeline.tuning.trial import experiment_of_trial, schedule_of
+from pipeline.tuning.trial_files import TrialProgress, TrialSettings, write_progress
+from pipeline.tuning.trial_records import TrialEvaluation, TrialRecord, read_records
+from pipeline.tuning.trial_store import TrialStore
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +51,7 @@ def sweep_file(folder: Path, **changes: Any) -> Path:
         "searcher": {"kind": "grid"},
         "scheduler": {"kind": "asha", "reduction": 2, "grace": 1},
         "cpus_per_worker": 0.5,
-        "together": 2,
+        "max_concurrent_trials": 2,
         "replicates": 2,
         "confirm": {"top": 1, "seeds": 2},
     }
@@ -67,35 +66,35 @@ def settings_of(sweep: Sweep, folder: Path) -> TrialSettings:
     )
 
 
-def come_to(value: float) -> Any:
-    """Every trial ends with this AP."""
+def finish_with(value: float) -> Any:
+    """Function that records every trial as finished; AP grows with the loss weight from `value`."""
 
-    def settle(trial: Trial, failed: bool) -> TrialRecord:
+    def finish(trial: Trial, _: bool) -> TrialRecord:
         record = TrialRecord(
             id=trial.id, number=1, phase="search", point=trial.point, seed=trial.seed, status="finished"
         )
         return replace(record, final={"AP": value + 0.1 * trial.point["loss.ddf"]})
 
-    return settle
+    return finish
 
 
-def drawn_points(points: Points, count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Points of the next trials, each ended before the next is begun."""
-    found = []
+def suggested(searcher: SpaceSearcher, count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Configs of the next trials, each ended before the next begins."""
+    configs = []
     for number in range(first, first + count):
-        config = points.suggest(f"tune-{number}")
+        config = searcher.suggest(f"tune-{number}")
         assert isinstance(config, dict)
-        found.append(config)
-        points.on_trial_complete(f"tune-{number}", {})
-    return found
+        configs.append(config)
+        searcher.on_trial_complete(f"tune-{number}", {})
+    return configs
 
 
 def test_a_grid_is_tried_once_and_then_the_search_is_exhausted(tmp_path: Path) -> None:
-    points = Points(load_sweep(sweep_file(tmp_path)), [], [], come_to(0), float("inf"))
-    tried = [config["trial"]["point"] for config in drawn_points(points, 6)]
+    searcher = SpaceSearcher(load_sweep(sweep_file(tmp_path)), [], [], finish_with(0), float("inf"))
+    tried = [config["trial"]["point"] for config in suggested(searcher, 6)]
     assert len({json.dumps(point) for point in tried}) == 6
-    assert points.suggest("seventh") == Points.FINISHED
-    assert points.exhausted
+    assert searcher.suggest("seventh") == SpaceSearcher.FINISHED
+    assert searcher.exhausted
 
 
 def test_every_seed_of_a_point_is_trained_and_the_budget_counts_points(tmp_path: Path) -> None:
@@ -105,9 +104,9 @@ def test_every_seed_of_a_point_is_trained_and_the_budget_counts_points(tmp_path:
         "seeds_per_point": 3,
         "space": {"loss.ddf": {"uniform": [0, 5]}},
     }
-    points = Points(load_sweep(sweep_file(tmp_path, **changes)), [], [], come_to(0), float("inf"))
-    trials = [config["trial"] for config in drawn_points(points, 6)]
-    assert points.suggest("seventh") == Points.FINISHED
+    searcher = SpaceSearcher(load_sweep(sweep_file(tmp_path, **changes)), [], [], finish_with(0), float("inf"))
+    trials = [config["trial"] for config in suggested(searcher, 6)]
+    assert searcher.suggest("seventh") == SpaceSearcher.FINISHED
     assert [trial["point"] for trial in trials[:3]] == [trials[0]["point"]] * 3
     assert len({trial["seed"] for trial in trials[:3]}) == 3
     assert trials[0]["point"] != trials[3]["point"]
@@ -115,31 +114,31 @@ def test_every_seed_of_a_point_is_trained_and_the_budget_counts_points(tmp_path:
 
 def test_the_default_is_trained_before_any_point(tmp_path: Path) -> None:
     sweep = load_sweep(sweep_file(tmp_path))
-    points = Points(sweep, replicate_trials(sweep), [], come_to(0), float("inf"))
-    phases = [config["trial"]["phase"] for config in drawn_points(points, 8)]
+    searcher = SpaceSearcher(sweep, replicate_trials(sweep), [], finish_with(0), float("inf"))
+    phases = [config["trial"]["phase"] for config in suggested(searcher, 8)]
     assert phases == ["replicate"] * 2 + ["search"] * 6
-    assert points.suggest("ninth") == Points.FINISHED
+    assert searcher.suggest("ninth") == SpaceSearcher.FINISHED
 
 
-def test_no_point_is_begun_after_the_time_is_over(tmp_path: Path) -> None:
-    points = Points(load_sweep(sweep_file(tmp_path)), [], [], come_to(0), time.time() - 1)
-    assert points.suggest("first") == Points.FINISHED
+def test_no_point_begins_after_the_time_limit(tmp_path: Path) -> None:
+    searcher = SpaceSearcher(load_sweep(sweep_file(tmp_path)), [], [], finish_with(0), time.time() - 1)
+    assert searcher.suggest("first") == SpaceSearcher.FINISHED
 
 
-def test_optuna_learns_also_what_earlier_starts_found(tmp_path: Path) -> None:
+def test_optuna_learns_the_results_of_earlier_starts_too(tmp_path: Path) -> None:
     changes = {"searcher": {"kind": "optuna"}, "trials": 60, "space": {"loss.ddf": {"uniform": [0, 5]}}}
     sweep = load_sweep(sweep_file(tmp_path, **changes))
-    first = Points(sweep, [], [], come_to(0), float("inf"))
-    begun = [Trial(**config["trial"]) for config in drawn_points(first, 30)]
-    known = [replace(come_to(0)(trial, False), number=n) for n, trial in enumerate(begun)]
+    first = SpaceSearcher(sweep, [], [], finish_with(0), float("inf"))
+    begun = [Trial(**config["trial"]) for config in suggested(first, 30)]
+    known = [replace(finish_with(0)(trial, False), number=n) for n, trial in enumerate(begun)]
 
-    second = Points(sweep, [], known, come_to(0), float("inf"))
-    again = drawn_points(second, 30)
+    second = SpaceSearcher(sweep, [], known, finish_with(0), float("inf"))
+    again = suggested(second, 30)
     assert [config["trial"]["point"] for config in again] == [trial.point for trial in begun]
     assert all(config["ended"] for config in again)
-    later = [config["trial"]["point"]["loss.ddf"] for config in drawn_points(second, 30, first=30)]
-    assert sum(value > 4 for value in later) > 15  # by chance 6; the best lies at 5
-    assert second.suggest("end") == Points.FINISHED
+    later = [config["trial"]["point"]["loss.ddf"] for config in suggested(second, 30, first=30)]
+    assert sum(value > 4 for value in later) > 15  # 6 expected by chance; the optimum is 5
+    assert second.suggest("end") == SpaceSearcher.FINISHED
 
 
 def write_result(settings: TrialSettings, trial: Trial) -> None:
@@ -148,83 +147,87 @@ def write_result(settings: TrialSettings, trial: Trial) -> None:
     path.write_text(json.dumps({"numbers": {"AP": 0.5}, "latency_ms": None}))
 
 
-def test_a_ledger_knows_after_a_restart_what_ended_and_what_was_interrupted(tmp_path: Path) -> None:
+def test_after_a_restart_the_store_has_ended_and_interrupted_trials(tmp_path: Path) -> None:
     settings = settings_of(load_sweep(sweep_file(tmp_path)), tmp_path)
     trials = [Trial(n, "search", {"loss.ddf": float(n)}, seed=0) for n in range(4)]
-    ledger = Ledger(settings)
+    store = TrialStore(settings)
     for trial in trials:
-        ledger.begin(trial)
-        write_curve(settings.folder, trial, Curve((Reading(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0))
+        store.begin(trial)
+        write_progress(
+            settings.folder, trial, TrialProgress((TrialEvaluation(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0)
+        )
     write_result(settings, trials[0])
-    assert [ledger.settle(trials[n], failed).status for n, failed in ((0, False), (1, False), (2, True))] == [
+    assert [store.finish(trials[n], failed).status for n, failed in ((0, False), (1, False), (2, True))] == [
         "finished",
         "pruned",
         "failed",
     ]
-    again = Ledger(settings)
+    again = TrialStore(settings)
     assert [record.status for record in again.ordered()] == ["finished", "pruned", "failed", "interrupted"]
     assert again.records[trials[1].id].rung == 1
     assert again.records[trials[0].id].cost == {"cpu_s": 3.0 * 2 * 0.5}
-    assert again.settle(trials[1], failed=True).status == "pruned"  # what has ended stays
-    assert "1 finished, 1 pruned, 1 failed" in summary(again.ordered(), "AP", "4", 60)
-    assert len(table(again.ordered(), "AP")) == 4
+    assert again.finish(trials[1], failed=True).status == "pruned"  # what has ended stays
+    assert "1 finished, 1 pruned, 1 failed" in summary_line(again.ordered(), "AP", "4", 60)
+    assert len(trial_lines(again.ordered(), "AP")) == 4
 
 
-def test_a_training_that_came_to_its_end_is_finished_whatever_its_process_died_of(tmp_path: Path) -> None:
+def test_a_training_with_a_result_is_finished_even_if_its_process_failed(tmp_path: Path) -> None:
     settings = settings_of(load_sweep(sweep_file(tmp_path)), tmp_path)
-    ledger = Ledger(settings)
+    store = TrialStore(settings)
     trials = [Trial(n, "search", {"loss.ddf": float(n)}, seed=0) for n in range(2)]
     for trial in trials:
-        ledger.begin(trial)
-        write_curve(settings.folder, trial, Curve((Reading(1, 0.5, {"AP": 0.5}, 3.0),), seconds=3.0))
+        store.begin(trial)
+        write_progress(settings.folder, trial, TrialProgress((TrialEvaluation(1, 0.5, {"AP": 0.5}, 3.0),), seconds=3.0))
         write_result(settings, trial)
-    assert ledger.settle(trials[0], failed=True).status == "finished"
-    again = Ledger(settings)  # killed before the second was noted
+    assert store.finish(trials[0], failed=True).status == "finished"
+    again = TrialStore(settings)  # killed before the second was noted
     assert [(record.status, record.final) for record in again.ordered()] == [("finished", {"AP": 0.5})] * 2
-    assert [record.status for record in Ledger(settings).ordered()] == ["finished"] * 2
+    assert [record.status for record in TrialStore(settings).ordered()] == ["finished"] * 2
     assert again.records[trials[1].id].cost == {"cpu_s": 3.0 * 2 * 0.5}
 
 
-def ended_trials(settings: TrialSettings, count: int) -> Ledger:
+def ended_trials(settings: TrialSettings, count: int) -> TrialStore:
     """Pruned after one evaluation, each with a run of its own."""
-    ledger = Ledger(settings)
+    store = TrialStore(settings)
     for number in range(count):
         trial = Trial(number, "search", {"loss.ddf": float(number)}, seed=0)
-        ledger.begin(trial)
-        write_curve(settings.folder, trial, Curve((Reading(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0))
+        store.begin(trial)
+        write_progress(
+            settings.folder, trial, TrialProgress((TrialEvaluation(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0)
+        )
         run_dir.get_or_make_key(f"{settings.folder}/runs/{trial.id}")
-        ledger.settle(trial, failed=False)
-    return ledger
+        store.finish(trial, failed=False)
+    return store
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
-def test_mlflow_hears_how_trials_ended_those_of_an_earlier_start_too(tmp_path: Path) -> None:
+def test_final_statuses_reach_mlflow_those_of_an_earlier_start_too(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     sweep = load_sweep(sweep_file(tmp_path, tracking={"experiment": "searches"}))
     settings = replace(settings_of(sweep, tmp_path), tracking_uri=uri)
-    ended_trials(settings, 2)  # and nobody was told
-    again = Ledger(settings)
-    closing = Closing(again)
-    closing.tell(again.ordered()[0].id)
-    assert closing.finish(timeout=120) == 0
+    ended_trials(settings, 2)  # their status is not reported
+    again = TrialStore(settings)
+    reporter = TrialStatusReporter(again)
+    reporter.submit(again.ordered()[0].id)
+    assert reporter.drain(timeout=120) == 0
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("searches").experiment_id])
     assert {run.info.run_name: run.info.status for run in runs} == dict.fromkeys(again.records, "KILLED")
     assert {run.data.tags["trial.rung"] for run in runs} == {"1"}
-    assert {record.run_id for record in Ledger(settings).ordered()} == {run.info.run_id for run in runs}
+    assert {record.run_id for record in TrialStore(settings).ordered()} == {run.info.run_id for run in runs}
 
 
-def test_a_server_that_is_down_holds_no_trial_up(tmp_path: Path) -> None:
+def test_a_server_that_is_down_blocks_no_trial(tmp_path: Path) -> None:
     settings = replace(
         settings_of(load_sweep(sweep_file(tmp_path)), tmp_path), tracking_uri=f"http://127.0.0.1:{closed_port()}"
     )
-    ledger = ended_trials(settings, 20)
+    store = ended_trials(settings, 20)
     began = time.monotonic()
-    closing = Closing(ledger)
-    for record in ledger.ordered():
-        closing.tell(record.id)
-    cloudpickle.dumps(Watcher(ledger, closing, total="20"))  # as Tune does before it begins
-    assert closing.finish(timeout=0.5) == 20
+    reporter = TrialStatusReporter(store)
+    for record in store.ordered():
+        reporter.submit(record.id)
+    cloudpickle.dumps(ProgressCallback(store, reporter, total="20"))  # as Tune does before it starts
+    assert reporter.drain(timeout=0.5) == 20
     assert time.monotonic() - began < 5
 
 
@@ -234,7 +237,7 @@ def closed_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def test_a_trial_trains_the_point_with_its_seed_and_says_what_it_belongs_to(tmp_path: Path) -> None:
+def test_a_trial_trains_the_point_with_its_seed_and_has_the_tags_of_its_sweep(tmp_path: Path) -> None:
     sweep = load_sweep(sweep_file(tmp_path, init="models:/pretrained@champion"))
     settings = settings_of(sweep, tmp_path)
     trial = Trial(0, "search", {"loss.ddf": 3.0, "optimizer.lr": 0.1}, seed=17)
@@ -244,7 +247,7 @@ def test_a_trial_trains_the_point_with_its_seed_and_says_what_it_belongs_to(tmp_
     assert experiment.evaluation.before_training
     assert experiment.name == trial.id
     assert experiment.tracking.tags["sweep"] == "sweep"
-    assert evaluations_in(experiment, settings.cluster) == EVALUATIONS
+    assert schedule_of(experiment, settings.cluster).evaluations == EVALUATIONS
 
 
 def start(path: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -261,14 +264,14 @@ def start(path: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def ended(folder: Path) -> int:
-    found = [json.loads(path.read_text())["status"] for path in (folder / "trials").glob("*.json")]
-    return sum(status in ("finished", "pruned", "failed") for status in found)
+    statuses = [json.loads(path.read_text())["status"] for path in (folder / "trials").glob("*.json")]
+    return sum(status in ("finished", "pruned", "failed") for status in statuses)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_a_stopped_sweep_goes_on_prunes_what_is_bad_and_repeats_nothing_that_ended(how: int, tmp_path: Path) -> None:
+def test_a_stopped_sweep_continues_prunes_bad_trials_and_repeats_no_ended_one(how: int, tmp_path: Path) -> None:
     path, log, folder = sweep_file(tmp_path), tmp_path / "log.txt", tmp_path / "runs" / "sweep"
     driver = start(path, log)
     while ended(folder) < 2:
@@ -301,7 +304,7 @@ def test_a_stopped_sweep_goes_on_prunes_what_is_bad_and_repeats_nothing_that_end
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_trials_with_one_evaluation_end_and_more_of_them_are_added_later(tmp_path: Path) -> None:
-    """Tune hears of no metric from them, nor of one that failed before its first."""
+    """Tune receives no metric from them, nor from one that failed before its first."""
     changes = {
         "set": {"schedule.steps": 1},
         "space": {"loss.ddf": {"grid": [0.0, 1.5, 3.0]}},

@@ -1,4 +1,4 @@
-"""What a sweep may claim: held against simulated sweeps whose truth is known."""
+"""Claims of a sweep, compared with simulated sweeps whose true effects are known."""
 
 import math
 from collections import Counter
@@ -14,28 +14,28 @@ from scipy import stats
 from pipeline.tuning.analysis.effects import Effect, holm, setting_effects
 from pipeline.tuning.analysis.factors import factors_of
 from pipeline.tuning.analysis.importance import importances
-from pipeline.tuning.analysis.noise import Noise, point_name, pooled
+from pipeline.tuning.analysis.noise import Noise, point_name, pooled_noise
 from pipeline.tuning.analysis.verdict import (
-    as_text,
     common_evaluation,
     confirmed_points,
-    judge,
+    judge_sweep,
     pareto_front,
     top_points,
+    verdict_text,
 )
-from pipeline.tuning.space import Domain, Point, grid, random, suggest
+from pipeline.tuning.space import Domain, Point, grid_points, random_point, suggest_point
 from tests.support.simulated_sweeps import loaded, phases, simulated, stopped
 
 GRID = {"model.reg_max": Domain(choice=[8, 16, 32, 64]), "loss.ddf": Domain(choice=[0, 0.5, 1.5, 5])}
 DEFAULT: Point = {"model.reg_max": 32, "loss.ddf": 1.5}
-SD = 0.01  # of a run's AP
+SD = 0.01  # standard deviation of one run's AP
 
 
 def effects_of(points: list[Point], values: np.ndarray, space: dict[str, Domain], default: Point) -> list[Effect]:
     groups: dict[str, list[float]] = {}
     for point, value in zip(points, values, strict=True):
         groups.setdefault(point_name(point, default), []).append(float(value))
-    return list(setting_effects(points, values, space, default, noise=pooled(groups.values())))
+    return list(setting_effects(points, values, space, default, noise=pooled_noise(groups.values())))
 
 
 def of(effects: list[Effect], key: str, setting: str) -> Effect:
@@ -47,7 +47,7 @@ def of(effects: list[Effect], key: str, setting: str) -> Effect:
 
 
 def test_the_noise_of_a_single_group_is_its_standard_deviation() -> None:
-    noise = pooled([[0.40, 0.41, 0.43]])
+    noise = pooled_noise([[0.40, 0.41, 0.43]])
     assert noise.sd == pytest.approx(np.std([0.40, 0.41, 0.43], ddof=1))
     assert (noise.df, noise.groups, noise.runs) == (2, 1, 3)
     # Two single runs, 95 %: t of two degrees of freedom is 4.303.
@@ -55,13 +55,13 @@ def test_the_noise_of_a_single_group_is_its_standard_deviation() -> None:
 
 
 def test_groups_are_pooled_by_their_degrees_of_freedom_whatever_their_level() -> None:
-    noise = pooled([[0.1, 0.3], [5.0, 5.2, 5.4], [9.0]])
+    noise = pooled_noise([[0.1, 0.3], [5.0, 5.2, 5.4], [9.0]])
     assert noise.sd**2 == pytest.approx((0.02 + 0.08) / 3)
     assert (noise.df, noise.runs) == (3, 5)
 
 
 def test_without_two_seeds_of_any_point_the_noise_is_unknown_and_its_band_infinite() -> None:
-    noise = pooled([[0.4], [0.5]])
+    noise = pooled_noise([[0.4], [0.5]])
     assert noise.df == 0
     assert noise.band() == math.inf
     assert "unknown" in noise.text()
@@ -73,7 +73,8 @@ def test_the_band_holds_95_of_100_differences_even_with_two_seeds(runs: int) -> 
     seen = generator.normal(0.4, SD, (2000, runs))
     others = generator.normal(0.4, SD, (2000, 2))
     inside = [
-        abs(a - b) <= pooled([list(group)]).band() for group, (a, b) in zip(seen.tolist(), others.tolist(), strict=True)
+        abs(a - b) <= pooled_noise([list(group)]).band()
+        for group, (a, b) in zip(seen.tolist(), others.tolist(), strict=True)
     ]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
 
@@ -87,9 +88,9 @@ def test_holm_rejects_what_its_definition_rejects(p_values: list[float]) -> None
     corrected = holm(p_values)
     order = np.argsort(p_values, kind="stable")
     rejecting = True
-    for rank, place in enumerate(order):  # step down: stop at the first that is not rejected
-        rejecting = rejecting and p_values[place] * (len(p_values) - rank) <= 0.05
-        assert (corrected[place] <= 0.05) == rejecting
+    for rank, index in enumerate(order):  # step down: stop at the first that is not rejected
+        rejecting = rejecting and p_values[index] * (len(p_values) - rank) <= 0.05
+        assert (corrected[index] <= 0.05) == rejecting
 
 
 def test_a_comparison_that_could_not_be_made_does_not_count_in_the_correction() -> None:
@@ -110,7 +111,22 @@ def test_one_key_is_an_ordinary_comparison_of_means() -> None:
     assert (effect.runs, effect.reference_runs, effect.df) == (2, 3, 3)
 
 
-def test_keys_that_were_varied_together_are_told_apart() -> None:
+def test_a_balanced_design_has_the_effects_and_intervals_of_a_two_way_analysis_of_variance() -> None:
+    """The effect in a full grid is the difference of marginal means; the error has the residual degrees of freedom."""
+    space = {"a": Domain(choice=[0, 1, 2, 3]), "b": Domain(choice=[0, 1])}
+    points = [{"a": a, "b": b} for a in range(4) for b in range(2)]
+    table = np.array([[0.40, 0.43], [0.35, 0.37], [0.41, 0.48], [0.44, 0.45]])  # [a, b]
+    effect = of(effects_of(points, table.ravel(), space, {"a": 0, "b": 0}), "b", "1")
+    additive = table.mean(1, keepdims=True) + table.mean(0, keepdims=True) - table.mean()
+    df = 8 - 1 - 3 - 1
+    error = math.sqrt(((table - additive) ** 2).sum() / df * (1 / 4 + 1 / 4))
+    difference = table[:, 1].mean() - table[:, 0].mean()
+    assert (effect.effect, effect.df) == (pytest.approx(difference), df)
+    assert effect.p == pytest.approx(2 * stats.t.sf(difference / error, df))
+    assert (effect.low, effect.high) == pytest.approx(stats.t.interval(0.95, df, difference, error))
+
+
+def test_keys_that_were_varied_together_are_separated() -> None:
     """DDF 5 was mostly tried with 8 bins, and only the bins do harm."""
     generator = np.random.default_rng(0)
     points = [{"model.reg_max": 8, "loss.ddf": 5}] * 8 + [{"model.reg_max": 8, "loss.ddf": 1.5}] * 2
@@ -121,7 +137,7 @@ def test_keys_that_were_varied_together_are_told_apart() -> None:
     assert of(effects, "loss.ddf", "5").verdict == "not distinguishable"
 
 
-def test_settings_that_were_always_tried_together_are_not_told_apart() -> None:
+def test_settings_that_were_always_tried_together_are_not_separated() -> None:
     points = [DEFAULT] * 3 + [{"model.reg_max": 8, "loss.ddf": 5}] * 3
     two = {key: Domain(choice=[domain.values[0], domain.values[2], domain.values[3]]) for key, domain in GRID.items()}
     values = np.array([0.40, 0.41, 0.42, 0.10, 0.11, 0.12]) + 0.3
@@ -153,7 +169,7 @@ def null_sweeps(count: int, space: dict[str, Domain], default: Point, points: li
 
 @pytest.mark.parametrize("replicates", [0, 3])
 def test_without_any_effect_a_sweep_claims_one_at_most_5_times_in_100(replicates: int) -> None:
-    points = [*grid(GRID), *[DEFAULT] * replicates]
+    points = [*grid_points(GRID), *[DEFAULT] * replicates]
     sweeps = null_sweeps(200, GRID, DEFAULT, points)
     false = sum(any(effect.verdict != "not distinguishable" for effect in effects) for effects in sweeps)
     assert false <= stats.binom.ppf(0.999, 200, 0.05)
@@ -167,7 +183,7 @@ def test_the_same_holds_for_ranges_conditions_and_several_seeds_of_each_point() 
         "b": Domain(uniform=[0, 1], when={"a": "x"}),
         "c": Domain(loguniform=[1e-4, 1e-1]),
     }
-    points = [random(space, seed) for seed in range(16) for _ in range(2)] + [{"a": "x", "b": 0.3, "c": 1e-3}] * 3
+    points = [random_point(space, seed) for seed in range(16) for _ in range(2)] + [{"a": "x", "b": 0.3, "c": 1e-3}] * 3
     sweeps = null_sweeps(120, space, {"a": "x", "b": 0.3, "c": 1e-3}, points)
     false = sum(any(effect.verdict != "not distinguishable" for effect in effects) for effects in sweeps)
     assert false <= stats.binom.ppf(0.999, 120, 0.05)
@@ -176,7 +192,7 @@ def test_the_same_holds_for_ranges_conditions_and_several_seeds_of_each_point() 
 @pytest.mark.parametrize(("size", "least"), [(3, 0.6), (5, 0.99)])
 def test_planted_effects_are_found_with_their_sign_at_the_rate_that_the_design_allows(size: int, least: float) -> None:
     generator = np.random.default_rng(2)
-    points = [*grid(GRID), *[DEFAULT] * 3]
+    points = [*grid_points(GRID), *[DEFAULT] * 3]
     planted = np.array([size * SD * ((p["model.reg_max"] == 64) - float(p["loss.ddf"] == 5)) for p in points])
     found: Counter[str] = Counter()
     for _ in range(100):
@@ -190,10 +206,10 @@ def test_planted_effects_are_found_with_their_sign_at_the_rate_that_the_design_a
     assert found["false"] <= 8
 
 
-def test_seeds_of_few_points_are_not_taken_for_many_points() -> None:
+def test_seeds_of_few_points_do_not_count_as_many_points() -> None:
     """Points differ by more than seeds, at random: eight seeds of each must not turn that into effects."""
     generator = np.random.default_rng(3)
-    points = [point for point in grid(GRID) for _ in range(8)]
+    points = [point for point in grid_points(GRID) for _ in range(8)]
     false = 0
     for _ in range(60):
         of_points = np.repeat(generator.normal(0, 3 * SD, 16), 8)
@@ -208,7 +224,7 @@ def test_a_rate_that_breaks_everything_is_found_and_does_not_hide_what_else_ther
     found: Counter[str] = Counter()
     for seed in range(40):
         generator = np.random.default_rng([4, seed])
-        points = [*(random(space, [seed, n]) for n in range(32)), *[default] * 3]
+        points = [*(random_point(space, [seed, n]) for n in range(32)), *[default] * 3]
         values = np.array([0.4 - 0.05 * (p["loss.ddf"] == 0) for p in points]) + SD * generator.standard_normal(35)
         broken = np.array([p["optimizer.lr"] == 2e-2 for p in points])
         values[broken] = np.abs(0.003 * generator.standard_normal(broken.sum()))
@@ -224,7 +240,7 @@ def test_a_rate_that_breaks_everything_is_found_and_does_not_hide_what_else_ther
 
 def test_a_default_that_is_no_candidate_is_a_setting_of_its_own() -> None:
     (factor,) = factors_of({"optimizer.lr": Domain(loguniform=[1e-3, 1e-1])}, {"optimizer.lr": 2e-4}, points=24)
-    assert factor.labels == ("0.001 to 0.01", "0.01 to 0.1", "0.0002 (as it is)")
+    assert factor.labels == ("0.001 to 0.01", "0.01 to 0.1", "0.0002 (default)")
     assert (factor.reference, factor.level(2e-4), factor.level(1e-1), factor.level(0.002)) == (2, 2, 1, 0)
     with pytest.raises(ValueError, match="not among"):
         factor.level(1)
@@ -232,11 +248,11 @@ def test_a_default_that_is_no_candidate_is_a_setting_of_its_own() -> None:
 
 @given(value=st.floats(1e-5, 1e-1), points=st.integers(0, 200))
 @settings(deadline=None)
-def test_every_value_of_a_range_lies_in_one_stretch(value: float, points: int) -> None:
+def test_every_value_of_a_range_lies_in_one_interval(value: float, points: int) -> None:
     domain = Domain(loguniform=[1e-5, 1e-1])
     (factor,) = factors_of({"lr": domain}, {"lr": 1e-3}, points=points)
-    place = factor.level(value)
-    assert factor.edges[place] <= value <= factor.edges[place + 1]
+    level = factor.level(value)
+    assert factor.edges[level] <= value <= factor.edges[level + 1]
 
 
 # Whole sweeps
@@ -244,12 +260,12 @@ def test_every_value_of_a_range_lies_in_one_stretch(value: float, points: int) -
 
 def test_stopped_trials_are_compared_with_all_others_at_the_evaluation_they_reached(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, searcher={"kind": "grid"})
-    records = simulated(sweep, lambda point: 0.4, sd=SD, rungs=(2, 6))
+    records = simulated(sweep, lambda _: 0.4, sd=SD, rungs=(2, 6))
     assert Counter(record.status for record in records)["pruned"] == 15
     assert common_evaluation(records, "AP") == 2
-    verdict = judge(records, space=sweep.space, default=DEFAULT, metric="AP")
+    verdict = judge_sweep(records, space=sweep.space, default=DEFAULT, metric="AP")
     assert verdict.compared == len(records)
-    assert "after evaluation 2" in as_text(verdict)
+    assert "after evaluation 2" in verdict_text(verdict)
     assert sum(effect.runs for effect in verdict.effects if effect.key == "loss.ddf") + of(
         list(verdict.effects), "loss.ddf", "5"
     ).reference_runs == len(records)
@@ -261,8 +277,8 @@ def test_stopping_bad_trials_makes_no_setting_look_better(tmp_path: Path) -> Non
     false = sum(
         any(
             effect.verdict != "not distinguishable"
-            for effect in judge(
-                simulated(sweep, lambda point: 0.4, sd=SD, seed=seed, rungs=(1, 3)),
+            for effect in judge_sweep(
+                simulated(sweep, lambda _: 0.4, sd=SD, seed=seed, rungs=(1, 3)),
                 space=sweep.space,
                 default=DEFAULT,
                 metric="AP",
@@ -275,18 +291,18 @@ def test_stopping_bad_trials_makes_no_setting_look_better(tmp_path: Path) -> Non
 
 def test_failed_trials_are_counted_and_left_out(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, searcher={"kind": "grid"})
-    records = simulated(sweep, lambda point: 0.4)
+    records = simulated(sweep, lambda _: 0.4)
     records[5] = type(records[5])(**{**vars(records[5]), "status": "failed", "curve": (), "final": {}})
-    verdict = judge(records, space=sweep.space, default=DEFAULT, metric="AP")
+    verdict = judge_sweep(records, space=sweep.space, default=DEFAULT, metric="AP")
     assert verdict.left_out == {"failed": 1}
     assert verdict.compared == len(records) - 1
 
 
-def test_a_sweep_that_has_only_begun_says_nothing(tmp_path: Path) -> None:
+def test_a_sweep_without_evaluations_has_no_verdict(tmp_path: Path) -> None:
     sweep = loaded(tmp_path)
-    verdict = judge([], space=sweep.space, default=DEFAULT, metric="AP")
+    verdict = judge_sweep([], space=sweep.space, default=DEFAULT, metric="AP")
     assert (verdict.evaluation, verdict.effects, verdict.points) == (None, (), ())
-    assert "no trial has an evaluation yet" in as_text(verdict)
+    assert "no trial has been evaluated yet" in verdict_text(verdict)
 
 
 def test_the_winner_of_a_sweep_without_effects_is_not_called_better(tmp_path: Path) -> None:
@@ -294,8 +310,8 @@ def test_the_winner_of_a_sweep_without_effects_is_not_called_better(tmp_path: Pa
     sweep = loaded(tmp_path, searcher={"kind": "grid"}, replicates=3, confirm={"top": 3, "seeds": 3})
     claimed, searched, confirmed = 0, [], []
     for seed in range(60):
-        records = simulated(sweep, lambda point: 0.4, sd=SD, seed=seed)
-        points = judge(records, space=sweep.space, default=DEFAULT, metric="AP").points
+        records = simulated(sweep, lambda _: 0.4, sd=SD, seed=seed)
+        points = judge_sweep(records, space=sweep.space, default=DEFAULT, metric="AP").points
         claimed += any(point.verdict != "not distinguishable" for point in points)
         searched.append(max(record.final["AP"] for record in phases(records, "search")))
         confirmed.append(points[0].mean)
@@ -311,28 +327,39 @@ def test_a_point_that_is_better_is_called_so(tmp_path: Path) -> None:
         records = simulated(
             sweep, lambda point: 0.4 + 0.05 * (point == {"model.reg_max": 16, "loss.ddf": 5}), seed=seed
         )
-        first = judge(records, space=sweep.space, default=DEFAULT, metric="AP").points[0]
+        first = judge_sweep(records, space=sweep.space, default=DEFAULT, metric="AP").points[0]
         found += first.verdict == "better" and first.point == {"model.reg_max": 16, "loss.ddf": 5}
     assert found >= 17
 
 
+def test_a_single_confirmed_point_is_compared_by_an_ordinary_t_test(tmp_path: Path) -> None:
+    sweep = loaded(tmp_path, searcher={"kind": "grid"}, replicates=4, confirm={"top": 1, "seeds": 3})
+    records = [r for r in simulated(sweep, lambda _: 0.4) if r.phase != "search"]
+    (point,) = judge_sweep(records, space=sweep.space, default=DEFAULT, metric="AP").points
+    confirmed, default = ([r.final["AP"] for r in phases(records, phase)] for phase in ("confirm", "replicate"))
+    expected = stats.ttest_ind(confirmed, default)
+    interval = expected.confidence_interval(0.95)
+    assert (point.df, point.p, point.p_corrected) == (5, pytest.approx(expected.pvalue), point.p)
+    assert (point.low, point.high) == pytest.approx((interval.low, interval.high))
+
+
 def test_a_point_is_not_judged_by_the_results_that_chose_it(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, searcher={"kind": "grid"}, replicates=3, confirm={"top": 1, "seeds": 2})
-    records = simulated(sweep, lambda point: 0.4)
-    (point,) = judge(records, space=sweep.space, default=DEFAULT, metric="AP").points
+    records = simulated(sweep, lambda _: 0.4)
+    (point,) = judge_sweep(records, space=sweep.space, default=DEFAULT, metric="AP").points
     own = [record.final["AP"] for record in phases(records, "confirm")]
     assert point.runs == 2
     assert point.mean == pytest.approx(np.mean(own))
     assert top_points(records, DEFAULT, "AP", count=1) == [point.point]
 
 
-def test_the_front_joins_what_nothing_else_beats_in_both() -> None:
+def test_the_pareto_front_is_in_order_of_cost() -> None:
     costs = np.array([3.0, 1.0, 2.0, 2.0, 4.0])
     results = np.array([0.5, 0.2, 0.4, 0.3, 0.5])
     assert pareto_front(costs, results) == [1, 2, 0]
 
 
-def test_points_that_no_other_beats_in_both_are_confirmed_first_where_latency_is_an_objective(tmp_path: Path) -> None:
+def test_points_of_the_pareto_front_are_confirmed_first_if_latency_is_an_objective(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, searcher={"kind": "grid"}, confirm={"top": 0})
     records = simulated(sweep, lambda point: 0.3 + 0.1 * (point["model.reg_max"] >= 32), sd=0.001)
     assert top_points(records, DEFAULT, "AP", count=16)[0]["model.reg_max"] >= 32
@@ -350,12 +377,12 @@ def test_the_default_is_not_confirmed_again(tmp_path: Path) -> None:
 def test_without_replicates_no_point_is_judged(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, searcher={"kind": "grid"}, replicates=0)
     records = simulated(sweep, lambda point: 0.4 + 0.3 * (point["loss.ddf"] == 5))
-    points = judge(records, space=sweep.space, default=DEFAULT, metric="AP").points
+    points = judge_sweep(records, space=sweep.space, default=DEFAULT, metric="AP").points
     assert {point.verdict for point in points} == {"not distinguishable"}
     assert {point.note for point in points} == {"no replicates of the default: noise unknown"}
 
 
-def test_a_metric_to_be_lowered_turns_the_words_round(tmp_path: Path) -> None:
+def test_a_metric_to_be_minimized_swaps_better_and_worse(tmp_path: Path) -> None:
     sweep = loaded(tmp_path, replicates=3, searcher={"kind": "grid"})
     records = simulated(sweep, lambda point: 0.4 + 0.1 * (point["loss.ddf"] == 5))
     noise = Noise(0.01, 20, 1, 21)
@@ -365,8 +392,8 @@ def test_a_metric_to_be_lowered_turns_the_words_round(tmp_path: Path) -> None:
     assert {point.verdict for point in down} == {"worse"}
 
 
-def test_records_of_stopped_trials_know_nothing_of_later_evaluations(tmp_path: Path) -> None:
-    (record, *_) = simulated(loaded(tmp_path), lambda point: 0.4)
+def test_records_of_stopped_trials_have_no_later_evaluations(tmp_path: Path) -> None:
+    (record, *_) = simulated(loaded(tmp_path), lambda _: 0.4)
     cut = stopped(record, 2)
     assert cut.at(2, "AP") == record.at(2, "AP")
     assert cut.at(3, "AP") is None
@@ -383,13 +410,13 @@ CONTINUOUS = {
 }
 
 
-def continuous(tmp_path: Path) -> tuple[dict[str, Domain], list[list[Point]]]:
+def continuous() -> tuple[dict[str, Domain], list[list[Point]]]:
     space = {key: Domain(**domain) for key, domain in CONTINUOUS.items()}
-    return space, [[random(space, [seed, n]) for n in range(40)] for seed in range(3)]
+    return space, [[random_point(space, [seed, n]) for n in range(40)] for seed in range(3)]
 
 
 def as_records(points: list[Point], values: np.ndarray) -> list[object]:
-    from pipeline.tuning.records import Reading, TrialRecord
+    from pipeline.tuning.trial_records import TrialEvaluation, TrialRecord
 
     return [
         TrialRecord(
@@ -399,14 +426,14 @@ def as_records(points: list[Point], values: np.ndarray) -> list[object]:
             point=point,
             seed=0,
             status="finished",
-            curve=(Reading(1, 1.0, {"AP": float(value)}, 1.0),),
+            curve=(TrialEvaluation(1, 1.0, {"AP": float(value)}, 1.0),),
         )
         for n, (point, value) in enumerate(zip(points, values, strict=True))
     ]
 
 
-def test_a_key_that_decides_is_found_and_keys_that_do_not_stay_below_chance(tmp_path: Path) -> None:
-    space, sweeps = continuous(tmp_path)
+def test_a_key_that_decides_is_found_and_keys_that_do_not_stay_below_chance() -> None:
+    space, sweeps = continuous()
     hits: Counter[str] = Counter()
     for seed, points in enumerate(sweeps):
         noise = SD * np.random.default_rng(seed).standard_normal(len(points))
@@ -416,11 +443,11 @@ def test_a_key_that_decides_is_found_and_keys_that_do_not_stay_below_chance(tmp_
             assert one.low <= one.share <= one.high
             hits[one.key] += one.counts
     assert hits["a"] == 3
-    assert sum(hits[key] for key in "bcd") <= 3  # of 9, where 5 % are expected
+    assert sum(hits[key] for key in "bcd") <= 3  # out of 9 comparisons, of which 5 % exceed the threshold by chance
 
 
-def test_importance_says_nothing_about_few_trials(tmp_path: Path) -> None:
-    space, (points, *_) = continuous(tmp_path)
+def test_importance_is_empty_for_few_trials() -> None:
+    space, (points, *_) = continuous()
     assert importances(as_records(points[:6], np.arange(6.0)), space, "AP") == ()  # type: ignore[arg-type]
 
 
@@ -437,7 +464,7 @@ def test_without_any_effect_a_searcher_that_learns_from_noise_does_not_make_a_sw
         points, values = [default] * 3, generator.normal(0.4, SD, 3).tolist()
         for _ in range(24):
             trial = study.ask()
-            points = [*points, suggest(space, trial)]
+            points = [*points, suggest_point(space, trial)]
             values.append(float(generator.normal(0.4, SD)))
             study.tell(trial, values[-1])
         effects = effects_of(points, np.array(values), space, default)

@@ -13,7 +13,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from dfine_core.images import ImageError, check_pixels, open_image, stretched, to_rgb
+from dfine_core.images import ImageError, check_pixels, open_image, stretch_image, to_rgb
 from pipeline.data.augment.geometry import View
 from pipeline.errors import UserError
 
@@ -104,7 +104,7 @@ def crop_and_place(
 
 def stretch(pixels: NDArray[np.uint8], canvas: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize the whole image to [*canvas, 3] with Pillow's antialiased bilinear filter, as in the released evaluation."""
-    return stretched(Image.fromarray(pixels), canvas)
+    return stretch_image(Image.fromarray(pixels), canvas)
 
 
 def _antialias_sigma(shrink: float) -> float:

@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from pipeline import html_pages
 from pipeline.data.doctor.examine import DoctorReport, SplitReport
 from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding, plural
 from pipeline.data.doctor.row_checks import SIDE_EDGES, TINY_SIDE
@@ -94,14 +94,9 @@ def doctor_page(report: DoctorReport, shard_sets: Sequence[ShardSet], *, seed: i
         seed: seed of the sampled images.
     """
     sheet = [thumbnail(shard_sets[n], shard, row) for n, shard, row in sample_rows(shard_sets, SHEET_IMAGES, seed)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.data.doctor"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("doctor.html.j2").render(
+    return html_pages.render(
+        "pipeline.data.doctor",
+        "doctor.html.j2",
         report=report,
         summary_line=summary_line(report),
         splits=[

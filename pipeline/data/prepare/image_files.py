@@ -12,7 +12,7 @@ from typing import TypeVar
 import simplejpeg
 from PIL import Image, ImageOps
 
-from dfine_core.images import TooManyPixels, open_image, to_rgb
+from dfine_core.images import TooManyPixelsError, open_image, to_rgb
 from pipeline import storage
 from pipeline.data.sources import synthetic
 from pipeline.errors import UserError
@@ -152,7 +152,7 @@ def _with_pillow(data: bytes, use: Callable[[Image.Image], T]) -> T:
     try:
         with open_image(data, max_pixels=None) as image:  # checked against the limit of `prepare`
             return use(image)
-    except TooManyPixels as error:
+    except TooManyPixelsError as error:
         raise BadImageError("too many pixels", str(error)) from None
     except (OSError, ValueError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
         raise BadImageError("undecodable", str(error) or type(error).__name__) from None

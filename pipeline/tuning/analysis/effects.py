@@ -1,14 +1,17 @@
-"""Which settings of which keys matter, from runs of many points.
+"""Effect of each setting of each key on the metric, estimated from runs of many points.
 
-Trials that were stopped early have no end result, and leaving them out would keep only the lucky ones: so all trials are
-compared at the last evaluation that every one of them reached, usually the first rung. There an additive model (one effect
-per setting of each key, ordinary least squares) separates keys that were varied together; its residual spread holds noise,
-interactions and, through the replicates, pure chance. A key that is inactive in a point counts with the experiment's own
-value. Runs of one point are not taken for independent points: where points scatter more about the model than seeds do, the
-larger spread counts. Runs that collapsed (a learning rate that is far too high) would drown every other effect: settings under
-which most runs did so are judged by themselves and taken out of the comparison of other keys; elsewhere such runs are counted
-beside the effect, not in it. The p-values of all settings are corrected together (Holm), so that with probability 1 - alpha
-not one verdict is due to chance.
+Common evaluation. Trials that were stopped early have no final result, and leaving them out would keep only the lucky ones. So
+all trials are compared at the last evaluation that every one of them reached, usually the first rung.
+
+Model. An additive model (one effect per setting of each key, ordinary least squares) separates keys that were varied together.
+Its residual spread contains noise and interactions. A key that is inactive in a point counts with the experiment's own value.
+Runs of one point are not independent points: if points scatter more about the model than seeds do, the larger spread counts.
+
+Collapsed runs, for instance from a learning rate that is far too high, would drown every other effect. Settings under which most
+runs collapsed are judged separately, and left out of the comparison of other keys. Elsewhere collapsed runs are counted but do
+not enter the effect.
+
+Correction. The p-values of all settings are corrected together (Holm): with probability 1 - alpha no verdict is due to chance.
 """
 
 import math
@@ -24,37 +27,37 @@ from pipeline.tuning.analysis.factors import Factor, factors_of
 from pipeline.tuning.analysis.noise import ALPHA, Noise, point_name
 from pipeline.tuning.space import Point, Space
 
-Word = Literal["better", "worse", "not distinguishable"]
+VerdictWord = Literal["better", "worse", "not distinguishable"]
 Mode = Literal["max", "min"]
-COLLAPSED = 0.5  # of the default's result: a run that loses more has collapsed
-COLLAPSED_SDS = 6.0  # if it is also more than so many standard deviations, where these are known
-LEAST_DF = 3  # of the additive model; below it keys are compared one by one
+COLLAPSED = 0.5  # a run that loses more than this share of the default's result has collapsed
+COLLAPSED_SDS = 6.0  # and more than so many standard deviations, if the noise is known
+MIN_DF = 3  # degrees of freedom of the additive model; with fewer, keys are compared one by one
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A setting against the default's setting of the same key. Positive is a larger metric."""
+    """A setting compared with the default's setting of the same key. A positive effect is a larger metric."""
 
     key: str
     setting: str
     reference: str
-    effect: float  # NaN where it cannot be told
-    low: float  # of this one comparison, at 1 - alpha
+    effect: float  # NaN if it cannot be estimated
+    low: float  # interval of this single comparison, at 1 - alpha
     high: float
     runs: int
     points: int
     reference_runs: int
-    collapsed: int  # of all runs with this setting
+    collapsed: int  # number of collapsed runs with this setting
     df: int
     p: float
     p_corrected: float  # Holm, over all settings of all keys
-    verdict: Word
+    verdict: VerdictWord
     note: str = ""
 
 
 @dataclass(frozen=True)
 class _Test:
-    """One setting against the reference, before correction."""
+    """Comparison of one setting with the reference, before correction."""
 
     factor: Factor
     level: int
@@ -69,6 +72,7 @@ class _Test:
 
     @property
     def p(self) -> float:
+        """Two-sided p-value of Student's t; NaN if there was no comparison."""
         if self.df < 1 or math.isnan(self.effect):
             return math.nan
         if self.error == 0:
@@ -86,17 +90,24 @@ def setting_effects(
     mode: Mode = "max",
     alpha: float = ALPHA,
 ) -> tuple[Effect, ...]:
-    """
+    """Estimate the effect of every setting of every key.
+
     Args:
-        values: [n] of the metric, one for each run's point, all after equally many evaluations.
+        points: one per run.
+        values: [n] metric of each run, all after the same number of evaluations.
     """
+    # 1. Settings as levels of factors.
     names = np.array([point_name(point, default) for point in points])
     factors = factors_of(space, default, len(set(names.tolist())))
     levels = np.array([[f.level({**default, **point}[f.key]) for f in factors] for point in points], np.int64)
     levels = levels.reshape(len(points), len(factors))
+
+    # 2. Settings under which most runs collapsed.
     collapsed = _collapsed(levels, values, factors, noise, mode)
     settings = [(c, level) for c, f in enumerate(factors) for level in range(len(f.labels)) if level != f.reference]
-    broken = _broken(collapsed, levels, settings)
+    broken = _collapsing_settings(collapsed, levels, settings)
+
+    # 3. Compare each setting, without collapsed runs other than its own.
     tests = []
     for column, level in settings:
         own = levels[:, column] == level
@@ -105,24 +116,26 @@ def setting_effects(
             kept &= levels[:, other] != other_level
         test = _test(factors, column, level, levels[kept], values[kept], names[kept])
         tests.append(replace(test, collapsed=int(collapsed[own].sum())))
+
+    # 4. Correct for the number of comparisons.
     corrected = holm([test.p for test in tests])
     return tuple(_effect(test, p, mode, alpha) for test, p in zip(tests, corrected, strict=True))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction; NaN stays, and does not count as a comparison."""
-    known = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    """Holm's step-down correction. NaN stays NaN, and does not count as a comparison."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
     corrected, running = [math.nan] * len(p_values), 0.0
-    for rank, (p, place) in enumerate(known):
+    for rank, (p, index) in enumerate(known):
         running = max(running, min(1.0, (len(known) - rank) * p))
-        corrected[place] = running
+        corrected[index] = running
     return corrected
 
 
 def _collapsed(
     levels: NDArray[np.int64], values: NDArray[np.float64], factors: Sequence[Factor], noise: Noise, mode: Mode
 ) -> NDArray[np.bool_]:
-    """[n] whether a run lost most of what the default reaches."""
+    """[n] True for runs that lost most of the default's result."""
     reference = np.array([factor.reference for factor in factors])
     own = values[(levels == reference).all(1)]
     usual = float(np.median(own if len(own) else values))
@@ -130,10 +143,10 @@ def _collapsed(
     return ((1 if mode == "max" else -1) * (usual - values)) > margin
 
 
-def _broken(
+def _collapsing_settings(
     collapsed: NDArray[np.bool_], levels: NDArray[np.int64], settings: Sequence[tuple[int, int]]
 ) -> set[tuple[int, int]]:
-    """Settings under which most runs collapsed: the one that explains most of it, then others without its runs, and so on."""
+    """Settings under which most runs collapsed, found greedily: the one that explains most, then the next without its runs."""
     broken: set[tuple[int, int]] = set()
     rest = np.ones(len(levels), bool)
     while True:
@@ -160,29 +173,29 @@ def _test(
     chosen, reference = levels[:, column] == level, levels[:, column] == factor.reference
     runs, points = int(chosen.sum()), len(set(names[chosen].tolist()))
     counts = (runs, points, int(reference.sum()))
-    nothing = _Test(factor, level, math.nan, math.nan, 0, *counts)
+    untested = _Test(factor, level, math.nan, math.nan, 0, *counts)
     if not runs or not reference.any():
-        return replace(nothing, note="no run to compare" if not runs else "the default's setting was not tried")
-    everyone = [(c, other) for c in range(len(factors)) for other in sorted(set(levels[:, c].tolist()))]
+        return replace(untested, note="no run to compare" if not runs else "the default's setting was not tried")
+    every_term = [(c, other) for c in range(len(factors)) for other in sorted(set(levels[:, c].tolist()))]
     for terms, note in (
-        (everyone, ""),
-        ([(c, other) for c, other in everyone if c == column], "other keys were not separated: too few trials"),
+        (every_term, ""),
+        ([(c, other) for c, other in every_term if c == column], "other keys were not separated: too few trials"),
     ):
         terms = [(c, other) for c, other in terms if other != factors[c].reference]
         design = np.column_stack([np.ones(len(levels)), *(levels[:, c] == other for c, other in terms)]).astype(float)
         contrast = np.zeros(design.shape[1])
         contrast[1 + terms.index((column, level))] = 1
         effect, error, df = _contrast(design, values, contrast, names)
-        if df >= LEAST_DF or (note and df >= 1):
+        if df >= MIN_DF or (note and df >= 1):
             return _Test(factor, level, effect, error, df, *counts, note)
-    return replace(nothing, note="too few trials to tell it from other keys, and no replicates")
+    return replace(untested, note="too few trials to separate it from other keys, and no replicates")
 
 
 def _contrast(
     design: NDArray[np.float64], values: NDArray[np.float64], contrast: NDArray[np.float64], names: NDArray[np.str_]
 ) -> tuple[float, float, int]:
-    """Estimate, standard error and degrees of freedom; df 0 where the design does not tell."""
-    gram = design.T @ design  # of counts: exact, and small however many runs there are
+    """Estimate, standard error and degrees of freedom; df 0 if the design does not identify the contrast."""
+    gram = design.T @ design  # counts: exact, and small for any number of runs
     inverse = np.linalg.pinv(gram, rcond=1e-10, hermitian=True) @ design.T
     if np.abs(contrast - contrast @ inverse @ design).max() > 1e-8:
         return math.nan, math.nan, 0  # always tried together with another setting
@@ -199,14 +212,14 @@ def _contrast(
 def _residual_variance(
     residuals: NDArray[np.float64], df: int, values: NDArray[np.float64], names: NDArray[np.str_]
 ) -> tuple[float, int]:
-    """About the model, or of points about the model where that is larger: seeds of one point are no further points."""
+    """Variance about the model, or of points about the model if that is larger: seeds of one point are not new points."""
     if df < 1:
         return math.nan, 0
     total = float(residuals @ residuals)
-    _, place = np.unique(names, return_inverse=True)
-    counts = np.bincount(place)
-    means = np.bincount(place, values) / counts
-    pure = float(((values - means[place]) ** 2).sum())
+    _, index = np.unique(names, return_inverse=True)
+    counts = np.bincount(index)
+    means = np.bincount(index, values) / counts
+    pure = float(((values - means[index]) ** 2).sum())
     pure_df = len(values) - len(counts)
     lack, lack_df = max(total - pure, 0.0), df - pure_df
     if pure_df and lack_df > 0 and lack / lack_df > total / df:
@@ -230,12 +243,13 @@ def _effect(test: _Test, corrected: float, mode: Mode, alpha: float) -> Effect:
         df=test.df,
         p=test.p,
         p_corrected=corrected,
-        verdict=word(test.effect, corrected, mode, alpha),
+        verdict=verdict_word(test.effect, corrected, mode, alpha),
         note=test.note,
     )
 
 
-def word(effect: float, p: float, mode: Mode, alpha: float) -> Word:
+def verdict_word(effect: float, p: float, mode: Mode, alpha: float) -> VerdictWord:
+    """Verdict on an effect with its corrected p-value."""
     if math.isnan(p) or p > alpha:
         return "not distinguishable"
     return "better" if (effect > 0) == (mode == "max") else "worse"

@@ -1,0 +1,227 @@
+"""Folders that hold a trained detector, read in one place and on any file system.
+
+    runs/mine/checkpoints/step-00001300/    checkpoint of a run, written by `pipeline.training.checkpoint`
+        ema.safetensors                     averaged weights; other tensor files lie beside them
+        metadata.json                       written last: a folder without it is incomplete and ignored
+    exported/mine/                          written by `LoadedDetector.save` and by exports
+        detector.json                       {"config": ..., "categories": [names], "category_ids": [ids]}
+        model.safetensors
+
+The folder of a run stands for its best checkpoint, that of an MLflow model for its artifacts. No code from a file is run.
+safetensors is imported with the first file that needs it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dfine_core.config import ModelConfig
+
+METADATA = "metadata.json"
+DESCRIPTION = "detector.json"
+WEIGHTS = "model.safetensors"
+AVERAGED = "ema"  # tensor file of a checkpoint that is evaluated and shipped
+CHECKPOINTS = "checkpoints"  # below the folder of a run
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_EXPECTED = (
+    f"the folder of a run or of a checkpoint, of an exported detector ({DESCRIPTION} beside safetensors), of an MLflow model,"
+    " or a released .pth file"
+)
+
+
+class LoadError(ValueError):
+    """Error of opening a detector: there is none, it is damaged, or a library that reads it is missing."""
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Access to files: on this disk, unless a program brings other means."""
+
+    read: Callable[[str], bytes]  # FileNotFoundError if there is none
+    list_folder: Callable[[str], Iterable[str]]  # names; FileNotFoundError or NotADirectoryError if it is no folder
+
+
+ON_DISK = FileReader(read=lambda path: Path(path).read_bytes(), list_folder=os.listdir)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredDetector:
+    """Content of a checkpoint, an exported folder or a released file."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    categories: list[tuple[int, str]]  # COCO id and name of each class, by label
+    folder: str  # the one really read; the file, if it was released
+    path: str  # file of the weights
+    sha256: str | None = None  # content of that file; None for a released one
+    metadata: dict[str, Any] | None = None  # metadata.json of a checkpoint, as written
+
+
+# Checkpoints of a run
+
+
+def step_folder(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def complete_steps(checkpoints: str, files: FileReader = ON_DISK) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending; none if there is no such folder."""
+    matches = [match for name in _names_in(checkpoints, files) if (match := _STEP_FOLDER.fullmatch(name))]
+    return sorted(int(match[1]) for match in matches if METADATA in _names_in(f"{checkpoints}/{match[0]}", files))
+
+
+def best_checkpoint(checkpoints: str, files: FileReader = ON_DISK) -> str | None:
+    """Folder of the best checkpoint, of the newest where nothing was evaluated; None if there is no complete one."""
+    steps = complete_steps(checkpoints, files)
+    if not steps:
+        return None
+    newest = f"{checkpoints}/{step_folder(steps[-1])}"
+    best = (read_metadata(newest, files).get("history") or {}).get("best_step")
+    return newest if best is None else f"{checkpoints}/{step_folder(best)}"
+
+
+def read_metadata(folder: str, files: FileReader = ON_DISK) -> dict[str, Any]:
+    """Read the metadata of a checkpoint, unchecked.
+
+    Raises:
+        LoadError: the folder is not a checkpoint, or its metadata is no JSON object.
+    """
+    try:
+        content = json.loads(files.read(f"{folder}/{METADATA}"))
+    except FileNotFoundError:
+        raise LoadError(f"{folder}: not a checkpoint, it has no {METADATA}") from None
+    except ValueError as error:
+        raise LoadError(f"{folder}/{METADATA}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise LoadError(f"{folder}/{METADATA}: cannot be read: it is not a JSON object")
+    return content
+
+
+def read_tensor_file(folder: str, file: str, sha256: str | None, files: FileReader = ON_DISK) -> bytes:
+    """Read a tensor file of a checkpoint and compare it with the digest in the metadata.
+
+    Args:
+        file: its name without the ending.
+
+    Raises:
+        LoadError: the file is missing or damaged.
+    """
+    path = f"{folder}/{file}.safetensors"
+    try:
+        content = files.read(path)
+    except FileNotFoundError:
+        raise LoadError(f"{path}: is missing") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise LoadError(f"{path}: is damaged: not what was written (SHA-256)")
+    return content
+
+
+# Detectors
+
+
+def read_detector(folder: str, files: FileReader = ON_DISK) -> StoredDetector:
+    """Read the detector of a checkpoint, a run, an exported folder or an MLflow model.
+
+    Raises:
+        LoadError: there is no detector, or it is damaged; the message names the content of the folder.
+    """
+    try:
+        names = set(files.list_folder(folder))
+    except FileNotFoundError:
+        raise LoadError(f"{folder} does not exist") from None
+    except NotADirectoryError:
+        raise LoadError(f"{folder}: no detector, but a file; give {_EXPECTED}") from None
+    if METADATA in names:
+        return _from_checkpoint(folder, files)
+    if DESCRIPTION in names:
+        return _from_exported(folder, [name for name in names if name.endswith(".safetensors")], files)
+    if "MLmodel" in names and "artifacts" in names:
+        return read_detector(f"{folder}/artifacts", files)
+    if CHECKPOINTS in names and (best := best_checkpoint(f"{folder}/{CHECKPOINTS}", files)):
+        return _from_checkpoint(best, files)
+    content = f"it holds {', '.join(sorted(names)[:6])}" if names else "it is empty"
+    raise LoadError(f"{folder}: no detector ({content}). Expected {_EXPECTED}")
+
+
+def parse_description(description: bytes, origin: str) -> tuple[ModelConfig, list[tuple[int, str]]]:
+    """Read configuration and categories out of the content of a `detector.json`.
+
+    Without "category_ids", classes have their labels as ids.
+    """
+    try:
+        content = json.loads(description)
+        config, names = ModelConfig.from_plain(content["config"]), content["categories"]
+        ids = content.get("category_ids") or range(len(names))
+        return config, [(int(number), str(name)) for number, name in zip(ids, names, strict=True)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{origin}: its {DESCRIPTION} cannot be read: {error!r}") from None
+
+
+def make_description(config: ModelConfig, names: Sequence[str], category_ids: Sequence[int]) -> bytes:
+    """Content of a `detector.json`."""
+    content = {"config": config.to_plain(), "categories": list(names), "category_ids": list(category_ids)}
+    return json.dumps(content, indent=1).encode()
+
+
+def tensors_from_bytes(content: bytes, origin: str) -> dict[str, Tensor]:
+    """Parse a safetensors file.
+
+    Raises:
+        LoadError: the file is damaged, or safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError:
+        raise LoadError(f"{origin}: its weights are safetensors; pip install safetensors") from None
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise LoadError(f"{origin}: its weights are damaged: {error}") from None
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Serialise as a safetensors file; tensors that share storage are written more than once."""
+    from safetensors.torch import save
+
+    return save({key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()})
+
+
+def _from_checkpoint(folder: str, files: FileReader) -> StoredDetector:
+    metadata = read_metadata(folder, files)
+    try:
+        config = ModelConfig.from_plain(metadata["model"])
+        categories = [(int(category["original_id"]), str(category["name"])) for category in metadata["categories"]]
+        sha256 = metadata["sha256"][AVERAGED]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(
+            f"{folder}/{METADATA}: not the metadata of a checkpoint that this version reads: {error!r}"
+        ) from None
+    path = f"{folder}/{AVERAGED}.safetensors"
+    weights = tensors_from_bytes(read_tensor_file(folder, AVERAGED, sha256, files), path)
+    return StoredDetector(config, weights, categories, folder, path, sha256, metadata)
+
+
+def _from_exported(folder: str, weights: Sequence[str], files: FileReader) -> StoredDetector:
+    if len(weights) != 1:
+        raise LoadError(f"{folder}: {len(weights)} safetensors files beside {DESCRIPTION}, expected one")
+    path = f"{folder}/{weights[0]}"
+    description, content = files.read(f"{folder}/{DESCRIPTION}"), files.read(path)
+    config, categories = parse_description(description, folder)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return StoredDetector(config, tensors_from_bytes(content, folder), categories, folder, path, sha256)
+
+
+def _names_in(folder: str, files: FileReader) -> set[str]:
+    try:
+        return set(files.list_folder(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()

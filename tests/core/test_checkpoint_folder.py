@@ -1,0 +1,83 @@
+"""Checkpoint folders on a reader in memory: complete ones, the best one, and damaged ones."""
+
+import hashlib
+import json
+
+import pytest
+
+from dfine_core.checkpoints.folder import (
+    FileReader,
+    LoadError,
+    best_checkpoint,
+    complete_steps,
+    read_detector,
+    read_metadata,
+    read_tensor_file,
+    step_folder,
+)
+
+
+def reader(files: dict[str, bytes]) -> FileReader:
+    """Reader of files in memory, as in an object store: a folder exists if anything lies below it."""
+
+    def list_folder(folder: str) -> list[str]:
+        if folder in files:
+            raise NotADirectoryError(folder)
+        below = [path.removeprefix(f"{folder}/") for path in files if path.startswith(f"{folder}/")]
+        if not below:
+            raise FileNotFoundError(folder)
+        return sorted({path.split("/")[0] for path in below})
+
+    def read(path: str) -> bytes:
+        try:
+            return files[path]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    return FileReader(read=read, list_folder=list_folder)
+
+
+def checkpoint(step: int, best_step: int | None = None) -> dict[str, bytes]:
+    return {f"c/{step_folder(step)}/metadata.json": json.dumps({"history": {"best_step": best_step}}).encode()}
+
+
+def test_only_folders_with_metadata_are_complete() -> None:
+    files = checkpoint(20) | checkpoint(3) | {"c/step-00000030/ema.safetensors": b"", "c/step-00000040": b"a file"}
+    files |= {"c/.step-00000050.partial/metadata.json": b"{}", "c/step-last/metadata.json": b"{}"}
+    assert complete_steps("c", reader(files)) == [3, 20]
+    assert complete_steps("nowhere", reader(files)) == []
+
+
+def test_the_best_checkpoint_is_the_one_the_newest_names_or_the_newest() -> None:
+    assert best_checkpoint("c", reader(checkpoint(3) | checkpoint(20, best_step=3))) == "c/step-00000003"
+    assert best_checkpoint("c", reader(checkpoint(3, best_step=3) | checkpoint(20))) == "c/step-00000020"
+    assert best_checkpoint("c", reader({"c/step-00000030/ema.safetensors": b""})) is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]"])
+def test_metadata_that_is_no_json_object_is_named(content: bytes) -> None:
+    with pytest.raises(LoadError, match=r"f/metadata\.json: cannot be read"):
+        read_metadata("f", reader({"f/metadata.json": content}))
+    with pytest.raises(LoadError, match=r"f: not a checkpoint, it has no metadata\.json"):
+        read_metadata("f", reader({"f/other": b""}))
+
+
+def test_a_tensor_file_is_read_only_if_it_is_what_was_written() -> None:
+    files = reader({"f/ema.safetensors": b"content"})
+    assert read_tensor_file("f", "ema", hashlib.sha256(b"content").hexdigest(), files) == b"content"
+    for digest in (hashlib.sha256(b"other").hexdigest(), None):
+        with pytest.raises(LoadError, match=r"f/ema\.safetensors: is damaged"):
+            read_tensor_file("f", "ema", digest, files)
+    with pytest.raises(LoadError, match=r"f/model\.safetensors: is missing"):
+        read_tensor_file("f", "model", None, files)
+
+
+def test_a_missing_folder_a_file_and_an_empty_run_have_messages_of_their_own() -> None:
+    files = reader({"model.onnx": b"", "run/run.json": b"{}", "run/checkpoints/step-00000001/ema.safetensors": b""})
+    for source, message in (
+        ("nowhere", "^nowhere does not exist$"),
+        ("model.onnx", "^model.onnx: no detector, but a file; give the folder"),
+        ("run", r"^run: no detector \(it holds checkpoints, run\.json\)\. Expected the folder"),
+    ):
+        with pytest.raises(LoadError, match=message):
+            read_detector(source, files)
