@@ -1,15 +1,18 @@
-# make test    the test suite, in an environment made from nothing (Python 3.11 or 3.12, make, a C compiler)
-# make demo    a first look: pictures are drawn, trained on, evaluated and recorded; rm -r demo to do it again
-# make demo-chain    pretraining on one set of drawn pictures, fine-tuning on another, as one job
-# make demo-sweep    a search over bins and distillation on drawn pictures, with its verdict and report
-# Also: make check (format, lint, types), make test-slow (the longer proofs), make lock (new versions).
+# make              create .venv from the locked versions (Python 3.11 or 3.12, make, a C compiler)
+# make test         run the test suite
+# make demo         a first look: generate images, train, evaluate, track; rm -r demo to do it again
+# make demo-chain   pretrain on one set of generated images and fine-tune on another, as one job
+# make demo-sweep   search bins and distillation on generated images, with verdict and report
+# Also: make check (format, lint, types), make test-slow (the longer proofs), make format, make lock (new versions), make clean.
 
 PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.9
 READY := .venv/installed
 
-.PHONY: test test-slow demo demo-chain demo-sweep check format lock clean
+.PHONY: install test test-slow demo demo-chain demo-sweep check format lock clean
+
+install: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
@@ -18,17 +21,17 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 demo: $(READY)
-	$(BIN)/python -m jobs.prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
-	$(BIN)/python -m jobs.train configs/demo.yaml --cluster configs/clusters/laptop.yaml
-	@echo "pictures: demo/runs/demo/evaluation/final"
-	@echo "the record in a browser: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/demo/runs/mlflow.db"
+	$(BIN)/dfine prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
+	$(BIN)/dfine train configs/demo.yaml --cluster configs/clusters/laptop.yaml
+	@echo "images: demo/runs/demo/evaluation/final"
+	@echo "the run in MLflow: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/demo/runs/mlflow.db"
 
 demo-chain: $(READY)
-	$(BIN)/python -m jobs.pretrain_finetune configs/chains/demo.yaml
+	$(BIN)/dfine pretrain-finetune configs/chains/demo.yaml
 
 demo-sweep: $(READY)
-	$(BIN)/python -m jobs.prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
-	$(BIN)/python -m jobs.tune configs/sweeps/demo.yaml
+	$(BIN)/dfine prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
+	$(BIN)/dfine tune configs/sweeps/demo.yaml
 	@echo "the report: demo/runs/demo-sweep/report.html"
 
 check: $(READY)

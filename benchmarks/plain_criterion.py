@@ -82,7 +82,7 @@ def denoising_terms(
     num_boxes: int,
     balance: tuple[float, float],
 ) -> dict[str, Tensor]:
-    """Compute the same losses for the denoising queries: with at most G boxes in an image, slot 2 r G + j is assigned to box j."""
+    """Compute the denoising losses: with at most G boxes in an image, slot 2 r G + j is assigned to box j."""
     most = max(len(target["labels"]) for target in targets)
     pairs = []
     for target in targets:

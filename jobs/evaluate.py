@@ -1,71 +1,83 @@
-"""Evaluate a trained detector on a shard set: the COCO numbers, per class, curves, errors, what the layers do.
+"""Evaluate a detector on a shard set: COCO metrics, per-class AP, curves, errors.
 
-    python -m jobs.evaluate runs/mine /shards/mine/val                     the best weights of a run
-    python -m jobs.evaluate runs/mine/checkpoints/step-00001300 s3://bucket/val --out report
-    python -m jobs.evaluate runs:/RUN_ID /shards/mine/val                  as MLflow knows it, likewise models:/NAME@ALIAS
+    dfine evaluate runs/mine /shards/mine/val                      the best weights of a run
+    dfine evaluate runs/mine/checkpoints/step-00001300 s3://bucket/val --out report
+    dfine evaluate runs:/RUN_ID /shards/mine/val                   a run of MLflow, likewise models:/NAME@ALIAS
 
-The numbers are pycocotools'. --out writes the report with its figures, and detections.json in COCO's result format.
+The metrics are those of pycocotools. --out writes the report with its figures, and detections.json in COCO's result format.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from jobs.command import announce, at_least, command_parser, location, parsed, refuse_missing, user_errors
 
-from dfine_core import LoadedDetector
-from jobs.command import at_least, location, user_errors
-from pipeline import storage
-from pipeline.config import ConfigError
-from pipeline.data.shards.manifest import ShardSet, load_shards
-from pipeline.data.shards.reader import refuse_changed_files
-from pipeline.evaluation.detections import to_coco_json
-from pipeline.evaluation.evaluate import detect, judge
-from pipeline.evaluation.figures import png
-from pipeline.evaluation.ground_truth import read_ground_truth
-from pipeline.evaluation.sample_images import sample_pictures
-from pipeline.open_detector import open_detector
-from pipeline.ray_cluster import start_ray
+if TYPE_CHECKING:
+    from dfine_core import LoadedDetector
+    from pipeline.data.shards.manifest import ShardSet
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("detector", type=location, help="checkpoint, run folder, runs:/ID or models:/NAME@ALIAS")
-    parser.add_argument("manifest", type=location, help="of a shard set, or its folder")
-    parser.add_argument(
-        "--out", type=location, metavar="FOLDER", help="write the report, figures, pictures and detections here"
-    )
-    parser.add_argument("--micro-batch", type=at_least(1), default=16, help="images at once")
-    parser.add_argument("--pictures", type=at_least(0), default=12, help="validation images to draw, with --out")
-    args = parser.parse_args(argv)
-    trained, shards = open_detector(args.detector), load_shards(args.manifest)
-    refuse_other_classes(trained.names, shards)
+    """Run the command."""
+    args = parsed(parser(), argv)
+    refuse_missing(args.detector, "detector")
+    announce("evaluate", f"{args.detector}: opening the data and the detector …")
+    from pipeline.data.shards.manifest import load_shards
+    from pipeline.data.shards.reader import refuse_changed_files
+
+    shards = load_shards(args.manifest)
     refuse_changed_files(shards)
-    print(f"{trained.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
-    evaluate(trained, shards, args.out, args.micro_batch_size, args.pictures)
+
+    from pipeline.open_detector import open_detector
+
+    loaded = open_detector(args.detector)
+    refuse_other_classes(loaded.names, shards)
+    print(f"{loaded.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
+    evaluate(loaded, shards, args.out, args.batch_size, args.num_images)
 
 
-def evaluate(trained: LoadedDetector, shards: ShardSet, out: str | None, micro_batch_size: int, pictures: int) -> None:
+def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batch_size: int, num_images: int) -> None:
+    """Detect in all images, print the metrics, and write the report to `out`."""
+    import torch
+
+    from pipeline import storage
+    from pipeline.evaluation.detections import to_coco_json
+    from pipeline.evaluation.evaluate import collect_detections, compute_report
+    from pipeline.evaluation.ground_truth import read_ground_truth
+    from pipeline.evaluation.sample_images import sample_images
+    from pipeline.ray_cluster import start_ray
+
+    # 1. Detect, and compare with the ground truth.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    detector = trained.detector.to(device)
+    detector = loaded.detector.to(device)
     start_ray()
-    found = detect(detector, shards, device=device, micro_batch_size=micro_batch_size, progress=True)
-    assert found is not None
-    report = judge(found, read_ground_truth(shards), final=True)
+    output = collect_detections(detector, shards, device=device, micro_batch_size=batch_size, progress=True)
+    assert output is not None
+    report = compute_report(output, read_ground_truth(shards), final=True)
     print(report.table())
     if out is None:
         return
+
+    # 2. Write report, detections and sample images.
     report.write(out)
-    rows = to_coco_json(found.detections, shards.manifest.categories)
+    rows = to_coco_json(output.detections, shards.manifest.categories)
     storage.write_atomic(storage.join(out, "detections.json"), json.dumps(rows).encode())
-    for name, figure in sample_pictures(detector, shards, device=device, count=pictures):
-        storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), png(figure))
-    print(f"report, detections and pictures: {out}")
+    for name, content in sample_images(detector, shards, device=device, count=num_images):
+        storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), content)
+    print(f"report, detections and images: {out}")
 
 
-def refuse_other_classes(names: Sequence[str], shards: ShardSet) -> None:
-    """Raises: ConfigError, unless the data's classes are the detector's, in their order."""
+def refuse_other_classes(names: Sequence[str], shards: "ShardSet") -> None:
+    """Compare the detector's classes with the data's.
+
+    Raises:
+        ConfigError: they differ, or their order does.
+    """
+    from pipeline.config import ConfigError
+
     theirs = [category.name for category in shards.manifest.categories]
     if list(names) != theirs:
         missing, unknown = sorted(set(names) - set(theirs)), sorted(set(theirs) - set(names))
@@ -74,6 +86,21 @@ def refuse_other_classes(names: Sequence[str], shards: ShardSet) -> None:
             f" (only the detector's: {', '.join(missing[:5]) or 'none'}; only the data's: {', '.join(unknown[:5]) or 'none'}):"
             " evaluate on data that was prepared with the same categories"
         )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parser of the arguments."""
+    arguments = command_parser("evaluate", __doc__)
+    arguments.add_argument("detector", type=location, help="checkpoint, run folder, runs:/ID or models:/NAME@ALIAS")
+    arguments.add_argument("manifest", type=location, help="folder of a shard set, or its manifest.json")
+    arguments.add_argument(
+        "--out", type=location, metavar="FOLDER", help="folder for the report, its figures, images and detections"
+    )
+    arguments.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="images per forward pass")
+    arguments.add_argument(
+        "--num-images", type=at_least(0), default=12, metavar="N", help="validation images to render, with --out"
+    )
+    return arguments
 
 
 if __name__ == "__main__":

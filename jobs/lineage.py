@@ -1,37 +1,61 @@
-"""Where a run comes from: what it began with, run before run, down to shard sets and code commits.
+"""Print the origin of a run: run by run, down to shard sets and code commits.
 
-    python -m jobs.lineage runs/mine                 the folder of a run
-    python -m jobs.lineage RUN                       MLflow's id of a run, or its name
-    python -m jobs.lineage models:/shapes@champion   the run that made a model version
+    dfine lineage runs/mine                 the folder of a run
+    dfine lineage RUN                       the id of a run in MLflow, or its name
+    dfine lineage models:/shapes@champion   the run that produced a model version
 
-Asks the server of MLFLOW_TRACKING_URI; without it, for the folder of a run, the database beside that folder.
+Reads the server of MLFLOW_TRACKING_URI; without it, for the folder of a run, the database beside that folder.
 """
 
 import argparse
 import os
 
-from jobs.command import user_errors
-from pipeline.config import ConfigError
-from pipeline.tracking.lineage import client_of, drawn, find_run, lineage
-from pipeline.tracking.settings import TrackingSettings
-from pipeline.training.run_dir import key_of
+from jobs.command import announce, command_parser, parsed, user_errors
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a run, its id or name in MLflow, or models:/NAME@ALIAS")
-    wanted = parser.parse_args(argv).run.rstrip("/")
-    print(_drawn(wanted))
+    """Run the command."""
+    args = parsed(parser(), argv)
+    print(origin_of(args.run.rstrip("/")))
 
 
-def _drawn(wanted: str) -> str:
-    key = None if wanted.startswith("models:") else key_of(wanted)
+def origin_of(run: str) -> str:
+    """Origin of a run as a tree.
+
+    Args:
+        run: folder, id, name or model URI.
+    """
+    # 1. A folder has its key into MLflow; anything else needs a server.
+    from pipeline.config import ConfigError
+    from pipeline.tracking.settings import TrackingSettings
+
+    key = None
+    if os.path.isdir(run) or "://" in run:
+        from pipeline.training.run_dir import key_of
+
+        key = key_of(run)
     if key is None and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise ConfigError(f"{wanted} is not the folder of a run: for a run's id or name set MLFLOW_TRACKING_URI")
-    settings = TrackingSettings.resolve(os.path.dirname(wanted) or ".", experiment="", run_name="")
-    client = client_of(settings.uri)
-    return drawn(lineage(client, find_run(client, key or wanted)))
+        raise ConfigError(f"{run} is not the folder of a run: for a run's id or name set MLFLOW_TRACKING_URI")
+    settings = TrackingSettings.resolve(os.path.dirname(run) or ".", experiment="", run_name="")
+
+    # 2. Follow the run's origins in MLflow.
+    announce("lineage", f"{run}: reading {settings.shown_uri} …")
+    from pipeline.tracking.client import RunLookupError, connect, find_run, find_run_by_key
+    from pipeline.tracking.lineage import lineage, lineage_tree
+
+    client = connect(settings.uri)
+    found = find_run_by_key(client, key) if key else find_run(client, run)
+    if found is None:
+        raise RunLookupError(f"{run}: {settings.shown_uri} does not know this run")
+    return lineage_tree(lineage(client, found.info.run_id))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parser of the arguments."""
+    arguments = command_parser("lineage", __doc__)
+    arguments.add_argument("run", help="folder of a run, its id or name in MLflow, or models:/NAME@ALIAS")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,83 +1,100 @@
-"""Detect in images, folders, videos and shard sets with a trained detector, on Ray.
+"""Detect objects in images, folders, videos and shard sets, on Ray.
 
-    python -m jobs.predict runs/mine photos/ --out found
-    python -m jobs.predict models:/NAME@ALIAS 'drone/**/*.jpg' clip.mp4 --every 10 --out found --threshold 0.5
-    python -m jobs.predict runs/mine s3://bucket/val --out s3://bucket/found --threshold 0 --workers 8
-    python -m jobs.predict runs/mine photos/ --out found --explain 6      how the boxes came about, and how sure each edge is
+    dfine predict runs/mine photos/ --out found
+    dfine predict models:/NAME@ALIAS 'drone/**/*.jpg' clip.mp4 --frame-stride 10 --out found --threshold 0.5
+    dfine predict runs/mine s3://bucket/val --out s3://bucket/found --threshold 0 --workers 8
+    dfine predict runs/mine photos/ --out found --num-explanations 6     how each box was refined, with edge deviations
 
-Writes detections.json in COCO's result format with images.json beside it, Parquet parts with a row per picture, drawn
-pictures and a contact sheet. Killed, it goes on where it was when it is given again. Pictures that cannot be read are
-listed with the reason in rejected.parquet. Paths must be readable from every node of the cluster.
+Writes detections.json in COCO's result format with its images.json, Parquet parts with one row per image, rendered drawings
+and a contact sheet. The same command again resumes an interrupted prediction. Unreadable images are listed with the reason
+in rejected.parquet. Paths must be readable from every node of the cluster.
 """
 
 import argparse
 
-import torch
+from jobs.command import announce, at_least, command_parser, location, parsed, refuse_missing, share, user_errors
 
-from jobs.command import at_least, location, share, user_errors
-from pipeline.open_detector import open_detector
-from pipeline.predict.inputs import list_inputs
-from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
+THIS_PROCESS = 0  # workers
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
-    here = args.workers == IN_PROCESS and torch.cuda.is_available()
-    loaded = open_detector(args.detector, "cuda" if here else "cpu")
-    inputs = list_inputs(args.inputs, frame_stride=args.every)
+    """Run the command."""
+    args = parsed(parser(), argv)
+    refuse_missing(args.detector, "detector")
+    announce("predict", f"{args.detector}: listing the images and opening the detector …")
+    from pipeline.predict.inputs import list_inputs
+
+    inputs = list_inputs(args.inputs, frame_stride=args.frame_stride)
+
+    import torch
+
+    from pipeline.open_detector import open_detector
+    from pipeline.predict.predict import PredictOptions, predict
+
+    on_gpu = args.workers == THIS_PROCESS and torch.cuda.is_available()
+    loaded = open_detector(args.detector, "cuda" if on_gpu else "cpu")
     print(f"{loaded.origin} on {inputs}", flush=True)
     options = PredictOptions(
         threshold=args.threshold,
-        part_size=args.part,
-        batch_size=args.batch,
+        part_size=args.part_size,
+        batch_size=args.batch_size,
         workers=args.workers,
-        num_images=args.pictures,
-        num_explanations=args.explain,
+        num_images=args.num_images,
+        num_explanations=args.num_explanations,
     )
     print(predict(loaded, inputs, args.out, options).summary())
 
 
-def _parser() -> argparse.ArgumentParser:
-    defaults = PredictOptions()
+def parser() -> argparse.ArgumentParser:
+    """Parser of the arguments."""
     number = at_least(1)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    arguments = command_parser("predict", __doc__)
+    arguments.add_argument(
         "detector",
         type=location,
         help="run or checkpoint folder, exported folder, .pth, runs:/ID or models:/NAME@ALIAS",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "inputs",
         nargs="+",
         type=location,
         metavar="INPUT",
-        help="image, video, folder, pattern, shard set; path or URI",
+        help="image, video, folder, pattern or shard set; path or URI",
     )
-    parser.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
-    parser.add_argument(
-        "--threshold", type=share, default=defaults.threshold, help="least score; 0 for all, as COCO's AP wants them"
+    arguments.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
+    arguments.add_argument(
+        "--threshold",
+        type=share,
+        default=0.4,
+        help="minimum score (%(default)s); 0 keeps all detections, as COCO's AP requires",
     )
-    parser.add_argument("--every", type=number, default=1, metavar="N", help="take each N-th frame of videos")
-    parser.add_argument("--pictures", type=at_least(0), default=defaults.num_images, metavar="N", help="to draw")
-    parser.add_argument(
-        "--explain",
+    arguments.add_argument(
+        "--frame-stride", type=number, default=1, metavar="N", help="take every N-th frame of videos"
+    )
+    arguments.add_argument(
+        "--num-images", type=at_least(0), default=12, metavar="N", help="images to render (%(default)s)"
+    )
+    arguments.add_argument(
+        "--num-explanations",
         type=at_least(0),
         default=0,
         metavar="N",
-        help="draw how the decoder refined a box of N pictures, and add the deviation of every edge to the parts",
+        help="render how the decoder refined a box of N images, and add the deviation of every edge to the parts",
     )
-    parser.add_argument(
-        "--part", type=number, default=defaults.part_size, metavar="N", help="pictures that a kill may cost"
+    arguments.add_argument(
+        "--part-size", type=number, default=256, metavar="N", help="images per part, the unit of resuming (%(default)s)"
     )
-    parser.add_argument("--batch", type=number, default=defaults.batch_size, metavar="N", help="pictures at once")
-    parser.add_argument(
+    arguments.add_argument(
+        "--batch-size", type=number, default=8, metavar="N", help="images per forward pass (%(default)s)"
+    )
+    arguments.add_argument(
         "--workers",
         type=at_least(0),
         metavar="N",
-        help="detectors on Ray; default: one for each GPU, or one. 0: in this process, without Ray",
+        help="detectors on Ray; default: one per GPU, or one. 0: in this process, without Ray",
     )
-    return parser
+    return arguments
 
 
 if __name__ == "__main__":

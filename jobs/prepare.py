@@ -1,37 +1,42 @@
-"""Turn a detection data set into shards: Parquet files of encoded images with their boxes, and one manifest.json.
+"""Turn a detection data set into shards: Parquet files of encoded images, and one manifest.
 
-    python -m jobs.prepare coco /data/coco --split train2017 --out /shards/coco/train2017
-    python -m jobs.prepare coco --images DIR --annotations FILE.json --split train --out s3://bucket/mine/train
-    python -m jobs.prepare objects365 /data/objects365 --split train --out /shards/objects365/train
-    python -m jobs.prepare voc /data/VOC2012 --split train --out /shards/voc/train
-    python -m jobs.prepare yolo /data/mine/data.yaml --split train --out /shards/mine/train
-    python -m jobs.prepare synthetic --images 2000 --split train --out /tmp/shapes/train
+    dfine prepare coco /data/coco --split train2017 --out /shards/coco/train2017
+    dfine prepare coco --images DIR --annotations FILE.json --split train --out s3://bucket/mine/train
+    dfine prepare objects365 /data/objects365 --split train --out /shards/objects365/train
+    dfine prepare voc /data/VOC2012 --split train --out /shards/voc/train
+    dfine prepare yolo /data/mine/data.yaml --split train --out /shards/mine/train
+    dfine prepare synthetic --images 2000 --split train --out /tmp/shapes/train
 
-One command makes one split in one folder. Killed, it goes on where it was when it is given again. Images and boxes that
-cannot be used are listed with the reason in rejected.parquet. Paths must be readable from every node of the cluster; a
-job started alone starts Ray on this machine, one submitted with `ray job submit` uses that cluster.
+One command writes one split into one folder. The same command again resumes an interrupted preparation. Rejected images and
+boxes are listed with the reason in rejected.parquet. Paths must be readable from every node of the cluster; without
+RAY_ADDRESS the command starts Ray on this machine, and a submitted job uses its cluster.
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
-from jobs.command import local_path, location, user_errors
-from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
-from pipeline.data.prepare.shard_writer import PrepareOptions
-from pipeline.data.sources import objects365
-from pipeline.data.sources.coco import coco_source
-from pipeline.data.sources.index import DatasetSource, SourceError
-from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.data.sources.voc import voc_source
-from pipeline.data.sources.yolo import yolo_source
-from pipeline.ray_cluster import start_ray
+from jobs.command import add_log_level, announce, command_parser, local_path, location, parsed, user_errors
+
+if TYPE_CHECKING:
+    from pipeline.data.sources.index import DatasetSource
+
+OBJECTS365_VAL_IMAGES = 5000
+OBJECTS365_LONGEST_SIDE = 640  # px
+MAX_PIXELS = 89_478_485  # per file
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
-    prepare_shards(parser().parse_args(argv))
+    """Run the command."""
+    prepare_shards(parsed(parser(), argv))
 
 
 def prepare_shards(args: argparse.Namespace) -> None:
+    """Write the shard set that the arguments describe."""
+    announce("prepare", f"{args.source}: reading the annotations …")
+    from pipeline.data.prepare.shard_writer import PrepareOptions
+
+    # 1. Check the options, and read the source.
     options = PrepareOptions(
         shard_mib=args.shard_mib,
         row_group_rows=args.row_group_rows,
@@ -43,8 +48,15 @@ def prepare_shards(args: argparse.Namespace) -> None:
         verify=args.verify,
     )
     source = _source(args)
+
+    # 2. Write the shards, on Ray.
+    from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
+    from pipeline.ray_cluster import start_ray
+
     start_ray(args.num_cpus)
     shards = prepare(source, args.out, split=args.split, options=options, strict=args.strict)
+
+    # 3. Report.
     manifest, rejected = shards.manifest, read_rejected(shards)
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
@@ -52,7 +64,14 @@ def prepare_shards(args: argparse.Namespace) -> None:
     print(f"rejected: {reasons(rejected)}, see rejected.parquet" if rejected else "rejected: nothing")
 
 
-def _source(args: argparse.Namespace) -> DatasetSource:
+def _source(args: argparse.Namespace) -> "DatasetSource":
+    from pipeline.data.sources import objects365
+    from pipeline.data.sources.coco import coco_source
+    from pipeline.data.sources.index import SourceError
+    from pipeline.data.sources.synthetic import synthetic_source
+    from pipeline.data.sources.voc import voc_source
+    from pipeline.data.sources.yolo import yolo_source
+
     match args.source:
         case "coco":
             if args.root is None and (args.images is None or args.annotations is None):
@@ -85,14 +104,14 @@ def _renamed(text: str) -> tuple[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    keep_lines = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
-    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    """Parser of the arguments."""
+    arguments = command_parser("prepare", __doc__)
+    sources = arguments.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     coco = sources.add_parser("coco", help="a folder of images and an instances json")
     coco.add_argument("root", nargs="?", type=location, help="folder with SPLIT/ and annotations/instances_SPLIT.json")
-    coco.add_argument("--images", type=location, metavar="DIR", help="instead: the folder of the images")
-    coco.add_argument("--annotations", type=location, metavar="FILE", help="and their json")
+    coco.add_argument("--images", type=location, metavar="DIR", help="instead of ROOT: the folder of the images")
+    coco.add_argument("--annotations", type=location, metavar="FILE", help="and the json of their annotations")
     _add_common(coco)
 
     o365 = sources.add_parser("objects365", help="the patchN folders and the released json files")
@@ -104,54 +123,70 @@ def parser() -> argparse.ArgumentParser:
         "--val-json", type=location, metavar="FILE", help="default ROOT/annotations/zhiyuan_objv2_val.json"
     )
     o365.add_argument(
-        "--val-images", type=int, default=objects365.VAL_IMAGES, metavar="N", help="others are trained on"
+        "--val-images",
+        type=int,
+        default=OBJECTS365_VAL_IMAGES,
+        metavar="N",
+        help="images of the validation split; the others are trained on",
     )
-    _add_common(o365, longest_side=objects365.LONGEST_SIDE)
+    _add_common(o365, longest_side=OBJECTS365_LONGEST_SIDE)
 
     voc = sources.add_parser("voc", help="Annotations/*.xml, ImageSets/Main and JPEGImages")
     voc.add_argument("root", type=local_path)
     voc.add_argument(
-        "--classes", nargs="+", default=(), metavar="NAME", help="in order; default: all that occur, sorted"
+        "--classes",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="classes in their order; default: all that occur, sorted",
     )
-    voc.add_argument("--zero-based", action="store_true", help="the XML has ordinary coordinates, not pixels from 1")
+    voc.add_argument("--zero-based", action="store_true", help="coordinates in the XML start at 0, not at 1")
     _add_common(voc)
 
     yolo = sources.add_parser("yolo", help="a data.yaml with images and txt labels")
     yolo.add_argument("data_yaml", type=local_path)
     _add_common(yolo)
 
-    synthetic = sources.add_parser("synthetic", help="drawn shapes, no files needed")
+    synthetic = sources.add_parser("synthetic", help="generated images of shapes, no files needed")
     synthetic.add_argument("--images", type=int, required=True, metavar="N")
-    synthetic.add_argument("--draw-seed", type=int, default=0, help="take another one for another split")
+    synthetic.add_argument(
+        "--draw-seed", type=int, default=0, help="seed of the images; take another one for another split"
+    )
     synthetic.add_argument("--image-side", type=int, default=320, metavar="PX", help="the longer side")
     synthetic.add_argument("--max-shapes", type=int, default=12, metavar="N")
     synthetic.add_argument(
-        "--classes", nargs="+", default=(), metavar="SHAPE[=NAME]", help="annotate these alone, under these names"
+        "--classes",
+        nargs="+",
+        default=(),
+        metavar="SHAPE[=NAME]",
+        help="shapes to annotate, and the names of their classes",
     )
     _add_common(synthetic)
-    return parser
+    return arguments
 
 
 def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0) -> None:
     """Options of every source; not a parent parser, since subparsers would share its defaults."""
-    defaults = PrepareOptions()
     yes_or_no = argparse.BooleanOptionalAction
     parser.add_argument(
         "--out", type=location, required=True, metavar="DIR", help="folder of the shards: path, s3:// or gs://"
     )
-    parser.add_argument("--split", required=True, help="what to prepare, by the source's name for it")
+    parser.add_argument("--split", required=True, help="split to prepare, by the source's name for it")
     parser.add_argument("--strict", action="store_true", help="fail if anything is rejected")
-    parser.add_argument("--shard-mib", type=float, default=defaults.shard_mib, metavar="MIB")
-    parser.add_argument("--row-group-rows", type=int, default=defaults.row_group_rows, metavar="N")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the order of the images")
-    parser.add_argument("--shuffle", action=yes_or_no, default=True, help="or keep the order of the image ids")
+    parser.add_argument("--shard-mib", type=float, default=128.0, metavar="MIB")
+    parser.add_argument("--row-group-rows", type=int, default=32, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images")
     parser.add_argument(
-        "--longest-side", type=int, default=longest_side, metavar="PX", help="shrink images; 0: as they are"
+        "--shuffle", action=yes_or_no, default=True, help="shuffle the images, or keep the order of their ids"
     )
-    parser.add_argument("--jpeg-quality", type=int, default=defaults.jpeg_quality, help="of images made smaller")
-    parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, metavar="N", help="reject larger files")
+    parser.add_argument(
+        "--longest-side", type=int, default=longest_side, metavar="PX", help="shrink larger images to this; 0: never"
+    )
+    parser.add_argument("--jpeg-quality", type=int, default=75, help="quality of images made smaller")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="reject larger files")
     parser.add_argument("--verify", action=yes_or_no, default=True, help="decode every image to find broken ones")
-    parser.add_argument("--num-cpus", type=int, metavar="N", help="of a Ray started here; default: all")
+    parser.add_argument("--num-cpus", type=int, metavar="N", help="CPUs of a Ray started here; default: all")
+    add_log_level(parser)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,66 @@
-"""Pretrain, then fine-tune from the best weights: training runs after each other as one job, under one MLflow run.
+"""Pretrain, then fine-tune from the best weights, as one job under one MLflow run.
 
-    python -m jobs.pretrain_finetune configs/chains/objects365_to_coco_s.yaml --cluster configs/clusters/several_nodes.yaml
+    dfine pretrain-finetune configs/chains/objects365_to_coco_s.yaml --cluster configs/clusters/several_nodes.yaml
     ... --set storage=s3://bucket/runs pretrain.schedule.epochs=12    values of the chain, or of one stage's experiment
-    ray job submit --working-dir . -- python -m jobs.pretrain_finetune my_chain.yaml    paths in it absolute, or URIs
+    ray job submit --working-dir . -- python -m jobs.pretrain_finetune my_chain.yaml    with absolute paths or URIs in it
 
 Each stage prepares the shard sets that are missing, trains, evaluates its best weights and registers them as a model version.
-The same command again leaves alone what is finished and continues what was interrupted. --dry-run shows the stages.
+The same command again skips finished stages and resumes an interrupted one. --dry-run prints the plan of every stage.
 """
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jobs import prepare
-from jobs.command import add_set, user_errors
-from pipeline.config_files import load_cluster, parse_overrides
-from pipeline.training.chain import ResolvedStage, load_chain, run_chain
-from pipeline.training.dry_run import preview
+from jobs.command import add_cluster, add_set, announce, command_parser, parsed, recipe, user_errors
+
+if TYPE_CHECKING:
+    from pipeline.training.chain import ResolvedStage
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chain", type=Path, help="YAML file, see configs/chains/")
-    parser.add_argument("--cluster", type=Path, help="YAML file, for stages that do not name their own")
-    add_set(parser, help="replace values, see above")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and end")
-    args = parser.parse_args(argv)
+    """Run the command."""
+    args = parsed(parser(), argv)
+
+    # 1. Check the files of the chain and its stages, which takes no PyTorch and no Ray.
+    from pipeline.config_files import load_cluster, parse_overrides
+    from pipeline.training.chain import load_chain, run_chain
+
     chain, steps = load_chain(args.chain, parse_overrides(args.set), load_cluster(args.cluster))
+    announce("pretrain-finetune", f"{args.chain}: {'planning' if args.dry_run else 'starting Ray'} …")
+
+    # 2. Run the stages, or show the plan.
     if args.dry_run:
-        print("\n\n".join(_shown(step) for step in steps))
+        print(plan(steps))
         return
-    print(run_chain(chain, steps, lambda arguments: prepare.prepare_shards(prepare.parser().parse_args(arguments))))
+    print(run_chain(chain, steps, lambda words: prepare.prepare_shards(prepare.parser().parse_args(words))))
 
 
-def _shown(step: ResolvedStage) -> str:
-    title = f"## {step.stage.name}: {step.experiment.name}"
-    if step.missing:
-        lines = [f"  python -m jobs.prepare {' '.join(arguments)}" for arguments in step.missing]
-        return "\n".join([title, "not known before its data is prepared:", *lines])
-    return f"{title}\n{preview(step.experiment, step.cluster)}"
+def plan(steps: Sequence["ResolvedStage"]) -> str:
+    """Plan of every stage; for one whose data is missing, the commands that prepare it."""
+    from pipeline.training.dry_run import preview
+
+    sections = []
+    for step in steps:
+        title = f"## {step.stage.name}: {step.experiment.name}"
+        commands = [f"  dfine prepare {' '.join(arguments)}" for arguments in step.missing]
+        if commands:
+            sections.append("\n".join([title, "planned once its data is prepared:", *commands]))
+        else:
+            sections.append(f"{title}\n{preview(step.experiment, step.cluster)}")
+    return "\n\n".join(sections)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parser of the arguments."""
+    arguments = command_parser("pretrain-finetune", __doc__)
+    arguments.add_argument("chain", type=recipe, help="YAML file, see configs/chains/")
+    add_cluster(arguments, help="YAML file, for stages that name none; see configs/clusters/")
+    add_set(arguments, help="values that replace those of the chain or of a stage, see above")
+    arguments.add_argument("--dry-run", action="store_true", help="print the plan, and end")
+    return arguments
 
 
 if __name__ == "__main__":

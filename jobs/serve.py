@@ -1,12 +1,12 @@
-"""Serve a trained detector over HTTP: detections as JSON, and a page to try it in a browser.
+"""Serve a detector over HTTP: detections as JSON, and a page to try it in a browser.
 
-    python -m jobs.serve runs/mine                             http://127.0.0.1:8000, until Ctrl-C
-    python -m jobs.serve models:/shapes@champion --replicas 2 --threshold 0.3
+    dfine serve runs/mine                              http://127.0.0.1:8000, until Ctrl-C
+    dfine serve models:/shapes@champion --replicas 2 --threshold 0.3
     ray job submit --working-dir . -- python -m jobs.serve s3://bucket/exported --host 0.0.0.0
 
-POST /detect takes a form with files named image, JSON {"images": [base64, ...]} or one picture as the body; threshold and
-max_detections stand beside them or in the query. GET /health, /metrics (Prometheus), /model, and / for the page. Only this
-machine is listened to unless --host says otherwise: there are no passwords and no TLS.
+POST /detect takes a form with files named image, JSON {"images": [base64, ...]}, or one image as the body; threshold and
+max_detections are further fields, or part of the query. GET /health, /metrics (Prometheus), /model, and / for the page. The
+server listens on this machine alone unless --host names another address: there are no passwords and no TLS.
 """
 
 import argparse
@@ -14,71 +14,100 @@ import ipaddress
 import os
 import signal
 import threading
-from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
+from jobs.command import (
+    announce,
+    at_least,
+    command_parser,
+    location,
+    not_negative,
+    parsed,
+    positive,
+    refuse_missing,
+    share,
+    user_errors,
+)
 
-from dfine_core.inference import DEFAULT_THRESHOLD
-from jobs.command import location, user_errors
-from pipeline.config import ConfigError
-from pipeline.config_files import check
-from pipeline.open_detector import open_detector
-from pipeline.serve.deployment import start, stop
-from pipeline.serve.replica import ServeSettings
+if TYPE_CHECKING:
+    from pipeline.serve.replica import ServeSettings
 
 
-@user_errors()
+@user_errors(extra="serve")
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    settings = settings_of(args)
+    """Run the command."""
+    args = parsed(parser(), argv)
+    refuse_missing(args.source, "detector")
+    announce("serve", f"{args.source}: opening the detector …")
+    from pipeline.config import ConfigError
+
     if args.detach and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
-    trained = open_detector(settings.source)  # a wrong path fails before anything starts
-    print(f"{trained.origin}: {len(trained.names)} classes, starting", flush=True)
-    del trained
+
+    from pipeline.open_detector import open_detector
+
+    settings = settings_of(args)
+    loaded = open_detector(settings.source)  # fails before anything starts if it is no detector
+    print(f"{loaded.origin}: {len(loaded.names)} classes, starting", flush=True)
+    del loaded
     serve(settings, args.host, args.port, detach=args.detach)
 
 
-def serve(settings: ServeSettings, host: str, port: int, *, detach: bool) -> None:
+def serve(settings: "ServeSettings", host: str, port: int, *, detach: bool) -> None:
+    """Start the server; without `detach`, stop it after Ctrl-C or SIGTERM."""
+    from pipeline.serve.deployment import start, stop
+
     try:
         url = start(settings, host=host, port=port)
     except BaseException:
         stop()
         raise
-    warn_of_strangers(host)
-    print(f"serving at {url}\n  curl -F image=@picture.jpg {url}/detect", flush=True)
+    warn_if_public(host)
+    print(f"serving at {url}\n  curl -F image=@image.jpg {url}/detect", flush=True)
     if not detach:
         wait_for_the_end()
         stop()
 
 
-def settings_of(args: argparse.Namespace) -> ServeSettings:
-    """Raises: ConfigError, naming each value that cannot be."""
-    given = {name: getattr(args, name) for name in ServeSettings.model_fields if getattr(args, name, None) is not None}
+def settings_of(args: argparse.Namespace) -> "ServeSettings":
+    """Settings of the server: the arguments that were given, and a share of this machine for each replica.
+
+    Raises:
+        ConfigError: with every value that is not accepted.
+    """
+    import torch
+
+    from pipeline.config_files import check
+    from pipeline.serve.replica import ServeSettings
+
+    given = vars(args) | {"batch": args.batch_size}
+    given = {name: value for name in ServeSettings.model_fields if (value := given.get(name)) is not None}
     joins = bool(os.environ.get("RAY_ADDRESS"))
     gpus = given.setdefault("gpus", 0.0 if joins or not torch.cuda.is_available() else 1.0)
     if not joins and not gpus:
-        given.setdefault("cpus", max(1, (os.cpu_count() or 1) // max(1, args.replicas)))
-    return check(ServeSettings, given, source="jobs.serve")
+        given.setdefault("cpus", max(1, (os.cpu_count() or 1) // args.replicas))
+    return check(ServeSettings, given, source="dfine serve")
 
 
-def warn_of_strangers(host: str) -> None:
+def warn_if_public(host: str) -> None:
+    """Print a warning if other machines can reach the server."""
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
     if not local:
         print(
-            f"warning: {host} lets others in, without password or encryption; put a proxy with both before it",
+            f"warning: {host} is reachable from other machines, without password or encryption; put a proxy with both"
+            " before it",
             flush=True,
         )
 
 
 def wait_for_the_end() -> None:
-    """Until Ctrl-C or SIGTERM, which a job's stop sends."""
+    """Wait for Ctrl-C, or for SIGTERM, which the stop of a job sends."""
     ended = threading.Event()
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def end(*_: object) -> None:
         ended.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -89,34 +118,39 @@ def wait_for_the_end() -> None:
 
 
 def port(text: str) -> int:
-    """The type of --port."""
+    """Argument type: port number."""
     if not 0 < (number := int(text)) < 2**16:
         raise argparse.ArgumentTypeError(f"{number} is not in 1..65535")
     return number
 
 
 def parser() -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parser of the arguments; values that are not given are those of `ServeSettings`."""
+    count = at_least(1)
+    arguments = command_parser("serve", __doc__)
     arguments.add_argument(
-        "source", type=location, metavar="MODEL", help="checkpoint, run or exported folder, runs:/, models:/ or .pth"
+        "source",
+        type=location,
+        metavar="MODEL",
+        help="checkpoint, run or exported folder, runs:/, models:/ or .pth",
     )
-    arguments.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    arguments.add_argument("--port", type=port, default=8000)
-    arguments.add_argument("--replicas", type=int, default=1, help="copies of the detector")
-    arguments.add_argument("--cpus", type=float, help="of each replica; on this machine its share of all unless given")
+    arguments.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
+    arguments.add_argument("--port", type=port, default=8000, help="%(default)s")
+    arguments.add_argument("--replicas", type=count, default=1, help="copies of the detector (%(default)s)")
+    arguments.add_argument("--cpus", type=positive, help="per replica; default: its share of this machine")
     arguments.add_argument(
-        "--gpus", type=float, help="of each replica; on this machine 1 if there is one, on a cluster 0"
+        "--gpus", type=not_negative, help="per replica; default: 1 if this machine has one, 0 on a cluster"
     )
     arguments.add_argument(
-        "--threshold", type=float, help=f"least score, where a request names none ({DEFAULT_THRESHOLD})"
+        "--threshold", type=share, help="minimum score of detections, for requests that give none (0.4)"
     )
-    arguments.add_argument("--batch", dest="batch_size", type=int, help="images at once (8)")
-    arguments.add_argument("--timeout-s", type=float, help="of a request (30)")
-    arguments.add_argument("--max-waiting", type=int, help="requests in a replica before it says 503 (32)")
-    arguments.add_argument("--max-megabytes", type=float, help="of a request (20)")
-    arguments.add_argument("--max-images", type=int, help="of a request (16)")
-    arguments.add_argument("--max-megapixels", type=float, help="of a request, all images together (50)")
-    arguments.add_argument("--detach", action="store_true", help="on a cluster: end here and let it serve on")
+    arguments.add_argument("--batch-size", type=count, metavar="N", help="images per forward pass (8)")
+    arguments.add_argument("--timeout-s", type=positive, help="time limit per request (30)")
+    arguments.add_argument("--max-waiting", type=count, help="requests per replica; further ones receive 503 (32)")
+    arguments.add_argument("--max-megabytes", type=positive, help="size limit per request (20)")
+    arguments.add_argument("--max-images", type=count, help="image limit per request (16)")
+    arguments.add_argument("--max-megapixels", type=positive, help="limit on all images of a request together (50)")
+    arguments.add_argument("--detach", action="store_true", help="on a cluster: end here, and leave the server running")
     return arguments
 
 

@@ -25,7 +25,7 @@ from pydantic import (
 
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from pipeline.data.augment.settings import AugmentSettings
-from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, DecodeIn
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, DecodeIn
 from pipeline.errors import UserError
 from pipeline.ray_job import absolute_location
 

@@ -53,6 +53,20 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Flatten nested settings to dotted keys, by which they can be compared: `{"model.reg_max": 32}`.
+
+    A list becomes one value, its text.
+    """
+    flat: dict[str, str | int | float | bool | None] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, str | int | float | bool | None) else str(value)
+    return flat
+
+
 def as_yaml(content: Mapping[str, Any]) -> str:
     """Format as YAML in the order of the keys."""
     return yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=120)

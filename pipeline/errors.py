@@ -1,17 +1,16 @@
 """Every error that a user can cause, as one tree. Commands print it as a message and exit (`jobs/command.py`).
 
     UserError
-    ├── AttachError               nothing in MLflow to attach files to
     ├── BadImageError             an image that cannot go into a shard
     ├── CheckpointError           a checkpoint that is missing, damaged or does not fit
     ├── ConfigError               a file or a value that is not accepted, with every problem found
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
     ├── NonFiniteError            losses or gradients that stay NaN or infinite
+    ├── OutboxInUseError          an outbox of a run's log that another process writes to
     ├── PlanError                 batch sizes that do not fit the number of images or workers
     ├── PrepareError              data that cannot become a shard set, or a folder that cannot hold it
-    ├── QueueInUseError           a tracking folder that another process writes to
     ├── RequestError              an HTTP request that is refused, with its status
-    ├── RunLookupError            no run, or several, under the given name
+    ├── RunLookupError            a run or a model that MLflow does not know, or knows several of
     ├── ShardError                shard files that differ from their manifest
     ├── SourceError               a data set that is not in the stated format
     ├── StorageError              a path or URI that cannot be resolved, or a damaged file

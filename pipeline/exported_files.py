@@ -57,7 +57,7 @@ def _open_onnx(source: str, device: torch.device) -> ExportedFile:
     options.log_severity_level = LOG_ERRORS_ONLY
     try:
         session = onnxruntime.InferenceSession(source, options, providers=providers)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a runtime may raise anything
         raise ConfigError(f"{source}: cannot be opened by onnxruntime: {error}") from None
     used = session.get_providers()[0]
     batch_size, _, height, width = session.get_inputs()[0].shape
@@ -117,7 +117,7 @@ def load_program(source: str) -> torch.export.ExportedProgram:
     os.environ[TENSORS_ONLY] = "1"
     try:
         return torch.export.load(source)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a runtime may raise anything
         raise ConfigError(f"{source}: cannot be opened by torch.export: {error}") from None
     finally:
         os.environ.pop(TENSORS_ONLY)

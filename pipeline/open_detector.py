@@ -9,14 +9,13 @@ from pathlib import Path
 from pyarrow import fs
 
 from dfine_core.checkpoints.folder import DESCRIPTION, FileReader, LoadError
-from dfine_core.inference import MLFLOW_SCHEMES, LoadedDetector, load
+from dfine_core.inference import LoadedDetector, load
 from pipeline import storage
 from pipeline.config import ConfigError
+from pipeline.mlflow_access import RUN_SCHEME, TRACKING_URI, configure_mlflow, is_mlflow_uri
 from pipeline.redaction import redact
 
-RUN, MODEL = MLFLOW_SCHEMES
-LOGGED_NAME = "detector"  # name of the model that a training logs
-TRACKING_URI = "MLFLOW_TRACKING_URI"
+LOGGED_NAME = "detector"  # name of the model that a training run logs
 
 
 def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
@@ -31,7 +30,7 @@ def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
         ConfigError: there is no detector at `source`, or it is damaged.
     """
     try:
-        if source.startswith(MLFLOW_SCHEMES):
+        if is_mlflow_uri(source):
             return _from_mlflow(source, device)
         return load(source, device, files=STORED)
     except (LoadError, storage.StorageError) as error:
@@ -41,10 +40,15 @@ def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
 def _from_mlflow(source: str, device: str | None) -> LoadedDetector:
     if not os.environ.get(TRACKING_URI):
         raise LoadError(f"{source}: set {TRACKING_URI} to the server or database that has it")
+    configure_mlflow()
     import mlflow.artifacts  # slow to import, and seldom needed
     from mlflow.exceptions import MlflowException
 
-    uri = f"{source}/{LOGGED_NAME}" if source.startswith(RUN) and "/" not in source.removeprefix(RUN) else source
+    uri = (
+        f"{source}/{LOGGED_NAME}"
+        if source.startswith(RUN_SCHEME) and "/" not in source.removeprefix(RUN_SCHEME)
+        else source
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
             downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable
 
-MLFLOW_FORMS = ("runs:/", "models:/")
+from pipeline.mlflow_access import is_mlflow_uri
 
 
 def submitted_job() -> str | None:
@@ -27,7 +27,7 @@ def absolute_location(location: str) -> str:
     Raises:
         ValueError: this is a submitted job and `location` is a relative path; the message has the path to write instead.
     """
-    if "://" in location or location.startswith(MLFLOW_FORMS):
+    if "://" in location or is_mlflow_uri(location):
         return location
     if not os.path.isabs(location) and submitted_job():
         raise ValueError(

@@ -26,9 +26,11 @@ BORROWED = {"dfine_core/checkpoints/folder.py": {"safetensors"}}  # imported whe
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
 FOUNDATION = (
     "errors",
+    "drawing",
     "redaction",
     "progress",
     "provenance",
+    "mlflow_access",
     "ray_job",
     "ray_internals",
     "ray_cluster",
@@ -84,7 +86,7 @@ ENTRANCES = {
         *(
             f"pipeline/tracking/{name}.py"
             for name in (
-                *("asking", "attachments", "client", "lineage", "mlflow_writer", "model", "registry"),
+                *("client", "lineage", "mlflow_writer", "model", "model_registry"),
                 "served_detector",
             )
         ),

@@ -151,7 +151,7 @@ def test_onnx_files_have_a_known_input_size_and_batch_size(batch: str | int, tmp
     assert "onnxruntime" in report.runtime
 
 
-OPTIONS = ["--device", "cpu", "--batches", "1", "--calls", "3", "--seconds", "0.3"]
+OPTIONS = ["--device", "cpu", "--batch-sizes", "1", "--calls", "3", "--seconds", "0.3"]
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from pipeline.config import Cluster, ConfigError, Experiment
-from pipeline.config_files import check, dump, load_cluster, load_experiment, parse_override
-from pipeline.tracking.names import flatten
+from pipeline.config_files import check, dump, flatten, load_cluster, load_experiment, parse_override
 
 MINIMAL: dict[str, Any] = {"data": {"train": "somewhere"}, "schedule": {"epochs": 12}}
 

@@ -19,7 +19,7 @@ from pipeline.config_files import dump
 from pipeline.data.shards.manifest import load_shards
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.open_detector import open_detector
-from pipeline.tracking.lineage import client_of, find_run
+from pipeline.tracking.client import connect, find_run
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training import checkpoint
 from pipeline.training.budget import estimated_bytes, flops_per_image
@@ -229,6 +229,6 @@ def test_lineage_leads_from_a_run_to_its_parents_data_and_model(
     assert any("began with shapes/1" in line for line in lines)
     assert any("model shapes/1" in line for line in lines)
     assert lines[-1].endswith("began from scratch")
-    client = client_of(tracking.uri)
+    client = connect(tracking.uri)
     for name in ("child", "grandchild"):
-        assert len(client.get_run(find_run(client, name)).inputs.model_inputs) == 1
+        assert len(find_run(client, name).inputs.model_inputs) == 1

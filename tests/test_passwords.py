@@ -1,4 +1,4 @@
-"""A password in the tracking server's address is told to nobody, also when the server does not answer."""
+"""A password in the tracking server's address is never printed, not even when the server is unreachable."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -14,8 +14,8 @@ import jobs.export
 import jobs.lineage
 import jobs.predict
 from pipeline.open_detector import open_detector
-from pipeline.tracking.lineage import client_of, facts
-from pipeline.tracking.registry import register
+from pipeline.tracking.client import connect, find_run, resolve
+from pipeline.tracking.model_registry import register
 from pipeline.training.init_weights import materialize_init
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
@@ -26,7 +26,7 @@ Call = Callable[[Path], Any]
 
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Of a server that refuses every connection."""
+    """Address of a server that refuses every connection."""
     with socket.socket() as listening:  # bound, but not listening
         listening.bind(("127.0.0.1", 0))
         uri = f"http://bob:{PASSWORD}@127.0.0.1:{listening.getsockname()[1]}"
@@ -46,16 +46,16 @@ COMMANDS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_commands_tell_no_password(
+def test_commands_print_no_password(
     name: str, address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     write_shards(tmp_path / "shards", synthetic_records(2))
     with pytest.raises(SystemExit) as ended:
         COMMANDS[name](tmp_path)
-    said = "".join(capfd.readouterr()) + caplog.text + str(ended.value)
-    assert PASSWORD not in said
-    assert "bob" not in said
-    assert "***@127.0.0.1" in said
+    output = "".join(capfd.readouterr()) + caplog.text + str(ended.value)
+    assert PASSWORD not in output
+    assert "bob" not in output
+    assert "***@127.0.0.1" in output
     assert ended.value.__cause__ is None
 
 
@@ -63,11 +63,12 @@ def test_commands_tell_no_password(
     "call",
     [
         lambda address, folder: open_detector(MODEL),
-        lambda address, folder: facts(client_of(address), MODEL),
+        lambda address, folder: resolve(connect(address), MODEL),
+        lambda address, folder: find_run(connect(address), "mine"),
         lambda address, folder: register(address, "0" * 32, "shapes"),
         lambda address, folder: materialize_init(MODEL, str(folder / "run"), address),
     ],
-    ids=["open_detector", "facts", "register", "materialize_init"],
+    ids=["open_detector", "resolve", "find_run", "register", "materialize_init"],
 )
 def test_errors_hold_no_password(call: Callable[[str, Path], Any], address: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\*\*\*@127\.0\.0\.1") as error:

@@ -1,6 +1,7 @@
 """Mistakes of users, over all commands: each ends with an exit code and a message with the way out, never with a traceback."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from ray.train import WorkerGroupError
 
 import pipeline.errors
 from dfine_core.checkpoints.weights import save_released
+from pipeline import config_files
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
 from pipeline.export.formats import ExportSource, write_safetensors
@@ -25,7 +27,7 @@ from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "command"}
+COMMANDS = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "__main__", "command", "recipes"}
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_1"}}'}
 UNSET = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", *JOB)
 
@@ -69,14 +71,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml", ("'./mlruns'", "http://HOST:PORT"), {"MLFLOW_TRACKING_URI": "./mlruns"}),
     ("train run.yaml --set init=nowhere.pth", ("init", "nowhere.pth", "does not exist"), {}),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
+    ("train run.yaml --set init=empty", ("init: /", "/empty: "), {}),
     ("train run.yaml --resume empty", ("empty", "not a checkpoint"), {}),
     ("train run.yaml --dry-run --set data.train=nowhere", ("nowhere/manifest.json",), {}),
     ("train run.yaml --set storage=notes.txt", ("notes.txt",), {}),
     # train: as a submitted job
     ("train run.yaml", ("storage", "'runs'", "$PWD/runs", "data.train", "$PWD/train", "data.val"), JOB),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
-    ("train run.yaml --set init=empty", ("init: ", "empty: no detector"), {}),
+    ("train run.yaml --set init=empty", ("init: /", "/empty: "), {}),
     ("train run.yaml --resume empty", ("--resume", "'empty'", "$PWD/empty"), JOB),
     # pretrain_finetune
     ("pretrain_finetune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
@@ -95,10 +97,10 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("tune", ("sweep file", "configs/sweeps/"), {}),
     ("tune nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
     ("tune sweep.yaml --set trails=3", ("trails",), {}),
-    ("tune sweep.yaml --set trials=-3 --check", ("trials", "greater than 0"), {}),
+    ("tune sweep.yaml --set trials=-3 --dry-run", ("trials", "greater than 0"), {}),
     ("tune sweep.yaml --set trials=1 --set trials=2", ("trials", "twice"), {}),
     ("tune sweep.yaml --set trials=1 --set storage=s3://bucket/runs", ("MLFLOW_TRACKING_URI",), {}),
-    ("tune sweep.yaml --set metric=mAP --check", ("mAP",), {}),
+    ("tune sweep.yaml --set metric=mAP --dry-run", ("mAP",), {}),
     ("tune --promote empty", ("empty", "not the folder of a sweep"), {}),
     ("tune --promote brokensweep", ("brokensweep/sweep.json",), {}),
     ("tune sweep.yaml", ("storage", "$PWD/runs"), JOB),
@@ -138,8 +140,8 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("evaluate detector gone", ("gone", "is missing"), {}),
     ("evaluate detector torn", ("torn", "1,000 bytes"), {}),
     ("evaluate models:/shapes@champion train", ("MLFLOW_TRACKING_URI",), {}),
-    ("evaluate detector train --micro-batch 0", ("--micro-batch", "0"), {}),
-    ("evaluate detector train --pictures -1", ("--pictures", "-1"), {}),
+    ("evaluate detector train --batch-size 0", ("--batch-size", "0"), {}),
+    ("evaluate detector train --num-images -1", ("--num-images", "-1"), {}),
     ("evaluate {folder}/detector {folder}/train --out found", ("--out", "$PWD/found"), JOB),
     # predict
     ("predict nowhere photos --out out", ("nowhere", "does not exist"), {}),
@@ -148,8 +150,8 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("predict detector photos/*.gif --out out", ("*.gif", "no file matches"), {}),
     ("predict detector photos --out out --threshold 1.5", ("--threshold", "1.5", "0..1"), {}),
     ("predict detector photos --out out --threshold high", ("--threshold", "'high'"), {}),
-    ("predict detector photos --out out --batch 0", ("--batch", "0"), {}),
-    ("predict detector photos --out out --batch many", ("--batch", "'many'"), {}),
+    ("predict detector photos --out out --batch-size 0", ("--batch-size", "0"), {}),
+    ("predict detector photos --out out --batch-size many", ("--batch-size", "'many'"), {}),
     ("predict detector photos --out notes.txt --workers 0", ("notes.txt",), {}),
     ("predict detector photos --out sftp://host/out --workers 0", ("sftp://host/out", "unknown scheme"), {}),
     ("predict {folder}/detector {folder}/photos --out out", ("--out", "$PWD/out"), JOB),
@@ -159,7 +161,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("export detector --to released --out notes.txt", ("notes.txt",), {}),
     ("export detector --to released --out out --input-size 100", ("--input-size", "multiple of 32"), {}),
     ("export detector --to released --out out --input-size 64 64 64", ("--input-size", "3 numbers"), {}),
-    ("export detector --to released --out out --images 0", ("--images", "0"), {}),
+    ("export detector --to released --out out --num-images 0", ("--num-images", "0"), {}),
     ("export detector --to released --out out --check nowhere", ("nowhere/manifest.json",), {}),
     ("export detector --to released --out out --images-from empty", ("--images-from", "empty"), {}),
     ("export detector --to released --out out --images-from nowhere.jpg", ("nowhere.jpg",), {}),
@@ -169,9 +171,9 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("export broken.pth --to released --out out", ("broken.pth",), {}),
     ("export {folder}/detector --to released --out out", ("--out", "$PWD/out"), JOB),
     # serve
-    ("serve nowhere", ("nowhere", "does not exist"), {}),
-    ("serve detector --threshold 2", ("threshold", "less than or equal to 1"), {}),
-    ("serve detector --batch 0", ("batch", "greater than 0"), {}),
+    ("serve nowhere", ("nowhere", "no detector"), {}),
+    ("serve detector --threshold 2", ("--threshold", "2 is not in 0..1"), {}),
+    ("serve detector --batch-size 0", ("--batch-size", "0 is less than 1"), {}),
     ("serve detector --port 70000", ("--port", "70000"), {}),
     ("serve detector --detach", ("--detach", "RAY_ADDRESS"), {}),
     ("serve detector", ("MODEL", "$PWD/detector"), JOB),
@@ -183,7 +185,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("benchmark broken.pth", ("broken.pth",), {}),
     ("benchmark detector --precision int8", ("--precision", "int8"), {}),
     ("benchmark detector --device tpu9000", ("--device", "tpu9000"), {}),
-    ("benchmark detector --batches 0", ("--batches", "0"), {}),
+    ("benchmark detector --batch-sizes 0", ("--batch-sizes", "0"), {}),
     ("benchmark detector --calls 0", ("--calls", "0"), {}),
     ("benchmark detector --threads -2", ("--threads", "-2"), {}),
     ("benchmark {folder}/detector --json out/speed.json", ("--json", "$PWD/out/speed.json"), JOB),
@@ -196,7 +198,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("compare a b --tracking mlruns", ("'mlruns'", "http://HOST:PORT"), {}),
     ("compare a b --tracking sqlite:///runs.db", ("sqlite", "$PWD/runs.db"), JOB),
     ("compare a b", ("storage", "$PWD/runs"), JOB),
-    ("replay nowhere", ("nowhere", "not a step"), {}),
+    ("replay nowhere", ("nowhere", "no saved step"), {}),
     ("replay brokenstep", ("brokenstep",), {}),
     ("replay detector --precision int8", ("--precision", "int8"), {}),
     ("replay empty", ("folder", "$PWD/empty"), JOB),
@@ -393,8 +395,6 @@ def test_all_set_options_count_in_their_order() -> None:
 
 @pytest.mark.parametrize("command", ["train", "tune", "pretrain_finetune"])
 def test_set_options_extend_each_other(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
     module = importlib.import_module(f"jobs.{command}")
     taken: list[list[str]] = []
 
@@ -402,7 +402,7 @@ def test_set_options_extend_each_other(command: str, monkeypatch: pytest.MonkeyP
         taken.append(texts)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(module, "parse_overrides", note)
+    monkeypatch.setattr(config_files, "parse_overrides", note)
     with pytest.raises(SystemExit, match="enough"):
         module.main([str(ROOT / "configs" / "demo.yaml"), "--set", "a=1", "b=2", "--set", "c=3"])
     assert taken == [["a=1", "b=2", "c=3"]]

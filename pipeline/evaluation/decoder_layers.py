@@ -1,6 +1,7 @@
-"""What FDR and GO-LSD do, layer by layer: how good the boxes are and how sure the edge distributions.
+"""Diagnostics of the decoder layers (FDR, GO-LSD): quality of the boxes, and certainty of the edge distributions.
 
-Measured on the queries that the last layer's boxes are matched to, the same for all layers, so that layers can be compared.
+They are measured on the queries that are matched by the last layer's boxes. These are the same for all layers, so that layers
+can be compared.
 """
 
 import math
@@ -19,10 +20,10 @@ from dfine_core.structures import DetectorOutput, Targets
 class LayerDiagnostics:
     """Sums over matched (query, box) pairs, kept on the device until `numbers`.
 
-    iou: of predicted and true box, for the initial box and every layer.
-    entropy: of an edge's distribution over N bins, in nats; `entropy_share` of the greatest there can be, log N.
-    end_mass: probability in the two outermost bins; much of it means that the bins do not reach far enough.
-    divergence: KL(last layer || layer) in nats at the temperature of the distillation: what GO-LSD brings down.
+    iou: IoU of predicted and true box, for the initial box and every layer.
+    entropy: entropy of an edge's distribution over N bins, in nats; `entropy_share` is its ratio to the maximum, log N.
+    end_mass: probability in the two outermost bins; a large one means that the bins do not reach far enough.
+    divergence: KL(last layer || layer) in nats at the temperature of the distillation, which GO-LSD minimises.
     The last three are means over four edges, and absent where a detector regresses boxes directly.
     """
 
@@ -35,13 +36,14 @@ class LayerDiagnostics:
 
     @torch.no_grad()
     def update(self, output: DetectorOutput, targets: Targets) -> None:
-        """
+        """Add the matched pairs of a batch.
+
         Args:
-            output: of `detector(images, every_layer=True)`.
+            output: from `detector(images, every_layer=True)`.
         """
         layers = output.matching
         if layers is None:
-            raise ValueError("the output holds its last layer alone: call the detector with every_layer=True")
+            raise ValueError("the output holds the last layer only: call the detector with every_layer=True")
         if targets.total == 0:
             return
         pairs = match([(layers.logits[-1:], targets.labels)], layers.boxes[-1:], targets, self.config.loss).own
@@ -49,10 +51,10 @@ class LayerDiagnostics:
         boxes = torch.cat([layers.initial_boxes[None], layers.boxes])[:, image, query].float()  # [1 + L, M, 4]
         self._sums[0] += iou(cxcywh_to_xyxy(boxes), targets.boxes_xyxy[target]).sum(1)
         if layers.edge_logits is not None:
-            self._sums[1:, 1:] += self._of_distributions(layers.edge_logits[:, image, query].float())
+            self._sums[1:, 1:] += self._distribution_sums(layers.edge_logits[:, image, query].float())
         self._pairs += len(pairs)
 
-    def _of_distributions(self, edge_logits: Tensor) -> Tensor:
+    def _distribution_sums(self, edge_logits: Tensor) -> Tensor:
         """[L, M, 4, N] to [3, L]: entropy, end mass, divergence, summed over pairs and averaged over edges."""
         log_p = edge_logits.log_softmax(-1)
         p = log_p.exp()
@@ -72,23 +74,23 @@ class LayerDiagnostics:
     def numbers(self) -> dict[str, float]:
         """Means by name, "layers/iou_initial", "layers/iou_0", ...; NaN if no box was matched."""
         means = (self._sums / (self._pairs or math.nan)).tolist()
-        iou_means, *of_distributions = means
-        found = {"layers/iou_initial": iou_means[0]}
-        found |= {f"layers/iou_{layer}": mean for layer, mean in enumerate(iou_means[1:])}
+        iou_means, *distribution_means = means
+        numbers = {"layers/iou_initial": iou_means[0]}
+        numbers |= {f"layers/iou_{layer}": mean for layer, mean in enumerate(iou_means[1:])}
         if self._distributions:
-            entropy, end_mass, divergence = (row[1:] for row in of_distributions)
+            entropy, end_mass, divergence = (row[1:] for row in distribution_means)
             measures = {
                 "entropy": entropy,
                 "entropy_share": [value / math.log(self.config.num_bins) for value in entropy],
                 "end_mass": end_mass,
-                "divergence": divergence[:-1],  # the last layer's from itself is nought
+                "divergence": divergence[:-1],  # the last layer diverges from itself by zero
             }
             for name, row in measures.items():
-                found |= {f"layers/{name}_{layer}": mean for layer, mean in enumerate(row)}
-        return found
+                numbers |= {f"layers/{name}_{layer}": mean for layer, mean in enumerate(row)}
+        return numbers
 
 
 def by_layer(numbers: dict[str, float], measure: str) -> dict[str, float]:
-    """One measure out of `LayerDiagnostics.numbers`, in the order of the layers: by "initial", "0", "1", ..."""
+    """Select one measure of `LayerDiagnostics.numbers`, in the order of the layers: by "initial", "0", "1", ..."""
     matches = ((re.fullmatch(rf"layers/{measure}_(initial|\d+)", name), value) for name, value in numbers.items())
     return {match[1]: value for match, value in matches if match}

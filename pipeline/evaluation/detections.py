@@ -1,4 +1,4 @@
-"""Detections of many images as columns, and how those of all workers come together."""
+"""Detections of many images as columns, gathered from all workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,14 @@ from torch import Tensor
 from dfine_core.model.postprocess import Detections
 from pipeline.data.shards.manifest import Category
 
-ROW = np.dtype([("image_id", "<i8"), ("label", "<i4"), ("score", "<f4"), ("box", "<f4", (4,))])  # between workers
+ROW = np.dtype(
+    [("image_id", "<i8"), ("label", "<i4"), ("score", "<f4"), ("box", "<f4", (4,))]
+)  # format between workers
 
 
 @dataclass(frozen=True)
 class DetectionTable:
-    """D detections, those of an image side by side and best first."""
+    """D detections; those of one image are adjacent, best first."""
 
     image_id: NDArray[np.int64]  # [D]
     label: NDArray[np.int32]  # [D] 0..K-1
@@ -33,11 +35,11 @@ class DetectionTable:
 
     @classmethod
     def from_batch(cls, detections: Detections, image_id: Tensor, padding: Sequence[bool]) -> Self:
-        """The detections of a batch on any device.
+        """Convert the detections of a batch, from any device.
 
         Args:
             image_id: [B].
-            padding: [B] True for places of the batch that hold no image.
+            padding: [B] True for batch entries without an image.
 
         Raises:
             ValueError: a score or a box is not a finite number.
@@ -60,20 +62,20 @@ class DetectionTable:
 
 
 def concatenate(tables: Sequence[DetectionTable]) -> DetectionTable:
-    """The rows of all tables, one after the other; no tables make an empty one."""
+    """Concatenate the rows of all tables; without tables the result is empty."""
     rows = [np.zeros(0, ROW), *(_packed(table) for table in tables)]
     return _unpacked(np.concatenate(rows))
 
 
 def gather(table: DetectionTable, rank: int, world_size: int) -> DetectionTable | None:
-    """The tables of all workers on rank 0, None on the others. Collective, over the default process group."""
+    """Gather the tables of all workers on rank 0; None on the others. Collective, over the default process group."""
     if world_size == 1:
         return table
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     counts = torch.zeros(world_size, dtype=torch.int64, device=device)
     counts[rank] = len(table)
     dist.all_reduce(counts)
-    rows = torch.zeros((int(counts.max()), ROW.itemsize), dtype=torch.uint8)  # equally many from every worker
+    rows = torch.zeros((int(counts.max()), ROW.itemsize), dtype=torch.uint8)  # the same number from every worker
     rows[: len(table)] = torch.from_numpy(_packed(table).view(np.uint8).reshape(-1, ROW.itemsize))
     rows = rows.to(device)
     parts = [torch.empty_like(rows) for _ in range(world_size)] if rank == 0 else None
@@ -85,7 +87,7 @@ def gather(table: DetectionTable, rank: int, world_size: int) -> DetectionTable 
 
 
 def to_coco_json(table: DetectionTable, categories: Sequence[Category]) -> list[dict[str, Any]]:
-    """Rows of a COCO result file, with the category ids of the source."""
+    """Convert to rows of a COCO result file, with the data set's own category ids."""
     original_id = [category.original_id for category in categories]
     boxes_xywh = np.concatenate([table.box[:, :2], table.box[:, 2:] - table.box[:, :2]], axis=1)
     columns = table.image_id.tolist(), table.label.tolist(), boxes_xywh.tolist(), table.score.tolist()

@@ -1,4 +1,4 @@
-"""What is truly in the images of a shard set, read without the images themselves."""
+"""Ground truth of a shard set, read without the images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,31 +12,33 @@ from pipeline.data.shards.reader import read_annotations
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """I images and T boxes as columns, in the order of the shards; crowd regions and images without boxes included."""
+    """I images and T boxes as columns, in the order of the shards; with crowd regions and images without boxes."""
 
     image_id: NDArray[np.int64]  # [I]
     width: NDArray[np.int32]  # [I] px
     height: NDArray[np.int32]  # [I] px
     file_name: tuple[str, ...]  # [I]
-    image: NDArray[np.int64]  # [T] which of the I images a box lies in, ascending
+    image: NDArray[np.int64]  # [T] index of the image of each box, ascending
     box: NDArray[np.float32]  # [T, 4] xyxy in pixels of the original image, as annotated
     label: NDArray[np.int32]  # [T]
-    area: NDArray[np.float32]  # [T] px^2 as annotated: that of the mask where there is one
-    crowd: NDArray[np.bool_]  # [T] regions in which detections count neither as right nor as wrong
+    area: NDArray[np.float32]  # [T] px^2 as annotated: area of the mask where there is one
+    crowd: NDArray[np.bool_]  # [T] regions in which detections are neither right nor wrong
     categories: tuple[Category, ...]  # by label
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Class names by label."""
         return tuple(category.name for category in self.categories)
 
     @property
     def boxes_of_class(self) -> NDArray[np.int64]:
-        """[K] boxes to find; crowd regions are none."""
+        """[K] number of true boxes per class, without crowd regions."""
         return np.bincount(self.label[~self.crowd], minlength=len(self.categories))
 
 
 def read_ground_truth(shards: ShardSet) -> GroundTruth:
-    """
+    """Read the annotations of a shard set.
+
     Raises:
         ValueError: a shard is not the one that the manifest describes.
     """

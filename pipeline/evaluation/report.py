@@ -1,4 +1,4 @@
-"""The result of one evaluation: as metrics, as a table for the console, as files."""
+"""Report of one evaluation: as metrics, as a table for the console, as files."""
 
 import csv
 import io
@@ -15,15 +15,16 @@ from pipeline.evaluation import figures
 from pipeline.evaluation.analysis import Confusion, Curves, Errors
 from pipeline.evaluation.coco_metrics import EQUAL, ClassResult, Evaluator
 from pipeline.evaluation.decoder_layers import by_layer
+from pipeline.evaluation.figures import format_number
 
-WORST_SHOWN = 5  # classes in the console table
+LOWEST_CLASSES = 5  # classes in the console table
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """A value that cannot be known, for want of true boxes, is NaN."""
+    """Results of one evaluation. A value that needs true boxes is NaN where there are none."""
 
-    numbers: dict[str, float]  # the twelve of COCO
+    numbers: dict[str, float]  # COCO's twelve
     per_class: tuple[ClassResult, ...]  # by label
     curves: Curves
     confusion: Confusion
@@ -31,29 +32,29 @@ class EvaluationReport:
     layers: dict[str, float]  # "layers/iou_initial", ...
     images: int
     seconds: dict[str, float]  # by part: data, model, evaluator, analysis, and pycocotools where it ran
-    evaluator: Evaluator  # whose numbers these are
-    agreement: float | None  # largest difference between the evaluators, where both ran
+    evaluator: Evaluator  # program that computed `numbers`
+    agreement: float | None  # largest difference between the programs, where both ran
 
     @property
     def boxes(self) -> int:
-        """To be found: crowd regions are none."""
+        """Number of true boxes, without crowd regions."""
         return sum(result.boxes for result in self.per_class)
 
     def metrics(self, prefix: str = "val") -> dict[str, float]:
-        """Flat, by names like "val/AP" and "val/layers/iou_0"; what is not known is left out."""
-        found = {
+        """Metrics by flat names like "val/AP" and "val/layers/iou_0", without values that are NaN."""
+        values = {
             **self.numbers,
             **self.layers,
             **{f"errors/{name}": gain for name, gain in self.errors.gain.items()},
             **{f"seconds/{name}": seconds for name, seconds in self.seconds.items()},
         }
         if self.agreement is not None:
-            found["evaluators_differ_by"] = self.agreement
-        return {f"{prefix}/{name}": value for name, value in found.items() if math.isfinite(value)}
+            values["evaluators_differ_by"] = self.agreement
+        return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
     def table(self) -> str:
-        """A few lines for the console."""
-        n = {name: shown(value) for name, value in self.numbers.items()}
+        """Summary of a few lines for the console."""
+        n = {name: format_number(value) for name, value in self.numbers.items()}
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         lines = [
             f"{self.images:,} images, {self.boxes:,} boxes, scored by {self.evaluator} ({times})",
@@ -61,46 +62,49 @@ class EvaluationReport:
             f"   small {n['AP_small']}  medium {n['AP_medium']}  large {n['AP_large']}",
             f"  AR@100  {n['AR_100']}   AR@1  {n['AR_1']}   AR@10  {n['AR_10']}"
             f"   small {n['AR_small']}  medium {n['AR_medium']}  large {n['AR_large']}",
-            "  AP50 lost to  " + "  ".join(f"{name} {shown(gain)}" for name, gain in self.errors.gain.items()),
+            "  AP50 lost to  " + "  ".join(f"{name} {format_number(gain)}" for name, gain in self.errors.gain.items()),
         ]
         for name, title in (("iou", "IoU"), ("entropy_share", "entropy / log N")):
             values = by_layer(self.layers, name)
             if values:
-                lines.append(f"  {title} by layer  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()))
-        worst = sorted((c for c in self.per_class if not math.isnan(c.ap)), key=lambda c: c.ap)[:WORST_SHOWN]
+                lines.append(f"  {title} by layer  " + "  ".join(f"{k} {format_number(v)}" for k, v in values.items()))
+        worst = sorted((c for c in self.per_class if not math.isnan(c.ap)), key=lambda c: c.ap)[:LOWEST_CLASSES]
         if len(self.per_class) > 1 and worst:
-            lines.append("  lowest AP  " + ", ".join(f"{c.name} {shown(c.ap)} ({c.boxes:,} boxes)" for c in worst))
+            lines.append(
+                "  lowest AP  " + ", ".join(f"{c.name} {format_number(c.ap)} ({c.boxes:,} boxes)" for c in worst)
+            )
         if self.agreement is not None:
             verdict = "agree" if self.agreement <= EQUAL else "DISAGREE: see the log"
             lines.append(f"  hotcoco and pycocotools {verdict}, largest difference {self.agreement:.1g}")
         return "\n".join(lines)
 
     def figures(self) -> dict[str, Figure]:
-        """By name, without what would be empty."""
+        """Figures by name, without those that would be empty."""
         names = [result.name for result in self.per_class]
-        drawn = {
+        rendered = {
             "precision_recall": figures.precision_recall_figure(self.curves, names),
             "per_class": figures.per_class_figure(self.per_class),
             "confusion": figures.confusion_figure(self.confusion, names),
             "errors": figures.errors_figure(self.errors),
         }
         if any(math.isfinite(value) for value in self.layers.values()):
-            drawn["layers"] = figures.layers_figure(self.layers)
-        return drawn
+            rendered["layers"] = figures.layers_figure(self.layers)
+        return rendered
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """report.json, per_class.csv and the figures, into a local folder or an object store."""
+        """Write report.json, per_class.csv and the figures to a local folder or an object store."""
         storage.write_atomic(storage.join(folder, "report.json"), json.dumps(self.as_json(), indent=1).encode())
         storage.write_atomic(storage.join(folder, "per_class.csv"), self.per_class_csv().encode())
         for name, figure in self.figures().items():
             storage.write_atomic(storage.join(folder, f"{name}.png"), figures.png(figure))
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values; null where nothing is known."""
+        """All results as plain values; null for NaN."""
         plain = {**asdict(self), "boxes": self.boxes}
         return {name: _plain(value) for name, value in plain.items()}
 
     def per_class_csv(self) -> str:
+        """AP per class as CSV; empty for NaN."""
         lines = io.StringIO()
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["category_id", "name", "boxes", "AP", "AP50"])
@@ -108,10 +112,6 @@ class EvaluationReport:
             known = ["" if math.isnan(value) else f"{value:.6f}" for value in (result.ap, result.ap50)]
             writer.writerow([result.original_id, result.name, result.boxes, *known])
         return lines.getvalue()
-
-
-def shown(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Detections beside the truth, and how the decoder refined one box, as pictures of single images."""
+"""Images that show single detections: ground truth next to detections, and the refinement of one box by the decoder."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
+from dfine_core import Detector
 from dfine_core.boxes import cxcywh_to_xyxy, iou
-from dfine_core.config import ModelConfig
 from dfine_core.inference import DEFAULT_THRESHOLD, predict_batch
 from dfine_core.model import distribution
 from dfine_core.structures import QueryPredictions
@@ -23,41 +23,48 @@ from pipeline.data.augment.samples import plain_sample, without_crowd
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import ImageRecord, records_from_table
+from pipeline.drawing import MAX_BOXES, draw_boxes, png_bytes, side_by_side
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.evaluate import evaluation_mode
+from pipeline.evaluation.figures import png
 
-MOST_DRAWN = 60  # detections of one picture
+PANEL_SIDES = 640, 800  # px, limits of the longer side of an image next to another
 EDGES = ("left", "top", "right", "bottom")
-HUE_STEP = 0.381966  # of the circle, the golden angle: labels near each other get colours far apart
 
 
-def picture(
+def ground_truth_and_detections(
     image: NDArray[np.uint8],
     true_boxes: NDArray[np.float32],
     true_labels: NDArray[np.integer],
     detections: DetectionTable,
     names: Sequence[str],
     threshold: float = DEFAULT_THRESHOLD,
-) -> Figure:
-    """The truth on the left, detections of at least `threshold` on the right.
+) -> Image.Image:
+    """Render the ground truth on the left, and detections of at least `threshold` on the right.
 
     Args:
-        image: [H, W, 3].
+        image: [H, W, 3] RGB.
         true_boxes: [G, 4] xyxy in pixels.
         true_labels: [G].
         detections: of this image alone.
+        names: class names by label.
     """
+    pixels = Image.fromarray(image)
+    true_names = [names[label] for label in true_labels.tolist()]
+    left = draw_boxes(pixels, true_boxes.tolist(), true_labels.tolist(), true_names, sides=PANEL_SIDES)
+
     kept = detections[detections.score >= threshold]
-    figure, (left, right) = _beside_each_other(image)
-    for box, label in zip(true_boxes, true_labels.tolist(), strict=True):
-        _draw_box(left, box, _colour(label), names[label])
-    best_last = sorted(zip(kept.score.tolist(), kept.label.tolist(), kept.box.tolist(), strict=True))[-MOST_DRAWN:]
-    for score, label, box in best_last:
-        _draw_box(right, np.asarray(box), _colour(label), f"{names[label]} {score:.2f}")
-    left.set_title(f"truth: {len(true_boxes)}", fontsize=10)
-    left_out = f", the best {len(best_last)} shown" if len(best_last) < len(kept) else ""
-    right.set_title(f"detections scored {threshold:g} or more: {len(kept)}{left_out}", fontsize=10)
-    return figure
+    rows = sorted(zip(kept.score.tolist(), kept.label.tolist(), kept.box.tolist(), strict=True), reverse=True)
+    texts = [f"{names[label]} {score:.2f}" for score, label, _ in rows]
+    right = draw_boxes(pixels, [box for *_, box in rows], [label for _, label, _ in rows], texts, sides=PANEL_SIDES)
+
+    left_out = f", the best {MAX_BOXES} rendered" if len(rows) > MAX_BOXES else ""
+    return side_by_side(
+        [
+            (f"ground truth: {len(true_boxes)}", left),
+            (f"detections with a score of {threshold:g} or more: {len(rows)}{left_out}", right),
+        ]
+    )
 
 
 def refinement_view(
@@ -71,34 +78,36 @@ def refinement_view(
     title: str = "",
     true_box: Tensor | None = None,
 ) -> Figure:
-    """One box as FDR made it: the initial box, the box after every layer, the distributions of its four edges.
+    """Render the refinement of one box by FDR: the initial box, the box after every layer, the distributions of its four edges.
 
-    A band around each edge of the last box shows how unsure it is: one standard deviation to either side.
+    A band around each edge of the last box shows its uncertainty: one standard deviation to either side.
 
     Args:
-        image: [H, W, 3] of any size, as a whole what the detector saw.
+        image: [H, W, 3] RGB, of any size; the whole input of the detector.
         predictions: `output.matching` of a batch, with edge distributions.
-        index: of the image in the batch.
-        query: of the image.
+        index: index of the image in the batch.
+        query: index of the query.
         bins: [N] values of W(n), the detector's `decoder.bins`.
-        true_box: [4] cxcywh, normalised; shown, with the offsets that lead to it, and measured against.
+        true_box: [4] cxcywh, normalised; rendered, with the offsets that lead to it, and compared with the boxes.
     """
     if predictions.edge_logits is None:
         raise ValueError("this detector regresses boxes directly (regression='direct'): it has no edge distributions")
+
+    # 1. Boxes, edge distributions and deviations of this query, on the CPU.
     initial = predictions.initial_boxes[index, query].cpu()
     boxes = [initial, *predictions.boxes[:, index, query].cpu()]
     probabilities = predictions.edge_logits[:, index, query].float().softmax(-1).cpu().numpy()  # [L, 4, N]
     offsets = 100 * bins.cpu().numpy() / reg_scale  # percent of the initial box's width or height
-    wanted = None
+    true_offsets = None
     if true_box is not None:
         true_box = true_box.cpu()
-        wanted = 100 * distribution.true_offsets(initial, cxcywh_to_xyxy(true_box), reg_scale).numpy() / reg_scale
-
+        true_offsets = 100 * distribution.true_offsets(initial, cxcywh_to_xyxy(true_box), reg_scale).numpy() / reg_scale
     deviations = distribution.edge_deviations(
         predictions.initial_boxes[index, query], predictions.edge_logits[-1, index, query], bins, reg_scale
     )
     pixels = deviations.cpu().numpy() * np.tile(image.shape[1::-1], 2)
 
+    # 2. Left the boxes, right the four edges.
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     grid = figure.add_gridspec(2, 4)
     shades = colormaps["plasma"](np.linspace(0.05, 0.85, len(boxes)))
@@ -108,8 +117,9 @@ def refinement_view(
     _draw_bands(steps, cxcywh_to_xyxy(boxes[-1]).numpy() * np.tile(image.shape[1::-1], 2), pixels, shades[-1])
     for edge, name in enumerate(EDGES):
         axes = figure.add_subplot(grid[edge // 2, 2 + edge % 2])
-        _draw_distributions(axes, probabilities[:, edge], offsets, shades[1:], None if wanted is None else wanted[edge])
-        axes.set_title(f"{name} edge: probability by offset, ± {pixels[edge]:.1f} px", fontsize=10)
+        true_offset = None if true_offsets is None else true_offsets[edge]
+        _draw_distributions(axes, probabilities[:, edge], offsets, shades[1:], true_offset)
+        axes.set_title(f"{name} edge: probability by offset, ± {pixels[edge]:.1f} px", fontsize=9)
         axes.set_xlabel(f"offset outwards, % of the {'height' if edge % 2 else 'width'}", fontsize=8)
     return figure
 
@@ -117,26 +127,26 @@ def refinement_view(
 def _draw_steps(
     axes: Axes, image: NDArray[np.uint8], boxes: Sequence[Tensor], shades: NDArray[np.float64], true_box: Tensor | None
 ) -> None:
-    """The initial box, dotted, and that of every layer: normalised cxcywh."""
+    """Draw the initial box, dotted, and that of every layer: normalised cxcywh."""
     size = np.tile(image.shape[1::-1], 2)
-    _show(axes, image)
-    drawn = []
+    _draw_image(axes, image)
+    outlines = []
     if true_box is not None:
-        drawn.append(cxcywh_to_xyxy(true_box).numpy() * size)
-        _draw_box(axes, drawn[0], "lime", label="truth", width=3)
+        outlines.append(cxcywh_to_xyxy(true_box).numpy() * size)
+        _outline(axes, outlines[0], "lime", label="ground truth", width=3)
     for number, (box, shade) in enumerate(zip(boxes, shades, strict=True)):
         name = f"layer {number - 1}" if number else "initial"
         label = name if true_box is None else f"{name}, IoU {_iou(box, true_box):.2f}"
-        drawn.append(cxcywh_to_xyxy(box).numpy() * size)
-        _draw_box(axes, drawn[-1], shade, label=label, style="-" if number else ":")
-    _zoom_to(axes, np.array(drawn), image.shape)
+        outlines.append(cxcywh_to_xyxy(box).numpy() * size)
+        _outline(axes, outlines[-1], shade, label=label, style="-" if number else ":")
+    _zoom_to(axes, np.array(outlines), image.shape)
     axes.legend(loc="upper right", fontsize=8)
 
 
 def _draw_bands(
     axes: Axes, box: NDArray[np.floating], deviations: NDArray[np.floating], colour: NDArray[np.float64]
 ) -> None:
-    """One standard deviation to either side of every edge: box [4] xyxy, deviations [4], in pixels."""
+    """Shade one standard deviation to either side of every edge: box [4] xyxy, deviations [4], in pixels."""
     left, top, right, bottom = box.tolist()
     for edge, (at, deviation) in enumerate(zip(box.tolist(), deviations.tolist(), strict=True)):
         corner = (left, at - deviation) if edge % 2 else (at - deviation, top)
@@ -149,74 +159,74 @@ def _draw_distributions(
     probabilities: NDArray[np.float32],
     offsets: NDArray[np.floating],
     shades: NDArray[np.float64],
-    wanted: float | None,
+    true_offset: float | None,
 ) -> None:
-    """[L, N] over the bins, which are drawn side by side although they widen outwards; `wanted` leads to the true edge."""
-    places = np.arange(len(offsets))
+    """Plot [L, N] over the bins, at equal distances although they widen outwards; `true_offset` leads to the true edge."""
+    bins = np.arange(len(offsets))
     for row, shade in zip(probabilities, shades, strict=True):
-        axes.plot(places, row, color=shade, lw=1.5)
-    if wanted is not None:
-        axes.axvline(float(np.interp(wanted, offsets, places)), color="limegreen", ls="--", lw=1.5)
+        axes.plot(bins, row, color=shade, lw=1.5)
+    if true_offset is not None:
+        axes.axvline(float(np.interp(true_offset, offsets, bins)), color="limegreen", ls="--", lw=1.5)
     marked = np.unique(np.linspace(0, len(offsets) - 1, 9).round().astype(int))
-    axes.set_xticks(marked, [f"{offsets[place]:+.3g}" for place in marked], fontsize=7)
+    axes.set_xticks(marked, [f"{offsets[index]:+.3g}" for index in marked], fontsize=7)
     axes.tick_params(axis="y", labelsize=7)
     axes.set_ylim(0)
 
 
-def sample_pictures(
-    detector: nn.Module, shards: ShardSet, *, device: torch.device, count: int = 8, seed: int = 0
-) -> Iterator[tuple[str, Figure]]:
-    """Pictures of the same `count` images at every call: "pictures/<image id>", and "refinement/<image id>" of the box
-    that the detector is surest of."""
-    config: ModelConfig = detector.config  # type: ignore[assignment]
-    bins: Tensor = detector.decoder.bins  # type: ignore[union-attr,assignment]
+def sample_images(
+    detector: Detector, shards: ShardSet, *, device: torch.device, count: int = 8, seed: int = 0
+) -> Iterator[tuple[str, bytes]]:
+    """Render `count` randomly sampled images, the same at every call: name and PNG.
+
+    "images/<image id>" has ground truth and detections, "refinement/<image id>" the box with the highest score, layer by layer.
+    """
+    config = detector.config
     names = [category.name for category in shards.manifest.categories]
-    for record in _chosen_records(shards, count, seed):
-        seen = _seen_by(detector, config, record, device)
+    for record in _sampled_records(shards, count, seed):
+        output = _detect(detector, record, device)
         image = decode_rgb(record.image, record.width, record.height)
-        yield f"pictures/{record.image_id}", picture(image, seen.true_boxes, seen.true_labels, seen.detections, names)
-        if seen.predictions.edge_logits is None:
+        rendered = ground_truth_and_detections(image, output.true_boxes, output.true_labels, output.detections, names)
+        yield f"images/{record.image_id}", png_bytes(rendered)
+        if output.predictions.edge_logits is None:
             continue
-        logits = seen.predictions.logits[-1, 0]
+        logits = output.predictions.logits[-1, 0]
         query, label = divmod(int(logits.flatten().argmax()), config.num_classes)
-        box = seen.predictions.boxes[-1, 0, query].cpu()
-        yield (
-            f"refinement/{record.image_id}",
-            refinement_view(
-                image,
-                seen.predictions,
-                index=0,
-                query=query,
-                bins=bins,
-                reg_scale=config.reg_scale,
-                title=f"{names[label]} {float(logits[query, label].sigmoid()):.2f}",
-                true_box=_nearest(box, seen.normalised_boxes),
-            ),
+        box = output.predictions.boxes[-1, 0, query].cpu()
+        figure = refinement_view(
+            image,
+            output.predictions,
+            index=0,
+            query=query,
+            bins=detector.decoder.bins,
+            reg_scale=config.reg_scale,
+            title=f"{names[label]} {float(logits[query, label].sigmoid()):.2f}",
+            true_box=_nearest(box, output.normalised_boxes),
         )
+        yield f"refinement/{record.image_id}", png(figure)
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _SampleOutput:
     true_boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels, without crowd regions
     true_labels: NDArray[np.int32]  # [G]
-    normalised_boxes: Tensor  # [G', 4] cxcywh of those that can be seen
+    normalised_boxes: Tensor  # [G', 4] cxcywh, of the visible boxes
     predictions: QueryPredictions
     detections: DetectionTable
 
 
-def _seen_by(detector: nn.Module, config: ModelConfig, record: ImageRecord, device: torch.device) -> _Seen:
+def _detect(detector: Detector, record: ImageRecord, device: torch.device) -> _SampleOutput:
     boxes, labels = record.boxes[~record.crowd], record.labels[~record.crowd]
-    sample = plain_sample(without_crowd(record), canvas=config.input_size)
+    sample = plain_sample(without_crowd(record), canvas=detector.config.input_size)
     pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None].to(device)
     size = torch.tensor([[record.width, record.height]], device=device)
     with evaluation_mode(detector), torch.no_grad(), torch.autocast(device.type, enabled=False):
         detections, output = predict_batch(detector, pixels, size, every_layer=True)
     assert output.matching is not None
     table = DetectionTable.from_batch(detections, torch.tensor([record.image_id]), padding=[False])
-    return _Seen(boxes, labels, torch.from_numpy(sample.boxes).reshape(-1, 4), output.matching, table)
+    return _SampleOutput(boxes, labels, torch.from_numpy(sample.boxes).reshape(-1, 4), output.matching, table)
 
 
-def _chosen_records(shards: ShardSet, count: int, seed: int) -> Iterator[ImageRecord]:
+def _sampled_records(shards: ShardSet, count: int, seed: int) -> Iterator[ImageRecord]:
     source = locate_row_groups(shards)
     begins = np.cumsum(source.rows) - source.rows
     images = int(source.rows.sum())
@@ -226,7 +236,7 @@ def _chosen_records(shards: ShardSet, count: int, seed: int) -> Iterator[ImageRe
 
 
 def _nearest(box: Tensor, candidates: Tensor) -> Tensor | None:
-    """The true box that a box overlaps most, None if it overlaps none: cxcywh."""
+    """True box that a box overlaps most, None if it overlaps none: cxcywh."""
     if len(candidates) == 0:
         return None
     overlaps = iou(cxcywh_to_xyxy(candidates), cxcywh_to_xyxy(box))
@@ -237,29 +247,18 @@ def _iou(a: Tensor, b: Tensor) -> float:
     return float(iou(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)))
 
 
-def _beside_each_other(image: NDArray[np.uint8]) -> tuple[Figure, Sequence[Axes]]:
+def _draw_image(axes: Axes, image: NDArray[np.uint8]) -> None:
     height, width = image.shape[:2]
-    panel = 6.0 if width >= height else max(3.0, 6.0 * width / height)
-    figure = Figure(figsize=(2 * panel + 0.2, panel * height / width + 0.5), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, 2)
-    for axes in panels:
-        _show(axes, image)
-    return figure, panels
-
-
-def _show(axes: Axes, image: NDArray[np.uint8]) -> None:
-    height, width = image.shape[:2]
-    axes.imshow(image, extent=(0, width, height, 0))  # corners of pixels at whole numbers, as boxes have them
+    axes.imshow(image, extent=(0, width, height, 0))  # pixel corners at integers, like those of boxes
     axes.axis("off")
 
 
-def _draw_box(
+def _outline(
     axes: Axes,
     box: NDArray[np.floating],
-    colour: str | tuple[float, float, float] | NDArray[np.float64],
-    name: str = "",
+    colour: str | NDArray[np.float64],
     *,
-    label: str | None = None,
+    label: str,
     style: str = "-",
     width: float = 1.6,
 ) -> None:
@@ -267,11 +266,6 @@ def _draw_box(
     axes.add_patch(
         Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=width, ls=style, label=label)
     )
-    if name:
-        patch = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        side = "bottom" if top > 0.05 * axes.get_ylim()[0] else "top"  # within the picture
-        x, y = max(left, 0), max(top, 0)
-        axes.text(x, y, name, fontsize=7, color="white", va=side, bbox=patch, clip_on=True, parse_math=False)
 
 
 def _zoom_to(axes: Axes, boxes: NDArray[np.floating], shape: Iterable[int]) -> None:
@@ -282,8 +276,3 @@ def _zoom_to(axes: Axes, boxes: NDArray[np.floating], shape: Iterable[int]) -> N
     if right > left and bottom > top:
         axes.set_xlim(left, right)
         axes.set_ylim(bottom, top)
-
-
-def _colour(label: int) -> tuple[float, float, float]:
-    red, green, blue = hsv_to_rgb((label * HUE_STEP % 1, 0.9, 0.8))
-    return float(red), float(green), float(blue)

@@ -179,7 +179,7 @@ def summarize(off: NDArray[np.float64], tolerance: Tolerance) -> dict[str, float
 def _open_candidate(name: str, path: Path, model: LoadedDetector) -> _Candidate:
     try:
         return _Candidate(detect=OPENERS[name](path, model))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a runtime may raise anything
         return _Candidate(failure=f"cannot be opened: {_first_line(error)}")
 
 
@@ -192,7 +192,7 @@ def _compare(candidate: _Candidate, expected: Detections, batch: CheckBatch, mod
         actual = candidate.detect(batch.pixels, batch.sizes)
         candidate.tables.append(_table(actual, batch))
         candidate.differences.append(differences(expected, actual, batch.sizes, number))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a runtime may raise anything
         candidate.failure = f"fails on a batch of {len(batch.image_id)}: {_first_line(error)}"
 
 

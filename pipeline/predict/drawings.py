@@ -1,30 +1,26 @@
 """Draw predictions: single images with their boxes, a contact sheet, and the refinement of a box by the decoder."""
 
-import colorsys
 import io
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from dfine_core.images import read_image
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
 from pipeline.data.prepare.image_files import read_image_file
 from pipeline.data.shards.manifest import Category
+from pipeline.drawing import draw_boxes, font
 from pipeline.evaluation.figures import png
-from pipeline.evaluation.sample_images import MOST_DRAWN, refinement_view
+from pipeline.evaluation.sample_images import refinement_view
 from pipeline.predict.inputs import InputImage, Inputs, read_images
 from pipeline.predict.partition import PredictPlan, read_part
 
-HUE_STEP = 0.381966  # fraction of a turn, the golden angle: neighbouring labels get distant colours
-SIDES = 640, 1600  # px, limits of the longer side of a drawing
 CELL = 320  # px, side of a contact sheet cell
 DRAWINGS_FOLDER, EXPLAINED_FOLDER, CONTACT_SHEET = "drawings", "explained", "contact_sheet.jpg"
 
@@ -36,30 +32,15 @@ def draw_detections(
     scores: Sequence[float],
     names: Sequence[str],
 ) -> Image.Image:
-    """Draw the best `MOST_DRAWN` boxes on a copy that is scaled to a screen.
+    """Draw the best boxes on a copy that is scaled to a screen, see `draw_boxes`.
 
     Args:
         image: RGB.
         boxes: [K][4] xyxy in pixels of the image, best first.
         names: class names by label.
     """
-    longest = max(image.size)
-    scale = min(SIDES[1] / longest, max(SIDES[0] / longest, 1.0))
-    drawing = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    pen = ImageDraw.Draw(drawing)
-    width = max(2, max(drawing.size) // 400)
-    font = _font(max(11, max(drawing.size) // 60))
-    rows = list(zip(boxes, labels, scores, strict=True))[:MOST_DRAWN]
-    for box, label, score in reversed(rows):  # best on top
-        left, top, right, bottom = (scale * edge for edge in box)
-        corners = (min(left, right), min(top, bottom), max(left, right), max(top, bottom))
-        pen.rectangle(corners, outline=colour(label), width=width)
-        text = f"{names[label]} {score:.2f}"
-        x, y = max(corners[0], 0), max(corners[1], 0)
-        area = pen.textbbox((x + 2, y), text, font=font)
-        pen.rectangle((x, y, area[2] + 2, area[3] + 1), fill=colour(label))
-        pen.text((x + 2, y), text, fill="white", font=font)
-    return drawing
+    texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    return draw_boxes(image, boxes, labels, texts)
 
 
 def contact_sheet(drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -75,20 +56,8 @@ def contact_sheet(drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image:
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (x + (CELL - small.width) // 2, y + (CELL - small.height) // 2))
         short_title = title if len(title) <= 44 else f"…{title[-43:]}"
-        pen.text((x, y + CELL + 2), short_title, fill="black", font=_font(12))
+        pen.text((x, y + CELL + 2), short_title, fill="black", font=font(12))
     return sheet
-
-
-def colour(label: int) -> tuple[int, int, int]:
-    """RGB colour of a class."""
-    red, green, blue = colorsys.hsv_to_rgb(label * HUE_STEP % 1, 0.9, 0.75)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Font of Matplotlib, which covers more characters than that of Pillow."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 # Drawings of a prediction

@@ -43,7 +43,7 @@ class Batcher(Generic[In, Out]):
             items, futures = zip(*batch, strict=True)
             try:
                 results = await asyncio.get_running_loop().run_in_executor(self._executor, self._work, items)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the failure belongs to the requests of the batch
                 for future in futures:
                     if not future.done():
                         future.set_exception(error)

@@ -1,49 +1,232 @@
-"""Runs that MLflow knows: what each was, and what came of it."""
+"""Client of an MLflow server: runs and models by name, key or URI, what they hold, and files attached to them.
 
+    client = connect("sqlite:////runs/mlflow.db")
+    run = find_run(client, "fine-tuned")
+    champion = resolve(client, "models:/shapes@champion")
+
+Errors are reported in one line, without the password that the server's URI may hold.
+"""
+
+import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from mlflow import MlflowClient
-from mlflow.entities import Run
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
+from pipeline.mlflow_access import MODEL_SCHEME, RUN_SCHEME, TRACKING_URI, configure_mlflow, is_mlflow_uri
 from pipeline.redaction import redact
-from pipeline.tracking.asking import asking
-from pipeline.tracking.names import RUN_KEY
-from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.settings import MAX_TAG, RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
 
-RUNS = "runs:/"
-VERSION, DIGEST = "version.", "digest."  # beginnings of tags
-_ID = re.compile(r"[0-9a-f]{32}")
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+LOGGED_MODEL = "m-"  # first characters of MLflow's ids of logged models
+VERSION, DIGEST = "version.", "digest."  # first characters of tags
+COMMIT, PARENT_RUN = "mlflow.source.git.commit", "mlflow.parentRunId"  # tags that MLflow's UI reads
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class RunLookupError(UserError, ValueError):
-    """No run, or several, by what was asked for."""
+    """MLflow does not know what was asked for, knows several, or cannot be reached."""
+
+
+def connect(tracking_uri: str) -> "MlflowClient":
+    """Client of a server or database, for runs and registered models alike."""
+    configure_mlflow()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri, registry_uri=tracking_uri)
+
+
+@contextmanager
+def mlflow_errors(subject: str) -> Iterator[None]:
+    """Turn errors of MLflow into a `RunLookupError` that names the subject and hides passwords."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise RunLookupError(f"{subject}: {redact(error.message)}") from None
+
+
+# URIs
+
+
+@dataclass(frozen=True)
+class ResolvedUri:
+    """The run and the model that a `runs:/` or `models:/` URI leads to now; an alias may move later."""
+
+    run_id: str | None  # None: a model without a run
+    name: str | None = None  # registered model, where the URI means a version of one
+    version: str | None = None
+    model_id: str | None = None  # logged model
+    run_name: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"run {self.run_id}" + (f" and {self.name}, version {self.version}" if self.version else "")
+
+    def as_parent(self) -> dict[str, str]:
+        """Known facts as plain text, for the tags `parent.*` of a run that starts from these weights."""
+        model_version = f"{self.name}/{self.version}" if self.version else None
+        facts = {
+            "run_id": self.run_id,
+            "run": self.run_name,
+            "model_id": self.model_id,
+            "model_version": model_version,
+        }
+        return {key: value for key, value in facts.items() if value}
+
+
+def resolve(client: "MlflowClient", uri: str) -> ResolvedUri:
+    """Look up a URI.
+
+    Args:
+        uri: `runs:/RUN_ID`, `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `models:/m-MODEL_ID`. A path behind a run's id or
+            a model's id is ignored.
+
+    Raises:
+        RunLookupError: the URI has none of these forms, or the server does not know it.
+    """
+    if not is_mlflow_uri(uri):
+        raise RunLookupError(
+            f"{uri}: name a run (runs:/RUN_ID) or a model version (models:/NAME/VERSION, models:/NAME@ALIAS)"
+        )
+    with mlflow_errors(uri):
+        if uri.startswith(RUN_SCHEME):
+            run = client.get_run(uri.removeprefix(RUN_SCHEME).split("/")[0])
+            return ResolvedUri(run.info.run_id, model_id=logged_model_id(run), run_name=run.info.run_name or "")
+        model = uri.removeprefix(MODEL_SCHEME)
+        if model.startswith(LOGGED_MODEL):
+            model_id = model.split("/")[0]
+            return ResolvedUri(client.get_logged_model(model_id).source_run_id or None, model_id=model_id)
+        if "@" in model:
+            version = client.get_model_version_by_alias(*model.split("@", 1))
+        elif "/" in model:
+            version = client.get_model_version(*model.split("/", 1))
+        else:
+            raise RunLookupError(f"{uri}: which version? Write {uri}/1 or {uri}@ALIAS")
+    return ResolvedUri(
+        version.run_id or None, version.name, str(version.version), model_id=getattr(version, "model_id", None) or None
+    )
+
+
+def logged_model_id(run: "Run") -> str | None:
+    """Id of the last model that a run has logged."""
+    outputs = run.outputs.model_outputs if run.outputs else []
+    return outputs[-1].model_id if outputs else None
+
+
+# Runs
+
+
+def find_run(client: "MlflowClient", named: str) -> "Run":
+    """Find one run.
+
+    Args:
+        named: id or name of the run, `runs:/RUN_ID`, or the `models:/` URI of a model that it made.
+
+    Raises:
+        RunLookupError: there is none, or there are several of that name.
+    """
+    server = redact(client.tracking_uri)
+    with mlflow_errors(f"{named} at {server}"):
+        if is_mlflow_uri(named):
+            run_id = resolve(client, named).run_id
+            if run_id is None:
+                raise RunLookupError(f"{named}: this model belongs to no run")
+            return client.get_run(run_id)
+        if _RUN_ID.fullmatch(named):
+            return client.get_run(named)
+        runs = search_runs(client, f"attributes.run_name = '{_quoted(named)}'")
+        if len(runs) == 1:
+            return client.get_run(runs[0].info.run_id)  # a search leaves out a part of the inputs
+        ids = ", ".join(run.info.run_id for run in runs[:5])
+        raise RunLookupError(
+            f"{named}: {len(runs)} runs of {server} are so called"
+            + (f": give one of the ids {ids}" if runs else ": give a run's folder, id or name")
+        )
+
+
+def find_run_by_key(
+    client: "MlflowClient", run_key: str, *, experiment_ids: Sequence[str] | None = None, deleted: bool = False
+) -> "Run | None":
+    """Run with the given `RUN_KEY`, which the run's folder and its checkpoints hold too.
+
+    Of several it is the oldest: a request to create a run may take effect after its timeout.
+
+    Args:
+        experiment_ids: of the experiments to search; all of them if None.
+        deleted: find deleted runs too.
+    """
+    runs = search_runs(
+        client, f"tags.`{RUN_KEY}` = '{_quoted(run_key)}'", experiment_ids=experiment_ids, deleted=deleted
+    )
+    oldest = min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+    return client.get_run(oldest.info.run_id) if oldest is not None else None
+
+
+def search_runs(
+    client: "MlflowClient", condition: str, *, experiment_ids: Sequence[str] | None = None, deleted: bool = False
+) -> "list[Run]":
+    """All runs that meet a condition in MLflow's search language; exceptions are MLflow's own."""
+    from mlflow.entities import ViewType
+
+    if experiment_ids is None:
+        experiment_ids = [experiment.experiment_id for experiment in client.search_experiments(view_type=ViewType.ALL)]
+    runs: list[Run] = []
+    token: str | None = None
+    while experiment_ids:
+        view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
+        page = client.search_runs(list(experiment_ids), condition, run_view_type=view, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            break
+    return runs
+
+
+def _quoted(text: str) -> str:
+    """
+    Raises:
+        RunLookupError: the search language cannot hold this text.
+    """
+    if "'" in text or "\\" in text:
+        raise RunLookupError(f"{text!r} is no run: names with quotes cannot be searched for, give the id")
+    return text
+
+
+# Contents of runs
 
 
 @dataclass(frozen=True)
 class RunFacts:
+    """Configuration, data, code and results of one run, whether from MLflow or from its folder."""
+
     title: str
     params: dict[str, str]  # by dotted key
     data: dict[str, str]  # digest by use: train, val
     commit: str | None
-    versions: dict[str, str]  # of packages
+    versions: dict[str, str]  # by package
     results: dict[str, float]  # by name: AP, AP50, ...
-    run_id: str | None = None  # of MLflow
-    parent_id: str | None = None  # of the sweep that it belongs to
+    run_id: str | None = None  # MLflow's
+    parent_id: str | None = None  # MLflow's run id of the sweep
     status: str = ""
     tags: dict[str, str] = field(default_factory=dict)
 
 
 class Runs:
-    """Args:
-    storage: whose database is taken where no server is named.
+    """The runs of one server or database.
+
+    Args:
+        storage: holds the database that is used where no server is named.
 
     Raises:
-        RunLookupError: there is none.
+        RunLookupError: there is no server and no database.
     """
 
     def __init__(self, uri: str | None, storage: str) -> None:
@@ -56,65 +239,32 @@ class Runs:
                 f"there is no database {settings.shown_uri}: name the server or database with --tracking or MLFLOW_TRACKING_URI"
             )
         self.shown_uri = settings.shown_uri
-        self._client = MlflowClient(settings.uri, registry_uri=settings.uri)
+        self._client = connect(settings.uri)
 
     def find(self, named: str) -> RunFacts:
-        """
-        Args:
-            named: id, `runs:/ID`, or name of a run.
-
-        Raises:
-            RunLookupError: nothing or several are so called.
-        """
-        wanted = named.removeprefix(RUNS)
-        if _ID.fullmatch(wanted):
-            with asking(f"{named} at {self.shown_uri}", RunLookupError):
-                return facts_of(self._client.get_run(wanted))
-        found = self._search(f"attributes.run_name = '{_quoted(wanted)}'")
-        if len(found) != 1:
-            several = ", ".join(run.info.run_id for run in found[:5])
-            raise RunLookupError(
-                f"{named}: {len(found)} runs of {self.shown_uri} are so called"
-                + (f": give one of the ids {several}" if found else ": give a run's folder, id or name")
-            )
-        return facts_of(found[0])
+        """Facts of one run; see `find_run`."""
+        return facts_of(find_run(self._client, named))
 
     def by_key(self, run_key: str) -> RunFacts | None:
-        """The run with our own key, which is in the run's folder as well."""
-        found = self._search(f"tags.`{RUN_KEY}` = '{_quoted(run_key)}'")
-        return facts_of(found[0]) if found else None
+        """Facts of the run with this key; see `find_run_by_key`."""
+        with mlflow_errors(self.shown_uri):
+            run = find_run_by_key(self._client, run_key)
+        return facts_of(run) if run is not None else None
 
     def children(self, parent_id: str) -> list[RunFacts]:
-        return [facts_of(run) for run in self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{_quoted(parent_id)}'")]
+        """Facts of all runs of a sweep."""
+        with mlflow_errors(self.shown_uri):
+            runs = search_runs(self._client, f"tags.`{PARENT_RUN}` = '{_quoted(parent_id)}'")
+        return [facts_of(run) for run in runs]
 
     def log_text(self, run_id: str, text: str, path: str) -> None:
-        """As the run's artifact `path`."""
-        with asking(f"{path} for run {run_id}", RunLookupError):
+        """Log a text as the artifact `path` of a run."""
+        with mlflow_errors(f"{path} for run {run_id}"):
             self._client.log_text(run_id, text, path)
 
-    def _search(self, condition: str) -> list[Run]:
-        with asking(self.shown_uri, RunLookupError):
-            experiments = [experiment.experiment_id for experiment in self._client.search_experiments()]
-            return list(self._pages(experiments, condition)) if experiments else []
 
-    def _pages(self, experiments: Sequence[str], condition: str) -> Iterator[Run]:
-        token: str | None = None
-        while True:
-            page = self._client.search_runs(list(experiments), condition, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
-
-
-def _quoted(text: str) -> str:
-    """Raises: RunLookupError, for what the search language cannot hold."""
-    if "'" in text or "\\" in text:
-        raise RunLookupError(f"{text!r} is no run: names with quotes cannot be searched for, give the id")
-    return text
-
-
-def facts_of(run: Run) -> RunFacts:
+def facts_of(run: "Run") -> RunFacts:
+    """Read the facts out of a run of MLflow."""
     tags: dict[str, str] = dict(run.data.tags)
     final = {
         name.removeprefix("final/"): value for name, value in run.data.metrics.items() if name.startswith("final/")
@@ -122,16 +272,77 @@ def facts_of(run: Run) -> RunFacts:
     return RunFacts(
         title=f"{run.info.run_name} ({run.info.run_id[:8]})",
         params=dict(run.data.params),
-        data=_beginning(tags, DIGEST),
-        commit=tags.get(MLFLOW_GIT_COMMIT),
-        versions=_beginning(tags, VERSION),
+        data=_with_prefix(tags, DIGEST),
+        commit=tags.get(COMMIT),
+        versions=_with_prefix(tags, VERSION),
         results=final,
         run_id=run.info.run_id,
-        parent_id=tags.get(MLFLOW_PARENT_RUN_ID),
+        parent_id=tags.get(PARENT_RUN),
         status=run.info.status.lower(),
         tags={key: redact(value) for key, value in tags.items()},
     )
 
 
-def _beginning(tags: dict[str, str], prefix: str) -> dict[str, str]:
+def _with_prefix(tags: dict[str, str], prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in sorted(tags.items()) if key.startswith(prefix)}
+
+
+# Files attached to a run after its end
+
+
+def find_target(uri: str) -> ResolvedUri:
+    """Run to attach files to, at the server that MLFLOW_TRACKING_URI names; see `resolve`.
+
+    Raises:
+        RunLookupError: no server is named, or it knows of no such run.
+    """
+    target = resolve(_named_server(uri), uri)
+    if target.run_id is None:
+        raise RunLookupError(f"{uri}: this model belongs to no run")
+    return target
+
+
+def attach(
+    target: ResolvedUri,
+    files: Sequence[Path],
+    *,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float],
+    folder: str,
+) -> None:
+    """Log files, tags and metrics to a run, and set the tags on the model version too. A second time replaces the first.
+
+    Args:
+        target: from `find_target`.
+        files: files and folders, each stored under its own name in `folder` of the run's artifacts.
+
+    Raises:
+        RunLookupError: the server does not accept it.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    client, run_id = _named_server(str(target)), target.run_id
+    assert run_id is not None
+    now = round(time.time() * 1000)
+    marks = {mlflow_key(name): mlflow_value(value, MAX_TAG) for name, value in tags.items()}
+    with mlflow_errors(str(target)):
+        for path in files:
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), f"{folder}/{path.name}")
+            else:
+                client.log_artifact(run_id, str(path), folder)
+        client.log_batch(
+            run_id,
+            metrics=[Metric(mlflow_key(name), value, now, 0) for name, value in metrics.items()],
+            tags=[RunTag(name, value) for name, value in marks.items()],
+        )
+        if target.name and target.version:
+            for name, value in marks.items():
+                client.set_model_version_tag(target.name, target.version, name, value)
+
+
+def _named_server(subject: str) -> "MlflowClient":
+    uri = os.environ.get(TRACKING_URI)
+    if not uri:
+        raise RunLookupError(f"{subject}: set {TRACKING_URI} to the server or database that knows it")
+    return connect(uri)

@@ -1,7 +1,7 @@
-"""Events to MLflow. Sending the same event twice changes nothing: that is what makes retrying safe.
+"""Writer of events to MLflow. Sending the same event twice changes nothing, which makes retries safe.
 
-A metric is stored once per name and step. What the server has up to a step is not sent again; and a request that it
-took although its answer was lost, it recognises: it keeps one row per (name, step, timestamp, value).
+A metric is stored once per name and step. Steps that the server already has are not sent again. If the response to a request
+was lost, repeating the request adds nothing: the server keeps one row per (name, step, timestamp, value).
 """
 
 import getpass
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import requests
-from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -25,22 +24,22 @@ from mlflow.entities import (
     Metric,
     Param,
     RunTag,
-    ViewType,
 )
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.utils import mlflow_tags
 
-from pipeline.tracking.event_log import Event
+from pipeline.tracking.client import connect, find_run_by_key
 from pipeline.tracking.lineage import parent_model
-from pipeline.tracking.names import MAX_PARAM, MAX_TAG, RUN_KEY, mlflow_key, mlflow_value
-from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.model_registry import register_model
+from pipeline.tracking.outbox import Event
+from pipeline.tracking.settings import MAX_PARAM, MAX_TAG, RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
 
-MODEL_KEY = "dfine.model_key"  # tag: finds a logged model again, as `RUN_KEY` a run
+MODEL_KEY = "dfine.model_key"  # tag: finds a logged model again, like `RUN_KEY` a run
 # The UI then opens with training runs and their charts, not with traces of language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
-# Limits of MLflow for one request.
+# MLflow's limits for one request.
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 DIGEST_LENGTH = 36
@@ -48,26 +47,26 @@ DIGEST_LENGTH = 36
 T = TypeVar("T")
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS"}
-REFUSED_STATUS = {400, 413}  # of an upload: bad request, too large
+REFUSED_STATUS = {400, 413}  # HTTP: bad request, too large
 
 
-class Delivery:
+class MlflowWriter:
     """One run on one server. Every method may raise, and may then be called again.
 
     Args:
+        started_at: start of the run, in milliseconds since 1970.
         files: folder that paths in events are relative to.
-        started_at: of the run, in milliseconds.
     """
 
-    def __init__(self, settings: TrackingSettings, run_key: str, started_at: int, files: Path) -> None:
+    def __init__(self, settings: TrackingSettings, *, run_key: str, started_at: int, files: Path) -> None:
         self._settings, self._run_key, self._started_at, self._files = settings, run_key, started_at, files
-        self._client = MlflowClient(settings.uri, registry_uri=settings.uri)
+        self._client = connect(settings.uri)
         self._run_id = ""
         self._experiment_id = ""
-        self._last_steps: dict[str, int] | None = None  # per metric, on the server; None: ask
+        self._last_steps: dict[str, int] | None = None  # by metric, on the server; None: not known
 
     def open_run(self, known_id: str | None) -> str:
-        """The run's id: the known one, else that of the run with our key, else of a new run."""
+        """Return the run's id: the known one, else that of the run with our key, else that of a new run."""
         if not self._run_id:
             if known_id is not None:
                 self._experiment_id = self._client.get_run(known_id).info.experiment_id
@@ -78,7 +77,7 @@ class Delivery:
         return self._run_id
 
     def send(self, events: Sequence[Event]) -> None:
-        """Several events of metrics, or one of another kind."""
+        """Send several events of metrics, or one event of another kind."""
         kind = events[0].get("kind")
         try:
             match kind:
@@ -99,11 +98,11 @@ class Delivery:
                 case _:
                     raise ValueError(f"an event of unknown kind {kind!r}")
         except Exception:
-            self._last_steps = None  # some of it may have arrived
+            self._last_steps = None  # part of the request may have taken effect
             raise
 
     def is_refusal(self, error: Exception) -> bool:
-        """Whether the same event would fail again however often it is sent."""
+        """Return whether the server has refused the event itself, so that every retry would fail."""
         if isinstance(error, MlflowException):
             return error.error_code in REFUSALS
         if isinstance(error, requests.HTTPError):
@@ -124,17 +123,14 @@ class Delivery:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                experiment = self._client.get_experiment_by_name(name)  # another process was faster
+                experiment = self._client.get_experiment_by_name(name)  # another process has created it meanwhile
         if experiment is None or experiment.lifecycle_stage != "active":
             raise ValueError(f"the experiment {name!r} was deleted on the server: restore it there")
         return experiment
 
     def _find_run(self) -> str | None:
-        found = self._client.search_runs(
-            [self._experiment_id], f"tags.`{RUN_KEY}` = '{self._run_key}'", run_view_type=ViewType.ALL
-        )
-        # Two only if a request to create took effect after its time-out; then the first one keeps the record.
-        return min(found, key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id if found else None
+        run = find_run_by_key(self._client, self._run_key, experiment_ids=[self._experiment_id], deleted=True)
+        return run.info.run_id if run is not None else None
 
     def _create_run(self) -> str:
         tags = {RUN_KEY: self._run_key, mlflow_tags.MLFLOW_USER: _user()}
@@ -158,17 +154,21 @@ class Delivery:
         for batch in _batches(entities, PARAMS_PER_BATCH):
             self._client.log_batch(self._run_id, tags=batch)
 
+    def read_last_steps(self) -> dict[str, int]:
+        """Read the newest step of every metric from the server; `send` does so when it does not know them."""
+        # The server's newest value of a metric is the one with the highest step; only the proto holds that step.
+        newest = self._client.get_run(self._run_id).data.to_proto().metrics
+        self._last_steps = {metric.key: metric.step for metric in newest}
+        return self._last_steps
+
     def _send_metrics(self, events: Sequence[Event]) -> None:
-        if self._last_steps is None:
-            # The server's newest value of a metric is the one of the highest step; only the proto says which step.
-            newest = self._client.get_run(self._run_id).data.to_proto().metrics
-            self._last_steps = {metric.key: metric.step for metric in newest}
+        last_steps = self._last_steps if self._last_steps is not None else self.read_last_steps()
         fresh = []
         for event in events:
             for name, value in event["values"].items():
                 key, step = mlflow_key(name), event["step"]
-                if step > self._last_steps.get(key, -1):
-                    self._last_steps[key] = step
+                if step > last_steps.get(key, -1):
+                    last_steps[key] = step
                     fresh.append(Metric(key, _storable(value), event["time"], step))
         for batch in _batches(fresh, METRICS_PER_BATCH):
             self._client.log_batch(self._run_id, metrics=batch)
@@ -189,7 +189,7 @@ class Delivery:
                 self._client.set_tag(self._run_id, tag, json.dumps([*listed, table]))
 
     def _send_model(self, event: Event) -> None:
-        """Upload a saved model, tie it to the run and its metrics, and register it. Each step only if not yet done."""
+        """Upload a saved model, link it to the run and its metrics, and register it. Steps that are already done are skipped."""
         model = self._find_model(event) or self._client.create_logged_model(
             self._experiment_id, event["name"], self._run_id, {MODEL_KEY: event["key"]}, model_type="detector"
         )
@@ -206,16 +206,15 @@ class Delivery:
                 self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, event["step"])])
             self._client.finalize_logged_model(model.model_id, "READY")
         if event["registered_model_name"]:
-            version = self._register(event["registered_model_name"], model)
-            if event["alias"]:
-                self._client.set_registered_model_alias(event["registered_model_name"], event["alias"], version)
+            name, alias = event["registered_model_name"], event["alias"]
+            register_model(self._client, model, run_id=self._run_id, name=name, alias=alias)
 
     def _find_model(self, event: Event) -> LoggedModel | None:
-        found = self._client.search_logged_models([self._experiment_id], f"tags.`{MODEL_KEY}` = '{event['key']}'")
-        return found[0] if found else None
+        models = self._client.search_logged_models([self._experiment_id], f"tags.`{MODEL_KEY}` = '{event['key']}'")
+        return models[0] if models else None
 
     def _send_model_metrics(self, model: LoggedModel, event: Event) -> None:
-        """A model's metric is also one of its run; where the run has it at this step, that very row is named."""
+        """Log the metrics of a model. Where the run has one at this step, the model refers to that very row."""
         if model.metrics:
             return
         metrics = []
@@ -228,37 +227,21 @@ class Delivery:
             self._client.log_batch(self._run_id, metrics=batch)
         self._last_steps = None
 
-    def _register(self, name: str, model: LoggedModel) -> str:
-        """The version of the registered model `name` that is this model; made if there is none."""
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        source = model.artifact_location  # `models:/m-...` MLflow would look up at the process's default server
-        for version in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._run_id}'"):
-            if version.source == source:
-                return str(version.version)
-        version = self._client.create_model_version(
-            name, source, self._run_id, model_id=model.model_id, await_creation_for=0
-        )
-        return str(version.version)
-
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # in a container that runs under a number without a name
+    except (KeyError, OSError):  # a container may run under a user id without a name
         return "unknown"
 
 
 def _storable(value: float) -> float:
-    """MLflow keeps NaN as such, but writes the largest float for an infinity, which flattens every chart it is in."""
+    """Replace infinities by NaN: MLflow stores the largest float for them, which flattens every chart."""
     return value if math.isfinite(value) else math.nan
 
 
 def _dataset_input(dataset: dict[str, str]) -> DatasetInput:
-    """Lineage only: nothing of the data is read."""
+    """Describe a data set for the lineage; the data itself is not read."""
     uri = mlflow_value(dataset["uri"], MAX_PARAM)
     scheme = uri.split("://")[0] if "://" in uri else "local"
     return DatasetInput(

@@ -1,4 +1,4 @@
-"""A trained detector as an MLflow model: a folder that predicts wherever MLflow and torch are, without this project.
+"""A trained detector as an MLflow model: a folder that predicts wherever MLflow and torch are installed, without this project.
 
 It holds the weights as safetensors, the configuration and category names as JSON, `served_detector.py` and `dfine_core`
 as source, a signature and an example. Nothing in it is pickled.
@@ -13,54 +13,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-
-import mlflow
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import AnyType, Array
+from typing import TYPE_CHECKING
 
 import dfine_core
 from dfine_core import ModelConfig
 from dfine_core.inference import DEFAULT_THRESHOLD
+from pipeline.mlflow_access import configure_mlflow
 from pipeline.tracking.tracker import Tracker
 
-with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
-    warnings.simplefilter("ignore")
-    import mlflow.pyfunc
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
 
 REQUIREMENTS = ("torch", "torchvision", "scipy", "numpy", "pandas", "safetensors", "pillow")
-
-# One column: an image as a path, bytes, base64 text or array.
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(AnyType(), "image")]),  # type: ignore[no-untyped-call]
-    outputs=Schema(
-        [
-            ColSpec(Array(Array(DataType.double)), "boxes"),
-            ColSpec(Array(DataType.double), "scores"),
-            ColSpec(Array(DataType.long), "labels"),
-            ColSpec(Array(DataType.string), "names"),
-        ]
-    ),
-    params=ParamSchema([ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD)]),
-)
 
 
 def save_detector(
     folder: Path, *, config: ModelConfig, weights: Path, categories: Sequence[str], example: bytes
 ) -> None:
-    """Write the MLflow model into `folder`, which must not exist. Needs no server.
+    """Write the MLflow model into `folder`, which must not exist. No server is needed.
 
     Args:
         weights: safetensors file of the detector's state dict, from before `deploy()`.
         categories: names by label.
-        example: an encoded image that the UI and `mlflow models serve` show as input.
+        example: an encoded image that the UI and `mlflow models serve` display as input.
     """
+    configure_mlflow()
+    with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
+        warnings.simplefilter("ignore")
+        import mlflow.pyfunc
     if len(categories) != config.num_classes:
         raise ValueError(f"{len(categories)} categories for a detector of num_classes {config.num_classes}")
     with tempfile.TemporaryDirectory() as temporary:
         description = Path(temporary, "detector.json")
         description.write_text(json.dumps({"config": asdict(config), "categories": list(categories)}, indent=1))
-        # Copied, because MLflow writes down where they were, and packs what lies beside them.
+        # Copied, because MLflow records where the files were, and packs everything in their folder.
         served = Path(shutil.copy(Path(__file__).with_name("served_detector.py"), temporary))
         package = Path(temporary, "dfine_core")
         shutil.copytree(
@@ -72,7 +58,7 @@ def save_detector(
             artifacts={"weights": str(weights), "description": str(description)},
             code_paths=[str(package)],
             pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={_public(name)}" for name in REQUIREMENTS],
-            signature=SIGNATURE,
+            signature=_signature(),
             input_example=[{"image": base64.b64encode(example).decode()}],
         )
 
@@ -90,7 +76,7 @@ def log_detector(
     registered_model_name: str | None = None,
     alias: str | None = None,
 ) -> None:
-    """Make the detector a logged model of the tracker's run; see `save_detector` and `Tracker.model`."""
+    """Log the detector as a model of the tracker's run; see `save_detector` and `Tracker.model`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         save_detector(folder, config=config, weights=weights, categories=categories, example=example)
@@ -99,6 +85,26 @@ def log_detector(
         )
 
 
+def _signature() -> "ModelSignature":
+    """Signature of the model; its one column holds images as paths, bytes, base64 text or arrays."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, Array
+
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), "image")]),  # type: ignore[no-untyped-call]
+        outputs=Schema(
+            [
+                ColSpec(Array(Array(DataType.double)), "boxes"),
+                ColSpec(Array(DataType.double), "scores"),
+                ColSpec(Array(DataType.long), "labels"),
+                ColSpec(Array(DataType.string), "names"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD)]),
+    )
+
+
 def _public(package: str) -> str:
-    """The version without what names one machine's build, such as +cu130."""
+    """Version of a package without the part that names a build, such as +cu130."""
     return version(package).split("+")[0]

@@ -1,4 +1,4 @@
-"""The detector as MLflow serves it. MLflow copies this file into the model and runs it there, beside `dfine_core`: it
+"""The detector that MLflow serves. MLflow copies this file into the model and runs it there, next to `dfine_core`; so it
 imports nothing else of this project.
 
 An image is a path, encoded bytes, their base64 text, or an array [H, W, 3] of uint8 RGB.
@@ -15,31 +15,34 @@ from dfine_core.inference import DEFAULT_THRESHOLD, ImageDetections, from_descri
 
 
 class ServedDetector(PythonModel):
-    """`predict` answers one {"boxes", "scores", "labels", "names"} per image, best first."""
+    """Detector behind MLflow's `predict`."""
 
     def load_context(self, context: PythonModelContext) -> None:
+        """Load the detector from the model's artifacts."""
         description, weights = (Path(context.artifacts[name]) for name in ("description", "weights"))
         self.loaded = from_description(description.read_bytes(), weights.read_bytes(), str(weights)).deploy()
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Boxes are xyxy in pixels of the image as it was given; they may reach over its border.
+        """Detect in every image; return {"boxes", "scores", "labels", "names"} for each, best detections first.
+
+        Boxes are xyxy in pixels of the given image; they may extend beyond its border.
 
         Args:
             model_input: images in the column "image".
             params: "threshold" of the score.
         """
         threshold = float((params or {}).get("threshold", DEFAULT_THRESHOLD))
-        return [_answer(found) for found in self.loaded(list(model_input["image"]), threshold)]
+        return [_as_plain(detections) for detections in self.loaded(list(model_input["image"]), threshold)]
 
 
-def _answer(found: ImageDetections) -> dict[str, Any]:
+def _as_plain(detections: ImageDetections) -> dict[str, Any]:
     return {
-        "boxes": found.boxes.tolist(),
-        "scores": found.scores.tolist(),
-        "labels": found.labels.tolist(),
-        "names": list(found.names),
+        "boxes": detections.boxes.tolist(),
+        "scores": detections.scores.tolist(),
+        "labels": detections.labels.tolist(),
+        "names": list(detections.names),
     }
 
 

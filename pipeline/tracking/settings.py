@@ -1,7 +1,10 @@
-"""Which tracking server, experiment and run."""
+"""Tracking server, experiment and run; names and values in the form that MLflow accepts."""
 
 import os
+import posixpath
+import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -10,11 +13,22 @@ from pyarrow import fs
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.mlflow_access import TRACKING_URI
 from pipeline.ray_job import relative_problems
 from pipeline.redaction import redact
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+RUN_KEY = "dfine.run_key"  # tag: finds the run again after a crash between its creation and noting its id
+Scalar = str | int | float | bool | None
+
+# MLflow's limits, in characters; longer values end in an ellipsis.
+MAX_KEY = 250
+MAX_PARAM = 6000
+MAX_TAG = 8000
+
+_ILLEGAL = re.compile(r"[^/\w.\- :]")
 
 
 class TrackingError(UserError, ValueError):
@@ -23,16 +37,16 @@ class TrackingError(UserError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSettings:
-    """Plain data, to be handed to another process. Made by `resolve`."""
+    """Server, experiment and run as plain data, which can be sent to another process. Made by `resolve`."""
 
-    uri: str = field(repr=False)  # may hold a password: show `shown_uri`
+    uri: str = field(repr=False)  # may hold a password: print `shown_uri`
     experiment: str
     run_name: str
     parent_run_id: str | None = None
-    # Identifies the run before the server has given it an id. None: the queue's folder draws and keeps one. Where the
-    # folder does not travel with the run (disks of different nodes), the key of the first one must.
+    # Identifies the run before the server has given it an id. None: the outbox generates and keeps one. Where the outbox does
+    # not travel with the run (disks of different nodes), the key of the first outbox must.
     run_key: str | None = None
-    artifact_location: str | None = None  # of a new experiment; None: the server decides
+    artifact_location: str | None = None  # for a new experiment; None: the server decides
 
     @classmethod
     def resolve(
@@ -45,12 +59,12 @@ class TrackingSettings:
         parent_run_id: str | None = None,
         run_key: str | None = None,
     ) -> Self:
-        """The server is `uri`, else MLFLOW_TRACKING_URI, else a database in the run's storage.
+        """Choose the server: `uri`, else MLFLOW_TRACKING_URI, else a database in the run's storage.
 
         Raises:
-            TrackingError: storage is remote and no server is named, or MLflow cannot keep a run in what is named.
+            TrackingError: storage is remote and no server is named, or the URI is not one of a server or database.
         """
-        named = uri or os.environ.get("MLFLOW_TRACKING_URI")
+        named = uri or os.environ.get(TRACKING_URI)
         artifact_location = None
         if not named:
             if problems := relative_problems([("storage", os.fspath(storage_uri))]):
@@ -86,5 +100,20 @@ class TrackingSettings:
 
     @property
     def shown_uri(self) -> str:
-        """For people and logs."""
+        """The URI without its password, for messages and logs."""
         return redact(self.uri)
+
+
+@lru_cache(maxsize=65536)
+def mlflow_key(name: str) -> str:
+    """Convert a name to the nearest one that MLflow accepts: letters, digits and `_-. :/`, as a path that leads to itself."""
+    legal = posixpath.normpath(_ILLEGAL.sub("_", name).lstrip("/"))
+    if legal.startswith("."):  # alone, or leading upwards
+        legal = "_" + legal.lstrip(".")
+    return legal[:MAX_KEY].rstrip("/")
+
+
+def mlflow_value(value: Scalar, limit: int) -> str:
+    """Convert a value to text of at most `limit` characters."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

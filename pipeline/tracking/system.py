@@ -1,4 +1,4 @@
-"""How busy this node is, under the names of MLflow's own monitor, so that the UI shows it on its system page."""
+"""Load of this node, under the names of MLflow's own monitor, so that the UI displays it on its system page."""
 
 from functools import cache
 
@@ -9,9 +9,9 @@ MEGABYTE = 1e6
 
 
 def system_metrics() -> dict[str, float]:
-    """Of the node and all its GPUs at this moment; processor use is the mean since the last call.
+    """Measure the node and all its GPUs at this moment; processor use is the mean since the last call.
 
-    To be logged with the training's own metrics, and so by its step. Takes about a millisecond.
+    Logged together with the training's own metrics, and so under the same step. Takes about a millisecond.
     """
     memory = psutil.virtual_memory()
     metrics = {
@@ -24,7 +24,7 @@ def system_metrics() -> dict[str, float]:
         try:
             metrics |= {f"system/gpu_{index}_{name}": value for name, value in _gpu_metrics(handle).items()}
         except pynvml.NVMLError:
-            continue  # a part of a GPU, or a driver, that does not tell
+            continue  # a part of a GPU, or a driver, that does not report this
     return metrics
 
 
@@ -40,7 +40,7 @@ def _gpu_metrics(handle: object) -> dict[str, float]:
 
 @cache
 def _gpus() -> list[object]:
-    """NVML's handles; none without a driver."""
+    """NVML's handles of all GPUs; none without a driver."""
     try:
         pynvml.nvmlInit()
         return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

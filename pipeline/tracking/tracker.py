@@ -1,4 +1,4 @@
-"""What a training tells MLflow: everything goes into a folder first, and is delivered from there by one thread.
+"""Tracker of one MLflow run: events go into an outbox on disk, from which a thread uploads them.
 
     settings = TrackingSettings.resolve(storage, experiment="dfine/coco", run_name="s-72")
     with Tracker(folder, settings) as tracker:
@@ -6,9 +6,9 @@
         tracker.metrics({"train/loss": 3.1, "speed/images_per_s": 212.0}, step=50)
         tracker.finish("FINISHED")
 
-A server that is slow, down or back later costs the training nothing. One process has the folder open at a time; the
-next one continues where the last stopped, however that ended. Params, metrics, tags and status arrive in order; so do
-artifacts, each after the records that were logged before it.
+A slow or unreachable server does not delay the training. One process at a time has the folder open; the next one continues
+where the last one stopped, however that ended. Params, metrics, tags and status arrive in order; so do artifacts, each after
+the records that were logged before it.
 """
 
 import io
@@ -29,36 +29,34 @@ from PIL import Image
 
 from dfine_core.images import open_image
 from pipeline.redaction import redact
-from pipeline.tracking.event_log import Event
-from pipeline.tracking.names import Scalar
-from pipeline.tracking.outbox import QueueFolder, milliseconds
-from pipeline.tracking.settings import TrackingSettings
-from pipeline.tracking.uploader import Courier
+from pipeline.tracking.outbox import Event, Outbox, milliseconds
+from pipeline.tracking.settings import Scalar, TrackingSettings
+from pipeline.tracking.uploader import Uploader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
-THUMBNAIL_PIXELS = 256  # of the longer side
+THUMBNAIL_PIXELS = 256  # longer side
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """What a run was trained or validated on."""
+    """Data set that a run was trained or validated on."""
 
     name: str
-    digest: str  # of the manifest
+    digest: str  # SHA-256 of the manifest
     uri: str
     context: Literal["training", "validation"]
 
 
 class Tracker:
-    """One run. Its methods return as soon as the event is in the folder, or raise OSError if the disk does not take it.
+    """Log of one MLflow run. Methods return once the event is in the outbox; they raise OSError if the disk is full or gone.
 
     Args:
-        folder: on a disk; made if missing.
+        folder: the outbox, on a disk; created if missing.
 
     Raises:
         ValueError: the folder belongs to another run.
@@ -66,8 +64,8 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, settings: TrackingSettings) -> None:
-        self._queue = QueueFolder(folder, settings.run_key)
-        self._courier = Courier(self._queue, settings)
+        self._outbox = Outbox(folder, settings.run_key)
+        self._uploader = Uploader(self._outbox, settings)
         self._closed = False
 
     def begin(
@@ -78,13 +76,13 @@ class Tracker:
         source_name: str | None = None,
         parent: Mapping[str, str] | None = None,
     ) -> None:
-        """Say what the run is. The first time counts; after that it only marks the run as running again.
+        """Log params, tags and data sets. Only the first call does so; later ones mark the run as running again.
 
         Args:
-            parent: where its first weights come from: "model_id" of a logged model, or "run_key" of the run that made it.
+            parent: source of the initial weights: "model_id" of a logged model, or "run_id" or "run_key" of the run that made it.
         """
-        if self._queue.identity.begun:
-            self._queue.records.append({"kind": "running"})
+        if self._outbox.identity.begun:
+            self._outbox.records.append({"kind": "running"})
             return
         source = {"mlflow.source.name": source_name, "mlflow.source.type": "JOB"} if source_name else {}
         event = {
@@ -94,44 +92,46 @@ class Tracker:
             "datasets": [_redacted(asdict(dataset)) for dataset in datasets],
             "parent": dict(parent or {}),
         }
-        self._queue.records.append(event)
-        self._queue.mark_begun()
+        self._outbox.records.append(event)
+        self._outbox.mark_begun()
 
     def metrics(self, values: Mapping[str, float], step: int, timestamp: float | None = None) -> None:
         """Log values at a step.
 
-        The steps of a name ascend: one that is not above the last is dropped, as steps repeated after a resume.
+        The steps of a metric ascend: a step that is not above the last one is dropped, because a resumed run repeats steps.
 
         Args:
-            values: by name, in groups divided by slashes ("train/loss_vfl"). What is not finite is stored as NaN.
+            values: by name, in groups divided by slashes ("train/loss_vfl"). Infinities are stored as NaN.
             timestamp: seconds since 1970; now if None.
         """
         when = milliseconds(time.time() if timestamp is None else timestamp)
         numbers = {name: float(value) for name, value in values.items()}
-        self._queue.records.append({"kind": "metrics", "step": int(step), "time": when, "values": numbers})
+        self._outbox.records.append({"kind": "metrics", "step": int(step), "time": when, "values": numbers})
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
-        self._queue.records.append({"kind": "tags", "tags": _redacted(tags)})
+        self._outbox.records.append({"kind": "tags", "tags": _redacted(tags)})
 
     def finish(self, status: Status) -> None:
-        self._queue.records.append({"kind": "finish", "status": status, "time": milliseconds(time.time())})
+        """Mark the run as ended."""
+        self._outbox.records.append({"kind": "finish", "status": status, "time": milliseconds(time.time())})
 
     def artifact(self, source: Path | bytes, path: str) -> None:
-        """A file, a folder or bytes as the run's artifact `path`. Copied, so the source may change afterwards."""
+        """Log a file, a folder or bytes as the artifact `path`. It is copied, so the source may change afterwards."""
         self._append_artifact(source, path)
 
     def text(self, text: str, path: str) -> None:
+        """Log a text, without passwords, as the artifact `path`."""
         self._append_artifact(redact(text).encode(), path)
 
     def figure(self, figure: "Figure", path: str) -> None:
-        """A drawing, in the format that the suffix of `path` names."""
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=PurePosixPath(path).suffix.removeprefix("."))
-        self._append_artifact(drawn.getvalue(), path)
+        """Log a figure, in the format that the suffix of `path` names."""
+        stream = io.BytesIO()
+        figure.savefig(stream, format=PurePosixPath(path).suffix.removeprefix("."))
+        self._append_artifact(stream.getvalue(), path)
 
     def table(self, columns: Mapping[str, Sequence[Scalar]], path: str) -> None:
-        """Columns of one length, as a table that the UI shows. `path` ends in .json."""
+        """Log columns of equal length as a table that the UI displays. `path` ends in .json."""
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"table {path}: its columns differ in length, {lengths}")
@@ -142,7 +142,7 @@ class Tracker:
         self._append_artifact(content.encode(), path, shown_as="table")
 
     def image(self, name: str, image: "Image.Image | NDArray[np.uint8] | Figure", step: int) -> None:
-        """One picture of a series over steps, which the UI shows as a grid.
+        """Log one image of a series over steps, which the UI displays as a grid.
 
         Args:
             image: an array is [H, W, 3] uint8 RGB.
@@ -150,16 +150,16 @@ class Tracker:
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         elif not isinstance(image, Image.Image):
-            drawn = io.BytesIO()
-            image.savefig(drawn, format="png")
-            image = open_image(drawn.getvalue())
-        picture = image.convert("RGB")
-        thumbnail = picture.copy()
+            stream = io.BytesIO()
+            image.savefig(stream, format="png")
+            image = open_image(stream.getvalue())
+        full = image.convert("RGB")
+        thumbnail = full.copy()
         thumbnail.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        # The UI reads name, step and time out of the file name, and takes the thumbnail for the grid.
+        # The UI reads name, step and time from the file name, and uses the thumbnail for the grid.
         now = milliseconds(time.time())
         stem = f"images/{name.replace('/', '~')}+step+{int(step)}+timestamp+{now}+{uuid.uuid4()}"
-        for pixels, suffix in ((picture, ".png"), (thumbnail, "+compressed.webp")):
+        for pixels, suffix in ((full, ".png"), (thumbnail, "+compressed.webp")):
             encoded = io.BytesIO()
             pixels.save(encoded, suffix.rpartition(".")[2])
             self._append_artifact(encoded.getvalue(), stem + suffix, shown_as="image")
@@ -174,18 +174,19 @@ class Tracker:
         registered_model_name: str | None = None,
         alias: str | None = None,
     ) -> None:
-        """A saved MLflow model as a logged model of this run.
+        """Log a saved MLflow model.
 
         Args:
             metrics: of this model, under the names that they have in the run at `step`.
-            registered_model_name: also make it a version of this registered model, and let `alias` point to that.
+            registered_model_name: also make it a version of this registered model.
+            alias: of the registered model; made to point to that version.
         """
         if alias and not registered_model_name:
             raise ValueError(f"alias {alias!r} belongs to a registered model: give registered_model_name")
         event = {
             "kind": "model",
             "key": uuid.uuid4().hex,
-            "file": self._queue.keep(folder, name),
+            "file": self._outbox.store_content(folder, name),
             "name": name,
             "step": int(step),
             "time": milliseconds(time.time()),
@@ -193,44 +194,45 @@ class Tracker:
             "registered_model_name": registered_model_name,
             "alias": alias,
         }
-        self._queue.artifacts.append(event)
+        self._outbox.artifacts.append(event)
 
     @property
     def run_key(self) -> str:
-        """Identifies the run from the start; the tag `dfine.run_key`."""
-        return self._queue.identity.run_key
+        """Key that identifies the run from its start; the tag `dfine.run_key`."""
+        return self._outbox.identity.run_key
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None until the server was reached."""
-        return self._queue.delivered.run_id
+        """MLflow's id of the run; None until the server has been reached."""
+        return self._outbox.uploaded.run_id
 
     def wait_for_run_id(self, timeout: float) -> str | None:
-        return self._courier.wait_for_run_id(timeout)
+        """Wait at most `timeout` seconds for MLflow's id of the run."""
+        return self._uploader.wait_for_run_id(timeout)
 
     @property
     def pending(self) -> int:
-        """Events not yet delivered."""
-        return self._queue.pending
+        """Number of events not yet uploaded."""
+        return self._outbox.pending
 
     def flush(self, timeout: float) -> bool:
-        """Try at once, and wait at most `timeout` seconds; whether everything is delivered."""
-        return self._courier.flush(timeout)
+        """Upload now, and wait at most `timeout` seconds; return whether everything is uploaded."""
+        return self._uploader.flush(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Deliver what can be within `timeout` seconds. The rest stays in the folder for the next who opens it."""
+        """Upload for at most `timeout` seconds. The rest stays in the outbox for the next process that opens it."""
         if self._closed:
             return
         self._closed = True
         if not self.flush(timeout):
             logger.warning(
-                "%d events for MLflow wait in %s and are delivered when the run continues",
+                "%d events for MLflow wait in %s and are uploaded when the run continues",
                 self.pending,
-                self._queue.path,
+                self._outbox.path,
             )
-        self._queue.sync()
-        self._courier.stop()
-        self._queue.unlock_writing()
+        self._outbox.sync()
+        self._uploader.stop()
+        self._outbox.release_writer_lock()
 
     def __enter__(self) -> Self:
         return self
@@ -241,12 +243,12 @@ class Tracker:
         self.close()
 
     def _append_artifact(self, source: Path | bytes, path: str, shown_as: str | None = None) -> None:
-        place = PurePosixPath(path)
-        if place.is_absolute() or ".." in place.parts or not place.name:
+        target = PurePosixPath(path)
+        if target.is_absolute() or ".." in target.parts or not target.name:
             raise ValueError(f"artifact path {path!r} must lead to a file inside the run's artifacts")
-        folder = None if place.parent == PurePosixPath() else str(place.parent)
-        file = self._queue.keep(source, place.name)
-        self._queue.artifacts.append({"kind": "artifact", "file": file, "folder": folder, "shown_as": shown_as})
+        folder = None if target.parent == PurePosixPath() else str(target.parent)
+        file = self._outbox.store_content(source, target.name)
+        self._outbox.artifacts.append({"kind": "artifact", "file": file, "folder": folder, "shown_as": shown_as})
 
 
 def _redacted(values: Mapping[str, Scalar]) -> Event:
@@ -254,5 +256,5 @@ def _redacted(values: Mapping[str, Scalar]) -> Event:
 
 
 def _cell(value: Scalar) -> Scalar:
-    """JSON has no NaN."""
+    """Replace numbers that JSON does not have by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,16 +14,12 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.config import Cluster, Config, ConfigError, Experiment, FolderName, Location, Tracking
-from pipeline.config_files import check, dump, read_yaml, with_values
+from pipeline.config_files import check, dump, flatten, read_yaml, with_values
 from pipeline.data.shards.manifest import MANIFEST_NAME
-from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import relative_problems, submitted_job
-from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import run_dir
 from pipeline.training.context import resolve_data
-from pipeline.training.launch import launch
 
 SOURCE = "jobs/pretrain_finetune.py"
 RUN_ID_TIMEOUT_S = 30.0  # for MLflow to create the parent run, whose id the stages record
@@ -149,6 +145,8 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
     Args:
         prepare: main function of `dfine prepare`.
     """
+    from pipeline.training import run_dir  # imports PyTorch, which reading a chain does without
+
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
         chain.storage,
@@ -182,6 +180,10 @@ def _run_stage(
     step: ResolvedStage, prepare: Callable[[list[str]], None], parent_run_id: str | None
 ) -> dict[str, float] | None:
     """Run one stage; return the 12 COCO numbers of its best weights."""
+    from pipeline.ray_cluster import start_ray  # Ray and PyTorch, which reading a chain does without
+    from pipeline.training import run_dir
+    from pipeline.training.launch import launch
+
     if step.missing:
         start_ray(dashboard=True)  # the training needs the dashboard
     for arguments in step.missing:

@@ -269,7 +269,7 @@ class CheckpointWriter:
             try:
                 write(snapshot, self._folder)
                 remove_superseded(self._folder, keep=self._keep, history=snapshot.metadata.history)
-            except BaseException as error:  # raised again in the training thread
+            except BaseException as error:  # noqa: BLE001 - raised again in the training thread
                 self._failure = self._failure or error
             finally:
                 self._queue.task_done()

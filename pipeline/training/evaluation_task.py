@@ -12,9 +12,8 @@ from dfine_core import Detector, ModelConfig
 from dfine_core.checkpoints.weights import load_weights
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.figures import png
 from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.sample_images import sample_pictures
+from pipeline.evaluation.sample_images import sample_images
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ def run_evaluation(request: EvaluationRequest) -> EvaluationResult:
         detector, request.val, device=device, micro_batch_size=request.micro_batch_size, decode_in="inline"
     )
     assert report is not None  # it is the only rank
-    rendered = sample_pictures(detector, request.val, device=device, count=request.num_images)
-    return EvaluationResult(report, tuple((name, png(figure)) for name, figure in rendered))
+    rendered = sample_images(detector, request.val, device=device, count=request.num_images)
+    return EvaluationResult(report, tuple(rendered))
 
 
 def on_ray(resources: dict[str, float]) -> SubmitEvaluation:

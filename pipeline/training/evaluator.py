@@ -8,10 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.figures import png
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
 from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.sample_images import sample_pictures
+from pipeline.evaluation.sample_images import sample_images
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
@@ -61,14 +60,14 @@ class Evaluator:
     ) -> tuple[float, EvaluationReport | None]:
         """AP on all ranks, and the report on rank 0."""
         assert self._val is not None
-        context = self._context
+        context, detector = self._context, state.averaged_detector
         context.console.heartbeat(state.step, "evaluating")
         with self._log.paused():
             if context.rank == 0 and self._ground_truth is None:
                 self._ground_truth = read_ground_truth(self._val)
             few = self._val.manifest.images <= DECODED_INLINE * context.world_size
             report = evaluate(
-                state.ema.module,
+                detector,
                 self._val,
                 self._ground_truth,
                 device=context.device,
@@ -81,8 +80,7 @@ class Evaluator:
             )
             if report is not None:
                 count = self._settings.num_images
-                rendered = sample_pictures(state.ema.module, self._val, device=context.device, count=count)
-                images = ((name, png(figure)) for name, figure in rendered)
+                images = sample_images(detector, self._val, device=context.device, count=count)
                 self._log.evaluation(report, images, step=state.step, title=title, final=final)
             return context.broadcast(None if report is None else report.numbers["AP"]), report
 
@@ -137,7 +135,7 @@ class Evaluator:
             try:
                 result = self._in_flight.result()
                 outcome = _Outcome(ap=result.report.numbers["AP"])
-            except Exception as error:  # training survives any failure of the other process
+            except Exception as error:  # noqa: BLE001 - training survives any failure of the other process
                 outcome = _Outcome(error=f"{type(error).__name__}: {error}")
             self._in_flight = None
         outcome = self._context.broadcast(outcome)

@@ -144,7 +144,7 @@ class ProgressMonitor:
             last = self._stopped.wait(POLL_SECONDS)
             try:
                 self._show(ray.get(self._board.poll.remote(), timeout=REPLY_SECONDS))
-            except Exception:  # the cluster is busy or going down: training itself fails with the reason
+            except Exception:  # noqa: BLE001 - the cluster is busy or going down: training itself fails with the reason
                 if last:
                     return
                 continue

@@ -29,7 +29,8 @@ from dfine_core.checkpoints.rebinning import rebin
 from dfine_core.checkpoints.weights import load_weights, read_checkpoint
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.open_detector import MODEL, RUN, STORED, TRACKING_URI, open_detector
+from pipeline.mlflow_access import TRACKING_URI, is_mlflow_uri
+from pipeline.open_detector import STORED, open_detector
 from pipeline.training import checkpoint
 
 ORIGIN = "origin.json"  # lies beside DESCRIPTION and WEIGHTS
@@ -51,17 +52,18 @@ def materialize_init(source: str, run: str, tracking_uri: str) -> str:
     Raises:
         ConfigError: MLflow does not know it.
     """
-    if not source.startswith((RUN, MODEL)):
+    if not is_mlflow_uri(source):
         return source
     folder = storage.join(run, "init")
     if storage.exists(storage.join(folder, ORIGIN)):
         return folder
-    from pipeline.tracking.lineage import client_of, facts  # MLflow, where it is asked and nowhere else
+    from pipeline.tracking.client import connect, resolve  # here: workers need no MLflow client
 
     with _default_server(tracking_uri):
         trained = open_detector(source)
     weights = checkpoint.weights_as_bytes(trained.detector)
-    parent = facts(client_of(tracking_uri), source) | {"sha256": hashlib.sha256(weights).hexdigest()}
+    parent = {"source": source} | resolve(connect(tracking_uri), source).as_parent()
+    parent["sha256"] = hashlib.sha256(weights).hexdigest()
     description = make_description(trained.config, trained.names, trained.category_ids)
     storage.write_atomic(storage.join(folder, WEIGHTS), weights)
     storage.write_atomic(storage.join(folder, DESCRIPTION), description)
@@ -76,7 +78,7 @@ def refuse_unreadable_weights(init: str | None, resume: str | None) -> None:
         ConfigError: the weights of `init` are missing or damaged.
         CheckpointError: `resume` is not a checkpoint.
     """
-    if init and not init.startswith((RUN, MODEL)):
+    if init and not is_mlflow_uri(init):
         with _named_in_errors(init):
             _read(init)
     if resume:

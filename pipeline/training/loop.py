@@ -7,11 +7,10 @@ one process.
 import copy
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from dfine_core import Detector
 from dfine_core.inference import LoadedDetector
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import StreamSettings, training_stream
@@ -188,7 +187,7 @@ def latency_ms(job: TrainJob, context: WorkerContext, state: TrainState) -> floa
 
     categories = job.data.train.manifest.categories
     loaded = LoadedDetector(
-        cast(Detector, copy.deepcopy(state.ema.module)).eval(),  # a copy: the benchmark fuses its layers
+        copy.deepcopy(state.averaged_detector).eval(),  # a copy: the benchmark fuses its layers
         tuple(category.name for category in categories),
         tuple(category.original_id for category in categories),
         job.run,

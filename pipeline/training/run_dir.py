@@ -21,8 +21,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import ConfigError, Experiment
-from pipeline.config_files import dump
-from pipeline.tracking.names import flatten
+from pipeline.config_files import dump, flatten
 from pipeline.training import checkpoint
 from pipeline.training.context import ResolvedData
 

@@ -15,15 +15,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from dfine_core import Detector
 from dfine_core.images import open_image
 from pipeline import provenance, storage
-from pipeline.config_files import dump
+from pipeline.config_files import dump, flatten
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.model import log_detector
-from pipeline.tracking.names import Scalar, flatten
+from pipeline.tracking.settings import Scalar
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import DatasetInput, Tracker
 from pipeline.training import checkpoint
@@ -252,7 +251,7 @@ class RunLog:
         if latency_ms is not None:
             self._tracker.metrics({"final/latency_ms": latency_ms}, state.step)
         shards = job.data.val or job.data.train
-        detector: Detector = state.ema.module  # type: ignore[assignment]
+        detector = state.averaged_detector
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder, "detector.safetensors")
             weights.write_bytes(checkpoint.weights_as_bytes(detector))

@@ -48,6 +48,11 @@ class TrainState:
     skipped_steps: int = 0  # non-finite
     parent: dict[str, str] = field(default_factory=dict)  # source of the initial weights
 
+    @property
+    def averaged_detector(self) -> Detector:
+        """Detector with the averaged weights."""
+        return cast(Detector, self.ema.module)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast region of the run's precision."""
         if self.precision == "fp32":

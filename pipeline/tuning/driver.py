@@ -24,7 +24,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
-from pipeline.config_files import check, dump, load_cluster
+from pipeline.config_files import check, dump, flatten, load_cluster
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.errors import UserError
@@ -32,7 +32,6 @@ from pipeline.evaluation.figures import png
 from pipeline.open_detector import open_detector
 from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import submitted_job
-from pipeline.tracking.names import flatten
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir

@@ -3,7 +3,7 @@
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.config_files import as_yaml, check
-from pipeline.tracking.registry import register
+from pipeline.tracking.model_registry import register
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.run_dir import SWEEP_START
 from pipeline.tuning.analysis.factors import point_text

@@ -22,7 +22,7 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_annotations
 from pipeline.data.stream import stream
 from pipeline.data.stream.batch import Batch
-from pipeline.data.stream.plan import DecodeIn
+from pipeline.data.stream.settings import DecodeIn
 from pipeline.data.stream.stream import Broadcast, StreamSettings, evaluation_stream, training_plan, training_stream
 from pipeline.ray_cluster import start_ray
 from tests.support.streams import SETTINGS, Seen, planned, planned_batches, seen

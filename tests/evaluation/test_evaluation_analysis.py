@@ -1,4 +1,4 @@
-"""Error analysis on cases small enough to reckon by hand."""
+"""Error analysis on cases small enough to compute by hand."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ NEAR = (10.0, 10.0, 50.0, 22.0)  # IoU 12 / 40 = 0.3 with BOX
 HALF = (51 + 50 * 2 / 3) / 101  # AP: right, wrong, right
 
 CASES: dict[str, tuple[GroundTruth, DetectionTable, dict[str, int], float]] = {
-    # the one box is covered, under another name: renamed, it would be right
+    # the only box is covered, with another class: relabelled, it would be right
     "classification": (ground_truth_of([(0, BOX)]), detections_of((100, 1, 0.9, BOX)), {"classification": 1}, 1),
-    # it is hit at IoU 0.3: moved, it would be right
+    # it overlaps at IoU 0.3: moved, it would be right
     "localisation": (ground_truth_of([(0, BOX)]), detections_of((100, 0, 0.9, NEAR)), {"localisation": 1}, 1),
-    # neither the place nor the name: taken away, and the box stays missed
+    # neither the position nor the class: removed, and the box stays missed
     "both": (
         ground_truth_of([(0, BOX)], [(1, BOX)]),
         detections_of((100, 1, 0.9, NEAR), (101, 1, 0.8, BOX)),
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[GroundTruth, DetectionTable, dict[str, int], float]] = {
         {"duplicate": 1},
         1 - HALF,
     ),
-    # nothing is there
+    # there is no object
     "background": (
         ground_truth_of([(0, BOX)]),
         detections_of((100, 0, 0.9, AWAY), (100, 0, 0.8, BOX)),
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[GroundTruth, DetectionTable, dict[str, int], float]] = {
 
 
 @pytest.mark.parametrize("error", list(TIDE_NAMES))
-def test_each_error_is_told_and_weighed_as_tide_defines_it(error: str) -> None:
+def test_each_error_is_counted_and_weighted_as_tide_defines_it(error: str) -> None:
     truth, table, counts, gain = CASES[error]
     errors = tide_errors(run_hotcoco(truth, table))
     assert errors.count == {name: counts.get(name, 0) for name in TIDE_NAMES}
@@ -81,7 +81,7 @@ def test_a_detection_in_a_crowd_region_of_its_class_is_confused_with_nothing() -
     table = detections_of((100, 0, 0.9, AWAY), (100, 1, 0.8, AWAY), (101, 0, 0.7, AWAY), (100, 0, 0.6, BOX))
     matrix = confusion(truth, table).matrix
     assert matrix[0, 0] == 1
-    assert matrix[3].tolist() == [1, 1, 0, 0]  # another class in the region; the same place in another image
+    assert matrix[3].tolist() == [1, 1, 0, 0]  # another class in the region; the same position in another image
     assert matrix[1, 3] == 1
     assert matrix.sum() == 4
 
@@ -106,6 +106,6 @@ def test_curves_average_to_the_numbers() -> None:
     assert curves.per_class.mean(1) == pytest.approx([c.ap50 for c in result.per_class], nan_ok=True)
 
 
-def test_curves_without_truth_are_unknown() -> None:
+def test_curves_without_true_boxes_are_nan() -> None:
     curves = precision_recall(coco_numbers(ground_truth_of([]), detections_of((100, 0, 0.9, BOX))))
     assert np.isnan(curves.mean).all()

@@ -93,7 +93,7 @@ def test_a_false_detection_between_two_true_ones_costs_precision_beyond_half_the
     assert ap(truth, table) == pytest.approx((51 + 50 * 2 / 3) / 101)  # recalls 0 .. 0.50, then 0.51 .. 1
 
 
-def test_detections_that_are_the_truth_score_one() -> None:
+def test_detections_equal_to_the_ground_truth_score_one() -> None:
     truth, _ = random_scene(0)
     number = np.arange(len(truth.box), dtype=np.float32)
     table = DetectionTable(truth.image_id[truth.image], truth.label, 1 - number / len(number), truth.box)
@@ -102,7 +102,7 @@ def test_detections_that_are_the_truth_score_one() -> None:
     assert [c.ap for c in result.per_class[:-1]] == pytest.approx([1] * 5)
 
 
-def test_a_class_without_truth_is_unknown_and_left_out_of_the_mean() -> None:
+def test_a_class_without_true_boxes_is_nan_and_left_out_of_the_mean() -> None:
     truth = ground_truth_of([(0, BOX), (1, AWAY)])
     result = coco_numbers(truth, detections_of((100, 0, 0.9, BOX), (100, 2, 0.9, BOX)))
     assert result.numbers["AP"] == pytest.approx(0.5)
@@ -138,9 +138,9 @@ NOTHING = detections_of()
         (ground_truth_of([], []), NOTHING, np.nan),
         (ground_truth_of([(0, BOX)], crowd=[0]), detections_of((100, 0, 0.9, BOX)), np.nan),
     ],
-    ids=["no detections", "no truth", "neither", "crowd regions alone"],
+    ids=["no detections", "no true boxes", "neither", "crowd regions alone"],
 )
-def test_nothing_is_an_ordinary_case(
+def test_empty_inputs_are_an_ordinary_case(
     truth: GroundTruth, table: DetectionTable, expected: float, evaluator: Any
 ) -> None:
     result = coco_numbers(truth, table, evaluator=evaluator)
@@ -163,7 +163,7 @@ def test_detections_of_another_set_are_refused() -> None:
         coco_numbers(ground_truth_of([(0, BOX)], []), detections_of((100, 0, 0.5, BOX), (102, 0, 0.5, BOX)))
 
 
-def test_an_unknown_number_differs_infinitely_from_a_known_one() -> None:
+def test_nan_differs_infinitely_from_a_number() -> None:
     truth, table = random_scene(0)
     result = coco_numbers(truth, table)
     unknown = replace(result, numbers={**result.numbers, "AP": float("nan")})
@@ -178,7 +178,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_truth_is_what_the_shards_hold(tmp_path: Path) -> None:
+def test_the_ground_truth_equals_the_records_in_the_shards(tmp_path: Path) -> None:
     records = synthetic_records(45)
     truth = read_ground_truth(write_shards(tmp_path / "val", records))
     assert any(record.crowd.any() for record in records)
@@ -214,7 +214,7 @@ def test_padding_yields_no_detections() -> None:
     assert table.box[2].tolist() == [16, 17, 18, 19]
 
 
-def test_detections_that_are_no_numbers_are_refused_naming_the_image() -> None:
+def test_detections_that_are_not_finite_are_refused_naming_the_image() -> None:
     with pytest.raises(ValueError, match="image 3: its detections are not finite"):
         DetectionTable.from_batch(batch_of([[0.9], [float("nan")]]), torch.tensor([5, 3]), [False, False])
 

@@ -89,7 +89,7 @@ def test_numbers_are_those_of_a_plain_loop() -> None:
     assert diagnostics.numbers() == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_untrained_detector_is_as_unsure_as_can_be() -> None:
+def test_an_untrained_detector_has_the_greatest_entropy() -> None:
     config = ModelConfig.variant("n", num_classes=CLASSES, input_size=(64, 64), num_queries=QUERIES)
     torch.manual_seed(0)
     output = Detector(config).eval()(recorded.images(1, 64, 64, seed=0), every_layer=True)
@@ -113,13 +113,13 @@ def test_direct_regression_has_ious_alone() -> None:
     assert list(diagnostics.numbers()) == ["layers/iou_initial", "layers/iou_0", "layers/iou_1", "layers/iou_2"]
 
 
-def test_without_boxes_nothing_is_known() -> None:
+def test_without_boxes_every_number_is_nan() -> None:
     diagnostics = LayerDiagnostics(CONFIG, CPU)
     diagnostics.update(random_output(1, seed=0), targets_of([0], 0))
     assert all(math.isnan(value) for value in diagnostics.numbers().values())
 
 
-def test_an_output_of_the_last_layer_alone_is_refused() -> None:
+def test_an_output_of_the_last_layer_only_is_refused() -> None:
     output = random_output(1, seed=0)
     with pytest.raises(ValueError, match="every_layer=True"):
         LayerDiagnostics(CONFIG, CPU).update(DetectorOutput(output.logits, output.boxes), targets_of([1], 0))

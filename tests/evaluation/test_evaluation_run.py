@@ -20,10 +20,10 @@ from pipeline.data.shards.records import ImageRecord
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.evaluation import coco_metrics
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.evaluation.evaluate import Found, detect, evaluate, judge
+from pipeline.evaluation.evaluate import EvaluationOutput, collect_detections, compute_report, evaluate
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.sample_images import sample_pictures
+from pipeline.evaluation.sample_images import sample_images
 from tests.support import recorded
 from tests.support.synthetic_scenes import BOX, detections_of, ground_truth_of, random_scene
 from tests.support.synthetic_shards import synthetic_records, write_shards
@@ -51,7 +51,7 @@ def detector() -> Detector:
 
 
 class Oracle(nn.Module):
-    """Says what is true of the images, which must come in the order of the shards."""
+    """Detector that returns the true boxes of images, which must come in the order of the shards."""
 
     def __init__(self, records: list[ImageRecord]):
         super().__init__()
@@ -61,20 +61,20 @@ class Oracle(nn.Module):
     def forward(self, images: Tensor, every_layer: bool) -> DetectorOutput:
         logits = torch.full((len(images), CONFIG.num_queries, CONFIG.num_classes), -9.0)
         boxes = torch.full((len(images), CONFIG.num_queries, 4), 0.5)
-        for place, record in enumerate(self._rest[: len(images)]):
+        for index, record in enumerate(self._rest[: len(images)]):
             corners = torch.from_numpy(record.boxes) / torch.tensor([record.width, record.height] * 2)
             count = len(record.labels)
-            boxes[place, :count] = (
+            boxes[index, :count] = (
                 torch.cat([corners[:, :2] + corners[:, 2:], 2 * (corners[:, 2:] - corners[:, :2])], 1) / 2
             )
-            logits[place, range(count), record.labels.tolist()] = 9.0
+            logits[index, range(count), record.labels.tolist()] = 9.0
         del self._rest[: len(images)]
         every = (CONFIG.num_layers, -1, -1, -1)
         layers = QueryPredictions(logits.expand(every), boxes.expand(every), None, logits, boxes)
         return DetectorOutput(logits, boxes, layers)
 
 
-def test_a_detector_that_knows_the_truth_scores_one(records: list[ImageRecord], shards: ShardSet) -> None:
+def test_a_detector_that_returns_the_ground_truth_scores_one(records: list[ImageRecord], shards: ShardSet) -> None:
     report = evaluate(Oracle(records), shards, device=CPU, micro_batch_size=4, decode_in="inline", final=True)
     assert report is not None
     assert report.images == IMAGES
@@ -91,13 +91,13 @@ def _evaluate_on_rank(rank: int, world_size: int, folder: str, uri: str) -> None
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     shards = load_shards(uri)
-    found = detect(
+    output = collect_detections(
         detector(), shards, device=CPU, rank=rank, world_size=world_size, micro_batch_size=4, decode_in="inline"
     )
-    assert (found is None) == (rank > 0)
-    if found is not None:
-        np.savez(Path(folder) / f"of_{world_size}.npz", **vars(found.detections))
-        metrics = judge(found, read_ground_truth(shards)).metrics()
+    assert (output is None) == (rank > 0)
+    if output is not None:
+        np.savez(Path(folder) / f"of_{world_size}.npz", **vars(output.detections))
+        metrics = compute_report(output, read_ground_truth(shards)).metrics()
         (Path(folder) / f"of_{world_size}.json").write_text(json.dumps(metrics))
     if world_size > 1:
         dist.destroy_process_group()
@@ -121,45 +121,47 @@ def test_two_workers_find_what_one_finds(shards: ShardSet, records: list[ImageRe
     assert together == pytest.approx(alone, abs=1e-6)
 
 
-def test_parts_keep_the_mode_that_they_were_in(shards: ShardSet) -> None:
+def test_every_part_is_afterwards_in_its_former_mode(shards: ShardSet) -> None:
     model = detector().train()
     model.backbone.eval()
     before = [part.training for part in model.modules()]
-    detect(model, shards, device=CPU, micro_batch_size=8, decode_in="inline")
+    collect_detections(model, shards, device=CPU, micro_batch_size=8, decode_in="inline")
     assert [part.training for part in model.modules()] == before
     assert len(set(before)) == 2
 
 
-def judged(**changes: Any) -> EvaluationReport:
+def report_of(**changes: Any) -> EvaluationReport:
     truth, table = random_scene(0)
-    return judge(Found(table, LAYERS, {"data": 0.1, "model": 0.2}), truth, **changes)
+    return compute_report(EvaluationOutput(table, LAYERS, {"data": 0.1, "model": 0.2}), truth, **changes)
 
 
-def test_evaluators_that_disagree_are_told_loudly(
+def test_a_disagreement_of_the_evaluators_is_reported_and_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "agree, largest difference" in judged(final=True).table()
+    assert "agree, largest difference" in report_of(final=True).table()
     assert not caplog.records
     truth, table = random_scene(0)
     worse = coco_metrics.coco_numbers(truth, table[table.score > 0.5])  # as if it had lost detections
     monkeypatch.setattr(evaluation, "result_of", lambda *_: worse)
-    report = judged(final=True)
+    report = report_of(final=True)
     assert report.numbers == coco_metrics.coco_numbers(truth, table, evaluator="pycocotools").numbers
     assert "DISAGREE" in report.table()
     assert "disagree" in caplog.text
 
 
-def test_metrics_are_flat_and_known() -> None:
-    metrics = judged().metrics()
+def test_metrics_are_flat_and_finite() -> None:
+    metrics = report_of().metrics()
     assert {"val/AP", "val/AP50", "val/AR_100", "val/layers/iou_0", "val/errors/localisation"} <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
-    unknown = judge(Found(detections_of(), {"layers/iou_initial": math.nan}, {}), ground_truth_of([]))
-    assert not {"val/AP", "val/layers/iou_initial"} & set(unknown.metrics())
-    assert "AP      -" in unknown.table()
+    without_boxes = compute_report(
+        EvaluationOutput(detections_of(), {"layers/iou_initial": math.nan}, {}), ground_truth_of([])
+    )
+    assert not {"val/AP", "val/layers/iou_initial"} & set(without_boxes.metrics())
+    assert "AP      -" in without_boxes.table()
 
 
 def test_a_report_is_written_as_files(tmp_path: Path) -> None:
-    report = judged()
+    report = report_of()
     report.write(tmp_path / "report")
     content = json.loads((tmp_path / "report/report.json").read_text())
     assert content["numbers"]["AP"] == pytest.approx(report.numbers["AP"])
@@ -168,28 +170,28 @@ def test_a_report_is_written_as_files(tmp_path: Path) -> None:
     assert len(lines) == 1 + len(report.per_class)
     assert lines[1].startswith("7,class 0,")
     assert lines[-1] == "57,class 5,0,,"
-    pictures = sorted(path.stem for path in (tmp_path / "report").glob("*.png"))
-    assert pictures == ["confusion", "errors", "layers", "per_class", "precision_recall"]
+    figures = sorted(path.stem for path in (tmp_path / "report").glob("*.png"))
+    assert figures == ["confusion", "errors", "layers", "per_class", "precision_recall"]
     assert imread(tmp_path / "report/confusion.png").shape[0] > 100
 
 
 @pytest.mark.parametrize("classes", [1, 100])
-def test_figures_can_be_drawn_of_nothing_and_of_many_classes(classes: int, tmp_path: Path) -> None:
+def test_figures_can_be_rendered_without_boxes_and_of_many_classes(classes: int, tmp_path: Path) -> None:
     boxes = [] if classes == 1 else [(label, BOX) for label in range(classes)]
     truth = ground_truth_of(boxes, classes=classes)
-    report = judge(Found(detections_of(), {"layers/iou_initial": math.nan}, {}), truth)
+    report = compute_report(EvaluationOutput(detections_of(), {"layers/iou_initial": math.nan}, {}), truth)
     report.write(tmp_path)
     assert (tmp_path / "per_class.png").exists()
     assert not (tmp_path / "layers.png").exists()
 
 
-def test_the_same_images_are_drawn_every_time(shards: ShardSet) -> None:
+def test_the_same_images_are_sampled_every_time(shards: ShardSet) -> None:
     model = detector().train()
-    first, again = ([name for name, _ in sample_pictures(model, shards, device=CPU, count=2)] for _ in range(2))
+    first, again = ([name for name, _ in sample_images(model, shards, device=CPU, count=2)] for _ in range(2))
     assert first == again
-    assert [name.split("/")[0] for name in first] == ["pictures", "refinement"] * 2
+    assert [name.split("/")[0] for name in first] == ["images", "refinement"] * 2
     assert model.training
-    other = [name for name, _ in sample_pictures(model, shards, device=CPU, count=2, seed=1)]
+    other = [name for name, _ in sample_images(model, shards, device=CPU, count=2, seed=1)]
     assert other != first
 
 
@@ -198,4 +200,4 @@ def test_a_detector_that_regresses_directly_has_no_refinement_to_show(shards: Sh
     report = evaluate(model, shards, device=CPU, micro_batch_size=8, decode_in="inline")
     assert report is not None
     assert "layers" in report.figures()
-    assert [name.split("/")[0] for name, _ in sample_pictures(model, shards, device=CPU, count=2)] == ["pictures"] * 2
+    assert [name.split("/")[0] for name, _ in sample_images(model, shards, device=CPU, count=2)] == ["images"] * 2

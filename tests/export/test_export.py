@@ -18,6 +18,7 @@ from dfine_core.checkpoints.weights import read_checkpoint
 from dfine_core.inference import LoadedDetector
 from jobs import export as export_job
 from pipeline.evaluation.ground_truth import GroundTruth
+from pipeline.export import check_images
 from pipeline.export import export as exporting
 from pipeline.export.check_images import CheckSet, from_shards, from_synthetic_images
 from pipeline.export.export import ExportResult, export
@@ -255,10 +256,10 @@ def test_the_command_compares_average_precision_on_shards(
         check_set = from_shards(shards, images)
         return replace(check_set, ground_truth=labelled(check_set, model))
 
-    monkeypatch.setattr(export_job, "from_shards", with_ground_truth)
+    monkeypatch.setattr(check_images, "from_shards", with_ground_truth)
     out = tmp_path / "out"
     export_job.main(
-        [str(stored), "--to", "released", "safetensors", "--out", str(out), "--check", shards.uri, "--images", "6"]
+        [str(stored), "--to", "released", "safetensors", "--out", str(out), "--check", shards.uri, "--num-images", "6"]
     )
     assert "the first 6 images of" in capsys.readouterr().out
     measured = json.loads((out / "export.json").read_text())["formats"]["released"]["measured"]
@@ -270,7 +271,18 @@ def test_the_command_fails_when_a_file_is_refused(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         export_job.main(
-            [str(stored), "--to", "huggingface", "--out", str(tmp_path), "--input-size", "64", "96", "--images", "1"]
+            [
+                str(stored),
+                "--to",
+                "huggingface",
+                "--out",
+                str(tmp_path),
+                "--input-size",
+                "64",
+                "96",
+                "--num-images",
+                "1",
+            ]
         )
     assert ended.value.code == 1
     assert "REFUSED" in capsys.readouterr().out
@@ -280,7 +292,7 @@ def test_the_command_fails_when_a_file_is_refused(
     ("arguments", "message"),
     [
         (["--input-size", "100"], "must be a multiple of 32"),
-        (["--images", "0"], "nothing is accepted without a comparison"),
+        (["--num-images", "0"], "nothing is accepted without a comparison"),
         (["--check", "/nowhere"], "there is none"),
         (["--attach", "shapes"], "name a run"),
     ],

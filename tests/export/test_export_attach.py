@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from jobs import export as export_job
 from pipeline.export.formats import ExportSource, write_safetensors
-from pipeline.tracking.attachments import AttachError, Target, find_target
+from pipeline.tracking.client import ResolvedUri, RunLookupError, find_target
 from tests.support.varied_detectors import loaded, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -24,21 +24,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
 
 
 @pytest.fixture
-def version(server: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Target:
+def version(server: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> ResolvedUri:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.tracking_uri)
     experiment = server.get_experiment_by_name("shapes")
     assert experiment is not None
     run = server.create_run(experiment.experiment_id)
     made = server.create_model_version("shapes", f"{run.info.artifact_uri}/detector", run.info.run_id)
     server.set_registered_model_alias("shapes", "champion", made.version)
-    return Target(run.info.run_id, "shapes", str(made.version))
+    return ResolvedUri(run.info.run_id, "shapes", str(made.version))
 
 
-def test_a_run_a_version_and_an_alias_lead_to_the_same_run(version: Target) -> None:
+def test_a_run_a_version_and_an_alias_lead_to_the_same_run(version: ResolvedUri) -> None:
     assert find_target(f"models:/shapes/{version.version}") == version
     assert find_target("models:/shapes@champion") == version
     assert find_target(f"runs:/{version.run_id}") == find_target(f"runs:/{version.run_id}/detector")
-    assert find_target(f"runs:/{version.run_id}") == Target(version.run_id)
+    assert find_target(f"runs:/{version.run_id}") == ResolvedUri(version.run_id)
 
 
 @pytest.mark.usefixtures("version")
@@ -49,15 +49,15 @@ def test_a_missing_run_or_version_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         ("models:/shapes", "which version"),
         ("exported/folder", "name a run"),
     ):
-        with pytest.raises(AttachError, match=message):
+        with pytest.raises(RunLookupError, match=message):
             find_target(source)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(AttachError, match="set MLFLOW_TRACKING_URI"):
+    with pytest.raises(RunLookupError, match="set MLFLOW_TRACKING_URI"):
         find_target("models:/shapes@champion")
 
 
 def test_accepted_files_metrics_and_tags_are_attached_and_refused_files_are_not(
-    version: Target, server: MlflowClient, tmp_path: Path
+    version: ResolvedUri, server: MlflowClient, tmp_path: Path
 ) -> None:
     stored, out = tmp_path / "stored", tmp_path / "out"
     write_safetensors(ExportSource(loaded(small(input_size=(64, 96)))), stored)
@@ -65,7 +65,7 @@ def test_accepted_files_metrics_and_tags_are_attached_and_refused_files_are_not(
         export_job.main(
             [
                 *(str(stored), "--to", "released", "safetensors", "huggingface", "--out", str(out)),
-                *("--images", "2", "--attach", "models:/shapes@champion"),
+                *("--num-images", "2", "--attach", "models:/shapes@champion"),
             ]
         )
     assert ended.value.code == 1

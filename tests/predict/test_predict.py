@@ -26,9 +26,10 @@ from jobs import predict as predict_job
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import ImageRecord
-from pipeline.evaluation.evaluate import detect, judge
+from pipeline.drawing import colour
+from pipeline.evaluation.evaluate import collect_detections, compute_report
 from pipeline.evaluation.ground_truth import read_ground_truth
-from pipeline.predict.drawings import colour, contact_sheet, draw_detections
+from pipeline.predict.drawings import contact_sheet, draw_detections
 from pipeline.predict.inputs import InputImage, list_inputs, read_images
 from pipeline.predict.predict import IN_PROCESS, PredictOptions, cpus_per_worker, predict
 from tests.support.small_detectors import small_detector
@@ -266,11 +267,11 @@ def labelled(record: ImageRecord, boxes: NDArray[np.float32], labels: NDArray[np
 def test_pycocotools_reads_the_detections_and_computes_the_ap_of_the_evaluation(tmp_path: Path) -> None:
     shards = self_labelled(small_detector(), tmp_path / "shards")
     predict(small_detector(), list_inputs([shards.uri]), str(tmp_path / "out"), replace(OPTIONS, threshold=0.0))
-    found = detect(
+    output = collect_detections(
         small_detector().detector, shards, device=torch.device("cpu"), micro_batch_size=5, decode_in="inline"
     )
-    assert found is not None
-    expected = judge(found, read_ground_truth(shards)).numbers
+    assert output is not None
+    expected = compute_report(output, read_ground_truth(shards)).numbers
     assert 0.05 < expected["AP"] < 0.95
 
     ground_truth = json.loads((tmp_path / "out/images.json").read_text())
@@ -392,7 +393,7 @@ def test_the_command_predicts_and_prints_a_summary(
     released = small_detector(("person", "dog"), input_size=(160, 160))
     save_released(released.detector.state_dict(), released.config, tmp_path / "small.pth")
     command = [str(tmp_path / "small.pth"), str(photos / "below"), "--out", str(tmp_path / "out"), "--workers", "0"]
-    predict_job.main([*command, "--pictures", "1"])
+    predict_job.main([*command, "--num-images", "1"])
     output = capsys.readouterr().out
     assert "on 2 images (2 image files)" in output
     assert "class_0" in output

@@ -51,7 +51,7 @@ def start(folder: Path, source: str, out: str, log: Path, *options: str) -> subp
 
 def test_a_killed_prediction_resumes_with_its_parts(folder: Path) -> None:
     out, log = folder / "out", folder / "log"
-    options = ("--workers", "2", "--part", str(PART_SIZE), "--pictures", "2", "--explain", "1")
+    options = ("--workers", "2", "--part-size", str(PART_SIZE), "--num-images", "2", "--num-explanations", "1")
     driver = start(folder, str(folder / "photos"), str(out), log, *options)
 
     def parts() -> list[Path]:
@@ -87,7 +87,7 @@ def test_inputs_and_results_may_be_in_an_object_store(folder: Path) -> None:
         for path in Path(shards.uri).iterdir():
             storage.write_atomic(f"{bucket}/in/val/{path.name}", path.read_bytes())
         storage.write_atomic(f"{bucket}/in/photo.jpg", (folder / "photos" / "0000.jpg").read_bytes())
-        driver = start(folder, f"{bucket}/in/val", f"{bucket}/out", folder / "s3.log", "--pictures", "2")
+        driver = start(folder, f"{bucket}/in/val", f"{bucket}/out", folder / "s3.log", "--num-images", "2")
         assert driver.wait(timeout=200) == 0, (folder / "s3.log").read_text()[-4000:]
         described = json.loads(storage.read_bytes(f"{bucket}/out/images.json"))
         assert len(described["images"]) == 10

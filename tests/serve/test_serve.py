@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,17 +77,18 @@ def port(folder: Path) -> Iterator[int]:
 
 
 def test_invalid_arguments_are_reported_before_anything_starts(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for arguments, message in (
         ([str(tmp_path)], "no detector"),
-        ([str(folder), "--threshold", "2"], "threshold.* less than or equal to 1"),
-        ([str(folder), "--batch", "0"], "batch.* greater than 0"),
+        ([str(folder), "--threshold", "2"], r"--threshold: 2 is not in 0\.\.1"),
+        ([str(folder), "--batch-size", "0"], "--batch-size: 0 is less than 1"),
         ([str(folder), "--detach"], "set RAY_ADDRESS"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit) as ended:
             serve_job.main(arguments)
+        assert re.search(message, f"{ended.value}\n{capsys.readouterr().err}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -101,7 +103,7 @@ def test_invalid_arguments_are_reported_before_anything_starts(
 def test_listening_on_other_than_the_loopback_address_prints_a_warning(
     host: str, warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    serve_job.warn_of_strangers(host)
+    serve_job.warn_if_public(host)
     assert ("warning" in capsys.readouterr().out) == warned
 
 
@@ -400,7 +402,7 @@ def test_the_command_serves_until_sigterm(folder: Path, tmp_path: Path) -> None:
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        assert f"curl -F image=@picture.jpg http://127.0.0.1:{port}/detect" in log.read_text()
+        assert f"curl -F image=@image.jpg http://127.0.0.1:{port}/detect" in log.read_text()
         with ThreadPoolExecutor(8) as pool:
             responses = pool.map(
                 lambda n: request(port, "/detect", encoded_image(60, 50, n), Content_Type="image/png"), range(12)

@@ -30,7 +30,7 @@ def ending(command: str, arguments: list[str], environment: dict[str, str]) -> d
         if isinstance(code, str):
             err.write(code)
             code = 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (the interpreter, too, prints whatever is raised)
         err.write(traceback.format_exc())
         code = 1
     finally:

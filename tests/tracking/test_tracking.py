@@ -1,4 +1,4 @@
-"""The queue and its delivery, into a database without a server. `test_tracking_server.py` has the server."""
+"""The outbox and its upload into a database, without a server. `test_tracking_server.py` has the server."""
 
 import io
 import json
@@ -18,17 +18,18 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline.tracking.names import flatten
+from pipeline.config_files import flatten
+from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import DatasetInput, Tracker
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0  # seconds
 
-# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; nothing of ours calls SQLAlchemy.
+# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; this project does not call SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
-# A training in another process: it logs ever on, until it is killed.
+# A training in another process, which logs until it is killed.
 TRAINING = """
 import sys, time
 from pathlib import Path
@@ -36,7 +37,7 @@ from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
 storage, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-tracker = Tracker(storage / "queue", TrackingSettings.resolve(storage, experiment="e", run_name="r"))
+tracker = Tracker(storage / "outbox", TrackingSettings.resolve(storage, experiment="e", run_name="r"))
 tracker.begin({"lr": 0.1}, {})
 for step in range(first, first + count):
     tracker.metrics({f"train/loss_{i}": step + i / 100 for i in range(8)}, step, timestamp=1e9 + step)
@@ -52,7 +53,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes seconds to make its tables; they are made once."""
+    """Database with MLflow's tables, which take seconds to create."""
     folder = tmp_path_factory.mktemp("database")
     MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
     return folder / "mlflow.db"
@@ -69,11 +70,11 @@ def resolved(storage: Path, **settings: str) -> TrackingSettings:
 
 
 def open_tracker(storage: Path) -> Tracker:
-    return Tracker(storage / "queue", resolved(storage))
+    return Tracker(storage / "outbox", resolved(storage))
 
 
-def delivered_run(tracker: Tracker, storage: Path) -> Run:
-    """The only run there is, once everything has arrived."""
+def uploaded_run(tracker: Tracker, storage: Path) -> Run:
+    """The only run, once everything is uploaded."""
     assert tracker.flush(PATIENCE)
     client = MlflowClient(resolved(storage).uri)
     experiment = client.get_experiment_by_name("e")
@@ -83,7 +84,7 @@ def delivered_run(tracker: Tracker, storage: Path) -> Run:
 
 
 def history(storage: Path, run: Run, key: str) -> list[tuple[int, float]]:
-    """(step, value) of every row, as they were stored."""
+    """(step, value) of every stored row."""
     rows = MlflowClient(resolved(storage).uri).get_metric_history(run.info.run_id, key)
     return [(row.step, row.value) for row in rows]
 
@@ -96,7 +97,7 @@ def test_a_run_carries_everything_that_was_logged(storage: Path) -> None:
         tracker.metrics({"train/loss": 2.5, "val/AP": 0.25}, step=3, timestamp=1e9)
         tracker.tags({"stage": "2"})
         tracker.finish("FINISHED")
-        run = delivered_run(tracker, storage)
+        run = uploaded_run(tracker, storage)
         assert tracker.run_id == run.info.run_id
         assert tracker.pending == 0
     assert run.info.status == "FINISHED"
@@ -111,7 +112,7 @@ def test_a_run_carries_everything_that_was_logged(storage: Path) -> None:
     assert [(tag.key, tag.value) for tag in source.tags] == [("mlflow.data.context", "training")]
 
 
-def test_every_kind_of_artifact_arrives_whole_and_leaves_the_queue(storage: Path) -> None:
+def test_every_kind_of_artifact_arrives_whole_and_leaves_the_outbox(storage: Path) -> None:
     folder = storage / "plots"
     folder.mkdir()
     (folder / "a.txt").write_text("a")
@@ -128,7 +129,7 @@ def test_every_kind_of_artifact_arrives_whole_and_leaves_the_queue(storage: Path
         tracker.figure(figure, "curves/pr.png")
         tracker.table({"name": ["cat", "dog"], "AP": [0.5, math.nan]}, "tables/per_class.json")
         tracker.image("val/pred", np.zeros((300, 400, 3), np.uint8), step=7)
-        run = delivered_run(tracker, storage)
+        run = uploaded_run(tracker, storage)
     client = MlflowClient(resolved(storage).uri)
 
     def content(path: str) -> str:
@@ -147,7 +148,7 @@ def test_every_kind_of_artifact_arrives_whole_and_leaves_the_queue(storage: Path
     assert sorted(path.partition("Z")[0].rpartition(".")[2] for path in images) == ["png", "webp"]
     assert run.data.tags["mlflow.loggedImages"] == "True"
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "tables/per_class.json", "type": "table"}]
-    assert list((storage / "queue" / "files").iterdir()) == []
+    assert list((storage / "outbox" / "files").iterdir()) == []
 
 
 def test_steps_repeated_after_a_resume_are_stored_once(storage: Path) -> None:
@@ -161,7 +162,7 @@ def test_steps_repeated_after_a_resume_are_stored_once(storage: Path) -> None:
         for step in range(5, 15):
             tracker.metrics({"loss": -step}, step)
         tracker.metrics({"val/AP": 0.5}, step=8)  # another name has its own steps
-        run = delivered_run(tracker, storage)
+        run = uploaded_run(tracker, storage)
     assert history(storage, run, "loss") == [(s, s) for s in range(10)] + [(s, -s) for s in range(10, 15)]
     assert history(storage, run, "val/AP") == [(8, 0.5)]
     assert run.data.params == {"lr": "0.1"}
@@ -171,21 +172,21 @@ def test_a_run_that_continues_is_running_again(storage: Path) -> None:
     with open_tracker(storage) as tracker:
         tracker.begin({}, {})
         tracker.finish("FAILED")
-        assert delivered_run(tracker, storage).info.status == "FAILED"
+        assert uploaded_run(tracker, storage).info.status == "FAILED"
     with open_tracker(storage) as tracker:
         tracker.begin({}, {})
-        assert delivered_run(tracker, storage).info.status == "RUNNING"
+        assert uploaded_run(tracker, storage).info.status == "RUNNING"
 
 
 @pytest.mark.parametrize("lost", ["offsets", "everything"])
-def test_a_delivery_that_was_not_noted_is_repeated_without_a_trace(storage: Path, lost: str) -> None:
+def test_an_upload_that_was_not_noted_is_repeated_without_a_trace(storage: Path, lost: str) -> None:
     with open_tracker(storage) as tracker:
         tracker.begin({"lr": 0.1}, {}, [DatasetInput("d", "1", "/d", "training")])
         for step in range(120):
             tracker.metrics({"loss": step, "odd": math.nan}, step)
         tracker.finish("FINISHED")
-        before = delivered_run(tracker, storage)
-    noted = storage / "queue" / "delivered.json"
+        before = uploaded_run(tracker, storage)
+    noted = storage / "outbox" / "uploaded.json"
     if lost == "everything":  # killed between the run's creation and noting its id
         noted.unlink()
     else:
@@ -193,33 +194,34 @@ def test_a_delivery_that_was_not_noted_is_repeated_without_a_trace(storage: Path
     with open_tracker(storage) as again:
         assert again.pending == 122
         again.metrics({"loss": 120}, 120)
-        after = delivered_run(again, storage)
+        after = uploaded_run(again, storage)
     assert after.info.run_id == before.info.run_id
     assert history(storage, after, "loss") == [(step, step) for step in range(121)]
     assert len(history(storage, after, "odd")) == 120
     assert len(after.inputs.dataset_inputs) == 1
-    assert not (storage / "queue" / "rejected.jsonl").exists()
+    assert not (storage / "outbox" / "rejected.jsonl").exists()
 
 
-def test_a_request_whose_answer_was_lost_stores_nothing_twice(storage: Path) -> None:
+def test_a_request_whose_response_was_lost_stores_nothing_twice(storage: Path) -> None:
     with open_tracker(storage) as tracker:
         tracker.begin({}, {})
-        run = delivered_run(tracker, storage)
-        delivery = tracker._courier._delivery
-        assert delivery is not None
-        event = {"kind": "metrics", "step": 1, "time": 5, "values": {"a": 1.0, "b": math.nan}}
-        for _ in range(2):
-            delivery._last_steps = {}  # as if asked before the first of the two requests had taken effect
-            delivery.send([event])
+        run = uploaded_run(tracker, storage)
+    writers = [MlflowWriter(resolved(storage), run_key=tracker.run_key, started_at=0, files=storage) for _ in range(2)]
+    event = {"kind": "metrics", "step": 1, "time": 5, "values": {"a": 1.0, "b": math.nan}}
+    for writer in writers:
+        writer.open_run(run.info.run_id)
+        assert writer.read_last_steps() == {}  # read before the first of the two requests takes effect
+    for writer in writers:
+        writer.send([event])
     assert history(storage, run, "a") == [(1, 1.0)]
     assert len(history(storage, run, "b")) == 1
 
 
-def test_a_training_killed_while_it_delivers_loses_and_doubles_nothing(storage: Path) -> None:
+def test_a_training_killed_while_it_uploads_loses_and_doubles_nothing(storage: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", TRAINING, str(storage), "0", "600"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    noted = storage / "queue" / "delivered.json"
+    noted = storage / "outbox" / "uploaded.json"
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "logged\n"
@@ -235,7 +237,7 @@ def test_a_training_killed_while_it_delivers_loses_and_doubles_nothing(storage: 
         tracker.begin({}, {})
         for step in range(500, 650):  # resumed from the checkpoint before step 500
             tracker.metrics({f"train/loss_{i}": step + i / 100 for i in range(8)}, step)
-        run = delivered_run(tracker, storage)
+        run = uploaded_run(tracker, storage)
     for i in range(8):
         rows = history(storage, run, f"train/loss_{i}")
         assert rows == [(step, step + i / 100) for step in range(650)]
@@ -243,7 +245,7 @@ def test_a_training_killed_while_it_delivers_loses_and_doubles_nothing(storage: 
 
 def test_a_server_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = resolved(tmp_path, uri="http://user:word@127.0.0.1:9")
-    tracker = Tracker(tmp_path / "queue", settings)
+    tracker = Tracker(tmp_path / "outbox", settings)
     started = time.monotonic()
     tracker.begin({"uri": settings.uri}, {"uri": settings.uri})
     for step in range(1000):
@@ -258,58 +260,58 @@ def test_a_server_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: 
     failures = [record.getMessage() for record in caplog.records if "fails" in record.getMessage()]
     assert len(failures) == 1
     assert "http://***@127.0.0.1:9" in failures[0]
-    written = [path.read_text() for path in (tmp_path / "queue").glob("*.json*")]
+    written = [path.read_text() for path in (tmp_path / "outbox").glob("*.json*")]
     assert not any("word" in text for text in [caplog.text, repr(settings), *written])
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     settings = resolved(tmp_path, uri="http://127.0.0.1:9")
-    first = Tracker(tmp_path / "queue", settings)
+    first = Tracker(tmp_path / "outbox", settings)
     with pytest.raises(RuntimeError, match="another process"):
-        Tracker(tmp_path / "queue", settings)
+        Tracker(tmp_path / "outbox", settings)
     first.close(0)
-    Tracker(tmp_path / "queue", settings).close(0)
+    Tracker(tmp_path / "outbox", settings).close(0)
 
 
 def test_a_server_that_hangs_keeps_nobody_from_going_on(storage: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as hanging:  # takes connections and never answers
+    with socket.create_server(("127.0.0.1", 0)) as hanging:  # accepts connections and never responds
         uri = f"http://127.0.0.1:{hanging.getsockname()[1]}"
-        first = Tracker(storage / "queue", resolved(storage, uri=uri))
+        first = Tracker(storage / "outbox", resolved(storage, uri=uri))
         first.begin({"lr": 0.1}, {})
         first.metrics({"loss": 1.0}, 1)
         connection, _ = hanging.accept()  # a request is under way
         started = time.monotonic()
         first.close(0.5)
-        second = open_tracker(storage)  # the next process, whose server works
+        second = open_tracker(storage)  # the next process; its server works
         second.metrics({"loss": 2.0}, 2)
         assert time.monotonic() - started < 10
-        assert not second.flush(0.5), "two deliver at once"
+        assert not second.flush(0.5), "two processes upload at once"
         connection.close()
-    run = delivered_run(second, storage)
+    run = uploaded_run(second, storage)
     second.close()
     assert history(storage, run, "loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_what_the_server_refuses_is_set_aside_and_the_rest_arrives(
+def test_events_that_the_server_refuses_are_set_aside_and_the_rest_arrives(
     storage: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_tracker(storage) as tracker:
         tracker.begin({}, {})
         tracker.metrics({"a": 1}, 1)
-        tracker.metrics({"a": 2}, 2, timestamp=-5)  # MLflow takes no time before 1970
+        tracker.metrics({"a": 2}, 2, timestamp=-5)  # MLflow refuses times before 1970
         tracker.metrics({"a": 3}, 3)
-        run = delivered_run(tracker, storage)
+        run = uploaded_run(tracker, storage)
     assert history(storage, run, "a") == [(1, 1), (3, 3)]
-    (rejected,) = (storage / "queue" / "rejected.jsonl").read_text().splitlines()
+    (rejected,) = (storage / "outbox" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(rejected)["event"]["values"] == {"a": 2}
     assert "refused an event" in caplog.text
 
 
-def test_what_is_not_finite_is_stored_as_nan(storage: Path) -> None:
+def test_numbers_that_are_not_finite_are_stored_as_nan(storage: Path) -> None:
     with open_tracker(storage) as tracker:
         tracker.begin({}, {})
         tracker.metrics({"nan": math.nan, "inf": math.inf, "-inf": -math.inf}, 1)
-        run = delivered_run(tracker, storage)
+        run = uploaded_run(tracker, storage)
     assert [math.isnan(value) for value in run.data.metrics.values()] == [True, True, True]
 
 
@@ -317,18 +319,18 @@ def test_names_and_values_that_mlflow_would_refuse_are_made_to_fit(storage: Path
     with open_tracker(storage) as tracker:
         tracker.begin({"a(b)": "x" * 7000, "k" * 300: 1}, {"t": "y" * 9000})
         tracker.metrics({"val/AP/T-shirt (red)": 0.5, "val//AP/": 0.25, "../x": 1.0}, 1)
-        run = delivered_run(tracker, storage)
+        run = uploaded_run(tracker, storage)
     assert len(run.data.params["a_b_"]) == 6000
     assert run.data.params["k" * 250] == "1"
     assert len(run.data.tags["t"]) == 8000
     assert run.data.metrics == {"val/AP/T-shirt _red_": 0.5, "val/AP": 0.25, "_/x": 1.0}
-    assert not (storage / "queue" / "rejected.jsonl").exists()
+    assert not (storage / "outbox" / "rejected.jsonl").exists()
 
 
 def test_a_child_run_names_its_parent(storage: Path) -> None:
-    with Tracker(storage / "queue", resolved(storage, parent_run_id="0123456789abcdef")) as tracker:
+    with Tracker(storage / "outbox", resolved(storage, parent_run_id="0123456789abcdef")) as tracker:
         tracker.begin({}, {})
-        assert delivered_run(tracker, storage).data.tags["mlflow.parentRunId"] == "0123456789abcdef"
+        assert uploaded_run(tracker, storage).data.tags["mlflow.parentRunId"] == "0123456789abcdef"
 
 
 def test_another_folder_with_the_same_key_continues_the_run(storage: Path) -> None:
@@ -339,12 +341,12 @@ def test_another_folder_with_the_same_key_continues_the_run(storage: Path) -> No
     with Tracker(storage / "worker", resolved(storage, run_key=driver.run_key)) as worker:
         worker.metrics({"loss": 7.0}, 1)
         worker.metrics({"loss": 2.0}, 2)
-        run = delivered_run(worker, storage)
+        run = uploaded_run(worker, storage)
     assert history(storage, run, "loss") == [(1, 1.0), (2, 2.0)]
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     settings = resolved(tmp_path, uri="http://127.0.0.1:9", run_key="one")
-    Tracker(tmp_path / "queue", settings).close(0)
+    Tracker(tmp_path / "outbox", settings).close(0)
     with pytest.raises(ValueError, match="run_key one, not two"):
-        Tracker(tmp_path / "queue", resolved(tmp_path, uri="http://127.0.0.1:9", run_key="two"))
+        Tracker(tmp_path / "outbox", resolved(tmp_path, uri="http://127.0.0.1:9", run_key="two"))

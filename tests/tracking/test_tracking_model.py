@@ -1,9 +1,10 @@
-"""The logged model: what MLflow loads elsewhere detects exactly what the trained detector detects."""
+"""The logged model: loaded by MLflow elsewhere, it detects exactly what the trained detector detects."""
 
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,23 @@ from safetensors.torch import save_file
 from dfine_core import Detector, ModelConfig
 from dfine_core.model.postprocess import postprocess
 from pipeline.data.augment.decode import decode_rgb, stretch
+from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model import log_detector, save_detector
-from pipeline.tracking.served_detector import PythonModelContext, ServedDetector
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
-# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; nothing of ours calls SQLAlchemy.
+with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
+    warnings.simplefilter("ignore")
+    from pipeline.tracking.served_detector import PythonModelContext, ServedDetector
+
+# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; this project does not call SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
 CATEGORIES = ("cat", "dog", "traffic light")
 CONFIG = ModelConfig.variant("n", num_classes=len(CATEGORIES), input_size=(96, 128), num_queries=50)
 WIDTH, HEIGHT = 173, 141
 
-# Somebody else's program: another folder, nothing of this project on its path.
+# A foreign program: another folder, nothing of this project on its path.
 PREDICTION = """
 import base64, json, sys
 import mlflow, numpy as np, pandas as pd
@@ -42,14 +47,14 @@ pixels = np.load(path + ".npy")
 inputs = {
     "path": [path], "bytes": [encoded], "base64": [base64.b64encode(encoded).decode()], "array": [pixels],
 }
-answers = {
+outputs = {
     kind: model.predict(pd.DataFrame({"image": values}), params={"threshold": 0.0}) for kind, values in inputs.items()
 }
-answers["records"] = model.predict([{"image": path}], params={"threshold": 0.0})
-answers["ten"] = model.predict(pd.DataFrame({"image": [path] * 10}), params={"threshold": 0.0})[9:]
-answers["default threshold"] = model.predict(pd.DataFrame({"image": [path]}))
+outputs["records"] = model.predict([{"image": path}], params={"threshold": 0.0})
+outputs["ten"] = model.predict(pd.DataFrame({"image": [path] * 10}), params={"threshold": 0.0})[9:]
+outputs["default threshold"] = model.predict(pd.DataFrame({"image": [path]}))
 import dfine_core
-print(json.dumps({"answers": answers, "dfine_core": dfine_core.__file__, "pipeline": "pipeline" in sys.modules}))
+print(json.dumps({"outputs": outputs, "dfine_core": dfine_core.__file__, "pipeline": "pipeline" in sys.modules}))
 """
 
 
@@ -64,11 +69,11 @@ def detector() -> Detector:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PNG, and beside it its pixels as .npy."""
+def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PNG, with its pixels as .npy next to it."""
     coarse = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    path = tmp_path_factory.mktemp("image") / "image.png"
     image.save(path)
     np.save(f"{path}.npy", np.asarray(image))
     return path
@@ -81,21 +86,21 @@ def weights(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def expected(detector: Detector, picture: Path) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
-    """Boxes, scores and labels as evaluation makes them, by the training's own decoding."""
-    pixels = stretch(decode_rgb(picture.read_bytes(), WIDTH, HEIGHT), CONFIG.input_size)
+def expected(detector: Detector, image_path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
+    """Boxes, scores and labels of an evaluation, with the decoding of the training."""
+    pixels = stretch(decode_rgb(image_path.read_bytes(), WIDTH, HEIGHT), CONFIG.input_size)
     with torch.inference_mode():
         output = detector(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
-        found = postprocess(output.logits, output.boxes, torch.tensor([[WIDTH, HEIGHT]]), 150)
-    return found.boxes[0].numpy(), found.scores[0].numpy(), found.labels[0].tolist()
+        detections = postprocess(output.logits, output.boxes, torch.tensor([[WIDTH, HEIGHT]]), 150)
+    return detections.boxes[0].numpy(), detections.scores[0].numpy(), detections.labels[0].tolist()
 
 
 @pytest.mark.slow  # another process imports MLflow and torch
 def test_a_registered_model_loads_elsewhere_and_detects_the_same(
-    detector: Detector, weights: Path, picture: Path, tmp_path: Path
+    detector: Detector, weights: Path, image_path: Path, tmp_path: Path
 ) -> None:
     settings = TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=f"sqlite:///{tmp_path}/mlflow.db")
-    with Tracker(tmp_path / "queue", settings) as tracker:
+    with Tracker(tmp_path / "outbox", settings) as tracker:
         tracker.begin({}, {})
         tracker.metrics({"val/AP": 0.5}, step=40)
         log_detector(
@@ -104,7 +109,7 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
             weights=weights,
             categories=CATEGORIES,
             metrics={"val/AP": 0.5},
-            example=picture.read_bytes(),
+            example=image_path.read_bytes(),
             step=40,
             registered_model_name="dfine",
             alias="champion",
@@ -112,10 +117,10 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
         assert tracker.flush(60)
 
         # The same event once more, as after a crash before it was noted: one model, one version.
-        event = json.loads((tmp_path / "queue" / "artifacts.jsonl").read_text())
-        delivery = tracker._courier._delivery
-        assert delivery is not None
-        delivery.send([event])
+        event = json.loads((tmp_path / "outbox" / "artifacts.jsonl").read_text())
+        writer = MlflowWriter(settings, run_key=tracker.run_key, started_at=0, files=tmp_path / "outbox" / "files")
+        writer.open_run(tracker.run_id)
+        writer.send([event])
     client = MlflowClient(settings.uri)
     run = client.get_run(str(tracker.run_id))
     (logged,) = client.search_logged_models([run.info.experiment_id])
@@ -128,7 +133,7 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PREDICTION, "models:/dfine@champion", settings.uri, str(picture)],
+        [sys.executable, "-I", "-c", PREDICTION, "models:/dfine@champion", settings.uri, str(image_path)],
         cwd=elsewhere,
         env={"PATH": os.environ["PATH"], "HOME": str(elsewhere), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -140,21 +145,21 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
     assert "/code/dfine_core/" in report["dfine_core"], "it used the project's own code"
     assert not report["pipeline"]
 
-    boxes, scores, labels = expected(detector, picture)
-    deployed_boxes, deployed_scores, _ = expected(fresh_deployed(detector), picture)
-    answers = report["answers"]
-    assert list(answers) == ["path", "bytes", "base64", "array", "records", "ten", "default threshold"]
+    boxes, scores, labels = expected(detector, image_path)
+    deployed_boxes, deployed_scores, _ = expected(fresh_deployed(detector), image_path)
+    outputs = report["outputs"]
+    assert list(outputs) == ["path", "bytes", "base64", "array", "records", "ten", "default threshold"]
     strong = int((scores >= 0.4).sum())
     assert 0 < strong < len(scores)
-    for kind, (answer,) in answers.items():
-        shown = strong if kind == "default threshold" else len(scores)
-        assert answer["labels"] == labels[:shown], kind
-        assert answer["names"] == [CATEGORIES[label] for label in labels[:shown]]
-        np.testing.assert_allclose(answer["scores"], deployed_scores[:shown], rtol=0, atol=1e-6)
-        np.testing.assert_allclose(answer["boxes"], deployed_boxes[:shown], rtol=1e-5, atol=1e-5)
+    for kind, (output,) in outputs.items():
+        count = strong if kind == "default threshold" else len(scores)
+        assert output["labels"] == labels[:count], kind
+        assert output["names"] == [CATEGORIES[label] for label in labels[:count]]
+        np.testing.assert_allclose(output["scores"], deployed_scores[:count], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(output["boxes"], deployed_boxes[:count], rtol=1e-5, atol=1e-5)
         # Fusing convolutions and norms rounds otherwise than computing them one after the other.
-        np.testing.assert_allclose(answer["scores"], scores[:shown], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(answer["boxes"], boxes[:shown], rtol=0, atol=1e-5 * WIDTH)
+        np.testing.assert_allclose(output["scores"], scores[:count], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(output["boxes"], boxes[:count], rtol=0, atol=1e-5 * WIDTH)
 
 
 def fresh_deployed(detector: Detector) -> Detector:
@@ -164,30 +169,30 @@ def fresh_deployed(detector: Detector) -> Detector:
 
 
 @pytest.fixture(scope="module")
-def saved(weights: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(weights: Path, image_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
-    save_detector(folder, config=CONFIG, weights=weights, categories=CATEGORIES, example=picture.read_bytes())
+    save_detector(folder, config=CONFIG, weights=weights, categories=CATEGORIES, example=image_path.read_bytes())
     return folder
 
 
-def test_it_detects_what_evaluation_detects(detector: Detector, saved: Path, picture: Path) -> None:
+def test_it_detects_what_evaluation_detects(detector: Detector, saved: Path, image_path: Path) -> None:
     artifacts = {"weights": saved / "artifacts/weights.safetensors", "description": saved / "artifacts/detector.json"}
     context = PythonModelContext({name: str(path) for name, path in artifacts.items()}, {})
     served = ServedDetector()
     served.load_context(context)
-    boxes, scores, labels = expected(detector, picture)
-    for value in (str(picture), picture.read_bytes(), np.load(f"{picture}.npy")):
-        (answer,) = served.predict(context, pd.DataFrame({"image": [value]}), {"threshold": 0.0})
-        assert answer["labels"] == labels
-        np.testing.assert_allclose(answer["scores"], scores, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(answer["boxes"], boxes, rtol=0, atol=1e-5 * WIDTH)
-    (answer,) = served.predict(context, pd.DataFrame({"image": [str(picture)]}))
-    assert 0 < len(answer["scores"]) == (scores >= 0.4).sum() < len(scores)
+    boxes, scores, labels = expected(detector, image_path)
+    for value in (str(image_path), image_path.read_bytes(), np.load(f"{image_path}.npy")):
+        (output,) = served.predict(context, pd.DataFrame({"image": [value]}), {"threshold": 0.0})
+        assert output["labels"] == labels
+        np.testing.assert_allclose(output["scores"], scores, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(output["boxes"], boxes, rtol=0, atol=1e-5 * WIDTH)
+    (output,) = served.predict(context, pd.DataFrame({"image": [str(image_path)]}))
+    assert 0 < len(output["scores"]) == (scores >= 0.4).sum() < len(scores)
 
 
 def test_a_saved_model_holds_no_pickle_and_no_foreign_path(saved: Path) -> None:
     files = [path for path in saved.rglob("*") if path.is_file()]
-    assert (saved / "code" / "dfine_core" / "detector.py") in files
+    assert (saved / "code" / "dfine_core" / "model" / "detector.py") in files
     suffixes = {path.suffix for path in files}
     assert suffixes <= {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}
     project = str(Path(__file__).parents[2])

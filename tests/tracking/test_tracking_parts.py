@@ -1,19 +1,30 @@
-"""The parts of tracking that need no MLflow store: settings, names, the file of events, the node's own numbers."""
+"""The parts of tracking that need no MLflow server: settings, names, the event log, metrics of the node."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow.entities import LoggedModelOutput
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
+from pipeline import mlflow_access
+from pipeline.config_files import flatten
 from pipeline.redaction import redact
-from pipeline.tracking.event_log import EventLog
-from pipeline.tracking.names import flatten, mlflow_key, mlflow_value
-from pipeline.tracking.settings import TrackingSettings
+from pipeline.tracking.client import RunLookupError, connect, find_run, find_run_by_key, resolve
+from pipeline.tracking.model_registry import register
+from pipeline.tracking.outbox import EventLog
+from pipeline.tracking.settings import RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
 from pipeline.tracking.system import system_metrics
+
+ROOT = Path(__file__).parents[2]
+
+# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; this project does not call SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +36,12 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_default_store_is_a_database_in_the_storage() -> None:
-    settings = TrackingSettings.resolve("some/place", experiment="dfine/coco", run_name="r")
-    assert settings.uri == f"sqlite:///{Path.cwd()}/some/place/mlflow.db"
-    assert settings.artifact_location == f"file://{Path.cwd()}/some/place/mlartifacts/dfine%2Fcoco"
+    settings = TrackingSettings.resolve("some/folder", experiment="dfine/coco", run_name="r")
+    assert settings.uri == f"sqlite:///{Path.cwd()}/some/folder/mlflow.db"
+    assert settings.artifact_location == f"file://{Path.cwd()}/some/folder/mlartifacts/dfine%2Fcoco"
 
 
-def test_an_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_takes_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment:5000")
     assert TrackingSettings.resolve("s3://b/x", experiment="e", run_name="r").uri == "http://environment:5000"
     named = TrackingSettings.resolve("s3://b/x", experiment="e", run_name="r", uri="http://argument:5000")
@@ -50,7 +61,7 @@ def test_an_unusable_tracking_uri_is_refused(tmp_path: Path, uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "redacted"),
     [
         ("http://user:word@host:5000/path", "http://***@host:5000/path"),
         ("failed: https://u:p@ss@host/x and more", "failed: https://***@host/x and more"),
@@ -60,22 +71,22 @@ def test_an_unusable_tracking_uri_is_refused(tmp_path: Path, uri: str) -> None:
         ("mail me@home", "mail me@home"),
     ],
 )
-def test_passwords_are_not_shown(text: str, shown: str) -> None:
-    assert redact(text) == shown
+def test_passwords_are_removed(text: str, redacted: str) -> None:
+    assert redact(text) == redacted
 
 
 # Names
 
 
 @given(st.text(max_size=300))
-def test_every_name_becomes_one_that_mlflow_takes(name: str) -> None:
+def test_every_name_becomes_one_that_mlflow_accepts(name: str) -> None:
     key = mlflow_key(name)
     _validate_metric_name(key)
     _validate_param_name(key)
     assert mlflow_key(key) == key
 
 
-def test_a_long_value_says_that_it_was_cut() -> None:
+def test_a_long_value_ends_in_an_ellipsis() -> None:
     assert mlflow_value("abcdef", 4) == "abc…"
 
 
@@ -83,7 +94,7 @@ def test_settings_are_flattened_to_dotted_keys() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": None}) == {"a.b.c": 1, "d": "[1, 2]", "e": None}
 
 
-# The file of events
+# The event log
 
 
 def test_a_torn_last_line_was_never_an_event(tmp_path: Path) -> None:
@@ -93,7 +104,7 @@ def test_a_torn_last_line_was_never_an_event(tmp_path: Path) -> None:
     log.append({"n": 2})
     log.close()
     with path.open("ab") as file:
-        file.write(b'{"n": 3, "text": "' + b"x" * 200_000)  # longer than what is looked at in one go
+        file.write(b'{"n": 3, "text": "' + b"x" * 200_000)  # longer than one read
     log = EventLog(path, 0)
     assert log.pending == 2
     log.append({"n": 4})
@@ -104,7 +115,7 @@ def test_a_torn_last_line_was_never_an_event(tmp_path: Path) -> None:
 OPERATIONS = st.one_of(
     st.tuples(st.just("append"), st.text(max_size=5)),
     st.tuples(st.just("read"), st.integers(1, 3)),
-    st.tuples(st.just("reopen"), st.binary(max_size=8)),  # behind a line that the bytes are the torn rest of
+    st.tuples(st.just("reopen"), st.binary(max_size=8)),  # the bytes are the rest of a torn line
 )
 
 
@@ -121,9 +132,9 @@ def test_a_log_reads_back_what_was_written_wherever_it_was_cut_and_reopened(
             log.append({"text": value})
             written.append({"text": value})
         elif kind == "read":
-            for event, offset in log.read(value):  # noqa: B007  # of the last one
+            for event, offset in log.read(value):  # noqa: B007  # the offset of the last one is used below
                 taken.append(event)
-            log.passed(len(taken) - (len(written) - log.pending), offset)
+            log.advance(len(taken) - (len(written) - log.pending), offset)
         else:
             log.close()
             with path.open("ab") as file:
@@ -140,6 +151,102 @@ def test_the_node_is_measured() -> None:
     metrics = system_metrics()
     assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
     assert 0 < metrics["system/system_memory_usage_percentage"] < 100
-    # An independent look at the same number.
+    # The same number from an independent source.
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     assert metrics["system/process_memory_usage_megabytes"] == pytest.approx(resident, rel=0.1)
+
+
+# MLflow's settings
+
+
+def test_importing_tracking_loads_no_mlflow_and_changes_no_environment() -> None:
+    modules = ("client", "lineage", "model", "model_registry", "outbox", "settings", "tracker", "uploader")
+    imports = "; ".join(f"import pipeline.tracking.{name}" for name in modules)
+    code = f"""
+import os, sys
+before = dict(os.environ)
+{imports}
+assert "mlflow" not in sys.modules
+changed = {{name for name in os.environ if name.startswith("MLFLOW") and os.environ[name] != before.get(name)}}
+assert not changed, changed
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Environment without settings of MLflow, as in a new process; restored afterwards."""
+    for name in (*mlflow_access.SETTINGS, mlflow_access.RETRIES):
+        monkeypatch.setenv(name, "")  # so that the present value is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(mlflow_access, "_set_here", {})
+    return monkeypatch
+
+
+def test_lookups_retry_and_uploads_do_not(environment: pytest.MonkeyPatch) -> None:
+    mlflow_access.configure_mlflow()
+    assert int(os.environ[RETRIES]) > 0
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    mlflow_access.configure_mlflow(retries=0)
+    assert os.environ[RETRIES] == "0"
+    mlflow_access.configure_mlflow()
+    assert os.environ[RETRIES] == "0", "a lookup made the uploads of this process retry"
+
+
+def test_settings_of_the_user_win(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv(RETRIES, "5")
+    environment.setenv("MLFLOW_LOGGING_LEVEL", "DEBUG")
+    mlflow_access.configure_mlflow(retries=0)
+    assert (os.environ[RETRIES], os.environ["MLFLOW_LOGGING_LEVEL"]) == ("5", "DEBUG")
+
+
+# Lookups
+
+
+def test_a_run_is_found_by_id_name_key_and_model(tmp_path: Path) -> None:
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("e")
+    first, second, twin = (
+        client.create_run(experiment, run_name=name, tags={RUN_KEY: f"key-{name}"}).info.run_id
+        for name in ("first", "second", "second")
+    )
+    client.create_registered_model("shapes")
+    client.create_model_version("shapes", "file:///somewhere", first)
+    client.set_registered_model_alias("shapes", "champion", "1")
+    for named in (
+        "first",
+        first,
+        f"runs:/{first}",
+        f"runs:/{first}/detector",
+        "models:/shapes/1",
+        "models:/shapes@champion",
+    ):
+        assert find_run(client, named).info.run_id == first, named
+    by_key = find_run_by_key(client, "key-second")
+    assert by_key is not None
+    assert by_key.info.start_time == min(client.get_run(run).info.start_time for run in (second, twin))
+    assert find_run_by_key(client, "key-third") is None
+    for named, message in (("second", "2 runs"), ("third", "0 runs"), ("models:/shapes", "which version")):
+        with pytest.raises(RunLookupError, match=message):
+            find_run(client, named)
+
+
+def test_a_model_is_registered_once_however_often(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = connect(uri)
+    experiment = client.create_experiment("e", artifact_location=f"file://{tmp_path}/artifacts")
+    run_id = client.create_run(experiment).info.run_id
+    with pytest.raises(RunLookupError, match="logged no model"):
+        register(uri, run_id, "shapes")
+    model = client.create_logged_model(experiment, "detector", run_id)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 1)])
+    assert register(uri, run_id, "shapes") == "shapes/1"
+    assert register(uri, run_id, "shapes", alias="champion") == "shapes/1"
+    resolved = resolve(client, "models:/shapes@champion")
+    assert (resolved.run_id, resolved.name, resolved.version) == (run_id, "shapes", "1")
+    assert resolve(client, f"models:/{model.model_id}").run_id == run_id
+    assert resolve(client, f"runs:/{run_id}").model_id == model.model_id

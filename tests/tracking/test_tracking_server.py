@@ -1,4 +1,4 @@
-"""A real tracking server that is not there at first, dies while it is written to, and comes back."""
+"""A real tracking server that starts late, dies during an upload, and comes back."""
 
 import io
 import os
@@ -26,13 +26,13 @@ from pipeline.tracking.model import log_detector
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
-# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; nothing of ours calls SQLAlchemy.
+# MLflow's database layer uses options that SQLAlchemy 2.1 has deprecated; this project does not call SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 PATIENCE = 90.0  # seconds
 
 
 class Server:
-    """`mlflow server` on a port of its own; its processes are one group."""
+    """`mlflow server` on its own port; its processes are one group."""
 
     def __init__(self, folder: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -53,7 +53,7 @@ class Server:
                 self._command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + PATIENCE
-        while not self._answers():
+        while not self._responds():
             assert time.monotonic() < deadline, self._log.read_text()[-3000:]
             time.sleep(0.1)
 
@@ -63,10 +63,10 @@ class Server:
             self._process.wait()
             self._process = None
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as response:
+                return bool(response.status == 200)
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
@@ -106,7 +106,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=server.uri)
-    tracker = Tracker(tmp_path / "queue", settings)
+    tracker = Tracker(tmp_path / "outbox", settings)
     slowest = 0.0
     steps = 0
 
@@ -121,7 +121,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
             time.sleep(0.002)
 
     tracker.begin({"lr": 0.1}, {"variant": "n"})
-    train(3)  # nobody there
+    train(3)  # no server yet
     assert tracker.run_id is None
     server.start()
     train(1)
@@ -163,8 +163,8 @@ def test_a_server_that_dies_and_comes_back_has_everything_once_and_in_order(
     (logged,) = client.search_logged_models([run.info.experiment_id])
     assert (logged.name, logged.model_id) == ("detector", model.metadata.model_id)
     assert model.metadata.run_id == run.info.run_id
-    (answer,) = model.predict(pd.DataFrame({"image": [np.zeros((9, 9, 3), np.uint8)]}), params={"threshold": 0.0})
-    assert len(answer["boxes"]) == 40
+    (output,) = model.predict(pd.DataFrame({"image": [np.zeros((9, 9, 3), np.uint8)]}), params={"threshold": 0.0})
+    assert len(output["boxes"]) == 40
     assert steps > 1000
     assert slowest < 1, "the training waited for the server"
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("pipeline.tracking")]

@@ -16,12 +16,12 @@ from pipeline.data.doctor.shard_checks import READ_ERRORS
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import ImageRecord, records_from_table
+from pipeline.drawing import css_colour
 
 THUMBNAIL_SIDE = 400  # px, longer side
 THUMBNAIL_QUALITY = 80
 MOST_NAMES = 12  # with more boxes the names would cover the thumbnail
 MARGIN = 0.15  # fraction of the image; boxes beyond its edge are visible up to here
-HUE_STEP = 137.508  # degrees, the golden angle: labels near each other get colours far apart
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def thumbnail(shards: ShardSet, shard: int, row: int, marked: Iterable[int | Non
             width=float(max(0, box[2] - box[0])),
             height=float(max(0, box[3] - box[1])),
             name=categories[label].name if 0 <= label < len(categories) else f"label {label}",
-            colour=f"hsl({label * HUE_STEP % 360:.0f} 95% 50%)",
+            colour=css_colour(label),
             crowd=bool(crowd),
             marked=g in marks,
         )

@@ -10,18 +10,13 @@ window_rows / group_rows + 1 groups. Nothing depends on the number of workers; a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shards.reader import Rows
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS
 from pipeline.errors import UserError
-
-DEFAULT_WINDOW_ROWS = 2048
-# Location of the decoding: in data tasks on any node; in threads of the training worker; or in the calling thread without Ray,
-# for a single process, a debugger or a test.
-DecodeIn = Literal["task", "worker", "inline"]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import RowGroups, locate_row_groups
 from pipeline.data.stream.backpressure import bound_outputs
 from pipeline.data.stream.batch import Batch, batch_from_arrow
-from pipeline.data.stream.plan import DEFAULT_WINDOW_ROWS, BatchPlan, DecodeIn, Window
+from pipeline.data.stream.plan import BatchPlan, Window
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, DecodeIn
 from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
 
 T = TypeVar("T")
@@ -269,7 +270,7 @@ def _fetched_ahead(items: Iterator[T]) -> Iterator[T]:
     def fetch() -> None:
         try:
             first.set_result(next(items))
-        except BaseException as error:  # raised again in the consumer's thread
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
             first.set_exception(error)
 
     threading.Thread(target=fetch, daemon=True).start()

@@ -7,9 +7,10 @@ from typing import Literal
 
 from pipeline import html_pages, storage
 from pipeline.config import ConfigError
+from pipeline.config_files import flatten
 from pipeline.evaluation.coco_metrics import NUMBERS
 from pipeline.tracking.client import RunFacts, Runs
-from pipeline.tracking.names import MAX_PARAM, RUN_KEY, flatten, mlflow_value
+from pipeline.tracking.settings import MAX_PARAM, RUN_KEY, mlflow_value
 from pipeline.training import checkpoint
 from pipeline.training.run_dir import NEUTRAL, RESULT, RUN_START
 from pipeline.tuning.analysis.noise import Noise, pooled_noise
