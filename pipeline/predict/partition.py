@@ -97,7 +97,7 @@ def write_part(
             batch = []
     if batch:
         _detect_batch(loaded, batch, plan)
-    with storage.open_atomic(storage.join(storage.join(out, PARTS_FOLDER), part_name(part))) as file:
+    with storage.open_atomic(storage.join(out, PARTS_FOLDER, part_name(part))) as file:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file, compression="zstd")
     return PartCounts(
         images=len(rows),
@@ -108,7 +108,7 @@ def write_part(
 
 def read_part(out: str, part: int) -> pa.Table:
     """Read the file of a part."""
-    content = storage.read_bytes(storage.join(storage.join(out, PARTS_FOLDER), part_name(part)))
+    content = storage.read_bytes(storage.join(out, PARTS_FOLDER, part_name(part)))
     return pq.read_table(pa.BufferReader(content))
 
 

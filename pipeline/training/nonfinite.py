@@ -108,7 +108,7 @@ class NonFiniteGuard:
 
 def save_step(run: str, step: int, rank: int, batches: Sequence[Batch], detector: Detector) -> str:
     """Write a worker's micro-batches of a step, and the weights it ran with; return the folder shared by all workers."""
-    folder = storage.join(storage.join(run, FOLDER), checkpoint.step_folder(step))
+    folder = storage.join(run, FOLDER, checkpoint.step_folder(step))
     tensors: dict[str, Tensor] = {}
     for batch in batches:
         named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}

@@ -220,7 +220,7 @@ class RunLog:
             images: name and PNG.
         """
         self._context.print(f"evaluation, {title}\n{report.table()}")
-        folder = storage.join(self._job.run, f"evaluation/{'final' if final else checkpoint.step_folder(step)}")
+        folder = storage.join(self._job.run, "evaluation", "final" if final else checkpoint.step_folder(step))
         report.write(folder)
         if self._tracker is not None:
             self._tracker.metrics(report.metrics("final" if final else "val"), step)

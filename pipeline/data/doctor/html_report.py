@@ -24,7 +24,7 @@ MOST_CLASS_NAMES = 100  # more do not fit below a plot
 COLOURS = ("#2f6fb5", "#e07b28", "#3b9b5a", "#b04a8f", "#7a6a58")  # one per split
 
 
-def summary_line(report: DoctorReport) -> str:
+def severity_counts(report: DoctorReport) -> str:
     """Number of findings of each severity."""
     counts = ", ".join(plural(report.count(severity), severity) for severity in SEVERITIES)
     return counts if report.decoded else f"{counts}; images were not decoded"
@@ -32,7 +32,7 @@ def summary_line(report: DoctorReport) -> str:
 
 def doctor_text(report: DoctorReport) -> str:
     """Format the report for a terminal."""
-    blocks = [*map(_split_text, report.splits), *map(_finding_text, report.findings), summary_line(report)]
+    blocks = [*map(_split_text, report.splits), *map(_finding_text, report.findings), severity_counts(report)]
     return "\n\n".join(blocks)
 
 
@@ -98,7 +98,7 @@ def doctor_page(report: DoctorReport, shard_sets: Sequence[ShardSet], *, seed: i
         "pipeline.data.doctor",
         "doctor.html.j2",
         report=report,
-        summary_line=summary_line(report),
+        severity_counts=severity_counts(report),
         splits=[
             (split, split_facts(split), colour) for split, colour in zip(report.splits, _colours(report), strict=True)
         ],

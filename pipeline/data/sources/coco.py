@@ -29,7 +29,7 @@ def coco_source(images: str, annotations: str) -> DatasetSource:
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         categories = read_categories(annotations)
-        index.add_images(read_images(annotations, partial(storage.join, images)))
+        index.add_images(read_image_entries(annotations, partial(storage.join, images)))
         index.add_boxes(read_boxes(annotations, categories, index))
         return categories
 
@@ -55,7 +55,7 @@ def read_categories(annotations: str) -> tuple[Category, ...]:
     return tuple(Category(label=k, original_id=number, name=names[number]) for k, number in enumerate(sorted(names)))
 
 
-def read_images(annotations: str, locate: Callable[[str], str], id_offset: int = 0) -> Iterator[ImageEntry]:
+def read_image_entries(annotations: str, locate: Callable[[str], str], id_offset: int = 0) -> Iterator[ImageEntry]:
     """Read the entries of `images`, in file order.
 
     Args:

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
-from pipeline.data.sources.coco import file_sha256, read_boxes, read_categories, read_images
+from pipeline.data.sources.coco import file_sha256, read_boxes, read_categories, read_image_entries
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, SourceError
 
 VAL_IMAGES = 5000
@@ -86,7 +86,7 @@ def objects365_source(
 def _image_entries(root: str, part: str, annotations: str) -> Iterator[ImageEntry]:
     """Read the images of a released file, with their final ids and paths."""
     offset = VAL_ID_OFFSET if part == "val" else 0
-    for entry in read_images(annotations, _locator(root, part, annotations), offset):
+    for entry in read_image_entries(annotations, _locator(root, part, annotations), offset):
         if not offset <= entry.image_id < offset + VAL_ID_OFFSET:
             raise SourceError(f"{annotations}: image id {entry.image_id - offset} is not in 0..{VAL_ID_OFFSET - 1}")
         yield entry
@@ -98,7 +98,7 @@ def _locator(root: str, part: str, annotations: str) -> Callable[[str], str]:
     Raises:
         SourceError: no known layout finds any.
     """
-    names = [entry.file_name for entry in islice(read_images(annotations, str), PROBES)]
+    names = [entry.file_name for entry in islice(read_image_entries(annotations, str), PROBES)]
 
     def hits(layout: str) -> int:
         return sum(storage.exists(_path(root, part, layout, name)) for name in names)

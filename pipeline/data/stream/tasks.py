@@ -173,7 +173,7 @@ def _decoded_micro_batch(
     failures: dict[int, str] = {}
     for index, record in enumerate(records):
         try:
-            decoded[index] = _sample(record, epoch, settings)
+            decoded[index] = _decoded_sample(record, epoch, settings)
         except UndecodableImageError as error:
             failures[index] = f"{record.file_name}: {error}"
     if failures and (settings.augmentation is None or not decoded):
@@ -189,7 +189,7 @@ def _decoded_micro_batch(
     return samples, kept, [(records[index].image_id, why) for index, why in failures.items()]
 
 
-def _sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample:
+def _decoded_sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample:
     image = without_crowd(record)
     if settings.augmentation is None:
         return plain_sample(image, canvas=settings.canvas)
