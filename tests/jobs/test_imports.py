@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.__main__ import COMMANDS
-from tests.support.drawn_shards import drawn_records, write_shards
+from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parent.parent.parent
 SLOW = ["torch", "torchvision", "ray", "mlflow", "cv2", "scipy", "matplotlib", "transformers", "onnxruntime"]
@@ -60,7 +60,7 @@ def run(code: str, argument: Any, folder: Path) -> subprocess.CompletedProcess[s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     for name in ("train", "val"):
-        write_shards(folder / name, drawn_records(4, longest_side=64))
+        write_shards(folder / name, synthetic_records(4, longest_side=64))
     (folder / "run.yaml").write_text(
         json.dumps(
             {
@@ -89,12 +89,12 @@ FLAGS = [
     ("prepare nothing", EVERYTHING, "2"),
 ]
 PATHS = [
-    ("evaluate nowhere val", EVERYTHING, "nowhere: no detector"),
-    ("predict nowhere photos --out out", EVERYTHING, "nowhere: no detector"),
-    ("export nowhere --to onnx --out out", EVERYTHING, "nowhere: no detector"),
-    ("benchmark nowhere", EVERYTHING, "nowhere: no detector"),
-    ("serve nowhere", EVERYTHING, "nowhere: no detector"),
-    ("replay nowhere", EVERYTHING, "nowhere: no saved step"),
+    ("evaluate nowhere val", EVERYTHING, "nowhere does not exist: no detector"),
+    ("predict nowhere photos --out out", EVERYTHING, "nowhere does not exist: no detector"),
+    ("export nowhere --to onnx --out out", EVERYTHING, "nowhere does not exist: no detector"),
+    ("benchmark nowhere", EVERYTHING, "nowhere does not exist: no detector"),
+    ("serve nowhere", EVERYTHING, "nowhere does not exist: no detector"),
+    ("replay nowhere", EVERYTHING, "nowhere does not exist: no saved step"),
     ("train run.yaml --set data.train=nowhere", SLOW, "nowhere/manifest.json"),
     ("evaluate empty nowhere", SLOW, "nowhere/manifest.json"),
     ("doctor nowhere", SLOW, "2"),
