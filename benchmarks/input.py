@@ -34,9 +34,9 @@ from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import records_from_table
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.stream import stream
-from pipeline.data.stream.batch import Batch, batch_from_arrow
+from pipeline.data.stream.batch import Batch, batches_from_arrow
 from pipeline.data.stream.stream import StreamSettings, training_plan, training_stream
-from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
+from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_block, read_window
 from pipeline.ray_cluster import start_ray
 
 CANVAS = (640, 640)
@@ -115,7 +115,7 @@ class MicroBatches(IterableDataset[Batch]):
         worker = get_worker_info()
         assert worker is not None
         for table in self.encoded[worker.id :: worker.num_workers]:
-            yield batch_from_arrow(decode_micro_batch(table, self.decoding), self.decoding.canvas)
+            yield from batches_from_arrow(decode_block(table, self.decoding), self.decoding.canvas)
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ def process_tree() -> dict[int, list[str]]:
 def print_seams(shards: ShardSet, settings: StreamSettings) -> None:
     """Print the waits of a training whose step takes 1.5 times as long as a batch: each wait is a stall of the stream.
 
-    Every window is made a segment of its own, an execution of Ray Data.
+    Every window is made an execution of Ray Data of its own.
     """
     plan = training_plan(shards, settings)
-    usual, stream.SEGMENT_MICRO_BATCHES = stream.SEGMENT_MICRO_BATCHES, plan.steps_per_window
+    usual, stream.EXECUTION_BLOCKS = stream.EXECUTION_BLOCKS, 1  # every window its own
     stop = 3 * plan.steps_per_epoch
     waits: list[float] = []
     step_seconds, ready = 0.0, time.perf_counter()
@@ -216,7 +216,7 @@ def print_seams(shards: ShardSet, settings: StreamSettings) -> None:
             step_seconds = 1.5 * statistics.mean(waits[1:])
         time.sleep(step_seconds)
         ready = time.perf_counter()
-    stream.SEGMENT_MICRO_BATCHES = usual
+    stream.EXECUTION_BLOCKS = usual
 
     seams = [window.first_step for window in plan.windows(0, stop)][2:]  # the step duration is set in the first
     epochs = [step for step in seams if step % plan.steps_per_epoch == 0]

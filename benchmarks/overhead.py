@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
@@ -115,6 +116,9 @@ def bare_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, q
 
 class SilentConsole:
     def heartbeat(self, step: int, activity: str) -> None: ...
+    def working(self, step: int, activity: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def print(self, text: str) -> None: ...
     def progress(self, step: int, note: str) -> None: ...
 

@@ -25,7 +25,7 @@ from pydantic import (
 
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from pipeline.data.augment.settings import AugmentSettings
-from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, DecodeIn
+from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
 from pipeline.ray_job import absolute_location
 
@@ -101,7 +101,9 @@ class Data(Config):
     val: Location | None = None  # without it a run only trains
     decode_in: DecodeIn = "task"
     prefetch: PositiveInt = 2  # micro-batches that each worker keeps ready
-    window_rows: PositiveInt = DEFAULT_WINDOW_ROWS  # rows are shuffled within windows of about this length
+    window_rows: PositiveInt | None = (
+        None  # rows that are shuffled together; default: 2,048, or 128 per micro-batch of a step
+    )
 
 
 class Model(Config):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -69,6 +70,9 @@ class Console(Protocol):
 
     def heartbeat(self, step: int, activity: str) -> None:
         """Report that the worker is at `step`, busy with `activity`."""
+
+    def working(self, step: int, activity: str) -> AbstractContextManager[None]:
+        """Report so while the block computes for long without heartbeats."""
 
     def print(self, text: str) -> None:
         """Print a line or a table."""

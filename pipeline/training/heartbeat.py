@@ -6,6 +6,9 @@ progress line, prints messages, and names a worker that has been silent for too 
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,8 @@ from pipeline.progress import Progress
 
 POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
-HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat per activity in this time
+HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat in this time
+NAMED_WORKERS = 8  # of those without a heartbeat, in one line
 
 
 @dataclass(frozen=True)
@@ -90,19 +94,35 @@ def last_heartbeat_before_restart(board: Any) -> float | None:
 
 
 class WorkerConsole:
-    """Console of a worker: sends to the board."""
+    """Console of a worker: a thread sends its latest heartbeat once a second, if it is new.
+
+    Only the training thread makes heartbeats, so a training that hangs falls silent although the thread runs on.
+    """
 
     def __init__(self, board: Any, rank: int) -> None:
         self._board, self._rank = board, rank
-        self._next_at = 0.0
-        self._activity = ""
+        self._latest: tuple[int, str] | None = None  # step and activity that were not sent yet
+        self._working: tuple[int, str] | None = None  # during work without heartbeats of its own
+        self._sender: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def heartbeat(self, step: int, activity: str) -> None:
-        """Send a heartbeat, at most one per second and activity."""
-        now = time.monotonic()
-        if now >= self._next_at or activity != self._activity:
-            self._next_at, self._activity = now + HEARTBEAT_SECONDS, activity
-            self._board.heartbeat.remote(self._rank, step, activity)
+        """Note a heartbeat; at most one message a second is sent, with the latest one."""
+        with self._lock:
+            self._latest = step, activity
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send, daemon=True, name="heartbeat")
+            self._sender.start()
+
+    @contextmanager
+    def working(self, step: int, activity: str) -> Iterator[None]:
+        """Keep sending heartbeats while the block computes for long without making any."""
+        self._working = step, activity
+        self.heartbeat(step, activity)
+        try:
+            yield
+        finally:
+            self._working = None
 
     def print(self, text: str) -> None:
         """Send a message."""
@@ -111,6 +131,14 @@ class WorkerConsole:
     def progress(self, step: int, note: str) -> None:
         """Send the progress of the run."""
         self._board.progress.remote(step, note)
+
+    def _send(self) -> None:
+        while True:
+            with self._lock:
+                latest, self._latest = self._latest or self._working, None
+            if latest is not None:
+                self._board.heartbeat.remote(self._rank, *latest)
+            time.sleep(HEARTBEAT_SECONDS)
 
 
 class ProgressMonitor:
@@ -160,21 +188,32 @@ class ProgressMonitor:
             else:
                 self._bar.advance(update.step - self._shown, update.note)
             self._shown = update.step
-        for text in silent_workers(update, self._timeout_s, self._named):
-            Progress.write(text)
+        if silent := silent_workers(update, self._timeout_s, self._named):
+            Progress.write(silent)
 
 
-def silent_workers(update: ProgressUpdate, timeout_s: float, named: dict[int, Heartbeat]) -> list[str]:
-    """One line for each worker without a heartbeat for longer than `timeout_s`; `named` remembers those reported before."""
-    lines = []
-    for rank, beat in sorted(update.heartbeats.items()):
-        if update.now - beat.at > timeout_s and named.get(rank) != beat:
-            named[rank] = beat
-            others = ", ".join(
-                f"{r} {b.activity} at {b.step}" for r, b in sorted(update.heartbeats.items()) if r != rank
-            )
-            lines.append(
-                f"worker {rank} has been {beat.activity} at step {beat.step} for {update.now - beat.at:.0f} s; the others:"
-                f" {others or 'none'}"
-            )
-    return lines
+def silent_workers(update: ProgressUpdate, timeout_s: float, named: dict[int, Heartbeat]) -> str | None:
+    """Name the workers without a heartbeat for longer than `timeout_s`, in one line however many there are.
+
+    Args:
+        named: heartbeats that were reported before; the new ones are added.
+    """
+    silent = {
+        rank: beat
+        for rank, beat in sorted(update.heartbeats.items())
+        if update.now - beat.at > timeout_s and named.get(rank) != beat
+    }
+    if not silent:
+        return None
+    named.update(silent)
+    shown = [
+        f"worker {rank} ({beat.activity} at step {beat.step} for {update.now - beat.at:.0f} s)"
+        for rank, beat in list(silent.items())[:NAMED_WORKERS]
+    ]
+    if more := len(silent) - len(shown):
+        shown.append(f"{more} more")
+    others = Counter(
+        f"{beat.activity} at step {beat.step}" for rank, beat in update.heartbeats.items() if rank not in silent
+    )
+    rest = ", ".join(f"{count} {state}" for state, count in others.most_common(NAMED_WORKERS)) or "none"
+    return f"no progress: {', '.join(shown)}; other workers: {rest}"

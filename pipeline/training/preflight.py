@@ -1,6 +1,7 @@
 """Checks before the start: the cluster has the requested resources, and every node reaches data and storage."""
 
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,8 +140,9 @@ def _problems_here(run: str, manifests: list[str]) -> list[str]:
     try:
         if not storage.exists(storage.join(run, ".preflight")):
             problems.append(f"{run} is another folder there: storage must be shared by all nodes")
-        storage.write_atomic(storage.join(run, f".preflight-{os.getpid()}"), b"")
-        filesystem, path = storage.resolve(storage.join(run, f".preflight-{os.getpid()}"))
+        own = storage.join(run, f".preflight-{uuid.uuid4().hex}")  # process ids of different pods may be equal
+        storage.write_atomic(own, b"")
+        filesystem, path = storage.resolve(own)
         filesystem.delete_file(path)
     except OSError as error:
         problems.append(f"{run} cannot be written: {error}")

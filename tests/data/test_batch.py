@@ -13,8 +13,8 @@ from pipeline.data.augment.photometric_parameters import identity_photometric
 from pipeline.data.augment.samples import AnnotatedImage, augmented_sample, plain_sample
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, table_from_records
-from pipeline.data.stream.batch import Batch, Replacement, batch_from_arrow
-from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_micro_batch
+from pipeline.data.stream.batch import Batch, Replacement, batches_from_arrow
+from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_block
 from tests.support.synthetic_shards import synthetic_records
 
 CANVAS = (32, 64)
@@ -22,16 +22,17 @@ TRAINING = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=Augmentation(
 EVALUATION = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=None)
 
 
-def encoded(records: Sequence[ImageRecord], epoch: int = 0) -> pa.Table:
+def encoded(records: Sequence[ImageRecord], epoch: int = 0, real: Sequence[int] | None = None) -> pa.Table:
     rows = pa.concat_tables([SHARD_SCHEMA.empty_table(), table_from_records(records)]).to_pylist()
-    row = {"step": 11, "micro_batch": 1, "epoch": epoch, "rows": rows}
+    row = {"step": 11, "micro_batch": 1, "epoch": epoch, "real": real or [len(records)], "rows": rows}
     return pa.Table.from_pylist([row], schema=ENCODED_SCHEMA)
 
 
 def batch_of(records: Sequence[ImageRecord], settings: DecodeSettings = TRAINING, epoch: int = 0) -> Batch:
-    decoded = decode_micro_batch(encoded(records, epoch), settings)
+    decoded = decode_block(encoded(records, epoch), settings)
     assert decoded.schema == DECODED_SCHEMA
-    return batch_from_arrow(decoded, CANVAS)
+    (batch,) = batches_from_arrow(decoded, CANVAS)
+    return batch
 
 
 def broken(record: ImageRecord) -> ImageRecord:
@@ -105,9 +106,42 @@ def test_targets_of_images_without_boxes_are_empty_and_typed() -> None:
 
 
 def test_the_pixels_are_those_of_the_block_not_a_copy() -> None:
-    decoded = decode_micro_batch(encoded(synthetic_records(4)), TRAINING)
+    decoded = decode_block(encoded(synthetic_records(4)), TRAINING)
     images = decoded.column("images").chunk(0).flatten()
-    assert batch_from_arrow(decoded, CANVAS).images.data_ptr() == images.buffers()[1].address
+    (batch,) = batches_from_arrow(decoded, CANVAS)
+    assert batch.images.data_ptr() == images.buffers()[1].address
+
+
+def test_a_block_is_the_micro_batches_that_it_was_made_of() -> None:
+    """Also with a broken image in one of them, and with fewer images at the end of an evaluation."""
+    records = synthetic_records(10)
+    records[5] = broken(records[5])
+    alone = [batch_of(records[:4]), batch_of(records[4:8])]
+    block = batches_from_arrow(decode_block(encoded(records[:8], real=[4, 4]), TRAINING), CANVAS)
+    assert [batch.step for batch in block] == [11, 12]
+    for batch, expected in zip(block, alone, strict=True):
+        assert_equal(batch, replace(expected, step=batch.step))
+    assert [len(batch.replaced) for batch in block] == [0, 1]
+
+    kept = [*records[:4], records[8]]
+    block = batches_from_arrow(decode_block(encoded(kept, real=[4, 1, 0]), EVALUATION), CANVAS)
+    for batch, images in zip(block, (records[:4], [records[8]], []), strict=True):
+        assert_equal(batch, replace(batch_of(images, EVALUATION), step=batch.step))
+
+
+def test_an_empty_block_has_no_micro_batches() -> None:
+    empty = encoded([]).set_column(3, "real", pa.array([[]], pa.list_(pa.int64())))
+    assert batches_from_arrow(decode_block(empty, TRAINING), CANVAS) == []
+
+
+def assert_equal(batch: Batch, expected: Batch) -> None:
+    for name, value in vars(expected).items():
+        same = (
+            torch.equal(getattr(batch, name), value)
+            if isinstance(value, torch.Tensor)
+            else getattr(batch, name) == value
+        )
+        assert same, name
 
 
 @pytest.mark.parametrize(("bad", "stand_ins"), [([1], {1: 2}), ([3], {3: 0}), ([0, 1, 3], {0: 2, 1: 2, 3: 2})])

@@ -24,9 +24,20 @@ def numbered(rows: Rows, row_groups: NDArray[np.int64] | list[int]) -> list[int]
 
 def steps_of_epoch(plan: BatchPlan, epoch: int) -> list[list[int]]:
     first = epoch * plan.steps_per_epoch
-    windows = list(plan.windows(first, first + plan.steps_per_epoch))
-    rows = [number for window in windows for number in numbered(plan.rows(window), plan.row_groups)]
-    return [rows[start : start + plan.global_batch_size] for start in range(0, len(rows), plan.global_batch_size)]
+    return steps_between(plan, first, first + plan.steps_per_epoch)
+
+
+def steps_between(plan: BatchPlan, start: int, stop: int) -> list[list[int]]:
+    """Rows of each step, lane after lane."""
+    steps = []
+    for window in plan.windows(start, stop):
+        lanes = [numbered(rows, plan.row_groups) for rows in plan.rows(window, range(plan.lanes))]
+        size = plan.micro_batch_size
+        steps += [
+            [row for lane in lanes for row in lane[step * size : (step + 1) * size]]
+            for step in range(window.stop_step - window.first_step)
+        ]
+    return steps
 
 
 @st.composite
@@ -65,25 +76,41 @@ def test_a_window_has_its_steps_wherever_the_stream_was_resumed(plan: BatchPlan,
     whole = [step for epoch in range(3) for step in steps_of_epoch(plan, epoch)]
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
-    resumed: list[list[int]] = []
-    for window in plan.windows(start, stop):
-        assert window.first_step == start + len(resumed)
-        rows = numbered(plan.rows(window), plan.row_groups)
-        resumed += [rows[i : i + plan.global_batch_size] for i in range(0, len(rows), plan.global_batch_size)]
-    assert resumed == whole[start:stop]
+    assert steps_between(plan, start, stop) == whole[start:stop]
+    windows = list(plan.windows(start, stop))
+    assert [step for w in windows for step in range(w.first_step, w.stop_step)] == list(range(start, stop))
+
+
+@given(plan=training_plans(), epoch=st.integers(0, 2))
+def test_lanes_are_equal_stretches_of_the_shuffled_row_groups(plan: BatchPlan, epoch: int) -> None:
+    """Against the row groups laid end to end by hand: lane m holds the m-th stretch, each window of it in another order."""
+    first_row = np.concatenate([[0], np.cumsum(plan.row_groups)])
+    (order, *_) = plan.lane_orders(epoch, [0])
+    laid = [int(first_row[g]) + r for g in order.groups.tolist() for r in range(int(plan.row_groups[g]))]
+    for lane, lane_order in enumerate(plan.lane_orders(epoch, range(plan.lanes))):
+        rows = numbered(lane_order.rows(0, len(lane_order)), plan.row_groups)
+        stretch = laid[lane * plan.lane_rows : (lane + 1) * plan.lane_rows]
+        size = lane_order.window_rows
+        for start in range(0, len(stretch), size):
+            assert sorted(rows[start : start + size]) == sorted(stretch[start : start + size])
+
+
+@given(plan=training_plans(), data=st.data())
+def test_every_number_of_workers_reads_each_lane_once(plan: BatchPlan, data: st.DataObject) -> None:
+    world_size = data.draw(st.integers(1, plan.lanes))
+    lanes = [lane for rank in range(world_size) for lane in plan.lanes_of(rank, world_size)]
+    assert sorted(lanes) == list(range(plan.lanes))
 
 
 @given(plan=training_plans())
-def test_a_window_reads_few_row_groups_and_shares_at_most_one_with_its_neighbour(plan: BatchPlan) -> None:
-    order = plan.epoch_order(0)
-    window_rows = plan.steps_per_window * plan.global_batch_size
-    windows = [
-        set(order.rows(s, min(s + window_rows, len(order))).group.tolist()) for s in range(0, len(order), window_rows)
-    ]
-    for groups, following in pairwise(windows):
-        assert len(groups & following) <= 1
-    read = sum(int(plan.row_groups[list(groups)].sum()) for groups in windows)
-    assert read <= plan.num_rows + (len(windows) - 1) * int(plan.row_groups.max())
+def test_a_window_of_a_lane_shares_at_most_one_row_group_with_its_neighbour(plan: BatchPlan) -> None:
+    for order in plan.lane_orders(0, range(plan.lanes)):
+        size = order.window_rows
+        windows = [set(order.rows(s, min(s + size, len(order))).group.tolist()) for s in range(0, len(order), size)]
+        for groups, following in pairwise(windows):
+            assert len(groups & following) <= 1
+        read = sum(int(plan.row_groups[list(groups)].sum()) for groups in windows)
+        assert read <= len(order) + (len(windows) + 1) * int(plan.row_groups.max())
 
 
 @given(row_groups=row_group_counts, micro_batch_size=st.integers(1, 5), world_size=st.integers(1, 4))
@@ -91,16 +118,25 @@ def test_evaluation_has_every_row_once_in_order_and_as_many_micro_batches_for_ea
     row_groups: list[int], micro_batch_size: int, world_size: int
 ) -> None:
     plan = BatchPlan(np.array(row_groups), micro_batch_size * world_size, micro_batch_size, seed=None, window_rows=8)
-    rows = [r for w in plan.windows(0, plan.steps_per_epoch) for r in numbered(plan.rows(w), row_groups)]
-    assert rows == list(range(sum(row_groups)))
-    assert plan.steps_per_epoch == -(-sum(row_groups) // (micro_batch_size * world_size))
+    windows = list(plan.windows(0, plan.steps_per_epoch))
+    lanes = [[r for w in windows for r in numbered(plan.rows(w, [lane])[0], row_groups)] for lane in range(world_size)]
+    assert [row for lane in lanes for row in lane] == list(range(sum(row_groups)))
+    longest = max(len(lane) for lane in lanes)
+    assert plan.steps_per_epoch == -(-longest // micro_batch_size)
+    assert longest == -(-sum(row_groups) // world_size)
 
 
 def test_the_order_is_the_one_written_down() -> None:
     """Philox is specified bit by bit: a checkpoint continues in the same order under any version of numpy."""
-    plan = BatchPlan(np.array([3, 2, 4, 1]), global_batch_size=2, micro_batch_size=1, seed=7, window_rows=4)
-    assert plan.epoch_order(0).groups.tolist() == [1, 3, 2, 0]  # so end to end 3 4 9 5 | 6 7 8 0 | 1 2
+    plan = BatchPlan(np.array([3, 2, 4, 1]), global_batch_size=2, micro_batch_size=2, seed=7, window_rows=4)
+    assert plan.lane_orders(0, [0])[0].groups.tolist() == [1, 3, 2, 0]  # so end to end 3 4 9 5 | 6 7 8 0 | 1 2
     assert steps_of_epoch(plan, 0) == [[9, 4], [5, 3], [0, 8], [7, 6], [1, 2]]
+    two = BatchPlan(np.array([3, 2, 4, 1]), global_batch_size=2, micro_batch_size=1, seed=7, window_rows=4)
+    lanes = list(zip(*steps_of_epoch(two, 0), strict=True))  # the lanes are 3 4 | 9 5 | 6 and 7 8 | 0 1 | 2
+    assert [sorted(lane[:2]) for lane in lanes] == [[3, 4], [7, 8]]
+    assert [sorted(lane[2:4]) for lane in lanes] == [[5, 9], [0, 1]]
+    assert [lane[4] for lane in lanes] == [6, 2]
+    assert steps_of_epoch(two, 0) == [[4, 7], [3, 8], [5, 0], [9, 1], [6, 2]]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
@@ -148,10 +184,11 @@ def test_a_window_of_an_epoch_of_1_8_million_rows_is_planned_without_shuffling_t
         return argsort(values, **settings)
 
     monkeypatch.setattr(np, "argsort", counted)
-    rows = plan.rows(last)
-    assert len(rows) == (last.stop_step - last.first_step) * 128
+    rows = plan.rows(last, range(4))
+    planned = sum(map(len, rows))
+    assert planned == (last.stop_step - last.first_step) * 128
     assert lengths[0] == 56_250  # the row groups
-    assert len(rows) <= sum(lengths[1:]) <= 128 * plan.steps_per_window < 50_000
+    assert planned <= sum(lengths[1:]) <= 128 * plan.steps_per_window < 50_000
 
 
 def test_an_empty_stretch_has_no_rows_and_one_beyond_the_end_is_an_error() -> None:
@@ -165,14 +202,15 @@ def test_an_empty_stretch_has_no_rows_and_one_beyond_the_end_is_an_error() -> No
 
 
 def same_group_pairs(plan: BatchPlan, epochs: int) -> float:
-    """Mean number of pairs in a batch whose rows come from one row group: neighbours in the source, so perhaps alike."""
-    pairs, batches = 0, 0
+    """Mean number of pairs in a step whose rows come from one row group: neighbours in the source, so perhaps alike."""
+    pairs, steps = 0, 0
     for window in plan.windows(0, epochs * plan.steps_per_epoch):
-        for batch in plan.rows(window).group.reshape(-1, plan.global_batch_size):
-            counts = np.bincount(batch)
+        lanes = [rows.group.reshape(-1, plan.micro_batch_size) for rows in plan.rows(window, range(plan.lanes))]
+        for step in np.concatenate(lanes, axis=1):
+            counts = np.bincount(step)
             pairs += int((counts * (counts - 1) // 2).sum())
-            batches += 1
-    return pairs / batches
+            steps += 1
+    return pairs / steps
 
 
 def expected_same_group_pairs(batch: int, group_rows: int, drawn_from: int) -> float:
@@ -189,6 +227,13 @@ def test_a_batch_mixes_its_window_as_a_uniform_shuffle_of_the_window_would() -> 
         assert same_group_pairs(plan, epochs=2) == pytest.approx(
             expected_same_group_pairs(32, 32, window_rows), rel=0.05
         )
+
+
+@pytest.mark.parametrize("micro_batch_size", [32, 8, 4, 1])
+def test_lanes_mix_a_step_as_well_as_one_window_of_all_rows(micro_batch_size: int) -> None:
+    """A step of 32 rows from M lanes with windows of 2048 / M rows each; without lanes it is one window of 2048 rows."""
+    plan = BatchPlan(np.full(512, 32), 32, micro_batch_size, seed=1, window_rows=2048)
+    assert same_group_pairs(plan, epochs=2) <= 1.05 * expected_same_group_pairs(32, 32, 2048)
 
 
 def test_rows_travel_as_far_as_in_a_uniform_shuffle() -> None:

@@ -97,8 +97,8 @@ def test_batches_are_the_rows_of_the_plan(shards: ShardSet) -> None:
     image_ids = stored_rows(shards).column("image_id").to_numpy()
     expected = []
     for window in plan.windows(3, 40):
-        rows = plan.rows(window)
-        expected += image_ids[first_row[rows.group] + rows.row].tolist()
+        lanes = [image_ids[first_row[rows.group] + rows.row] for rows in plan.rows(window, range(plan.lanes))]
+        expected += np.stack([lane.reshape(-1, 2) for lane in lanes], axis=1).reshape(-1).tolist()
     batches = planned(shards, 3, 40)
     assert [(step, micro_batch) for step, micro_batch, *_ in batches] == [
         (s, m) for s in range(3, 40) for m in range(4)
@@ -129,11 +129,12 @@ def test_other_numbers_of_workers_continue_the_same_sequence(shards: ShardSet, c
 def test_segments_follow_each_other_without_a_seam(
     shards: ShardSet, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "SEGMENT_MICRO_BATCHES", 32)
+    monkeypatch.setattr(stream, "BLOCK_STEPS", 2)
+    monkeypatch.setattr(stream, "EXECUTION_BLOCKS", 32)  # of 8 in a step of a group with room for four workers
     started: list[int] = []  # windows of each
     start = stream._WorkerStream._started
     monkeypatch.setattr(
-        stream._WorkerStream, "_started", lambda run, windows: started.append(len(windows)) or start(run, windows)
+        stream._Run, "_started", lambda run, windows, first: started.append(len(windows)) or start(run, windows, first)
     )
     assert sorted(b for received in streamed(shards, 2, 2, 20) for b in received) == planned(shards, 2, 20)
     assert started == [2, 2, 2, 2, 2, 2, 0, 0]
@@ -149,8 +150,8 @@ def test_evaluation_has_every_image_once_and_as_many_batches_for_each_worker(sha
     assert [len(batches) for batches in workers] == [10, 10]  # 150 images are 18.75 batches of 8
     kept = [
         image_id
-        for pair in zip(*workers, strict=True)
-        for batch in pair
+        for batches in workers
+        for batch in batches
         for image_id, padding in zip(batch.image_id.tolist(), batch.padding, strict=True)
         if not padding
     ]
@@ -164,7 +165,7 @@ def test_resuming_reads_nothing_from_before_the_window_of_that_step(tmp_path: Pa
     shards = write_shards(tmp_path / "train", synthetic_records(ROWS), shard_rows=8)
     plan = training_plan(shards, SETTINGS)
     expected = planned(shards, 10, 18)
-    needed = {int(g) for window in plan.windows(10, 18) for g in plan.rows(window).group}
+    needed = {int(g) for w in plan.windows(10, 18) for rows in plan.rows(w, range(plan.lanes)) for g in rows.group}
     unneeded = [Path(shards.shard_uri(g)) for g in range(len(plan.row_groups)) if g not in needed]
     assert len(unneeded) >= 5
     for path in unneeded:
@@ -238,17 +239,16 @@ def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
         world_size=1,
         broadcast=lambda value: value,
     )
-    return run._dataset(list(plan.windows(0, plan.steps_per_epoch)))
+    return run._dataset(list(plan.windows(0, plan.steps_per_epoch)), workers=range(1), start_step=0)
 
 
-def test_reading_and_decoding_stay_two_operators_with_one_block_per_micro_batch(
-    shards: ShardSet, cluster: None
-) -> None:
+def test_reading_and_decoding_stay_two_operators_with_one_row_per_block(shards: ShardSet, cluster: None) -> None:
+    """18 steps of four lanes in windows of 4 steps: blocks of 1, 1 and 2 steps at the start, then of 4 and at last of 2."""
     dataset = pipeline_of(shards, SETTINGS)
-    assert sum(1 for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow")) == 72
+    assert sum(1 for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow")) == 28
     stats = dataset.stats()
-    assert re.search(r"MapBatches\(read_window\): (\d+) tasks executed, 72 blocks produced", stats), stats
-    assert re.search(r"MapBatches\(decode_micro_batch\): 72 tasks executed, 72 blocks produced", stats), stats
+    assert re.search(r"MapBatches\(read_window\): (\d+) tasks executed, 28 blocks produced", stats), stats
+    assert re.search(r"MapBatches\(decode_block\): 28 tasks executed, 28 blocks produced", stats), stats
     assert "->" not in stats
 
 
@@ -284,14 +284,15 @@ def object_store() -> tuple[float, bool]:
 
 
 def test_a_slow_worker_holds_up_the_stream_instead_of_filling_the_object_store(shards: ShardSet, cluster: None) -> None:
-    """36 batches of 6.3 MB; 227 MB if all of them were decoded at once."""
+    """72 batches of 6.3 MB in blocks of five; 453 MB if all of them were decoded at once."""
     settings = replace(SETTINGS, canvas=(512, 512), global_batch_size=8, micro_batch_size=8)
     mebibytes = 8 * 512 * 512 * 3 / 2**20
     most = 0.0
-    for batch in training_stream(shards, settings, start_step=0, stop_step=36):
+    for batch in training_stream(shards, settings, start_step=0, stop_step=72):
         assert batch.images.shape == (8, 3, 512, 512)
-        time.sleep(0.15)
+        time.sleep(0.1)
         used, spilled = object_store()
         most = max(most, used)
         assert not spilled
-    assert 2 * mebibytes < most < 14 * mebibytes
+    block = 5 * mebibytes
+    assert block < most < 6.5 * block  # in use, fetched, two ready, and one in progress on each of two cores

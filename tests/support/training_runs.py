@@ -1,6 +1,7 @@
 """Small real runs for tests: drawn shards, D-FINE-N on images of 64 px, in this process and without Ray."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class RecordingConsole:
 
     def heartbeat(self, step: int, activity: str) -> None:
         self.at = step
+
+    def working(self, step: int, activity: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def print(self, text: str) -> None:
         self.printed.append(text)

@@ -4,7 +4,9 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +14,7 @@ from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
-from pipeline.training.heartbeat import Heartbeat, ProgressBoard, silent_workers
+from pipeline.training.heartbeat import Heartbeat, ProgressBoard, WorkerConsole, silent_workers
 from pipeline.training.preflight import Request, refuse_what_never_fits
 from pipeline.training.run_dir import begin_or_continue, driver_lock
 from tests.support.synthetic_shards import synthetic_records, write_shards
@@ -121,12 +123,57 @@ def test_a_worker_without_heartbeat_is_named_once(monkeypatch: pytest.MonkeyPatc
     at(monkeypatch, 1000)
     board.heartbeat(0, 13, "training")
     named: dict[int, Heartbeat] = {}
-    (line,) = silent_workers(board.poll(), 60, named)
-    assert line.startswith("worker 1 has been waiting for data at step 12 for 100 s")
-    assert "0 training at 13" in line
-    assert silent_workers(board.poll(), 60, named) == []
+    line = silent_workers(board.poll(), 60, named)
+    assert line == (
+        "no progress: worker 1 (waiting for data at step 12 for 100 s); other workers: 1 training at step 13"
+    )
+    assert silent_workers(board.poll(), 60, named) is None
     board.heartbeat(1, 13, "training")
-    assert silent_workers(board.poll(), 60, named) == []
+    assert silent_workers(board.poll(), 60, named) is None
+
+
+def test_silent_workers_fit_one_line_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = ProgressBoard()
+    at(monkeypatch, 1000)
+    for rank in range(256):
+        board.heartbeat(rank, 12, "evaluating")
+    at(monkeypatch, 1100)
+    line = silent_workers(board.poll(), 60, {})
+    assert line is not None
+    assert len(line) < 700
+    assert "248 more" in line
+
+
+class CountingBoard:
+    """A board in this process: counts the messages that a worker sends."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, int, str]] = []
+        self.heartbeat = SimpleNamespace(remote=lambda *beat: self.sent.append(beat))
+
+
+def test_a_worker_sends_its_latest_heartbeat_at_most_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.2)
+    board = CountingBoard()
+    console = WorkerConsole(board, rank=3)
+    started_at = time.monotonic()
+    for step in range(1000):
+        console.heartbeat(step, "training")
+        console.heartbeat(step, "waiting for data")
+    wait_until(lambda: bool(board.sent) and board.sent[-1] == (3, 999, "waiting for data"))
+    assert len(board.sent) <= 2 + (time.monotonic() - started_at) / 0.2
+    sent = len(board.sent)
+    time.sleep(0.5)
+    assert len(board.sent) == sent  # a training that hangs is silent
+    with console.working(1000, "evaluating"):
+        wait_until(lambda: board.sent.count((3, 1000, "evaluating")) >= 3)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_restarted_workers_learn_the_time_of_the_last_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +183,7 @@ def test_restarted_workers_learn_the_time_of_the_last_heartbeat(monkeypatch: pyt
     board.heartbeat(0, 13, "training")
     at(monkeypatch, 2000)
     assert board.restart() == 1000
-    assert silent_workers(board.poll(), 60, {}) == []  # the workers before are not missed
+    assert silent_workers(board.poll(), 60, {}) is None  # the workers before are not missed
 
 
 def test_messages_are_delivered_once() -> None:

@@ -53,35 +53,54 @@ class Batch:
         return replace(self, **changed)
 
 
-def batch_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> Batch:
-    """Convert one row of `tasks.DECODED_SCHEMA` to tensors that share its memory."""
+def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch]:
+    """Slice a decoded block into its micro-batches; their tensors share the block's memory.
+
+    Args:
+        decoded: one row of `tasks.DECODED_SCHEMA`.
+        canvas: height and width.
+    """
+    block = {name: _only_value(decoded, name) for name in decoded.column_names}
+    real: list[int] = block["real"].to_pylist()
+    if not real:
+        return []
     height, width = canvas
-    row = {name: _only_value(decoded, name) for name in decoded.column_names}
-    images = _tensor(row["images"]).view(-1, height, width, 3)
-    real, size = len(row["image_id"]), len(images)
+    images = _tensor(block["images"]).view(len(real), -1, height, width, 3)
+    size = images.shape[1]
+    photometric = _tensor(block["photometric"]).view(len(real), size, -1)
+    counts: list[int] = block["counts"].to_pylist()
+    boxes, labels = _tensor(block["boxes"]).view(-1, 4), _tensor(block["labels"])
+    image_id, orig_size = _tensor(block["image_id"]), _tensor(block["orig_size"]).view(-1, 2)
+    replaced = list(zip(*(block[f"replaced_{name}"].to_pylist() for name in ("in", "id", "why")), strict=True))
 
-    def padded(values: pa.Array, shape: tuple[int, ...], fill: int) -> Tensor:
-        tensor = _tensor(values).view(real, *shape)
-        if real == size:
-            return tensor
-        return torch.cat([tensor, tensor.new_full((size - real, *shape), fill)])
+    batches, image, box = [], 0, 0
+    for k, here in enumerate(real):
+        of_images = slice(image, image + here)
+        boxes_here = sum(counts[of_images])
+        of_boxes = slice(box, box + boxes_here)
+        batches.append(
+            Batch(
+                step=block["step"].as_py() + k,
+                micro_batch=block["micro_batch"].as_py(),
+                images=images[k].permute(0, 3, 1, 2),
+                photometric=photometric[k],
+                boxes=boxes[of_boxes],
+                labels=labels[of_boxes],
+                counts=(*counts[of_images], *[0] * (size - here)),
+                image_id=_padded(image_id[of_images], size, -1),
+                orig_size=_padded(orig_size[of_images], size, 1),
+                padding=(*[False] * here, *[True] * (size - here)),
+                replaced=tuple(Replacement(lost, reason) for i, lost, reason in replaced if i == k),
+            )
+        )
+        image, box = image + here, box + boxes_here
+    return batches
 
-    return Batch(
-        step=row["step"].as_py(),
-        micro_batch=row["micro_batch"].as_py(),
-        images=images.permute(0, 3, 1, 2),
-        photometric=_tensor(row["photometric"]).view(size, -1),
-        boxes=_tensor(row["boxes"]).view(-1, 4),
-        labels=_tensor(row["labels"]),
-        counts=(*row["counts"].to_pylist(), *[0] * (size - real)),
-        image_id=padded(row["image_id"], (), -1),
-        orig_size=padded(row["orig_size"], (2,), 1),
-        padding=(*[False] * real, *[True] * (size - real)),
-        replaced=tuple(
-            Replacement(image_id, reason)
-            for image_id, reason in zip(row["replaced_id"].to_pylist(), row["replaced_why"].to_pylist(), strict=True)
-        ),
-    )
+
+def _padded(values: Tensor, size: int, fill: int) -> Tensor:
+    if len(values) == size:
+        return values
+    return torch.cat([values, values.new_full((size - len(values), *values.shape[1:]), fill)])
 
 
 def _only_value(table: pa.Table, name: str) -> Any:

@@ -1,11 +1,12 @@
-"""Batch plan: the rows of every step, computed from the row counts of a manifest.
+"""Order of samples as arithmetic on the row counts of a manifest: which rows make which micro-batch of which step.
 
-One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and concatenated; that sequence is cut
-into windows, and the rows of each window are shuffled. Global step k of the epoch is the rows at positions
-k * global_batch_size to (k + 1) * global_batch_size; the remainder after the last whole step is dropped.
+One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and their rows laid end to end. That
+sequence is cut into as many equal lanes as a step has micro-batches: lane m supplies micro-batch m of every step. Each lane is
+cut into windows, and the rows of each window are shuffled. A tail of the epoch shorter than a step is dropped.
 
-Windows ignore the borders of row groups, so a window shares at most one group with each neighbour: reading it touches about
-window_rows / group_rows + 1 groups. Nothing depends on the number of workers; a window costs O(window_rows).
+Worker r of n takes lanes r, r + n, ...: its reads are its own, and the order does not depend on the number of workers. A step
+mixes rows from as many distant regions of the sequence as it has lanes. A window ignores the ends of row groups, so it shares
+at most one group with each neighbour; planning it costs O(rows of the window).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,63 +22,68 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class RowOrder:
-    """A permutation of all rows; any part can be computed without the rest."""
+    """A stretch of the sequence of laid-out rows, shuffled within windows; any part is computed without the rest."""
 
-    groups: NDArray[np.int64]  # [G] row groups, in the order of concatenation
-    ends: NDArray[np.int64]  # [G] position after the last row of each group
+    groups: NDArray[np.int64]  # [G] row groups, in the order in which they are laid end to end
+    ends: NDArray[np.int64]  # [G] position after the last row of each
+    start: int  # position of the stretch's first row
+    length: int
     window_rows: int
-    key: tuple[int, int] | None  # seed of the shuffle within windows; None keeps the rows in order
+    key: tuple[int, int] | None  # key of the shuffle within windows; None leaves the rows in order
+    lane: int = 0
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.length
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Compute the rows at positions start to stop."""
+        """Rows at positions start to stop of the stretch."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"positions {start} to {stop} do not lie within the {len(self)} rows of the epoch")
         first, last = start // self.window_rows, -(-stop // self.window_rows)
-        positions = np.concatenate([self._window(w) for w in range(first, last)] or [np.zeros(0, np.int64)])
+        laid = np.concatenate([self._window(w) for w in range(first, last)] or [np.zeros(0, np.int64)])
         offset = first * self.window_rows
-        positions = positions[start - offset : stop - offset]
-        index = np.searchsorted(self.ends, positions, side="right")
+        laid = laid[start - offset : stop - offset] + self.start
+        index = np.searchsorted(self.ends, laid, side="right")
         starts = np.concatenate([[0], self.ends[:-1]])
-        return Rows(group=self.groups[index], row=positions - starts[index])
+        return Rows(group=self.groups[index], row=laid - starts[index])
 
     def _window(self, window: int) -> NDArray[np.int64]:
         start = window * self.window_rows
-        positions = np.arange(start, min(start + self.window_rows, len(self)), dtype=np.int64)
-        return positions if self.key is None else positions[_permutation(len(positions), self.key, stream=1 + window)]
+        laid = np.arange(start, min(start + self.window_rows, len(self)), dtype=np.int64)
+        if self.key is None:
+            return laid
+        return laid[_permutation(len(laid), self.key, lane=self.lane, stream=1 + window)]
 
 
 def shuffled_order(
     row_groups: Sequence[int] | NDArray[np.int64], *, seed: int, epoch: int, window_rows: int
 ) -> RowOrder:
-    """Order of one training epoch.
+    """Order of one training epoch with a single lane.
 
     Args:
-        row_groups: [G] rows per row group, over all shards in the manifest's order.
+        row_groups: [G] rows of each row group, through all shards in the manifest's order.
         window_rows: length of the windows within which rows are shuffled.
     """
     counts = np.asarray(row_groups, np.int64)
-    groups = _permutation(len(counts), (seed, epoch), stream=0)
-    return RowOrder(groups, np.cumsum(counts[groups]), window_rows, key=(seed, epoch))
+    groups = _permutation(len(counts), (seed, epoch))
+    return RowOrder(groups, np.cumsum(counts[groups]), 0, int(counts.sum()), window_rows, key=(seed, epoch))
 
 
 def file_order(row_groups: Sequence[int] | NDArray[np.int64], *, window_rows: int) -> RowOrder:
     """Order of the rows as stored."""
     counts = np.asarray(row_groups, np.int64)
-    return RowOrder(np.arange(len(counts)), np.cumsum(counts), window_rows, key=None)
+    return RowOrder(np.arange(len(counts)), np.cumsum(counts), 0, int(counts.sum()), window_rows, key=None)
 
 
-def _permutation(length: int, key: tuple[int, int], stream: int) -> NDArray[np.int64]:
-    """Random permutation from the generator's raw words, which are stable between numpy versions, unlike `permutation`."""
-    words = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, stream]).random_raw(length)
+def _permutation(length: int, key: tuple[int, int], *, lane: int = 0, stream: int = 0) -> NDArray[np.int64]:
+    """Permutation from the generator's raw words, which are stable between versions of numpy, unlike `permutation`."""
+    words = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, lane, stream]).random_raw(length)
     return np.argsort(words, kind="stable")
 
 
 @dataclass(frozen=True)
 class Window:
-    """Steps that one task reads, all within one epoch and one shuffling window."""
+    """Steps of one epoch that are shuffled together, lane by lane, and read by one task."""
 
     epoch: int
     first_step: int  # global step, counted from the start of the training
@@ -90,13 +96,13 @@ class PlanError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Division of an epoch into steps and micro-batches; micro-batch m of a step belongs to worker m % world_size."""
+    """Steps cut into micro-batches, one per lane; lane m belongs to worker m % world_size."""
 
     row_groups: NDArray[np.int64]  # [G] rows per row group
     global_batch_size: int  # images per step, over all workers
-    micro_batch_size: int  # images per worker and forward pass
-    seed: int | None  # None, for evaluation: stored order, and the incomplete last step is kept
-    window_rows: int = DEFAULT_WINDOW_ROWS
+    micro_batch_size: int  # images that a worker holds at a time
+    seed: int | None  # of the shuffle; None, for evaluation: file order, and an incomplete last step is kept
+    window_rows: int = DEFAULT_WINDOW_ROWS  # rows of a window, over all lanes
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1 or self.global_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
@@ -118,15 +124,21 @@ class BatchPlan:
         return int(self.row_groups.sum())
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Steps of one epoch."""
-        whole, remainder = divmod(self.num_rows, self.global_batch_size)
-        return whole + (self.seed is None and remainder > 0)
+    def lanes(self) -> int:
+        """Number of lanes: micro-batches of one step, over all workers."""
+        return self.global_batch_size // self.micro_batch_size
 
     @property
-    def micro_batches(self) -> int:
-        """Micro-batches per step, over all workers."""
-        return self.global_batch_size // self.micro_batch_size
+    def lane_rows(self) -> int:
+        """Rows of one lane in an epoch; in evaluation the last lanes may have fewer."""
+        if self.seed is None:
+            return -(-self.num_rows // self.lanes)
+        return self.num_rows // self.global_batch_size * self.micro_batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in an epoch."""
+        return -(-self.lane_rows // self.micro_batch_size)
 
     @property
     def steps_per_window(self) -> int:
@@ -134,25 +146,41 @@ class BatchPlan:
         return max(1, round(self.window_rows / self.global_batch_size))
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per step for each of `world_size` workers."""
-        count, remainder = divmod(self.micro_batches, world_size)
+        """Micro-batches of one step that each of `world_size` workers processes.
+
+        Raises:
+            PlanError: the workers cannot share them evenly.
+        """
+        count, remainder = divmod(self.lanes, world_size)
         if remainder:
             raise PlanError(
-                f"{world_size} workers cannot share the {self.micro_batches} micro-batches of a step evenly"
+                f"{world_size} workers cannot share the {self.lanes} micro-batches of a step evenly"
                 f" (global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}): change one of"
                 " these, or the number of workers"
             )
         return count
 
-    def epoch_order(self, epoch: int) -> RowOrder:
-        """Order of the rows in one epoch."""
-        window_rows = self.steps_per_window * self.global_batch_size  # whole steps, so that no step needs two windows
-        if self.seed is None:
-            return file_order(self.row_groups, window_rows=window_rows)
-        return shuffled_order(self.row_groups, seed=self.seed, epoch=epoch, window_rows=window_rows)
+    def lanes_of(self, rank: int, world_size: int) -> range:
+        """Lanes of one worker."""
+        return range(rank, self.lanes, world_size)
+
+    def lane_orders(self, epoch: int, lanes: Sequence[int]) -> list[RowOrder]:
+        """Row orders of some lanes in an epoch."""
+        groups, key = np.arange(len(self.row_groups)), None
+        if self.seed is not None:
+            key = (self.seed, epoch)
+            groups = _permutation(len(self.row_groups), key)
+        ends = np.cumsum(self.row_groups[groups])
+        window_rows = self.steps_per_window * self.micro_batch_size  # whole steps, so that no step needs two windows
+        orders = []
+        for lane in lanes:
+            start = min(lane * self.lane_rows, self.num_rows)
+            length = min(self.lane_rows, self.num_rows - start)
+            orders.append(RowOrder(groups, ends, start, length, window_rows, key, lane))
+        return orders
 
     def windows(self, start_step: int, stop_step: int) -> Iterator[Window]:
-        """Split steps start to stop at the ends of windows and epochs."""
+        """Cut steps start to stop where a window or an epoch ends."""
         step = start_step
         while step < stop_step:
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -161,9 +189,10 @@ class BatchPlan:
             yield Window(epoch, step, stop)
             step = stop
 
-    def rows(self, window: Window) -> Rows:
-        """Rows [steps * global_batch_size] of a window; fewer where evaluation's last step is incomplete."""
+    def rows(self, window: Window, lanes: Sequence[int]) -> list[Rows]:
+        """Rows of a window in some lanes: [steps * micro_batch_size] each, fewer at the end of an evaluation."""
         first_of_epoch = window.epoch * self.steps_per_epoch
-        start = (window.first_step - first_of_epoch) * self.global_batch_size
-        stop = (window.stop_step - first_of_epoch) * self.global_batch_size
-        return self.epoch_order(window.epoch).rows(start, min(stop, self.num_rows))
+        start = (window.first_step - first_of_epoch) * self.micro_batch_size
+        stop = (window.stop_step - first_of_epoch) * self.micro_batch_size
+        orders = self.lane_orders(window.epoch, lanes)
+        return [order.rows(min(start, len(order)), min(stop, len(order))) for order in orders]

@@ -1,17 +1,18 @@
-"""Execute the batch plan with Ray Data: micro-batches in the plan's order, distributed over the training workers.
+"""The plan, carried out by Ray Data: each training worker receives the micro-batches of its lanes, in the plan's order.
 
-There are two kinds of tasks. A read task takes a window of the plan, reads its row groups and yields one block of encoded
-images per micro-batch. A decode task turns one block into pixels. They must stay two operators: fused, one task would decode a
-whole window on one core. Every block is one row, so `streaming_split` distributes micro-batches in turn: worker r of n gets r,
-r + n, r + 2n and so on.
+Two kinds of tasks. A read task takes a window of the plan, reads its row groups and yields blocks of encoded images; a decode
+task turns one block into pixels. They must stay two operators: fused, one task would decode a whole window on one core.
+
+Every few workers share a Ray Data execution with a coordinator process of its own (`streaming_split`), so that no process
+serves the whole cluster. Such a group reads only the lanes of its workers. A block holds several micro-batches of one lane, which
+divides the cost of a block's bookkeeping by their number; blocks are dealt to the workers of a group in turn.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
@@ -24,10 +25,10 @@ from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import RowGroups, locate_row_groups
 from pipeline.data.stream.backpressure import bound_outputs
-from pipeline.data.stream.batch import Batch, batch_from_arrow
+from pipeline.data.stream.batch import Batch, batches_from_arrow
 from pipeline.data.stream.plan import BatchPlan, Window
-from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, DecodeIn
-from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_micro_batch, read_window
+from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS, DecodeIn
+from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_block, read_window
 
 T = TypeVar("T")
 Broadcast = Callable[
@@ -35,8 +36,11 @@ Broadcast = Callable[
 ]  # returns rank 0's value on every rank: `ray.train.collective.broadcast_from_rank_zero`
 
 MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
-SEGMENT_MICRO_BATCHES = 1000  # per Ray Data execution, over all workers: its overhead grows with the number of blocks
-READY_BATCHES = 3  # per worker, beyond the ones it has fetched
+GROUP_WORKERS = 4  # workers that share a coordinator
+BLOCK_BYTES = 32 << 20  # of a decoded block, about
+BLOCK_STEPS = 32  # most steps of a block
+EXECUTION_BLOCKS = 4000  # of one execution of a group: its bookkeeping grows with its blocks
+READY_BATCHES = 3  # for each worker, beyond those that it has fetched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +53,26 @@ class StreamSettings:
     augment: AugmentSettings
     augment_epochs: int | None = None  # strong augmentation ends before this epoch; None: never
     seed: int = 0
-    window_rows: int = DEFAULT_WINDOW_ROWS  # rows are shuffled within windows of about this length
+    window_rows: int | None = None  # rows that are shuffled together; default: see `training_plan`
     decode_in: DecodeIn = "task"
     prefetch: int = 2  # batches ready on each worker; with decode_in="worker" also its decoding threads, up to 4
 
 
 def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
-    """Plan the batches of a training; windows are shortened to `MAX_WINDOW_BYTES` where images are large."""
+    """Plan of a training.
+
+    Windows have 2,048 rows or 128 per lane unless the settings say otherwise. They are shortened where images are so large
+    that one would take more than `MAX_WINDOW_BYTES`.
+    """
     source = locate_row_groups(shards)
+    lanes = settings.global_batch_size // max(1, settings.micro_batch_size)
+    window_rows = settings.window_rows or max(DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS * lanes)
     return BatchPlan(
         source.rows,
         global_batch_size=settings.global_batch_size,
         micro_batch_size=settings.micro_batch_size,
         seed=settings.seed,
-        window_rows=min(settings.window_rows, int(MAX_WINDOW_BYTES / source.row_bytes)),
+        window_rows=min(window_rows, int(MAX_WINDOW_BYTES / source.row_bytes)),
     )
 
 
@@ -83,8 +93,8 @@ def training_stream(
 ) -> Iterator[Batch]:
     """Stream the micro-batches of worker `rank` for global steps start to stop, over as many epochs as needed.
 
-    Reading starts with this call. Each step is `global_batch_size / micro_batch_size / world_size` batches. This
-    call is collective, and so are some calls of `next`: all workers must go through their streams in step.
+    The stream starts with this call. Each step is `global_batch_size / micro_batch_size / world_size` batches. The call is
+    collective, and so is a `next` now and then: all workers must consume their streams in step.
     """
     plan = training_plan(shards, settings)
     augmentation = Augmentation(settings.seed, settings.augment, settings.augment_epochs)
@@ -128,7 +138,7 @@ class _WorkerStream:
     plan: BatchPlan
     decoding: DecodeSettings
     decode_in: DecodeIn
-    prefetch: int
+    prefetch: int  # micro-batches
     rank: int
     world_size: int
     broadcast: Broadcast
@@ -136,77 +146,120 @@ class _WorkerStream:
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Start the stream, and return its batches in the order of the plan."""
         self.plan.accumulation(self.world_size)  # raises if the workers cannot share a step
-        decoded = self._decoded_inline if self.decode_in == "inline" else self._decoded_by_ray
-        return self._checked(decoded(start_step, stop_step), start_step, stop_step)
+        blocks = self._decoded_here if self.decode_in == "inline" else self._decoded_by_ray
+        return self._checked(self._step_by_step(blocks(start_step, stop_step)), start_step, stop_step)
+
+    def _step_by_step(self, blocks: Iterator[list[Batch]]) -> Iterator[Batch]:
+        """Order micro-batches by step: blocks of this worker's lanes come one lane after the other."""
+        for first in blocks:
+            together = [first, *(next(blocks) for _ in self._lanes[1:])]
+            for of_step in zip(*together, strict=True):
+                yield from of_step
 
     def _checked(self, batches: Iterator[Batch], start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Compare every batch with the plan; a wrong order would silently break exact resumes."""
-        own = range(self.rank, self.plan.micro_batches, self.world_size)
-        planned = ((step, micro_batch) for step in range(start_step, stop_step) for micro_batch in own)
-        for (step, micro_batch), batch in zip(planned, batches, strict=True):
-            if (batch.step, batch.micro_batch) != (step, micro_batch):
+        """Compare every batch with the plan: a wrong order would silently break exact resumes."""
+        expected = ((step, lane) for step in range(start_step, stop_step) for lane in self._lanes)
+        for (step, lane), batch in zip(expected, batches, strict=True):
+            if (batch.step, batch.micro_batch) != (step, lane):
                 raise RuntimeError(
                     f"rank {self.rank} of {self.world_size} received micro-batch {batch.micro_batch} of step {batch.step}"
-                    f" where the plan has micro-batch {micro_batch} of step {step}"
+                    f" where the plan has micro-batch {lane} of step {step}"
                 )
             yield batch
 
-    def _decoded_inline(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+    @property
+    def _lanes(self) -> range:
+        return self.plan.lanes_of(self.rank, self.world_size)
+
+    @property
+    def _block_steps(self) -> int:
+        height, width = self.decoding.canvas
+        return max(1, min(BLOCK_STEPS, BLOCK_BYTES // (self.plan.micro_batch_size * height * width * 3)))
+
+    def _decoded_here(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
+        lanes = [(lane,) for lane in self._lanes]
         for window in self.plan.windows(start_step, stop_step):
             item = pa.Table.from_pylist([asdict(window)])
-            for encoded in islice(read_window(item, self.source, self.plan), self.rank, None, self.world_size):
-                yield batch_from_arrow(decode_micro_batch(encoded, self.decoding), self.decoding.canvas)
+            read = partial(read_window, lanes=lanes, block_steps=1, start_step=start_step)
+            for encoded in read(item, self.source, self.plan):
+                yield batches_from_arrow(decode_block(encoded, self.decoding), self.decoding.canvas)
 
-    def _decoded_by_ray(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Chain segments: the first starts at once, each later one when half of its predecessor is consumed.
+    # Executions of Ray Data
 
-        Starting takes seconds, most of them for new processes. A segment that is not consumed yet holds only a few batches.
+    def _decoded_by_ray(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
+        """Blocks of this worker, execution after execution.
+
+        The first starts at once, each other when half of the one before is done: starting takes seconds, most of them for new
+        processes. Until it is needed an execution holds a few blocks.
         """
-        segments = self._segments(start_step, stop_step)
-        first = self._started(next(segments, []))
+        executions = self._executions(start_step, stop_step)
+        first = self._started(next(executions, []), start_step)
 
-        def chained() -> Iterator[Batch]:
+        def chained() -> Iterator[list[Batch]]:
             upcoming = first
             while upcoming is not None:
-                (length, batches), upcoming = upcoming, None
-                for number, batch in enumerate(batches):
-                    if number == length // 2:
-                        upcoming = self._started(next(segments, []))
-                    yield batch
+                (windows, blocks), upcoming = upcoming, None
+                middle = (windows[0].first_step + windows[-1].stop_step) // 2
+                asked = False
+                for block in blocks:
+                    if not asked and block[-1].step >= middle:
+                        asked, upcoming = True, self._started(next(executions, []), start_step)
+                    yield block
 
         return chained()
 
-    def _segments(self, start_step: int, stop_step: int) -> Iterator[list[Window]]:
-        """Cut the windows into segments, each one Ray Data execution."""
-        steps = SEGMENT_MICRO_BATCHES // self.plan.micro_batches
-        segment: list[Window] = []
+    def _executions(self, start_step: int, stop_step: int) -> Iterator[list[Window]]:
+        """Windows of each execution; the same on all workers."""
+        blocks_per_step = GROUP_WORKERS * self.plan.accumulation(self.world_size) / self._block_steps
+        steps = max(1, int(EXECUTION_BLOCKS / blocks_per_step))
+        execution: list[Window] = []
         for window in self.plan.windows(start_step, stop_step):
-            if segment and window.stop_step - segment[0].first_step > steps:
-                yield segment
-                segment = []
-            segment.append(window)
-        if segment:
-            yield segment
+            if execution and window.stop_step - execution[0].first_step > steps:
+                yield execution
+                execution = []
+            execution.append(window)
+        if execution:
+            yield execution
 
-    def _started(self, windows: list[Window]) -> tuple[int, Iterator[Batch]] | None:
-        """Start a segment; return the number of this worker's batches and their iterator, or None without windows."""
+    def _started(self, windows: list[Window], start_step: int) -> tuple[list[Window], Iterator[list[Batch]]] | None:
+        """Start an execution, and return its windows and this worker's blocks; None without windows. Collective."""
         if not windows:
             return None
-        splits = self._dataset(windows).streaming_split(self.world_size, equal=True) if self.rank == 0 else None
+        splits: list[DataIterator] | None = None
+        if self.rank == 0:
+            splits = []
+            for workers in self._groups():
+                splits += self._dataset(windows, workers, start_step).streaming_split(len(workers), equal=True)
         split: DataIterator = self.broadcast(splits)[self.rank]
-        to_batch = _ToBatch(self.decoding, decode=self.decode_in == "worker", pin=self._feeds_gpu)
-        batches = split.iter_torch_batches(
-            batch_size=None, prefetch_batches=self.prefetch, collate_fn=to_batch, device="cpu"
+        to_blocks = _ToBlock(self.decoding, decode=self.decode_in == "worker", pin=self._feeds_gpu)
+        blocks = split.iter_torch_batches(
+            batch_size=None, prefetch_batches=self._prefetched_blocks, collate_fn=to_blocks, device="cpu"
         )
-        steps = windows[-1].stop_step - windows[0].first_step
-        return steps * self.plan.accumulation(self.world_size), _fetched_ahead(cast(Iterator[Batch], iter(batches)))
+        filled = (block.batches for block in cast(Iterator[_Block], iter(blocks)) if block.batches)
+        return windows, _fetched_ahead(filled)
 
-    def _dataset(self, windows: list[Window]) -> Dataset:
-        """Build the Ray Data pipeline: one row and one block per micro-batch, in order."""
+    def _groups(self) -> Iterator[range]:
+        """Ranks that share a coordinator."""
+        for first in range(0, self.world_size, GROUP_WORKERS):
+            yield range(first, min(first + GROUP_WORKERS, self.world_size))
+
+    def _dataset(self, windows: list[Window], workers: Sequence[int], start_step: int) -> Dataset:
+        """Blocks of a group's lanes, one row each, in the order in which they are dealt to its workers."""
+        of_workers = [list(self.plan.lanes_of(rank, self.world_size)) for rank in workers]
+        most = max(len(lanes) for lanes in of_workers)
+        dealt = [[lanes[i] if i < len(lanes) else None for lanes in of_workers] for i in range(most)]
+
         dataset = ray.data.from_items([asdict(window) for window in windows], override_num_blocks=len(windows))
-        self._configure(dataset.context)
+        self._configure(dataset.context, len(workers))
         encoded = dataset.map_batches(
-            partial(read_window, source=self.source, plan=self.plan),
+            partial(
+                read_window,
+                source=self.source,
+                plan=self.plan,
+                lanes=dealt,
+                block_steps=self._block_steps,
+                start_step=start_step,
+            ),
             num_cpus=0,  # it waits for storage; reserving a core would take it from decoding
             compute=TaskPoolStrategy(size=min(self._reads, len(windows))),
             batch_size=None,
@@ -214,53 +267,69 @@ class _WorkerStream:
         )
         if self.decode_in == "worker":
             return encoded
-        micro_batches = self.plan.micro_batches * (windows[-1].stop_step - windows[0].first_step)
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+        groups = -(-self.world_size // GROUP_WORKERS)
         return encoded.map_batches(
-            partial(decode_micro_batch, settings=self.decoding),
+            partial(decode_block, settings=self.decoding),
             num_cpus=1,
-            compute=TaskPoolStrategy(size=min(cores, micro_batches)),
+            compute=TaskPoolStrategy(size=max(1, -(-cores // groups))),
             batch_size=None,
             batch_format="pyarrow",
         )
 
-    def _configure(self, context: DataContext) -> None:
+    def _configure(self, context: DataContext, workers: int) -> None:
         """Keep the order, one row per block, and bounds on what is read and decoded ahead."""
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # byte: every row becomes a block
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        window_bytes = self.source.row_bytes * self.plan.steps_per_window * self.plan.global_batch_size
+        lanes = workers * self.plan.accumulation(self.world_size)
+        window_bytes = self.source.row_bytes * self.plan.steps_per_window * self.plan.micro_batch_size * lanes
         height, width = self.decoding.canvas
         bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
         if self.decode_in == "task":
-            in_workers = self.world_size * (self.prefetch + READY_BATCHES)
-            bounds["MapBatches(decode_micro_batch)"] = in_workers * self.plan.micro_batch_size * height * width * 3
+            ready = -(-READY_BATCHES // self._block_steps)
+            blocks = workers * (self._prefetched_blocks + ready)
+            block_bytes = self._block_steps * self.plan.micro_batch_size * height * width * 3
+            bounds["MapBatches(decode_block)"] = blocks * block_bytes
         bound_outputs(context, bounds)
 
     @property
+    def _prefetched_blocks(self) -> int:
+        if self.decode_in == "worker":
+            return self.prefetch  # also the number of decoding threads, up to 4
+        return -(-self.prefetch // self._block_steps)
+
+    @property
     def _feeds_gpu(self) -> bool:
-        """True if this worker has a GPU of its own; it may also see other GPUs of its node."""
+        """Whether this worker has a GPU; one without may still see those of its node."""
         return torch.cuda.is_available() and bool(ray.get_gpu_ids())
 
     @property
     def _reads(self) -> int:
-        """Number of windows that are read concurrently."""
-        return max(2, self.world_size // 4)
+        """Windows that a group reads at the same time."""
+        return 2
 
 
-class _ToBatch(ArrowBatchCollateFn):
-    """Convert blocks in the prefetching threads, so that copies to a GPU start from page-locked memory and delay no step."""
+@dataclass(frozen=True)
+class _Block:
+    """Micro-batches of one lane; empty where a worker has fewer lanes than the others of its group."""
+
+    batches: list[Batch]
+
+
+class _ToBlock(ArrowBatchCollateFn):
+    """Runs in the threads that fetch ahead, so that a GPU copies from page-locked memory and no step waits for it."""
 
     def __init__(self, decoding: DecodeSettings, decode: bool, pin: bool) -> None:
         self.decoding = decoding
         self.decode = decode
         self.pin = pin
 
-    def __call__(self, block: pa.Table) -> Batch:  # type: ignore[override]  # Ray's types allow tensors only
-        decoded = decode_micro_batch(block, self.decoding) if self.decode else block
-        batch = batch_from_arrow(decoded, self.decoding.canvas)
-        return batch.pin_memory() if self.pin else batch
+    def __call__(self, block: pa.Table) -> _Block:  # type: ignore[override]  # Ray's types know tensors alone
+        decoded = decode_block(block, self.decoding) if self.decode else block
+        batches = batches_from_arrow(decoded, self.decoding.canvas)
+        return _Block([batch.pin_memory() for batch in batches] if self.pin else batches)
 
 
 def _fetched_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -1,10 +1,10 @@
-"""Functions of the data tasks: read a window of the plan, decode a micro-batch. No torch: it would slow the start of each task.
+"""Functions that data tasks run: read a window of the plan, decode a block. No torch here: it would slow every start.
 
-A micro-batch is ONE row of a Ray dataset, with its images and boxes as lists. So the unit that Ray splits and orders is the unit
-of the plan, and a micro-batch is never split.
+A block is a few consecutive micro-batches of one lane, and ONE row of a Ray dataset: its images and boxes are lists within. The
+unit that Ray splits and orders is therefore a unit of the plan, and no block can come apart on its way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,11 @@ from pipeline.data.stream.plan import BatchPlan, Window
 
 ENCODED_SCHEMA = pa.schema(
     [
-        ("step", pa.int64()),
-        ("micro_batch", pa.int64()),  # index within the step
+        ("step", pa.int64()),  # first step of the block
+        ("micro_batch", pa.int64()),  # lane: index within the step
         ("epoch", pa.int64()),
-        ("rows", pa.list_(ROW_TYPE)),  # [B], or fewer at the end of an evaluation
+        ("real", pa.list_(pa.int64())),  # [K] images of each micro-batch, fewer at the end of an evaluation
+        ("rows", pa.list_(ROW_TYPE)),  # [sum of real], micro-batch after micro-batch
     ]
 )
 
@@ -34,14 +35,16 @@ DECODED_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
         ("micro_batch", pa.int64()),
-        ("images", pa.list_(pa.uint8())),  # flat [B, H, W, 3], zero where padded
-        ("photometric", pa.list_(pa.float32())),  # flat [B, P]
-        ("image_id", pa.list_(pa.int64())),  # [B], or fewer where the rest is padding, as in the columns below
-        ("orig_size", pa.list_(pa.int64())),  # flat [B, 2] width, height
-        ("counts", pa.list_(pa.int64())),  # [B] boxes per image
+        ("real", pa.list_(pa.int64())),  # [K]
+        ("images", pa.list_(pa.uint8())),  # flat [K, B, H, W, 3]; zeros where padded
+        ("photometric", pa.list_(pa.float32())),  # flat [K, B, P]
+        ("image_id", pa.list_(pa.int64())),  # [sum of real], as in the columns below: padding has no entries
+        ("orig_size", pa.list_(pa.int64())),  # flat [sum of real, 2] width, height
+        ("counts", pa.list_(pa.int64())),  # [sum of real] boxes of each image
         ("boxes", pa.list_(pa.float32())),  # flat [T, 4] cxcywh, normalised to the canvas, image after image
         ("labels", pa.list_(pa.int64())),  # [T]
-        ("replaced_id", pa.list_(pa.int64())),  # images that could not be decoded
+        ("replaced_in", pa.list_(pa.int64())),  # index in 0..K - 1 of the micro-batch of each undecodable image
+        ("replaced_id", pa.list_(pa.int64())),
         ("replaced_why", pa.list_(pa.string())),
     ]
 )
@@ -70,41 +73,102 @@ class DecodeSettings:
     augmentation: Augmentation | None  # None for evaluation
 
 
-def read_window(item: pa.Table, source: RowGroups, plan: BatchPlan) -> Iterator[pa.Table]:
-    """Read the encoded micro-batches of one window.
+def read_window(
+    item: pa.Table,
+    source: RowGroups,
+    plan: BatchPlan,
+    *,
+    lanes: Sequence[Sequence[int | None]],
+    block_steps: int,
+    start_step: int,
+) -> Iterator[pa.Table]:
+    """Read the rows of one window in some lanes, and yield them as encoded blocks.
+
+    Blocks of few steps come first, so that the first batch waits for little; then they double up to `block_steps`.
 
     Args:
-        item: one row with the fields of a `Window`.
+        item: one row, the fields of a `Window`.
+        lanes: order of the blocks within each run of steps, row after row; None stands for an empty block.
+        block_steps: most steps of a block.
+        start_step: first step of the stream.
     """
     (fields,) = item.to_pylist()
     window = Window(**fields)
-    rows = plan.rows(window)
-    tables = read_row_groups(source, np.unique(rows.group))
+    flat = [lane for row in lanes for lane in row if lane is not None]
+    rows_of = dict(zip(flat, plan.rows(window, flat), strict=True))
+    wanted = np.unique(np.concatenate([rows.group for rows in rows_of.values()]))
+    tables = read_row_groups(source, wanted)
     groups = {group: table.combine_chunks().to_batches()[0].to_struct_array() for group, table in tables.items()}
-    for number in range((window.stop_step - window.first_step) * plan.micro_batches):
-        step, micro_batch = divmod(number, plan.micro_batches)
-        part = slice(number * plan.micro_batch_size, (number + 1) * plan.micro_batch_size)
-        yield _one_row(
-            ENCODED_SCHEMA,
-            step=window.first_step + step,
-            micro_batch=micro_batch,
-            epoch=window.epoch,
-            rows=take_rows(groups, Rows(rows.group[part], rows.row[part])),
-        )
+
+    size = plan.micro_batch_size
+    step = window.first_step
+    while step < window.stop_step:
+        steps = min(block_steps, max(1, step - start_step), window.stop_step - step)
+        first = (step - window.first_step) * size
+        for lane in (lane for row in lanes for lane in row):
+            rows = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64)) if lane is None else rows_of[lane]
+            part = Rows(rows.group[first : first + steps * size], rows.row[first : first + steps * size])
+            yield _one_row(
+                ENCODED_SCHEMA,
+                step=step,
+                micro_batch=-1 if lane is None else lane,
+                epoch=window.epoch,
+                real=[] if lane is None else [min(size, max(0, len(part) - k * size)) for k in range(steps)],
+                rows=take_rows(groups, part),
+            )
+        step += steps
 
 
-def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
-    """Decode and augment one micro-batch.
+def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
+    """Decode one block of micro-batches to pixels and boxes.
 
     In training an image that cannot be decoded is replaced by the next decodable one of its micro-batch, and reported.
 
     Raises:
-        UndecodableImageError: in training if no image of the micro-batch can be decoded, in evaluation if any cannot.
+        UndecodableImageError: in training no image of a micro-batch can be decoded, in evaluation one cannot.
     """
     # Decode each image; failures are collected.
     rows = encoded.column("rows").chunk(0).flatten()
     records = list(records_from_table(pa.Table.from_struct_array(rows)))
+    real = encoded.column("real").chunk(0).flatten().to_numpy()
     epoch = encoded.column("epoch")[0].as_py()
+    images = np.zeros((len(real), settings.micro_batch_size, *settings.canvas, 3), np.uint8)
+    photometric = np.tile(identity_photometric(), (len(real), settings.micro_batch_size, 1))
+    samples: list[Sample] = []
+    kept: list[ImageRecord] = []
+    replaced: list[tuple[int, int, str]] = []  # index of the micro-batch, image id, reason
+    first = 0
+    for k, count in enumerate(real.tolist()):
+        decoded, names, failures = _decoded_micro_batch(records[first : first + count], epoch, settings)
+        for i, sample in enumerate(decoded):
+            images[k, i] = sample.image
+            photometric[k, i] = sample.photometric
+        samples += decoded
+        kept += names
+        replaced += [(k, image_id, reason) for image_id, reason in failures]
+        first += count
+    return _one_row(
+        DECODED_SCHEMA,
+        step=encoded.column("step")[0],
+        micro_batch=encoded.column("micro_batch")[0],
+        real=real,
+        images=images.reshape(-1),
+        photometric=photometric.reshape(-1),
+        image_id=[record.image_id for record in kept],
+        orig_size=[side for record in kept for side in (record.width, record.height)],
+        counts=[len(sample.labels) for sample in samples],
+        boxes=_joined([sample.boxes for sample in samples], np.float32),
+        labels=_joined([sample.labels for sample in samples], np.int64),
+        replaced_in=[k for k, _, _ in replaced],
+        replaced_id=[image_id for _, image_id, _ in replaced],
+        replaced_why=[reason for _, _, reason in replaced],
+    )
+
+
+def _decoded_micro_batch(
+    records: Sequence[ImageRecord], epoch: int, settings: DecodeSettings
+) -> tuple[list[Sample], list[ImageRecord], list[tuple[int, str]]]:
+    """Samples of a micro-batch, the record that each shows, and (image id, reason) of what could not be decoded."""
     decoded: dict[int, Sample] = {}  # by index in the micro-batch
     failures: dict[int, str] = {}
     for index, record in enumerate(records):
@@ -113,36 +177,16 @@ def decode_micro_batch(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
         except UndecodableImageError as error:
             failures[index] = f"{record.file_name}: {error}"
     if failures and (settings.augmentation is None or not decoded):
-        failed = "; ".join(f"image {records[index].image_id}, {why}" for index, why in failures.items())
-        raise UndecodableImageError(f"{failed}; `dfine doctor` lists such images, `dfine prepare` leaves them out")
-
-    # Failed images are replaced, then several-image augmentations follow.
-    indices = [_next_decoded(index, decoded, len(records)) for index in range(len(records))]
-    image_ids = [records[index].image_id for index in indices]
-    samples = [decoded[index] for index in indices]
+        named = "; ".join(f"image {records[index].image_id}, {why}" for index, why in failures.items())
+        raise UndecodableImageError(f"{named}; `dfine doctor` lists such images, `dfine prepare` leaves them out")
+    shown = [_next_decoded(index, decoded, len(records)) for index in range(len(records))]
+    kept = [records[index] for index in shown]
+    samples = [decoded[index] for index in shown]
     if settings.augmentation is not None:
         seed, strength = settings.augmentation.seed, settings.augmentation.of_epoch(epoch)
+        image_ids = [record.image_id for record in kept]
         samples = mixed_batch(samples, image_ids, seed=seed, epoch=epoch, settings=strength)
-
-    # Collect everything in the columns of one row.
-    images = np.zeros((settings.micro_batch_size, *settings.canvas, 3), np.uint8)
-    for image, sample in zip(images, samples, strict=False):
-        image[:] = sample.image
-    padding = [identity_photometric()] * (settings.micro_batch_size - len(samples))
-    return _one_row(
-        DECODED_SCHEMA,
-        step=encoded.column("step")[0],
-        micro_batch=encoded.column("micro_batch")[0],
-        images=images.reshape(-1),
-        photometric=np.concatenate([*(sample.photometric for sample in samples), *padding]),
-        image_id=image_ids,
-        orig_size=[side for index in indices for side in (records[index].width, records[index].height)],
-        counts=[len(sample.labels) for sample in samples],
-        boxes=_joined([sample.boxes for sample in samples], np.float32),
-        labels=_joined([sample.labels for sample in samples], np.int64),
-        replaced_id=[records[index].image_id for index in failures],
-        replaced_why=list(failures.values()),
-    )
+    return samples, kept, [(records[index].image_id, why) for index, why in failures.items()]
 
 
 def _sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample:
@@ -160,7 +204,7 @@ def _sample(record: ImageRecord, epoch: int, settings: DecodeSettings) -> Sample
 
 
 def _next_decoded(index: int, decoded: dict[int, Sample], count: int) -> int:
-    return next(p % count for p in range(index, index + count) if p % count in decoded)
+    return next(i % count for i in range(index, index + count) if i % count in decoded)
 
 
 def _joined(arrays: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
