@@ -117,7 +117,7 @@ def refuse_missing(location: str, kind: str) -> None:
         UserError: there is no such path.
     """
     if "://" not in location and not is_mlflow_uri(location) and not os.path.exists(location):
-        raise UserError(f"{location}: no {kind}: there is no such file or folder")
+        raise UserError(f"{location} does not exist: no {kind}")
 
 
 # Mistakes

@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--input-size takes a side, or height and width, not {len(args.input_size)} numbers")
     if args.num_images < 1:
         raise ConfigError(f"--num-images is {args.num_images}: nothing is accepted without a comparison")
+    if args.attach and not is_mlflow_uri(args.attach):
+        raise ConfigError(
+            f"--attach {args.attach}: name a run (runs:/RUN_ID) or a model version (models:/NAME/VERSION)"
+        )
     named = args.attach or (args.model if is_mlflow_uri(args.model) else None)
     target = find_target(named) if named else None
     model = _resized(open_detector(args.model), args.input_size)

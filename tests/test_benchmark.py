@@ -161,7 +161,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     written = json.loads((tmp_path / "speed.json").read_text())
     assert written["input_size"] == [64, 96]
     assert written["images_per_second"]["1"] > 0
-    for wrong, message in (("nowhere.onnx", "no such file"), (str(tmp_path), "no detector")):
+    for wrong, message in (("nowhere.onnx", "does not exist"), (str(tmp_path), "no detector")):
         with pytest.raises(SystemExit, match=message):
             benchmark_job.main([wrong])
     with pytest.raises(SystemExit, match="precision of an exported file is fixed"):

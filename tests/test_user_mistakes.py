@@ -179,7 +179,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("serve detector", ("MODEL", "$PWD/detector"), JOB),
     # benchmark
     ("benchmark nowhere", ("nowhere", "does not exist"), {}),
-    ("benchmark nowhere.onnx", ("nowhere.onnx", "no such file"), {}),
+    ("benchmark nowhere.onnx", ("nowhere.onnx", "does not exist"), {}),
     ("benchmark broken.onnx", ("broken.onnx",), {}),
     ("benchmark broken.pt2", ("broken.pt2", "torch.export"), {}),
     ("benchmark broken.pth", ("broken.pth",), {}),

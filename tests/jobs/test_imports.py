@@ -89,12 +89,12 @@ FLAGS = [
     ("prepare nothing", EVERYTHING, "2"),
 ]
 PATHS = [
-    ("evaluate nowhere val", EVERYTHING, "nowhere: no detector"),
-    ("predict nowhere photos --out out", EVERYTHING, "nowhere: no detector"),
-    ("export nowhere --to onnx --out out", EVERYTHING, "nowhere: no detector"),
-    ("benchmark nowhere", EVERYTHING, "nowhere: no detector"),
-    ("serve nowhere", EVERYTHING, "nowhere: no detector"),
-    ("replay nowhere", EVERYTHING, "nowhere: no saved step"),
+    ("evaluate nowhere val", EVERYTHING, "nowhere does not exist: no detector"),
+    ("predict nowhere photos --out out", EVERYTHING, "nowhere does not exist: no detector"),
+    ("export nowhere --to onnx --out out", EVERYTHING, "nowhere does not exist: no detector"),
+    ("benchmark nowhere", EVERYTHING, "nowhere does not exist: no detector"),
+    ("serve nowhere", EVERYTHING, "nowhere does not exist: no detector"),
+    ("replay nowhere", EVERYTHING, "nowhere does not exist: no saved step"),
     ("train run.yaml --set data.train=nowhere", SLOW, "nowhere/manifest.json"),
     ("evaluate empty nowhere", SLOW, "nowhere/manifest.json"),
     ("doctor nowhere", SLOW, "2"),
