@@ -8,7 +8,8 @@ from PIL import Image
 from torch import tensor
 from torchvision.ops import box_iou
 
-from pipeline.drawing import MAX_BOXES, colour, css_colour, draw_boxes, place_label, side_by_side
+from dfine_core.drawing import label_colour, place_caption
+from pipeline.drawing import MAX_BOXES, css_colour, draw_boxes, side_by_side
 
 CANVAS, LABEL = (640, 480), (80, 16)
 
@@ -30,7 +31,7 @@ def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     ],
 )
 def test_a_label_lies_outside_its_box_and_inside_the_image(box: tuple[float, float, float, float]) -> None:
-    left, top, right, bottom = area = place_label(box, LABEL, CANVAS, [])
+    left, top, right, bottom = area = place_caption(box, LABEL, CANVAS, [])
     assert (right - left, bottom - top) == LABEL
     assert overlap(area, box) == 0
     assert 0 <= left < right <= CANVAS[0]
@@ -38,13 +39,13 @@ def test_a_label_lies_outside_its_box_and_inside_the_image(box: tuple[float, flo
 
 
 def test_the_label_of_a_box_as_large_as_the_image_lies_in_its_corner() -> None:
-    assert place_label((-3, -3, 640, 480), LABEL, CANVAS, []) == (0, 0, *LABEL)
+    assert place_caption((-3, -3, 640, 480), LABEL, CANVAS, []) == (0, 0, *LABEL)
 
 
 def test_labels_of_neighbouring_boxes_do_not_overlap() -> None:
     placed: list[tuple[float, float, float, float]] = []
     for shift in (0, 5, 10):
-        placed.append(place_label((300 + shift, 200, 320 + shift, 220), LABEL, CANVAS, placed))
+        placed.append(place_caption((300 + shift, 200, 320 + shift, 220), LABEL, CANVAS, placed))
     assert all(overlap(one, other) == 0 for one, other in itertools.combinations(placed, 2))
 
 
@@ -52,7 +53,7 @@ def test_the_most_important_box_is_on_top_and_only_so_many_are_drawn() -> None:
     image = Image.new("RGB", (640, 480), "black")
     boxes = [[200, 100, 400, 300]] * 2 + [[0, 470, 640, 478]] * MAX_BOXES
     drawing = draw_boxes(image, boxes, [1, *[2] * (MAX_BOXES + 1)], [""] * (MAX_BOXES + 2))
-    assert drawing.getpixel((200, 200)) == colour(1)
+    assert drawing.getpixel((200, 200)) == label_colour(1)
     assert image.getbbox() is None, "the image itself was changed"
     last_alone = [[0, 0, 1, 1]] * MAX_BOXES + [[200, 100, 400, 300]]
     drawing = draw_boxes(image, last_alone, [0] * len(last_alone), [""] * len(last_alone))
@@ -60,10 +61,10 @@ def test_the_most_important_box_is_on_top_and_only_so_many_are_drawn() -> None:
 
 
 def test_neighbouring_classes_have_distant_colours_and_pages_the_same_ones() -> None:
-    colours = np.array([colour(label) for label in range(8)], float)
+    colours = np.array([label_colour(label) for label in range(8)], float)
     distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
     assert distances[~np.eye(8, dtype=bool)].min() > 60
-    red, green, blue = colour(3)
+    red, green, blue = label_colour(3)
     assert css_colour(3) == f"#{red:02x}{green:02x}{blue:02x}"
 
 

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dfine_core import ImageDetections, LoadedDetector
+from dfine_core.drawing import label_colour
 from dfine_core.inference import prepare
 from dfine_core.model import distribution
 from dfine_core.model.postprocess import best_pairs, postprocess
@@ -26,7 +27,6 @@ from jobs import predict as predict_job
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import ImageRecord
-from pipeline.drawing import colour
 from pipeline.evaluation.evaluate import collect_detections, compute_report
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import contact_sheet, draw_detections
@@ -366,7 +366,7 @@ def test_boxes_are_drawn_where_they_are_in_the_colour_of_their_class() -> None:
     drawing = draw_detections(image, [[100, 200, 500, 580]], [2], [0.9], ["a", "b", "c"])
     assert drawing.size == (800, 600)
     for point in ((100, 400), (500, 400), (300, 580)):
-        assert drawing.getpixel(point) == colour(2)
+        assert drawing.getpixel(point) == label_colour(2)
     assert drawing.getpixel((300, 400)) == (0, 0, 0)
     assert image.getbbox() is None  # the original is unchanged
     assert draw_detections(image.resize((80, 60)), [], [], [], []).size == (640, 480)
