@@ -85,6 +85,7 @@ def _fake_forward(
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
     targets = Targets.pack([target] * images, config.num_classes, torch.device("cpu"))
     denoising = sample_queries_for(config, targets) or False
+    # Fake tensors have shapes and no content: nothing is computed, however large the model.
     detector = Detector(config).train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state: dict[str, Tensor] = {

@@ -75,6 +75,7 @@ def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) ->
     Raises:
         ConfigError: with every problem of the chain, its experiments and its clusters.
     """
+    # 1. The chain itself; overrides that begin with a stage's name belong to that stage.
     content = read_yaml(path)
     content.setdefault("name", Path(path).stem)
     content |= {key: value for key, value in overrides.items() if key in Chain.model_fields}
@@ -97,6 +98,7 @@ def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) ->
 
 
 def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cluster: Cluster) -> ResolvedStage:
+    # The chain gives every run its name, storage and tracking, and all but the first their initial weights.
     stage = chain.stages[number]
     run = f"{chain.name}-{stage.name}"
     fixed: dict[str, Any] = {"name": run, "storage": chain.storage, "tracking": dump(chain.tracking)}
@@ -184,11 +186,13 @@ def _run_stage(
     from pipeline.training import run_dir
     from pipeline.training.launch import launch
 
+    # 1. Prepare the shard sets that are missing.
     if step.missing:
         start_ray(dashboard=True)  # the training needs the dashboard
     for arguments in step.missing:
         if not _is_there(arguments[arguments.index("--out") + 1]):
             prepare(list(arguments))
+    # 2. Skip a finished run, or train.
     experiment = step.experiment
     run = storage.join(experiment.storage, experiment.name or "")
     result = run_dir.result_of(run, experiment, resolve_data(experiment.data))

@@ -159,6 +159,7 @@ def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], uri: str) 
     ours = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
     if states and set(ours) != set(states):
         raise CheckpointError(f"{uri}: its optimiser has other parameters than this run: {set(ours) ^ set(states)}")
+    # The optimiser numbers its parameters in the order of its groups.
     saved = state.optimizer.state_dict()
     saved["state"] = {number: states[name] for number, name in enumerate(ours)} if states else {}
     state.optimizer.load_state_dict(saved)
@@ -173,6 +174,7 @@ def write(snapshot: Snapshot, folder: str) -> str:
     target = storage.join(folder, step_folder(snapshot.metadata.step))
     on_disk = isinstance(filesystem, fs.LocalFileSystem)
     aside = storage.join(folder, f".{step_folder(snapshot.metadata.step)}.partial") if on_disk else target
+    # Tensors first, then the experiment; the metadata with their hashes completes the checkpoint.
     hashes = {}
     for file, tensors in snapshot.tensors.items():
         content = tensors_to_bytes(tensors)
@@ -181,6 +183,7 @@ def write(snapshot: Snapshot, folder: str) -> str:
     storage.write_atomic(storage.join(aside, EXPERIMENT), yaml.safe_dump(snapshot.experiment, sort_keys=False).encode())
     metadata = snapshot.metadata.model_copy(update={"sha256": hashes})
     storage.write_atomic(storage.join(aside, METADATA), metadata.model_dump_json(indent=1).encode())
+    # On a disk the whole folder appears at once.
     if on_disk:
         if storage.exists(target):  # the run was rewound to an earlier step since
             storage.remove_folder(target)

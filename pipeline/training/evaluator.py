@@ -65,6 +65,7 @@ class Evaluator:
         with self._log.paused():
             if context.rank == 0 and self._ground_truth is None:
                 self._ground_truth = read_ground_truth(self._val)
+            # A small set is decoded by the workers themselves: starting Ray Data would take longer.
             few = self._val.manifest.images <= DECODED_INLINE * context.world_size
             report = evaluate(
                 detector,
@@ -129,6 +130,7 @@ class Evaluator:
         step = state.history.pending_step
         if step is None or self._val is None:
             return
+        # Rank 0 alone has the future; the other ranks learn the outcome from it.
         result: EvaluationResult | None = None
         outcome: _Outcome | None = None
         if self._context.rank == 0 and self._in_flight is not None and (wait or self._in_flight.done()):

@@ -173,10 +173,12 @@ def _parent(stored: StoredDetector) -> dict[str, str]:
 def _fit(detector: Detector, initial: _InitWeights, names: Sequence[str], source: str) -> Origin:
     config, lines = detector.config, [f"weights from {source}"]
     fitted: Mapping[str, Tensor] = initial.weights
+    # Distributions over other bins are re-binned; boxes stay where they were.
     if config.regression == "fdr" and SCALE in fitted:
         fitted, report = rebin(fitted, reg_max=config.reg_max, reg_scale=config.reg_scale, up=config.up)
         if report.source != report.target:
             lines.append(str(report))
+    # Class heads are carried over by name.
     rows = len(fitted[CLASS_ROWS]) - 1 if CLASS_ROWS in fitted else 0
     known = initial.names or _names_of(rows, names)
     if known is not None and list(known) != list(names):

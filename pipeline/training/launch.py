@@ -160,6 +160,7 @@ def _train(
     tracking: TrackingSettings,
     callbacks: Sequence[UserCallback],
 ) -> TrainResult:
+    # Ray Train restarts failed workers; the board and the monitor outlive them.
     board = start_progress_board()
     os.environ[START_TIMEOUT] = str(cluster.start_timeout_s)
     trainer = TorchTrainer(

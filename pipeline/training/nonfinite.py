@@ -79,7 +79,7 @@ class NonFiniteGuard:
         )
         if state.skipped_steps <= self._settings.max_saved:
             uri = save_step(self._job.run, pending.step, self._context.rank, pending.batches, state.detector)
-            self._context.print(f"its batch and weights are kept: `python -m jobs.replay {uri}` examines them")
+            self._context.print(f"its batch and weights are kept: `dfine replay {uri}` examines them")
 
     def begin_rewind(self, state: TrainState, checkpoints: Sequence[int]) -> None:
         """Allow one return to the newest checkpoint.
@@ -99,7 +99,7 @@ class NonFiniteGuard:
             raise NonFiniteError(
                 f"{self._consecutive} steps in a row up to step {state.step} were not finite, {recurs}; the last images of"
                 f" worker {self._context.rank} are {self._last_images}. The first of the batches are kept in"
-                f" {storage.join(self._job.run, FOLDER)}: `python -m jobs.replay` finds the image and the module. A lower"
+                f" {storage.join(self._job.run, FOLDER)}: `dfine replay` finds the image and the module. A lower"
                 " optimizer.lr or numerics.precision=fp32 is the usual remedy."
             )
         self._rewound_to = checkpoints[-1]

@@ -35,6 +35,7 @@ class RunningStatistics:
             for m in detector.modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         ]
+        # Means and variances are averaged; the counters only count steps.
         self._buffers = [cast(Tensor, b) for m in norms for b in (m.running_mean, m.running_var)]
         self._counters = [cast(Tensor, m.num_batches_tracked) for m in norms]
         self._sizes = [b.numel() for b in self._buffers]

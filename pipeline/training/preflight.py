@@ -66,6 +66,7 @@ def request_for(cluster: Cluster, *, decodes: bool, asynchronous_evaluation: boo
         gpus = 1.0 if total.get("GPU", 0) else 0.0
     workers = cluster.workers or (max(1, int(total.get("GPU", 0) // gpus)) if gpus else 1)
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    # Zero amounts are left out: Ray would ask nodes for resources that they do not have.
     per_worker = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker, **({"GPU": gpus} if gpus else {})}
     request = Request(least, most, gpus, {name: amount for name, amount in per_worker.items() if amount})
     if not cluster.autoscaling:
@@ -92,6 +93,7 @@ def refuse_what_never_fits(
     Raises:
         ConfigError: names every resource that is missing.
     """
+    # The sum over the cluster, then a single worker on the largest node.
     problems = []
     for name, amount in request.per_worker.items():
         reserved = DECODING_CPUS if name == "CPU" and decodes else 0.0
@@ -116,6 +118,7 @@ def problems_on_nodes(run: str, manifests: list[str]) -> list[str]:
     nodes = _nodes()
     if len(nodes) == 1:
         return []  # this node, which has just written
+    # One task on every node, with hard affinity.
     check = ray.remote(num_cpus=0)(_problems_here)
     tasks = [
         check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(

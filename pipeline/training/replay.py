@@ -83,6 +83,7 @@ def _replay_batch(
     images = photometric_distort(batch["images"].float() / 255, batch["photometric"]).to(device)
     counts = batch["counts"].tolist()
     boxes, labels = batch["boxes"].split(counts), batch["labels"].split(counts)
+    # Every image starts from the kept batch-norm statistics.
     statistics = {name: buffer.clone() for name, buffer in detector.named_buffers()}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     for index, image_id in enumerate(batch["image_id"].tolist()):

@@ -73,6 +73,7 @@ def begin_or_continue(
     if not storage.exists(path):
         storage.write_atomic(path, json.dumps({**now, "tracking_key": tracking_key}, indent=1).encode())
         return RunStart(tracking_key, micro_batch_size=None)
+    # An existing run continues only with the settings and data that it was started with.
     before = storage.read_json(path, "experiment", "data", "tracking_key")
     changes = differences(before, now)
     name = experiment.name
@@ -179,6 +180,7 @@ def driver_lock(run: str) -> Iterator[None]:
                 f"{run} is being trained by process {other['pid']} on {other['host']}: wait for it, stop it, or give"
                 " another --name"
             )
+    # A thread renews the lock; a driver that dies leaves one that goes stale.
     ended = threading.Event()
 
     def write(at: float) -> None:

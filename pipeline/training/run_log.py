@@ -118,9 +118,11 @@ class RunLog:
         """
         if self._tracker is None:
             return
+        # Parameters: what was written, and what was derived from it.
         experiment, data = self._job.experiment, self._job.data
         params = flatten(dump(experiment)) | flatten({"derived": asdict(self._job.schedule)})
         params["model.num_classes"] = len(data.train.manifest.categories)
+        # Data sets by digest, so that runs on the same data can be found.
         datasets = [dataset_input(data.train, "training")]
         if data.val is not None:
             datasets.append(dataset_input(data.val, "validation"))
@@ -178,6 +180,7 @@ class RunLog:
         """Report losses, rates, speed and memory since the last report."""
         schedule = self._job.schedule
         values = self._meter.read(schedule.global_batch_size)
+        # Rates, progress and memory; the losses are means since the last report.
         rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
         values["train/lr"] = rates.get("rest", next(iter(rates.values())))
         values["train/lr_backbone"] = rates.get("backbone", 0.0)
@@ -220,6 +223,7 @@ class RunLog:
             images: name and PNG.
         """
         self._context.print(f"evaluation, {title}\n{report.table()}")
+        # In the run's folder: the report, then each image. In MLflow: metrics, at the end figures and a table too.
         folder = storage.join(self._job.run, "evaluation", "final" if final else checkpoint.step_folder(step))
         report.write(folder)
         if self._tracker is not None:
@@ -245,6 +249,7 @@ class RunLog:
             "evaluated": state.history.evaluated,
             "latency_ms": latency_ms,
         }
+        # The result file marks the run as finished.
         storage.write_atomic(storage.join(job.run, RESULT), json.dumps(result, indent=1).encode())
         if self._tracker is None:
             return

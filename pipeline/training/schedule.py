@@ -89,6 +89,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     Raises:
         ConfigError: the data or the workers cannot form the batch; names the nearest that they can.
     """
+    # 1. The batch, and the number of steps in an epoch.
     given, variant = experiment.schedule, experiment.model.variant
     global_batch_size = given.global_batch_size or BASE_BATCH_SIZE[variant]
     micro_batch_size = divided(global_batch_size, given.micro_batch_size or micro_batch_size, workers)
@@ -98,11 +99,13 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
             f"schedule.global_batch_size ({global_batch_size}) exceeds the {images} images of data.train: an epoch would"
             f" have no step; take {nearest_below(images, workers)} or fewer"
         )
+    # 2. Its length, and stage two at the end.
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
     epochs = -(-steps // steps_per_epoch)
     no_aug = given.no_aug_epochs if given.no_aug_epochs is not None else round(NO_AUG_SHARE * epochs)
     strong_epochs = epochs - no_aug if no_aug else None
 
+    # 3. Rates, warm-ups and the EMA scale with the batch; short runs shorten the warm-ups.
     scale = global_batch_size / (experiment.optimizer.base_batch_size or BASE_BATCH_SIZE[variant])
     warmup = given.warmup_steps
     decay, ema_warmup = experiment.ema.decay, experiment.ema.warmup_steps

@@ -73,6 +73,7 @@ def build_train_state(
     numerics = experiment.numerics
     torch.manual_seed(experiment.seed)
     config = experiment.model.config(num_classes, experiment.loss)
+    # The weights are drawn on the CPU, so that they are the same on every device.
     detector = Detector(config).to(device)
     detector.train()
     if numerics.channels_last:
@@ -81,6 +82,7 @@ def build_train_state(
     if numerics.sync_batch_norm and device.type == "cuda" and world_size > 1:
         detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
 
+    # The schedule multiplies the initial rates in every step.
     optimizer = make_optimizer(detector, schedule.optimizer, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

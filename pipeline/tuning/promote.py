@@ -53,7 +53,7 @@ def promote(folder: str, registered_model_name: str | None = None) -> str:
     content = experiment_of(sweep_for_trials(sweep, folder, tracking.uri), best.point, 0)
     content |= {"name": f"{sweep.name}-promoted"}
     del content["seed"]
-    head = f"# Promoted from sweep {sweep.name}: {summary}.\n#     python -m jobs.train {target}\n"
+    head = f"# Promoted from sweep {sweep.name}: {summary}.\n#     dfine train {target}\n"
     storage.write_atomic(target, (head + as_yaml(content)).encode())
 
     # 3. Register its model.

@@ -166,11 +166,11 @@ def load_shards(uri: str | os.PathLike[str]) -> ShardSet:
     try:
         data = storage.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ManifestError(f"{path}: there is none; `python -m jobs.prepare ... --out {folder}` writes it") from None
+        raise ManifestError(f"{path}: there is none; `dfine prepare ... --out {folder}` writes it") from None
     try:
         content = json.loads(data)
     except ValueError as error:  # neither UTF-8 nor JSON
-        raise ManifestError(f"{path}: not JSON ({error}); write it again with `python -m jobs.prepare`") from None
+        raise ManifestError(f"{path}: not JSON ({error}); write it again with `dfine prepare`") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ManifestError(
