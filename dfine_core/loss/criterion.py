@@ -204,8 +204,12 @@ class Criterion(nn.Module):
         return x.float() if self.config.numerics == "float32" else x
 
 
-def count(boxes: int, pairs: int, device: torch.device, micro_batches: int = 1) -> Normalizers:
-    """Average the two counts over all workers and their `micro_batches` of a step; at least 1."""
+def count(boxes: int, pairs: int, device: torch.device, micro_batches: float = 1) -> Normalizers:
+    """Average the two counts over all micro-batches of a step; at least 1.
+
+    Args:
+        micro_batches: number per worker; a fraction where workers have different numbers.
+    """
     counts = torch.cat([torch.full((1,), n, dtype=torch.float32, device=device) for n in (boxes, pairs)])
     shared = micro_batches
     if dist.is_available() and dist.is_initialized():

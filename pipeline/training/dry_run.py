@@ -30,7 +30,7 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     sections = {
         "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
         "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
-        f"schedule for {most} worker(s), each with {schedule.accumulation(most)} micro-batch(es) of"
+        f"schedule for {most} worker(s), {schedule.micro_batches} micro-batch(es) of"
         f" {schedule.micro_batch_size} images a step": "\n".join(schedule.lines()),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
         "memory of a worker": "\n".join(_memory_lines(config, schedule, train)),

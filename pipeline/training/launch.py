@@ -145,12 +145,17 @@ def _schedule(experiment: Experiment, data: ResolvedData, request: Request, star
     """Schedule of the run; the same for every number of workers that the request allows.
 
     Raises:
-        ConfigError: one of these numbers cannot share the global batch.
+        ConfigError: the largest number cannot share the global batch, or batch statistics would need even shares.
     """
     images = data.train.manifest.images
-    micro_batch_size = start.micro_batch_size or request.micro_batch_size(experiment)
-    counts = range(request.least, request.most + 1)
-    return [derive(experiment, images=images, workers=n, micro_batch_size=micro_batch_size) for n in counts][-1]
+    schedule = derive(experiment, images=images, workers=request.most, micro_batch_size=start.micro_batch_size)
+    uneven = [n for n in range(request.least, request.most + 1) if schedule.micro_batches % n]
+    if uneven and experiment.numerics.sync_batch_norm:
+        raise ConfigError(
+            f"numerics.sync_batch_norm needs equal shares, and {schedule.micro_batches} micro-batches of a step cannot be shared"
+            f" evenly by {' or '.join(map(str, uneven))} workers: choose other `workers`, or schedule.micro_batch_size"
+        )
+    return schedule
 
 
 def _train(

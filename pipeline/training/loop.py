@@ -122,7 +122,7 @@ def run_step(
     """Take this worker's micro-batches of the next step, and train on them."""
     context.console.heartbeat(state.step, "waiting for data")
     asked_at = time.perf_counter()
-    taken = [next(batches) for _ in range(job.schedule.accumulation(context.world_size))]
+    taken = [next(batches) for _ in range(job.schedule.micro_batches_of(context.rank, context.world_size))]
     waited_s = time.perf_counter() - asked_at
 
     context.console.heartbeat(state.step, "training")
@@ -130,7 +130,8 @@ def run_step(
         context.console.print(f"image {replaced.image_id} was replaced by the next one: {replaced.reason}")
     state.set_learning_rate(job.schedule.learning_rate_factor(state.step))
     size = step_size(job, state)
-    result = train_step(state, [to_micro_batch(b, state, size=size, seed=job.experiment.seed) for b in taken])
+    micro_batches = [to_micro_batch(batch, state, size=size, seed=job.experiment.seed) for batch in taken]
+    result = train_step(state, micro_batches, share=job.schedule.micro_batches / context.world_size)
 
     guard.watch(state, taken, result)
     state.step += 1

@@ -42,20 +42,17 @@ class RunningStatistics:
         self._held: list[Tensor] = []
         self._held_counters: list[Tensor] = []
         self._sums: list[Tensor] = []
-        self._accumulated = 0
 
     def begin_step(self) -> None:
         """Copy the state before a step."""
         self._held = [b.clone() for b in self._buffers]
         self._held_counters = [c.clone() for c in self._counters]
         self._sums = [torch.zeros_like(b) for b in self._buffers]
-        self._accumulated = 0
 
     def accumulate(self) -> None:
         """Add the result of a micro-batch, and return to the state before the step."""
         if self._buffers:
             torch._foreach_add_(self._sums, self._buffers)
-        self._accumulated += 1
         self.reset()
 
     def reset(self) -> None:
@@ -63,11 +60,15 @@ class RunningStatistics:
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._held)
 
-    def mean(self) -> Tensor:
-        """Mean over the accumulated micro-batches: [V] the values of all norms, end to end."""
+    def mean(self, share: float) -> Tensor:
+        """Sum over the accumulated micro-batches, divided by `share`: [V] the values of all norms, end to end.
+
+        Args:
+            share: micro-batches per worker; the mean over workers is then the mean over all micro-batches.
+        """
         if not self._sums:
             return torch.zeros(0)
-        return torch.cat([s.flatten() for s in self._sums]) / self._accumulated
+        return torch.cat([s.flatten() for s in self._sums]) / share
 
     def commit(self, mean: Tensor, finite: Tensor) -> None:
         """Write the statistics of a step, or those from before it where `finite` is false."""

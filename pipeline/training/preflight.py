@@ -10,9 +10,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
-from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.config import Cluster, ConfigError
 from pipeline.data.shards.manifest import ManifestError, load_shards
-from pipeline.training.schedule import BASE_BATCH_SIZE
 
 DECODING_CPUS = 1.0  # minimum left for data tasks
 
@@ -30,24 +29,6 @@ class Request:
         count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.per_worker.items())
         return f"{count} worker(s), each with {each}"
-
-    def micro_batch_size(self, experiment: Experiment) -> int | None:
-        """Micro-batch size that every number of workers can share; None for a fixed number of workers.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        if self.least == self.most or experiment.schedule.micro_batch_size:
-            return experiment.schedule.micro_batch_size
-        global_batch_size = experiment.schedule.global_batch_size or BASE_BATCH_SIZE[experiment.model.variant]
-        counts = range(self.least, self.most + 1)
-        fitting = [m for m in range(global_batch_size, 0, -1) if all(global_batch_size % (m * n) == 0 for n in counts)]
-        if not fitting:
-            raise ConfigError(
-                f"schedule.global_batch_size ({global_batch_size}) cannot be shared evenly by every number of workers from"
-                f" {self.least} to {self.most}: choose a multiple of all of them, or fewer numbers"
-            )
-        return fitting[0]
 
 
 def request_for(cluster: Cluster, *, decodes: bool, asynchronous_evaluation: bool = False) -> Request:

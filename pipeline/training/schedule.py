@@ -36,9 +36,14 @@ class Schedule:
         """Length of the run in epochs."""
         return self.steps / self.steps_per_epoch
 
-    def accumulation(self, workers: int) -> int:
-        """Micro-batches per step on each worker."""
-        return self.global_batch_size // self.micro_batch_size // workers
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all workers."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def micro_batches_of(self, rank: int, workers: int) -> int:
+        """Micro-batches per step of one worker; the first workers have one more where they cannot be shared evenly."""
+        return len(range(rank, self.micro_batches, workers))
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor on the initial learning rates in the step after `step` steps."""
@@ -92,12 +97,12 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     # 1. The batch, and the number of steps in an epoch.
     given, variant = experiment.schedule, experiment.model.variant
     global_batch_size = given.global_batch_size or BASE_BATCH_SIZE[variant]
-    micro_batch_size = divided(global_batch_size, given.micro_batch_size or micro_batch_size, workers)
+    micro_batch_size = shared_micro_batch(global_batch_size, given.micro_batch_size or micro_batch_size, workers)
     steps_per_epoch = images // global_batch_size
     if steps_per_epoch == 0:
         raise ConfigError(
             f"schedule.global_batch_size ({global_batch_size}) exceeds the {images} images of data.train: an epoch would"
-            f" have no step; take {nearest_below(images, workers)} or fewer"
+            f" have no step; take {images} or fewer"
         )
     # 2. Its length, and stage two at the end.
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
@@ -146,33 +151,33 @@ def ema_horizon(scale: float, steps: int) -> float:
     return max(0.0, 1 - max(1e-4 * scale, 1 / max(1.0, EMA_HORIZON_SHARE * steps)))
 
 
-def divided(global_batch_size: int, micro_batch_size: int | None, workers: int) -> int:
-    """Micro-batch size with which `workers` share a global batch evenly.
+def shared_micro_batch(global_batch_size: int, micro_batch_size: int | None, workers: int) -> int:
+    """Micro-batch size that gives every one of `workers` a micro-batch in each step.
+
+    Without a given size it is an equal share, or the largest divisor of the global batch that leaves nobody without work.
 
     Raises:
-        ConfigError: there is none; names the nearest global batches, or the micro-batch sizes that fit.
+        ConfigError: there is none; names the sizes or numbers that fit.
     """
-    if global_batch_size % workers:
-        below, above = nearest_below(global_batch_size, workers), -(-global_batch_size // workers) * workers
-        near = above if below == 0 else f"{below} or {above}"
+    if workers > global_batch_size:
         raise ConfigError(
-            f"schedule.global_batch_size ({global_batch_size}) cannot be shared evenly by {workers} workers: the nearest"
-            f" that can is {near}"
+            f"schedule.global_batch_size ({global_batch_size}) is too small for {workers} workers: each needs an image in every"
+            f" step; take {workers} or more, or at most {global_batch_size} workers"
         )
-    share = global_batch_size // workers
+    divisors = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
+    fitting = [size for size in divisors if global_batch_size // size >= workers]
     if micro_batch_size is None:
-        return share
-    if share % micro_batch_size:
-        divisors = [size for size in range(1, share + 1) if share % size == 0]
-        below = max(size for size in divisors if size < micro_batch_size)
-        fitting = [below, *[size for size in divisors if size > micro_batch_size][:1]]
+        return fitting[-1]
+    if micro_batch_size not in divisors:
+        near = [max(size for size in divisors if size < micro_batch_size)]
+        near += [size for size in divisors if size > micro_batch_size][:1]
         raise ConfigError(
-            f"schedule.micro_batch_size ({micro_batch_size}) does not divide the {share} images of each of {workers} workers"
-            f" (global_batch_size {global_batch_size}): the nearest that do are {' and '.join(map(str, fitting))}"
+            f"schedule.micro_batch_size ({micro_batch_size}) does not divide the global batch of {global_batch_size} images: the"
+            f" nearest that do are {' and '.join(map(str, near))}"
+        )
+    if micro_batch_size not in fitting:
+        raise ConfigError(
+            f"schedule.micro_batch_size ({micro_batch_size}) makes {global_batch_size // micro_batch_size} micro-batch(es) of a"
+            f" step, fewer than the {workers} workers: take {fitting[-1]} or less"
         )
     return micro_batch_size
-
-
-def nearest_below(batch: int, workers: int) -> int:
-    """Largest global batch up to `batch` that `workers` share evenly."""
-    return batch // workers * workers

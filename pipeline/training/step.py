@@ -66,10 +66,16 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     return MicroBatch(images, targets, sample_queries_for(config, targets, generator))
 
 
-def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """Run one step on this worker's micro-batches. Collective: all ranks must call it."""
+def train_step(state: TrainState, micro_batches: Sequence[MicroBatch], *, share: float | None = None) -> StepResult:
+    """Run one step on this worker's micro-batches. Collective: all ranks must call it.
+
+    Args:
+        share: micro-batches of the whole step divided by the number of workers. Gradients are averaged over workers, so a worker
+            with more or fewer of them weights each by this number; default: its own number, where all have equally many.
+    """
+    share = share or len(micro_batches)
     state.statistics.begin_step()
-    matches, normalizers = _match_ahead(state, micro_batches)
+    matches, normalizers = _match_ahead(state, micro_batches, share)
 
     # Forward and backward; gradients are exchanged in the last micro-batch alone.
     state.optimizer.zero_grad(set_to_none=True)
@@ -78,24 +84,24 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepRe
         last = number == len(micro_batches) - 1
         with nullcontext() if last else _without_exchange(state.model):
             terms = _losses(state, micro_batch, matches[number], normalizers)
-            loss = torch.stack(list(terms.values())).sum() / len(micro_batches)
+            loss = torch.stack(list(terms.values())).sum() / share
             (loss * state.loss_scale.scale).backward()
         state.statistics.accumulate()
         for name, term in terms.items():
-            summed[name] = summed.get(name, 0) + term.detach() / len(micro_batches)
+            summed[name] = summed.get(name, 0) + term.detach() / share
 
-    return _update(state, summed)
+    return _update(state, summed, share)
 
 
 def _match_ahead(
-    state: TrainState, micro_batches: Sequence[MicroBatch]
+    state: TrainState, micro_batches: Sequence[MicroBatch], share: float
 ) -> tuple[Sequence[Matches | None], Normalizers | None]:
-    """Matches of every micro-batch and the counts of the whole step; nothing for a single micro-batch.
+    """Matches of every micro-batch and the counts of the whole step; nothing where every worker has a single one.
 
     With several micro-batches, the pairs of all must be counted before the first backward pass: a pass without gradients
     finds the matches, and the losses use them again.
     """
-    if len(micro_batches) == 1:
+    if share == 1:
         return [None], None
     found = []
     with torch.no_grad():
@@ -105,7 +111,7 @@ def _match_ahead(
             found.append(state.criterion.match(output, micro_batch.targets))
             state.statistics.reset()
     boxes, pairs = sum(m.targets.total for m in micro_batches), sum(len(matches.union) for matches in found)
-    return found, count(boxes, pairs, state.device, micro_batches=len(micro_batches))
+    return found, count(boxes, pairs, state.device, micro_batches=share)
 
 
 def _losses(
@@ -122,14 +128,14 @@ def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def _update(state: TrainState, terms: Mapping[str, Tensor]) -> StepResult:
+def _update(state: TrainState, terms: Mapping[str, Tensor], share: float) -> StepResult:
     """Unscale, check, clip, step and average; or leave everything as it was."""
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     torch._foreach_div_(gradients, state.loss_scale.scale)
     grad_norm = nn.utils.clip_grad_norm_(state.detector.parameters(), state.max_grad_norm, foreach=True)
 
     # One reduction carries the loss terms, the running statistics, and whether any worker saw a non-finite value.
-    values, statistics = torch.stack(list(terms.values())), state.statistics.mean()
+    values, statistics = torch.stack(list(terms.values())), state.statistics.mean(share)
     everything = torch.cat([values.float(), statistics])
     broken = (~everything.isfinite()).any().float().unsqueeze(0)
     shared = torch.cat([everything, broken])

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import RENAMED_KEYS, ConfigError, Experiment
 from pipeline.config_files import check, load_cluster, read_yaml, with_values
-from pipeline.training.schedule import BASE_BATCH_SIZE, divided, evaluations_without_data
+from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data, shared_micro_batch
 from pipeline.tuning.space import (
     Point,
     canonical_text,
@@ -164,7 +164,7 @@ def _point_problems(sweep: Sweep, point: Point) -> list[str]:
     try:
         experiment = check(Experiment, experiment_of(sweep, point, seed=0), source="trial")
         batch = experiment.schedule.global_batch_size or BASE_BATCH_SIZE[experiment.model.variant]
-        divided(batch, experiment.schedule.micro_batch_size, sweep.workers_per_trial)
+        shared_micro_batch(batch, experiment.schedule.micro_batch_size, sweep.workers_per_trial)
     except ConfigError as error:
         return _problem_lines(error)
     return []

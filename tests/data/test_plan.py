@@ -151,9 +151,10 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_micro_batches_belong_to_steps_whatever_the_number_of_workers() -> None:
     plan = BatchPlan(np.array([32] * 8), global_batch_size=24, micro_batch_size=4, seed=0)
-    assert [plan.accumulation(workers) for workers in (1, 2, 3, 6)] == [6, 3, 2, 1]
-    with pytest.raises(ValueError, match="4 workers cannot share the 6 micro-batches"):
-        plan.accumulation(4)
+    assert [len(plan.lanes_of(0, workers)) for workers in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    assert [list(plan.lanes_of(rank, 4)) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
+    with pytest.raises(ValueError, match="7 workers cannot share the 6 micro-batches"):
+        plan.lanes_of(0, 7)
 
 
 @pytest.mark.parametrize(

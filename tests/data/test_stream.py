@@ -189,8 +189,8 @@ def test_a_worker_that_receives_the_batches_of_another_one_fails(shards: ShardSe
 
 
 def test_workers_that_cannot_share_a_step_are_refused_before_anything_starts(shards: ShardSet) -> None:
-    with pytest.raises(ValueError, match="3 workers cannot share the 4 micro-batches of a step"):
-        training_stream(shards, SETTINGS, start_step=0, stop_step=1, world_size=3)
+    with pytest.raises(ValueError, match="5 workers cannot share the 4 micro-batches of a step"):
+        training_stream(shards, SETTINGS, start_step=0, stop_step=1, world_size=5)
 
 
 def test_a_broken_image_is_replaced_in_training_and_stops_an_evaluation(tmp_path: Path, cluster: None) -> None:

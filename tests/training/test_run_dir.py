@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.config import ConfigError, Experiment
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
@@ -102,14 +102,6 @@ def test_requests_that_never_fit_are_refused_with_every_reason() -> None:
     refuse_what_never_fits(Request(4, 4, 1, {"CPU": 1, "GPU": 1}), {"CPU": 8.0, "GPU": 8.0}, nodes, decodes=True)
     with pytest.raises(ConfigError, match="no node has that much"):
         refuse_what_never_fits(Request(1, 1, 0, {"CPU": 6}), {"CPU": 8.0}, nodes, decodes=False)
-
-
-def test_elastic_workers_get_a_micro_batch_that_all_their_numbers_share(tmp_path: Path) -> None:
-    setting = experiment(tmp_path, {"train": "x"}, schedule={"global_batch_size": 24})
-    assert Request(2, 4, 0, {}).micro_batch_size(setting) == 2  # 24 = 12 micro-batches of 2: for 2, 3 and 4 workers
-    with pytest.raises(ConfigError, match="every number of workers from 2 to 5"):
-        Request(2, 5, 0, {}).micro_batch_size(setting)
-    assert Cluster(workers=(2, 4)).workers == (2, 4)
 
 
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

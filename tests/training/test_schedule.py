@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import ConfigError, Experiment
 from pipeline.config_files import check, load_experiment
-from pipeline.training.schedule import derive, divided
+from pipeline.training.schedule import derive, shared_micro_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COCO, OBJECTS365 = 118_287, 1_817_287  # images
@@ -94,12 +94,15 @@ def test_a_schedule_is_whole_or_refused_with_a_batch_that_works(
     images: int, epochs: int, batch: int, workers: int
 ) -> None:
     setting = experiment(epochs=epochs, global_batch_size=batch)
-    if batch % workers or batch > images:
-        with pytest.raises(ConfigError, match=r"nearest|or fewer"):
+    if batch < workers or batch > images:
+        with pytest.raises(ConfigError, match=r"too small|or fewer"):
             derive(setting, images=images, workers=workers)
         return
     schedule = derive(setting, images=images, workers=workers)
-    assert schedule.micro_batch_size * schedule.accumulation(workers) * workers == batch
+    shares = [schedule.micro_batches_of(rank, workers) for rank in range(workers)]
+    assert sum(shares) * schedule.micro_batch_size == batch
+    assert 1 <= min(shares) <= max(shares) <= min(shares) + 1
+    assert batch % workers or set(shares) == {1}
     assert schedule.steps == epochs * (images // batch)
     assert 0 <= schedule.warmup_steps <= schedule.steps // 10
     assert 0 <= schedule.ema_decay < 1
@@ -109,16 +112,26 @@ def test_a_schedule_is_whole_or_refused_with_a_batch_that_works(
 @pytest.mark.parametrize(
     ("batch", "micro", "workers", "said"),
     [
-        (32, None, 3, "nearest that can is 30 or 33"),
-        (2, None, 4, "nearest that can is 4"),
+        (
+            2,
+            None,
+            4,
+            "too small for 4 workers: each needs an image in every step; take 4 or more, or at most 2 workers",
+        ),
         (32, 5, 2, "nearest that do are 4 and 8"),
+        (32, 16, 3, "makes 2 micro-batch.* fewer than the 3 workers: take 8 or less"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
+def test_a_batch_that_cannot_be_shared_is_refused_with_one_that_can(
     batch: int, micro: int | None, workers: int, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        divided(batch, micro, workers)
+        shared_micro_batch(batch, micro, workers)
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(1, 32), (4, 8), (5, 4), (7, 4), (8, 4), (9, 2), (32, 1)])
+def test_any_number_of_workers_shares_the_published_batch(workers: int, expected: int) -> None:
+    assert shared_micro_batch(32, None, workers) == expected
 
 
 def test_an_epoch_without_a_step_is_refused() -> None:

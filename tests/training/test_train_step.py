@@ -16,6 +16,7 @@ from pipeline.training.step import to_micro_batch, train_step
 from tests.support.processes import one_thread
 from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
+UNEVEN = {"steps": 3, "global_batch_size": 8, "micro_batch_size": 2}
 MICRO = {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4}
 
 
@@ -24,33 +25,42 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return shard_folders(tmp_path_factory.mktemp("shards"), images=40)
 
 
-def one_of_two(rank: int, folder: str, data: dict[str, str], steps: int) -> None:
+def one_of_several(rank: int, world_size: int, folder: str, data: dict[str, str], schedule: dict[str, int]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    setting = experiment(Path(folder), data, schedule=MICRO)
-    run = SteppedRun.begin(job(setting, workers=2), alone(rank=rank, world_size=2))
-    losses = run.losses(steps)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    setting = experiment(Path(folder), data, schedule=schedule)
+    run = SteppedRun.begin(job(setting, workers=world_size), alone(rank=rank, world_size=world_size))
+    losses = run.losses(schedule["steps"])
     torch.save({"losses": losses, "state": run.state.detector.state_dict()}, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 
 
-def compare_two_workers_with_one(data: dict[str, str], folder: Path, steps: int) -> float:
-    """The largest relative difference of the losses; the weights of the two workers are compared as well."""
-    mp.spawn(one_of_two, args=(str(folder), data, steps), nprocs=2)
-    first, second = (torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first["losses"] == second["losses"]
-    assert all(torch.equal(first["state"][key], tensor) for key, tensor in second["state"].items())
+def compare_workers_with_one(data: dict[str, str], folder: Path, workers: int, schedule: dict[str, int]) -> float:
+    """Return the largest relative difference of the losses; the weights of the workers must be equal."""
+    mp.spawn(one_of_several, args=(workers, str(folder), data, schedule), nprocs=workers)
+    first, *others = (torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(workers))
+    for other in others:
+        assert first["losses"] == other["losses"]
+        assert all(torch.equal(first["state"][key], tensor) for key, tensor in other["state"].items())
 
-    run = SteppedRun.begin(job(experiment(folder, data, name="alone", schedule=MICRO)))
-    assert run.job.schedule.accumulation(1) == 2
+    run = SteppedRun.begin(job(experiment(folder, data, name="alone", schedule=schedule)))
     with one_thread():
-        losses = run.losses(steps)
+        losses = run.losses(schedule["steps"])
     return max(abs(a - b) / abs(b) for a, b in zip(losses, first["losses"], strict=True))
 
 
 @pytest.mark.slow  # `test_train_on_ray` compares fewer steps every time
 def test_two_workers_equal_one_that_accumulates_for_twenty_steps(data: dict[str, str], tmp_path: Path) -> None:
-    assert compare_two_workers_with_one(data, tmp_path, 20) < 1e-4
+    assert compare_workers_with_one(data, tmp_path, 2, MICRO) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "workers", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
+def test_uneven_shares_equal_one_worker(data: dict[str, str], tmp_path: Path, workers: int) -> None:
+    """Micro-batches per step: 2, 1, 1 for three workers; of six, 2, 2, 1, 1 for four and 2, 1, 1, 1, 1 for five."""
+    schedule = UNEVEN if workers == 3 else UNEVEN | {"global_batch_size": 12}
+    assert compare_workers_with_one(data, tmp_path, workers, schedule) < 1e-4
 
 
 def test_accumulated_gradients_are_those_of_the_mean_loss_with_shared_counts(
@@ -105,7 +115,7 @@ def test_running_statistics_are_the_mean_of_what_each_micro_batch_would_have_mad
         for batch in batches:
             norm(batch)
             statistics.accumulate()
-        statistics.commit(statistics.mean(), torch.tensor(finite))
+        statistics.commit(statistics.mean(len(batches)), torch.tensor(finite))
         if not finite:
             assert all(torch.equal(norm.state_dict()[key], tensor) for key, tensor in before.items())
     torch.testing.assert_close(torch.cat([norm.running_mean, norm.running_var]), expected)  # type: ignore[list-item]

@@ -42,7 +42,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         "lernrate": {"uniform": [0, 1]},
         "loss.ddf": {"uniform": [-1, 5]},
         "loss.fgl": {"choice": [1], "when": {"loss.dff": 1}},
-        "schedule.global_batch_size": {"choice": [8, 9]},
+        "schedule.global_batch_size": {"choice": [8, 1]},
         "model.variant": {"grid": ["n", "s"]},
     }
     path = written(tmp_path, space=space, workers_per_trial=2, scheduler={"grace": 9}, cluster="none.yaml")
@@ -57,7 +57,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         "space.lernrate: unknown key 'lernrate'",
         "space.loss.ddf: -1 is invalid: loss: ddf (-1.0) must not be negative",
         "space.loss.fgl.when: loss.dff is not searched",
-        "9 is invalid: schedule.global_batch_size (9) cannot be shared evenly by 2 workers",
+        "1 is invalid: schedule.global_batch_size (1) is too small for 2 workers",
         "grid needs searcher.kind grid; use choice with optuna",
         "scheduler.grace (9) leaves nothing to stop: a trial has 9 evaluation(s)",
     ):
@@ -331,7 +331,7 @@ def test_every_shipped_sweep_is_valid_and_its_header_has_command_hardware_and_co
         sweep = load_sweep(path)
         assert sweep.replicates >= 2, "the noise would stay unknown"
         comment = path.read_text().split("experiment:")[0]
-        for part in (f"python -m jobs.tune configs/sweeps/{path.name}", "Hardware:", "Cost:"):
+        for part in (f"dfine tune configs/sweeps/{path.name}", "Hardware:", "Cost:"):
             assert part in comment, (path, part)
 
 

@@ -145,23 +145,18 @@ class BatchPlan:
         """Whole steps per shuffling window."""
         return max(1, round(self.window_rows / self.global_batch_size))
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches of one step that each of `world_size` workers processes.
+    def lanes_of(self, rank: int, world_size: int) -> range:
+        """Lanes of one worker; the first workers have one more where lanes cannot be shared evenly.
 
         Raises:
-            PlanError: the workers cannot share them evenly.
+            PlanError: there are more workers than lanes.
         """
-        count, remainder = divmod(self.lanes, world_size)
-        if remainder:
+        if world_size > self.lanes:
             raise PlanError(
-                f"{world_size} workers cannot share the {self.lanes} micro-batches of a step evenly"
-                f" (global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}): change one of"
-                " these, or the number of workers"
+                f"{world_size} workers cannot share the {self.lanes} micro-batches of a step"
+                f" (global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}): take fewer"
+                " workers, or a smaller micro-batch"
             )
-        return count
-
-    def lanes_of(self, rank: int, world_size: int) -> range:
-        """Lanes of one worker."""
         return range(rank, self.lanes, world_size)
 
     def lane_orders(self, epoch: int, lanes: Sequence[int]) -> list[RowOrder]:

@@ -93,7 +93,7 @@ def training_stream(
 ) -> Iterator[Batch]:
     """Stream the micro-batches of worker `rank` for global steps start to stop, over as many epochs as needed.
 
-    The stream starts with this call. Each step is `global_batch_size / micro_batch_size / world_size` batches. The call is
+    The stream starts with this call. Each step is one batch of each of this worker's lanes. The call is
     collective, and so is a `next` now and then: all workers must consume their streams in step.
     """
     plan = training_plan(shards, settings)
@@ -145,7 +145,7 @@ class _WorkerStream:
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Start the stream, and return its batches in the order of the plan."""
-        self.plan.accumulation(self.world_size)  # raises if the workers cannot share a step
+        self.plan.lanes_of(self.rank, self.world_size)  # raises if there are more workers than micro-batches
         blocks = self._decoded_here if self.decode_in == "inline" else self._decoded_by_ray
         return self._checked(self._step_by_step(blocks(start_step, stop_step)), start_step, stop_step)
 
@@ -210,7 +210,7 @@ class _WorkerStream:
 
     def _executions(self, start_step: int, stop_step: int) -> Iterator[list[Window]]:
         """Windows of each execution; the same on all workers."""
-        blocks_per_step = GROUP_WORKERS * self.plan.accumulation(self.world_size) / self._block_steps
+        blocks_per_step = GROUP_WORKERS * len(self.plan.lanes_of(0, self.world_size)) / self._block_steps
         steps = max(1, int(EXECUTION_BLOCKS / blocks_per_step))
         execution: list[Window] = []
         for window in self.plan.windows(start_step, stop_step):
@@ -283,7 +283,7 @@ class _WorkerStream:
         context.target_max_block_size = 1  # byte: every row becomes a block
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        lanes = workers * self.plan.accumulation(self.world_size)
+        lanes = workers * len(self.plan.lanes_of(0, self.world_size))
         window_bytes = self.source.row_bytes * self.plan.steps_per_window * self.plan.micro_batch_size * lanes
         height, width = self.decoding.canvas
         bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
