@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.export.export import ExportResult
     from pipeline.tracking.client import ResolvedUri
 
-FORMATS = ("onnx", "onnx-fp16", "torch-export", "released", "huggingface", "safetensors")
+EXPORT_FORMATS = ("onnx", "onnx-fp16", "torch-export", "released", "huggingface", "safetensors")
 
 
 @user_errors(extra="export")
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         help="checkpoint, run folder, runs:/ID, models:/NAME@ALIAS, exported folder or .pth",
     )
     arguments.add_argument(
-        "--to", nargs="+", required=True, choices=FORMATS, metavar="FORMAT", help="formats, see above"
+        "--to", nargs="+", required=True, choices=EXPORT_FORMATS, metavar="FORMAT", help="formats, see above"
     )
     arguments.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="folder on a local disk")
     arguments.add_argument(

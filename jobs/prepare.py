@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 OBJECTS365_VAL_IMAGES = 5000
 OBJECTS365_LONGEST_SIDE = 640  # px
-MAX_PIXELS = 89_478_485  # per file
 
 
 @user_errors()
@@ -44,7 +43,7 @@ def prepare_shards(args: argparse.Namespace) -> None:
         seed=args.seed,
         longest_side=args.longest_side or None,
         jpeg_quality=args.jpeg_quality,
-        max_pixels=args.max_pixels,
+        **({} if args.max_pixels is None else {"max_pixels": args.max_pixels}),
         verify=args.verify,
     )
     source = _source(args)
@@ -183,7 +182,7 @@ def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0) -> None:
         "--longest-side", type=int, default=longest_side, metavar="PX", help="shrink larger images to this; 0: never"
     )
     parser.add_argument("--jpeg-quality", type=int, default=75, help="quality of images made smaller")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="reject larger files")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="reject larger files; default: 89 million")
     parser.add_argument("--verify", action=yes_or_no, default=True, help="decode every image to find broken ones")
     parser.add_argument("--num-cpus", type=int, metavar="N", help="CPUs of a Ray started here; default: all")
     add_log_level(parser)

@@ -60,6 +60,8 @@ class AdmissionPolicy(BackpressurePolicy):
 
 def reload_data_logging() -> None:
     """Apply the environment's RAY_DATA_LOGGING_CONFIG, which `ray.data` reads only when it is imported."""
+    for handler in logging.getLogger("ray.data").handlers:
+        handler.close()  # Ray drops its handlers with their files open
     configure_logging()
 
 

@@ -134,7 +134,9 @@ def test_segments_follow_each_other_without_a_seam(
     started: list[int] = []  # windows of each
     start = stream._WorkerStream._started
     monkeypatch.setattr(
-        stream._Run, "_started", lambda run, windows, first: started.append(len(windows)) or start(run, windows, first)
+        stream._WorkerStream,
+        "_started",
+        lambda run, windows, first: started.append(len(windows)) or start(run, windows, first),
     )
     assert sorted(b for received in streamed(shards, 2, 2, 20) for b in received) == planned(shards, 2, 20)
     assert started == [2, 2, 2, 2, 2, 2, 0, 0]

@@ -109,10 +109,8 @@ def test_two_workers_find_what_one_finds(shards: ShardSet, records: list[ImageRe
     with np.load(tmp_path / "of_1.npz") as one, np.load(tmp_path / "of_2.npz") as two:
         each = CONFIG.num_queries * CONFIG.num_classes
         assert one["image_id"].tolist() == [record.image_id for record in records for _ in range(each)]
-        assert two["image_id"].tolist() != one["image_id"].tolist()  # worker after worker
-        order = np.argsort(two["image_id"], kind="stable")
-        for name in ("image_id", "label", "score", "box"):
-            np.testing.assert_allclose(one[name], two[name][order], rtol=1e-5, atol=1e-4)
+        for name in ("image_id", "label", "score", "box"):  # each worker has one half of the images, in their order
+            np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-4)
     alone, together = (json.loads((tmp_path / f"of_{n}.json").read_text()) for n in (1, 2))
     for metrics in (alone, together):
         for name in [name for name in metrics if "seconds" in name]:

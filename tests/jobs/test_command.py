@@ -225,7 +225,7 @@ def test_defaults_of_predict_are_those_of_its_options(monkeypatch: pytest.Monkey
 def test_formats_of_export_are_those_that_can_be_written() -> None:
     from pipeline.export.formats import FORMATS
 
-    assert tuple(FORMATS) == export.FORMATS
+    assert tuple(FORMATS) == export.EXPORT_FORMATS
 
 
 def test_defaults_of_objects365_are_those_of_the_source() -> None:
