@@ -58,8 +58,8 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml --cluster nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
     ("train run.yaml --cluster cluster.yaml", ("cluster.yaml", "gpus_per_workers", "gpus_per_worker"), {}),
     # train: data, weights, tracking
-    ("train run.yaml --set data.train=nowhere", ("nowhere/manifest.json", "jobs.prepare"), {}),
-    ("train run.yaml --set data.train=notes.txt", ("notes.txt", "jobs.prepare"), {}),
+    ("train run.yaml --set data.train=nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
+    ("train run.yaml --set data.train=notes.txt", ("notes.txt", "dfine prepare"), {}),
     ("train run.yaml --set data.train=gone", ("gone", "is missing"), {}),
     ("train run.yaml --set data.val=bad", ("bad/manifest.json", "not JSON"), {}),
     ("train run.yaml --set data.val=old", ("old/manifest.json", "format_version", "prepare the data again"), {}),
@@ -126,13 +126,13 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("prepare synthetic --images 2 --split a --out out", ("--out", "$PWD/out"), JOB),
     ("prepare tfrecord --split a --out out", ("tfrecord", "coco"), {}),
     # doctor
-    ("doctor nowhere", ("nowhere/manifest.json", "jobs.prepare"), {}),
+    ("doctor nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
     ("doctor train train/manifest.json", ("twice",), {}),
     ("doctor bad", ("bad/manifest.json", "not JSON"), {}),
     ("doctor train", ("MANIFEST", "$PWD/train"), JOB),
     # evaluate
     ("evaluate empty train", ("empty", "no detector"), {}),
-    ("evaluate detector nowhere", ("nowhere/manifest.json", "jobs.prepare"), {}),
+    ("evaluate detector nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
     ("evaluate cut train", ("cut", "damaged"), {}),
     ("evaluate described train", ("described", "cannot be read"), {}),
     ("evaluate notes.txt train", ("notes.txt",), {}),

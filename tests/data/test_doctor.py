@@ -427,7 +427,7 @@ def test_the_exit_code_is_1_if_there_are_errors(
     with pytest.raises(SystemExit) as nothing_to_check:
         main([str(tmp_path / "nowhere")])
     assert nothing_to_check.value.code == 2
-    assert "jobs.prepare" in capsys.readouterr().err
+    assert "dfine prepare" in capsys.readouterr().err
     with pytest.raises(SystemExit) as bad_usage:
         main(["--no-such-option"])
     assert bad_usage.value.code == 2

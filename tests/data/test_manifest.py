@@ -211,5 +211,5 @@ def test_a_wrong_manifest_is_named_and_explained(tmp_path: Path, text: str, mess
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"there is none; `python -m jobs\.prepare"):
+    with pytest.raises(ManifestError, match=r"there is none; `dfine prepare"):
         load_shards(str(tmp_path))

@@ -229,12 +229,10 @@ def test_formats_of_export_are_those_that_can_be_written() -> None:
 
 
 def test_defaults_of_objects365_are_those_of_the_source() -> None:
-    from dfine_core.images import PIXEL_LIMIT
     from pipeline.data.sources import objects365
 
     args = prepare.parser().parse_args(["objects365", "/data", "--split", "train", "--out", "/out"])
     assert (args.val_images, args.longest_side) == (objects365.VAL_IMAGES, objects365.LONGEST_SIDE)
-    assert args.max_pixels == PIXEL_LIMIT
 
 
 def test_defaults_in_the_help_of_serve_are_those_of_its_settings() -> None:
