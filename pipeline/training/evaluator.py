@@ -61,8 +61,7 @@ class Evaluator:
         """AP on all ranks, and the report on rank 0."""
         assert self._val is not None
         context, detector = self._context, state.averaged_detector
-        context.console.heartbeat(state.step, "evaluating")
-        with self._log.paused():
+        with self._log.paused(), context.console.working(state.step, "evaluating"):
             if context.rank == 0 and self._ground_truth is None:
                 self._ground_truth = read_ground_truth(self._val)
             # A small set is decoded by the workers themselves: starting Ray Data would take longer.
