@@ -86,7 +86,7 @@ ENTRANCES = {
         *(
             f"pipeline/tracking/{name}.py"
             for name in (
-                *("client", "lineage", "mlflow_writer", "model", "model_registry"),
+                *("client", "database", "lineage", "mlflow_writer", "model", "model_registry"),
                 "served_detector",
             )
         ),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import UserError
 from pipeline.mlflow_access import MODEL_SCHEME, RUN_SCHEME, TRACKING_URI, configure_mlflow, is_mlflow_uri
 from pipeline.redaction import redact
+from pipeline.tracking.database import ensure_database
 from pipeline.tracking.settings import MAX_TAG, RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
 
 if TYPE_CHECKING:
@@ -36,10 +37,15 @@ class RunLookupError(UserError, ValueError):
 
 
 def connect(tracking_uri: str) -> "MlflowClient":
-    """Client of a server or database, for runs and registered models alike."""
+    """Client of a server or database, for runs and registered models alike; a missing SQLite database is created.
+
+    Raises:
+        TrackingError: the database is damaged.
+    """
     configure_mlflow()
     from mlflow import MlflowClient
 
+    ensure_database(tracking_uri)
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 
