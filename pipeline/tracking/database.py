@@ -53,7 +53,7 @@ def _is_complete(path: Path) -> bool:
             tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
             leftover = database.execute("select 1 from sqlite_master where name like ?", (LEFTOVER_TABLES,)).fetchone()
             used = "experiments" in tables and database.execute("select 1 from experiments").fetchone()
-            revision = "alembic_version" in tables and database.execute("select * from alembic_version").fetchone()
+            rows = database.execute("select * from alembic_version").fetchall() if "alembic_version" in tables else []
     except sqlite3.DatabaseError as error:
         raise TrackingError(
             f"{path}: not a readable SQLite database: {error}; move it away, or name another one"
@@ -62,7 +62,7 @@ def _is_complete(path: Path) -> bool:
         raise TrackingError(
             f"{path}: a migration of this database was cut off, and it holds runs: restore a backup, or move it away"
         )
-    return bool(used) or (not leftover and bool(revision) and revision[0] == _newest_revision())
+    return bool(used) or (not leftover and rows == [(_newest_revision(),)])
 
 
 def _newest_revision() -> str:

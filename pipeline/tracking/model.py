@@ -92,7 +92,7 @@ def _signature() -> "ModelSignature":
     from mlflow.types.schema import AnyType, Array
 
     return ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), "image")]),  # type: ignore[no-untyped-call]
+        inputs=Schema([ColSpec(AnyType(), "image")]),
         outputs=Schema(
             [
                 ColSpec(Array(Array(DataType.double)), "boxes"),
