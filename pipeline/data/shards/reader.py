@@ -1,5 +1,7 @@
 """Read row groups of a shard set directly from Parquet: no listing, no schema inference."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,15 +104,19 @@ def read_row_groups(
     def read(group: int) -> pa.Table:
         shard, index = source.shard[group], int(source.index[group])
         path = storage.join(folder, source.files[shard])
-        footer = _footer(source.folder, source.files[shard], source.sha256[shard])
-        if index >= footer.num_row_groups or footer.row_group(index).num_rows != source.rows[group]:
-            raise ShardError(
-                f"{path}: row group {index} does not have the {source.rows[group]} rows of the manifest: the file"
-                " changed after the manifest was written; prepare the shard set again"
-            )
-        with filesystem.open_input_file(path) as file:
-            parquet = pq.ParquetFile(file, metadata=footer, pre_buffer=True)
-            return parquet.read_row_group(index, columns=list(columns), use_threads=False)
+        key = source.folder, source.files[shard], source.sha256[shard]
+        try:
+            with filesystem.open_input_file(path) as file:
+                parquet = pq.ParquetFile(file, metadata=_footers.get(key), pre_buffer=True)
+                footer = _footers.setdefault(key, parquet.metadata)
+                if index >= footer.num_row_groups or footer.row_group(index).num_rows != source.rows[group]:
+                    raise ShardError(
+                        f"{path}: row group {index} does not have the {source.rows[group]} rows of the manifest: the file"
+                        " changed after the manifest was written; prepare the shard set again"
+                    )
+                return parquet.read_row_group(index, columns=list(columns), use_threads=False)
+        except pa.ArrowInvalid as error:
+            raise ShardError(f"{path}: damaged: {error}; prepare the shard set again") from None
 
     numbers = [int(group) for group in groups]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
@@ -122,15 +128,31 @@ def _resolve(folder: str) -> tuple[fs.FileSystem, str]:
     return storage.resolve(folder)  # a new client of an object store takes a second to create
 
 
-@lru_cache(maxsize=256)
-def _footer(folder: str, file: str, _sha256: str) -> pq.FileMetaData:
-    """Read a footer once. The hash is only part of the cache key: a rewritten shard set needs its new footers."""
-    filesystem, path = _resolve(folder)
-    try:
-        with filesystem.open_input_file(storage.join(path, file)) as source:
-            return pq.read_metadata(source)
-    except pa.ArrowInvalid as error:
-        raise ShardError(f"{storage.join(folder, file)}: damaged: {error}; prepare the shard set again") from None
+class _Footers:
+    """Footers of the shards that were read last. Beyond their number, a read takes the footer from the file it opens anyway.
+
+    The hash of a shard is part of its key: a rewritten shard set needs its new footers.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._kept = limit, OrderedDict[tuple[str, str, str], pq.FileMetaData]()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str, str]) -> pq.FileMetaData | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def setdefault(self, key: tuple[str, str, str], footer: pq.FileMetaData) -> pq.FileMetaData:
+        with self._lock:
+            kept = self._kept.setdefault(key, footer)
+            while len(self._kept) > self._limit:
+                self._kept.popitem(last=False)
+            return kept
+
+
+_footers = _Footers(limit=256)
 
 
 def take_rows(groups: dict[int, pa.StructArray], rows: Rows) -> pa.StructArray:
