@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Request:
     most: int
     gpus: float  # per worker
     per_worker: dict[str, float]  # amount by resource
+    spread: bool = False  # workers are spread over the nodes, not packed
 
     def __str__(self) -> str:
         count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
@@ -49,7 +50,8 @@ def request_for(cluster: Cluster, *, decodes: bool, asynchronous_evaluation: boo
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     # Zero amounts are left out: Ray would ask nodes for resources that they do not have.
     per_worker = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker, **({"GPU": gpus} if gpus else {})}
-    request = Request(least, most, gpus, {name: amount for name, amount in per_worker.items() if amount})
+    amounts = {name: amount for name, amount in per_worker.items() if amount}
+    request = Request(least, most, gpus, amounts, spread=cluster.placement in ("SPREAD", "STRICT_SPREAD"))
     if not cluster.autoscaling:
         evaluation = {"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus} if asynchronous_evaluation else {}
         refuse_what_never_fits(request, total, [node["Resources"] for node in _nodes()], decodes, evaluation)
@@ -86,10 +88,45 @@ def refuse_what_never_fits(
             problems.append(f"{name}: {request.least} x {amount:g}{more} are requested, the cluster has {available:g}")
         elif not any(node.get(name, 0.0) >= amount for node in nodes):
             problems.append(f"{name}: a worker requests {amount:g}, no node has that much")
+    # A decode task needs a whole CPU of one node: what is left over on several nodes is of no use to it.
+    if not problems and decodes and not leaves_cpu(request, nodes):
+        problems.append(
+            f"CPU: once {request.least} workers are placed, no node has {DECODING_CPUS:g} left for decoding"
+        )
     if problems:
         ways = "lower `workers` or their resources in the cluster file, or set autoscaling: true if nodes will be added"
         without_tasks = "; data.decode_in=worker needs no CPUs for decoding" if decodes else ""
         raise ConfigError("\n  ".join(["the cluster is too small:", *problems, ways + without_tasks]))
+
+
+def leaves_cpu(request: Request, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a node has `DECODING_CPUS` left once the workers are placed: in turn if spread, in the best way if packed."""
+    each = request.per_worker.get("CPU", 0.0)
+    if request.spread:
+        placed = [0] * len(nodes)
+        for _ in range(request.least):
+            free = [n for n, node in enumerate(nodes) if _capacity(request, node) > placed[n]]
+            if not free:
+                return False
+            placed[min(free, key=lambda n: placed[n])] += 1
+        left = [node.get("CPU", 0.0) - each * count for node, count in zip(nodes, placed, strict=True)]
+        return max(left) >= DECODING_CPUS
+    # Packed: the workers must still fit if one node keeps its CPU free.
+    capacities = [_capacity(request, node) for node in nodes]
+    for capacity, node in zip(capacities, nodes, strict=True):
+        cpus = node.get("CPU", 0.0) - DECODING_CPUS
+        kept_free = _capacity(request, {**node, "CPU": cpus})
+        if cpus >= 0 and sum(capacities) - capacity + kept_free >= request.least:
+            return True
+    return False
+
+
+def _capacity(request: Request, node: Mapping[str, float]) -> int:
+    """Number of workers that fit on a node."""
+    rounding = 1e-6
+    return min(
+        (int(node.get(name, 0.0) / amount + rounding) for name, amount in request.per_worker.items()), default=10**9
+    )
 
 
 def problems_on_nodes(run: str, manifests: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
 from pipeline.training.heartbeat import Heartbeat, ProgressBoard, WorkerConsole, silent_workers
-from pipeline.training.preflight import Request, refuse_what_never_fits
+from pipeline.training.preflight import Request, leaves_cpu, refuse_what_never_fits
 from pipeline.training.run_dir import begin_or_continue, driver_lock
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import experiment
@@ -102,6 +102,29 @@ def test_requests_that_never_fit_are_refused_with_every_reason() -> None:
     refuse_what_never_fits(Request(4, 4, 1, {"CPU": 1, "GPU": 1}), {"CPU": 8.0, "GPU": 8.0}, nodes, decodes=True)
     with pytest.raises(ConfigError, match="no node has that much"):
         refuse_what_never_fits(Request(1, 1, 0, {"CPU": 6}), {"CPU": 8.0}, nodes, decodes=False)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cpus", "spread", "fits"),
+    [
+        ([2.0], 2, 0.5, False, True),  # one CPU is left
+        ([2.0], 3, 0.5, False, False),  # half of one
+        ([1.0, 1.0], 2, 0.5, False, True),  # both workers on one node
+        ([1.0, 1.0], 2, 0.5, True, False),  # half a CPU is left on each
+        ([1.0, 1.0, 1.0], 2, 0.5, True, True),  # the third node is free
+        ([4.0, 0.0], 3, 1.0, False, True),  # a head node without CPUs
+    ],
+)
+def test_decode_tasks_need_a_whole_cpu_of_one_node(
+    nodes: list[float], workers: int, cpus: float, spread: bool, fits: bool
+) -> None:
+    request = Request(workers, workers, 0, {"CPU": cpus}, spread=spread)
+    resources = [{"CPU": amount} for amount in nodes]
+    assert leaves_cpu(request, resources) == fits
+    if not fits and sum(nodes) >= workers * cpus + 1:
+        with pytest.raises(ConfigError, match=f"once {workers} workers are placed, no node has 1 left for decoding"):
+            refuse_what_never_fits(request, {"CPU": sum(nodes)}, resources, decodes=True)
+    refuse_what_never_fits(request, {"CPU": sum(nodes)}, resources, decodes=False)
 
 
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
