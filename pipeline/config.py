@@ -167,14 +167,16 @@ class Optimizer(Config):
     decay_biases: bool | None = None
     param_groups: Literal["released", "fixed"] = "released"
     betas: tuple[Share, Share] = (0.9, 0.999)
-    base_batch_size: PositiveInt | None = None
+    base_batch_size: PositiveInt | None = None  # default: the batch of the variant's recipe
+    scale_lr: Literal["linear", "sqrt", "none"] = "linear"  # with global_batch_size / base_batch_size
     max_grad_norm: PositiveFloat = 0.1  # of all gradients together
 
-    def config(self, variant: str, scale: float) -> OptimizerConfig:
-        """Fill in the recipe of the variant, and multiply the rates by `scale`."""
-        given = self.model_dump(exclude={"base_batch_size", "max_grad_norm"}, exclude_none=True)
+    def config(self, variant: str, lr_factor: float) -> OptimizerConfig:
+        """Fill in the recipe of the variant, and multiply the rates by `lr_factor`."""
+        given = self.model_dump(exclude={"base_batch_size", "scale_lr", "max_grad_norm"}, exclude_none=True)
         recipe = OptimizerConfig.for_variant(variant, **given)
-        return OptimizerConfig(**{**vars(recipe), "lr": recipe.lr * scale, "backbone_lr": recipe.backbone_lr * scale})
+        rates = {"lr": recipe.lr * lr_factor, "backbone_lr": recipe.backbone_lr * lr_factor}
+        return OptimizerConfig(**{**vars(recipe), **rates})
 
 
 class AveragedWeights(Config):

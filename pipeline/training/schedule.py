@@ -3,6 +3,7 @@
 A user chooses `schedule.epochs` and the batch; everything else scales with these unless it is given.
 """
 
+import math
 from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
@@ -112,6 +113,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
 
     # 3. Rates, warm-ups and the EMA scale with the batch; short runs shorten the warm-ups.
     scale = global_batch_size / (experiment.optimizer.base_batch_size or BASE_BATCH_SIZE[variant])
+    lr_factor = {"linear": scale, "sqrt": math.sqrt(scale), "none": 1.0}[experiment.optimizer.scale_lr]
     warmup = given.warmup_steps
     decay, ema_warmup = experiment.ema.decay, experiment.ema.warmup_steps
     return Schedule(
@@ -127,7 +129,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         ema_decay=ema_horizon(scale, steps) if decay is None else decay,
         ema_warmup_steps=min(round(1000 / scale), steps // 20) if ema_warmup is None else ema_warmup,
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
-        optimizer=experiment.optimizer.config(variant, scale),
+        optimizer=experiment.optimizer.config(variant, lr_factor),
     )
 
 

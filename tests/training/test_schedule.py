@@ -134,6 +134,17 @@ def test_any_number_of_workers_shares_the_published_batch(workers: int, expected
     assert shared_micro_batch(32, None, workers) == expected
 
 
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 16.0), ("sqrt", 4.0), ("none", 1.0)])
+def test_a_larger_batch_scales_the_rates_by_the_chosen_rule(rule: str, factor: float) -> None:
+    def rates(batch: int) -> tuple[float, float]:
+        setting = experiment(epochs=4, global_batch_size=batch)
+        setting = setting.model_copy(update={"optimizer": setting.optimizer.model_copy(update={"scale_lr": rule})})
+        optimizer = derive(setting, images=5120, workers=4).optimizer
+        return optimizer.lr, optimizer.backbone_lr
+
+    assert rates(512) == pytest.approx(tuple(rate * factor for rate in rates(32)))
+
+
 def test_an_epoch_without_a_step_is_refused() -> None:
     with pytest.raises(ConfigError, match="exceeds the 20 images"):
         derive(experiment(epochs=1), images=20, workers=2)
