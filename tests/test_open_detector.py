@@ -22,12 +22,13 @@ from pipeline.open_detector import open_detector
 from pipeline.tracking.client import connect, find_run
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training import checkpoint
-from pipeline.training.budget import estimated_bytes, flops_per_image
+from pipeline.training.budget import estimated_bytes, flops_per_image, kernels_per_micro_batch, launch_lines
 from pipeline.training.context import ResolvedData
 from pipeline.training.dry_run import preview
 from pipeline.training.init_weights import load_initial, materialize_init
 from pipeline.training.loop import train
 from pipeline.training.run_dir import begin_or_continue
+from pipeline.training.schedule import derive
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
@@ -145,7 +146,8 @@ def test_a_dry_run_prints_the_whole_plan(
         "24 images",
         "60 steps of 4 images",
         "from epoch 8, step 48",
-        "2 worker(s), each with 1 micro-batch(es) of 2 images",
+        "2 worker(s), 2 micro-batch(es) of 2 images a step",
+        "estimated for a step on GPUs: 2 image(s) each in 1 micro-batch(es)",
         "backbone ",
         "GiB weights",
     ):
@@ -168,6 +170,33 @@ def test_the_estimated_memory_is_what_the_forward_pass_keeps(data: dict[str, str
 def test_a_training_step_is_three_forward_passes_of_arithmetic() -> None:
     published = 7.17e9  # deployed network; training adds denoising queries and the heads of every layer
     assert 3 * published < flops_per_image(ModelConfig.variant("n", num_classes=80), boxes=7) < 3 * 1.15 * published
+
+
+def test_a_step_launches_as_many_kernels_for_one_image_as_for_eight() -> None:
+    config = ModelConfig.variant("s", num_classes=80)
+    one, eight = (kernels_per_micro_batch(config, boxes=7, images=images) for images in (1, 8))
+    assert one == pytest.approx(eight, rel=0.01)
+    with torch.device("meta"):
+        layers = [m for m in Detector(config).modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert one > 3 * len(layers)  # forward, and backward to inputs and weights
+
+
+@pytest.mark.parametrize(("batch", "warned"), [(64, True), (64 * 32, False)])
+def test_one_image_a_gpu_is_warned_about(data: dict[str, str], tmp_path: Path, batch: int, warned: bool) -> None:
+    schedule = {"steps": 10, "global_batch_size": batch, "micro_batch_size": batch // 64}
+    setting = experiment(tmp_path, data, schedule=schedule)
+    config = ModelConfig.variant("s", num_classes=80)
+    lines = list(launch_lines(config, derive(setting, images=118_287, workers=64), workers=64, boxes=7))
+    assert lines[0].startswith(f"estimated for a step on GPUs: {batch // 64} image(s) each in 1 micro-batch(es)")
+    assert [line.startswith("warning") for line in lines[1:]] == ([True] if warned else [])
+    if warned:
+        images = int(lines[1].split("from ")[1].split()[0])
+        assert f"schedule.global_batch_size: {64 * images}" in lines[1]
+        enough = experiment(
+            tmp_path, data, schedule={"steps": 10, "global_batch_size": 64 * images, "micro_batch_size": images}
+        )
+        advised = derive(enough, images=118_287, workers=64)
+        assert len(list(launch_lines(config, advised, workers=64, boxes=7))) == 1  # the advice ends the warning
 
 
 # Starting from another run

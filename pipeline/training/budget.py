@@ -1,5 +1,6 @@
 """Cost of a training: arithmetic counted, one step timed on this machine, hours on other machines extrapolated."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -9,15 +10,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Criterion, Detector, ModelConfig, Targets
 from dfine_core.model.denoising import sample_queries_for
+from pipeline.training.schedule import Schedule
 
 BACKWARD = 2  # backward / forward arithmetic: one pass for the weights, one for the inputs
 STATE_VALUES = 5  # per parameter: value, gradient, two moments, EMA
 FLOAT_BYTES = 4
 SUSTAINED_TFLOPS = (10, 30, 100)  # assumed for one GPU in bf16; the first epoch shows the real value
+LAUNCH_SECONDS = 5e-6  # assumed for the host to launch one GPU kernel
+LAUNCH_TFLOPS = 30  # assumed where launching is compared with computing
+LARGEST_ADVISED = 64  # images of a micro-batch; small images would need more than makes sense
 
 
 def budget_lines(config: ModelConfig, images: int, workers: int, *, boxes: int, measured: bool) -> Iterator[str]:
@@ -40,6 +46,51 @@ def budget_lines(config: ModelConfig, images: int, workers: int, *, boxes: int, 
         )
     hours = (f"{_hours(images * flops / workers / rate / 1e12)} at {rate} TFLOP/s" for rate in SUSTAINED_TFLOPS)
     yield f"extrapolated for {workers} worker(s), without evaluations: {', '.join(hours)} sustained by each"
+
+
+def launch_lines(config: ModelConfig, schedule: Schedule, workers: int, *, boxes: int) -> Iterator[str]:
+    """Compare launching the kernels of a step with computing them on one GPU, and warn where launching takes longer.
+
+    A step launches as many kernels for one image as for many, so a GPU that gets few images waits for its host.
+    """
+    micro_batches = schedule.micro_batches_of(0, workers)
+    images = micro_batches * schedule.micro_batch_size
+    kernels = kernels_per_micro_batch(config, boxes)
+    launching = micro_batches * kernels * LAUNCH_SECONDS
+    computing_one = flops_per_image(config, boxes) / LAUNCH_TFLOPS / 1e12
+    computing = images * computing_one
+    yield (
+        f"estimated for a step on GPUs: {images} image(s) each in {micro_batches} micro-batch(es); {launching * 1e3:.0f} ms to"
+        f" launch {micro_batches * kernels:,} kernels or more at {LAUNCH_SECONDS * 1e6:.0f} us, {computing * 1e3:.0f} ms to"
+        f" compute at {LAUNCH_TFLOPS} TFLOP/s"
+    )
+    if launching > computing:
+        enough = math.ceil(kernels * LAUNCH_SECONDS / computing_one)  # images in one micro-batch
+        larger = (
+            f", or larger micro-batches: from {enough} images on, which is schedule.global_batch_size: {enough * workers} here,"
+            f" with optimizer.scale_lr: sqrt"
+        )
+        yield (
+            "warning: launching takes longer than computing, so more GPUs hardly shorten a step. Use fewer workers"
+            f"{larger if enough <= LARGEST_ADVISED else ''}"
+        )
+
+
+def kernels_per_micro_batch(config: ModelConfig, boxes: int, images: int = 2) -> int:
+    """GPU kernels of a forward and a backward pass at least: operations without views, counted on fake tensors."""
+    counter = _OperationCounter()
+    _fake_forward(config, images, boxes, lambda _: counter)
+    return (1 + BACKWARD) * counter.operations
+
+
+class _OperationCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def flops_per_image(config: ModelConfig, boxes: int, images: int = 2) -> float:

@@ -10,7 +10,7 @@ from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump
 from pipeline.data.shards.manifest import Manifest
-from pipeline.training.budget import budget_lines, estimated_bytes
+from pipeline.training.budget import budget_lines, estimated_bytes, launch_lines
 from pipeline.training.context import resolve_data
 from pipeline.training.schedule import Schedule, derive
 
@@ -27,6 +27,8 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     most = workers[1] if isinstance(workers, tuple) else workers
     schedule = derive(experiment, images=train.images, workers=most)
     config = experiment.model.config(len(train.categories), experiment.loss)
+    boxes = round(train.statistics.boxes_per_image.mean)
+    seen = schedule.steps * schedule.global_batch_size
     sections = {
         "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
         "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
@@ -35,13 +37,10 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         "parameters": "\n".join(_parameter_lines(config, schedule)),
         "memory of a worker": "\n".join(_memory_lines(config, schedule, train)),
         "time": "\n".join(
-            budget_lines(
-                config,
-                schedule.steps * schedule.global_batch_size,
-                most,
-                boxes=round(train.statistics.boxes_per_image.mean),
-                measured=measured,
-            )
+            [
+                *budget_lines(config, seen, most, boxes=boxes, measured=measured),
+                *launch_lines(config, schedule, most, boxes=boxes),
+            ]
         ),
     }
     return "\n\n".join(f"# {title}\n{text.rstrip()}" for title, text in sections.items())

@@ -136,9 +136,21 @@ def launch(
             ray_job=submitted_job(),
             launched_at=launched_at,
         )
-        for text in (f"run {experiment.name} in {run}", f"{request}", *schedule.lines()):
+        for text in (f"run {experiment.name} in {run}", f"{request}", *schedule.lines(), *_warnings(job, request)):
             print(text, flush=True)
         return _train(job, cluster, request, tracking, callbacks)
+
+
+def _warnings(job: TrainJob, request: Request) -> list[str]:
+    """What makes GPUs wait in every step; nothing on the CPU."""
+    if not request.gpus:
+        return []
+    from pipeline.training.budget import launch_lines  # here: it builds the model, to count its kernels
+
+    train = job.data.train.manifest
+    config = job.experiment.model.config(len(train.categories), job.experiment.loss)
+    lines = launch_lines(config, job.schedule, request.most, boxes=round(train.statistics.boxes_per_image.mean))
+    return [line for line in lines if line.startswith("warning")]
 
 
 def _schedule(experiment: Experiment, data: ResolvedData, request: Request, start: run_dir.RunStart) -> Schedule:
