@@ -1,6 +1,7 @@
 """The log of a run: metrics on console and in MLflow, evaluation reports and the result in the run's folder."""
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,11 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
 
 SOURCE = "jobs/train.py"
+# Points in MLflow: a long run would log millions, and both its database and its charts become slow.
+LAYER_TERM = re.compile(r"_\d+$|_pre$")  # a loss of one decoder layer, of the encoder or before the first layer
+LAYER_TERMS_EVERY = 10  # reports
+FULL_RATE_S = 3600.0  # every report is logged this long after the start,
+THINNED_S = 60.0  # then one in this time
 
 
 @dataclass
@@ -86,6 +92,7 @@ class RunLog:
         self._tracker = tracker
         self._meter = MetricMeter()
         self._entered_at = self._ready_at = time.time()
+        self._tracked_at = 0.0
         self._first_step_reported = False
 
     def __enter__(self) -> Self:
@@ -195,7 +202,20 @@ class RunLog:
         )
         self._context.console.progress(state.step, note)
         if self._tracker is not None:
-            self._tracker.metrics(values | system_metrics(), state.step)
+            self._track(self._tracker, values | system_metrics(), state.step)
+
+    def _track(self, tracker: Tracker, values: dict[str, float], step: int) -> None:
+        """Log a report, or the part of it that is due; the last one of the run whole."""
+        job, now = self._job, time.time()
+        last = step == job.schedule.steps
+        if now - job.launched_at > FULL_RATE_S and now - self._tracked_at < THINNED_S and not last:
+            return
+        self._tracked_at = now
+        number = step // job.experiment.tracking.every_steps
+        # By the step's number, so that a resumed run logs at the same steps.
+        if not last and number % LAYER_TERMS_EVERY != 1:
+            values = {name: value for name, value in values.items() if not LAYER_TERM.search(name)}
+        tracker.metrics(values, step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -4,9 +4,9 @@ import json
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dfine_core import Criterion
+from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluation_task import EvaluationResult, SubmitEvaluation, run_evaluation
-from pipeline.training.loop import train
+from pipeline.training.loop import new_state, train
 from pipeline.training.nonfinite import NonFiniteError
-from pipeline.training.run_log import MetricMeter
+from pipeline.training.run_log import MetricMeter, RunLog
 from pipeline.training.step import StepResult
 from tests.support.training_runs import RecordingConsole, SteppedRun, alone, experiment, job, shard_folders
 
@@ -246,6 +247,37 @@ def test_a_meter_gives_means_of_finite_steps_and_starts_anew() -> None:
     values = meter.read(images_per_step=8)
     assert values["train/loss_vfl"] == values["train/loss"] == 2.0
     assert meter.read(images_per_step=8) == {}
+
+
+class RecordingTracker:
+    """Keeps what would be logged."""
+
+    def __init__(self) -> None:
+        self.logged: dict[int, dict[str, float]] = {}
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self.logged[step] = values
+
+
+@pytest.mark.parametrize(("age_s", "logged"), [(0.0, list(range(1, 25))), (4000.0, [1, 24])])
+def test_reports_are_thinned_in_mlflow(data: dict[str, str], tmp_path: Path, age_s: float, logged: list[int]) -> None:
+    given = job(experiment(tmp_path, data, schedule={"steps": 24}))
+    tracker = RecordingTracker()
+    log = RunLog(replace(given, launched_at=time.time() - age_s), alone(), cast(Tracker, tracker))
+    state = new_state(given, alone())
+    terms = ("loss_vfl", "loss_vfl_aux_0", "loss_vfl_enc_0", "loss_bbox_dn_2", "loss_bbox_pre")
+    one = torch.tensor(1.0)
+    for step in range(1, 25):
+        log.step(StepResult(dict.fromkeys(terms, one), one, one, torch.tensor(True)), waited_s=0.0)
+        state.step = step
+        log.report(state)
+
+    # After an hour, one report a minute and the last; of the terms of single layers, every tenth and the last.
+    assert sorted(tracker.logged) == logged
+    assert all("train/loss_vfl" in values for values in tracker.logged.values())
+    for term in terms[1:]:
+        with_term = [step for step, values in tracker.logged.items() if f"train/{term}" in values]
+        assert with_term == [step for step in logged if step in (1, 11, 21, 24)], term
 
 
 # Asynchronous evaluation
