@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.data.stream.plan import BatchPlan, Rows, file_order, shuffled_order
+from pipeline.data.stream.plan import BatchPlan, RowOrder, Rows
 
 row_group_counts = st.lists(st.integers(1, 9), min_size=1, max_size=40)
 
@@ -20,6 +20,13 @@ def numbered(rows: Rows, row_groups: NDArray[np.int64] | list[int]) -> list[int]
     assert (rows.row < np.asarray(row_groups)[rows.group]).all()
     assert (rows.row >= 0).all()
     return [int(first[group] + row) for group, row in zip(rows.group, rows.row, strict=True)]
+
+
+def one_lane(row_groups: NDArray[np.int64] | list[int], *, seed: int | None, epoch: int, window_rows: int) -> RowOrder:
+    """Order of the whole epoch: a single lane takes all rows."""
+    plan = BatchPlan(np.asarray(row_groups), 1, 1, seed, window_rows)
+    (order,) = plan.lane_orders(epoch, [0])
+    return order
 
 
 def steps_of_epoch(plan: BatchPlan, epoch: int) -> list[list[int]]:
@@ -62,7 +69,7 @@ def test_an_epoch_has_every_row_once_but_for_a_tail_shorter_than_a_step(plan: Ba
 def test_any_stretch_of_the_order_is_that_stretch_of_the_whole(
     row_groups: list[int], seed: int, window_rows: int
 ) -> None:
-    order = shuffled_order(row_groups, seed=seed, epoch=2, window_rows=window_rows)
+    order = one_lane(row_groups, seed=seed, epoch=2, window_rows=window_rows)
     whole = numbered(order.rows(0, len(order)), row_groups)
     assert sorted(whole) == list(range(sum(row_groups)))
     rng = np.random.default_rng(seed)
@@ -142,7 +149,7 @@ def test_the_order_is_the_one_written_down() -> None:
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     row_groups = [32] * 20
     orders = [
-        tuple(numbered(shuffled_order(row_groups, seed=s, epoch=e, window_rows=128).rows(0, 640), row_groups))
+        tuple(numbered(one_lane(row_groups, seed=s, epoch=e, window_rows=128).rows(0, 640), row_groups))
         for s in range(3)
         for e in range(3)
     ]
@@ -193,7 +200,7 @@ def test_a_window_of_an_epoch_of_1_8_million_rows_is_planned_without_shuffling_t
 
 
 def test_an_empty_stretch_has_no_rows_and_one_beyond_the_end_is_an_error() -> None:
-    order = file_order([3, 4], window_rows=2)
+    order = one_lane([3, 4], seed=None, epoch=0, window_rows=2)
     assert len(order.rows(5, 5)) == 0
     with pytest.raises(IndexError, match="positions 3 to 8 do not lie within the 7 rows"):
         order.rows(3, 8)
@@ -242,7 +249,7 @@ def test_rows_travel_as_far_as_in_a_uniform_shuffle() -> None:
     row_groups = [32] * 512
     distances = []
     for epoch in range(20):
-        order = shuffled_order(row_groups, seed=3, epoch=epoch, window_rows=2048)
+        order = one_lane(row_groups, seed=3, epoch=epoch, window_rows=2048)
         places = np.array(numbered(order.rows(0, len(order)), row_groups))
         distances.append(np.abs(places - np.arange(len(places))).mean() / len(places))
     assert np.mean(distances) == pytest.approx(1 / 3, rel=0.02)
@@ -253,6 +260,6 @@ def test_every_position_in_the_epoch_is_equally_likely_for_a_row() -> None:
     row_groups = [4] * 8
     where = np.zeros(32, np.int64)
     for epoch in range(3200):
-        order = shuffled_order(row_groups, seed=5, epoch=epoch, window_rows=8)
+        order = one_lane(row_groups, seed=5, epoch=epoch, window_rows=8)
         where[numbered(order.rows(0, 32), row_groups).index(0)] += 1
     assert ((where - 100) ** 2 / 100).sum() < 61.1

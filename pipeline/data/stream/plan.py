@@ -55,26 +55,6 @@ class RowOrder:
         return laid[_permutation(len(laid), self.key, lane=self.lane, stream=1 + window)]
 
 
-def shuffled_order(
-    row_groups: Sequence[int] | NDArray[np.int64], *, seed: int, epoch: int, window_rows: int
-) -> RowOrder:
-    """Order of one training epoch with a single lane.
-
-    Args:
-        row_groups: [G] rows of each row group, through all shards in the manifest's order.
-        window_rows: length of the windows within which rows are shuffled.
-    """
-    counts = np.asarray(row_groups, np.int64)
-    groups = _permutation(len(counts), (seed, epoch))
-    return RowOrder(groups, np.cumsum(counts[groups]), 0, int(counts.sum()), window_rows, key=(seed, epoch))
-
-
-def file_order(row_groups: Sequence[int] | NDArray[np.int64], *, window_rows: int) -> RowOrder:
-    """Order of the rows as stored."""
-    counts = np.asarray(row_groups, np.int64)
-    return RowOrder(np.arange(len(counts)), np.cumsum(counts), 0, int(counts.sum()), window_rows, key=None)
-
-
 def _permutation(length: int, key: tuple[int, int], *, lane: int = 0, stream: int = 0) -> NDArray[np.int64]:
     """Permutation from the generator's raw words, which are stable between versions of numpy, unlike `permutation`."""
     words = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, lane, stream]).random_raw(length)

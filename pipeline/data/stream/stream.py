@@ -31,9 +31,7 @@ from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS, De
 from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_block, read_window
 
 T = TypeVar("T")
-Broadcast = Callable[
-    [Any], Any
-]  # returns rank 0's value on every rank: `ray.train.collective.broadcast_from_rank_zero`
+Broadcast = Callable[[Any], Any]  # gives rank 0's value to every rank, as `broadcast_from_rank_zero` of Ray Train does
 
 MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
 GROUP_WORKERS = 4  # workers that share a coordinator
