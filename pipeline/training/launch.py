@@ -113,7 +113,7 @@ def launch(
 
         # 4. Derive the schedule, and check the nodes.
         schedule = _schedule(experiment, data, request, start)
-        problems = problems_on_nodes(run, [shards.uri for shards in (data.train, data.val) if shards])
+        problems = problems_on_nodes(request, run, [shards.uri for shards in (data.train, data.val) if shards])
         if problems:
             raise ConfigError("\n  ".join(["the cluster cannot run this:", *problems]))
         tracking = replace(tracking, run_key=start.tracking_key)

@@ -1,11 +1,14 @@
 """Checks before the start: the cluster has the requested resources, and every node reaches data and storage."""
 
+import ipaddress
 import os
+import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -129,18 +132,22 @@ def _capacity(request: Request, node: Mapping[str, float]) -> int:
     )
 
 
-def problems_on_nodes(run: str, manifests: list[str]) -> list[str]:
-    """Check on every node that it sees the run's folder, can write to it, and can read the data."""
+def problems_on_nodes(request: Request, run: str, manifests: list[str]) -> list[str]:
+    """Check on every node that it sees the run's folder, can write to it, can read the data and can be reached by its name."""
     probe = storage.join(run, ".preflight")
     storage.write_atomic(probe, b"")
     nodes = _nodes()
     if len(nodes) == 1:
         return []  # this node, which has just written
+    # On CPUs, workers on several machines connect through gloo.
+    largest = max(_capacity(request, node["Resources"]) for node in nodes)
+    several = len({node["NodeManagerAddress"] for node in nodes}) > 1
+    connects = several and not request.gpus and request.most > 1 and (request.spread or request.most > largest)
     # One task on every node, with hard affinity.
     check = ray.remote(num_cpus=0)(_problems_here)
     tasks = [
         check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            run, manifests
+            run, manifests, node["NodeManagerAddress"] if connects else None
         )
         for node in nodes
     ]
@@ -156,8 +163,10 @@ def _nodes() -> list[Any]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def _problems_here(run: str, manifests: list[str]) -> list[str]:
+def _problems_here(run: str, manifests: list[str], address: str | None) -> list[str]:
     problems = []
+    if address is not None and (wrong := name_problem(socket.gethostname(), address, os.environ)):
+        problems.append(wrong)
     try:
         if not storage.exists(storage.join(run, ".preflight")):
             problems.append(f"{run} is another folder there: storage must be shared by all nodes")
@@ -173,6 +182,30 @@ def _problems_here(run: str, manifests: list[str]) -> list[str]:
         except (ManifestError, OSError) as error:
             problems.append(f"data cannot be read: {error}")
     return problems
+
+
+def name_problem(name: str, address: str, environment: Mapping[str, str]) -> str | None:
+    """Why workers on other nodes could not connect to this one: gloo gives them the address of its host name.
+
+    Args:
+        address: by which Ray reaches this node.
+    """
+    if environment.get("GLOO_SOCKET_IFNAME"):
+        return None
+    try:
+        found = socket.gethostbyname(name)
+    except OSError:
+        wrong = f"its host name {name} does not resolve"
+    else:
+        if not ipaddress.ip_address(found).is_loopback:
+            return None
+        wrong = f"its host name {name} resolves to {found}"
+    interfaces = [i for i, given in psutil.net_if_addrs().items() if any(a.address == address for a in given)]
+    interface = interfaces[0] if interfaces else f"<interface of {address}>"
+    return (
+        f"{wrong}, where workers of other nodes cannot connect: set GLOO_SOCKET_IFNAME={interface} where Ray is started on"
+        " that node, or mend its /etc/hosts"
+    )
 
 
 def cpu_threads(request: Request) -> int | None:

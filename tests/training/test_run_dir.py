@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
 from pipeline.training.heartbeat import Heartbeat, ProgressBoard, WorkerConsole, silent_workers
-from pipeline.training.preflight import Request, leaves_cpu, refuse_what_never_fits
+from pipeline.training.preflight import Request, leaves_cpu, name_problem, refuse_what_never_fits
 from pipeline.training.run_dir import begin_or_continue, driver_lock
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import experiment
@@ -129,6 +129,21 @@ def test_decode_tasks_need_a_whole_cpu_of_one_node(
 
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(heartbeat.time, "time", lambda: seconds)
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "said"),
+    [
+        ("localhost", "127.0.0.1", ("host name localhost resolves to 127.0.0.1", "GLOO_SOCKET_IFNAME=lo ")),
+        ("n7.invalid", "192.0.2.7", ("n7.invalid does not resolve", "GLOO_SOCKET_IFNAME=<interface of 192.0.2.7> ")),
+        ("192.0.2.7", "192.0.2.7", ()),
+    ],
+)
+def test_a_node_that_others_cannot_reach_by_its_name_is_named(name: str, address: str, said: tuple[str, ...]) -> None:
+    problem = name_problem(name, address, {})
+    assert (problem is None) == (not said)
+    assert all(part in (problem or "") for part in said), problem
+    assert name_problem(name, address, {"GLOO_SOCKET_IFNAME": "eth0"}) is None
 
 
 def test_a_worker_without_heartbeat_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
