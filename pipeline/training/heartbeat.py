@@ -157,6 +157,11 @@ class ProgressMonitor:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="progress")
 
+    @property
+    def step(self) -> int:
+        """Steps that the run has reached."""
+        return self._shown
+
     def __enter__(self) -> "ProgressMonitor":
         self._thread.start()
         return self

@@ -5,12 +5,21 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import storage
@@ -29,7 +38,7 @@ from pipeline.training.preflight import Request, cpu_threads, problems_on_nodes,
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.worker import train_worker
 
-CONTROLLER_FAILURES = 3  # failures of Ray Train's controller, or starts of a worker group that failed
+FAILED_STARTS = 3  # of the workers, repeated without a step in between; the next one ends the run
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray Train's controller inherits it from this process
 
 
@@ -180,7 +189,32 @@ def _train(
     # Ray Train restarts failed workers; the board and the monitor outlive them.
     board = start_progress_board()
     os.environ[START_TIMEOUT] = str(cluster.start_timeout_s)
-    trainer = TorchTrainer(
+    name = job.experiment.name or "training"
+    monitor = ProgressMonitor(board, name=name, steps=job.schedule.steps, timeout_s=cluster.heartbeat_timeout_s)
+    with monitor, _sigterm_interrupts():
+        try:
+            result = fit_with_restarts(lambda: _trainer(job, cluster, request, board, callbacks), lambda: monitor.step)
+        except BaseException as error:
+            _finish_tracking(job, tracking, "FAILED" if isinstance(error, Exception) else "KILLED")
+            if (mistake := user_error_of(error)) is not None:
+                raise mistake from None
+            raise
+    value: dict[str, Any] = result.return_value
+    return TrainResult(
+        run=job.run,
+        step=value["step"],
+        best_ap=value["best_ap"],
+        numbers=value.get("numbers"),
+        skipped_steps=value["skipped_steps"],
+        tracking=tracking,
+        run_id=value.get("run_id"),
+    )
+
+
+def _trainer(
+    job: TrainJob, cluster: Cluster, request: Request, board: Any, callbacks: Sequence[UserCallback]
+) -> TorchTrainer:
+    return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(
@@ -198,33 +232,43 @@ def _train(
             storage_path=storage.join(job.run, "ray"),
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
-                controller_failure_limit=CONTROLLER_FAILURES,
+                controller_failure_limit=0,  # `fit_with_restarts` has a better limit
                 max_preemption_failures=cluster.max_preemptions,
             ),
             callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="ERROR"),  # `ProgressMonitor` names a worker that hangs
         ),
     )
-    name = job.experiment.name or "training"
-    monitor = ProgressMonitor(board, name=name, steps=job.schedule.steps, timeout_s=cluster.heartbeat_timeout_s)
-    with monitor, _sigterm_interrupts():
+
+
+def fit_with_restarts(trainer: Callable[[], TorchTrainer], step: Callable[[], int]) -> Result:
+    """Run a trainer, and a new one where the workers could not be started; each continues from the newest checkpoint.
+
+    Ray Train counts failed starts over the whole run, and retries none that fails while the process group is set up. A long run
+    on nodes that come and go would end by this count. Here a step in between starts the count anew.
+
+    Args:
+        trainer: makes a new trainer.
+        step: steps that the run has reached.
+
+    Raises:
+        ControllerError: `FAILED_STARTS` more starts failed without a step in between.
+        WorkerGroupError: a worker failed more often than the cluster file allows.
+    """
+    failures, reached = 0, step()
+    while True:
         try:
-            result = trainer.fit()
-        except BaseException as error:
-            _finish_tracking(job, tracking, "FAILED" if isinstance(error, Exception) else "KILLED")
-            if (mistake := user_error_of(error)) is not None:
-                raise mistake from None
-            raise
-    value: dict[str, Any] = result.return_value
-    return TrainResult(
-        run=job.run,
-        step=value["step"],
-        best_ap=value["best_ap"],
-        numbers=value.get("numbers"),
-        skipped_steps=value["skipped_steps"],
-        tracking=tracking,
-        run_id=value.get("run_id"),
-    )
+            return trainer().fit()
+        except ControllerError as error:
+            failures = 1 if step() > reached else failures + 1
+            reached = step()
+            if failures > FAILED_STARTS:
+                raise
+            reason = (str(error.controller_failure).strip() or repr(error.controller_failure)).splitlines()[0]
+            print(
+                f"the workers did not start ({failures} of {FAILED_STARTS} times since step {reached}): {reason}",
+                flush=True,
+            )
 
 
 def user_error_of(error: BaseException) -> UserError | None:

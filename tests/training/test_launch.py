@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.train import FailureConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -68,8 +69,40 @@ def test_the_cluster_file_wins_over_a_start_timeout_in_the_environment(launched:
     assert float(trainer.variables[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR]) == 600
 
 
-def test_the_fourth_start_that_times_out_ends_the_run(launched: Any) -> None:
+def test_ray_train_does_not_count_failed_starts_itself(launched: Any) -> None:
     config: FailureConfig = launched(Cluster()).settings["run_config"].failure_config
-    policy = DefaultFailurePolicy(config)
-    timeouts = [policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) for _ in range(4)]
-    assert timeouts == [FailureDecision.RETRY] * 3 + [FailureDecision.RAISE]
+    decision = DefaultFailurePolicy(config).make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    assert decision == FailureDecision.RAISE
+
+
+class FailingTrainer:
+    """A trainer whose starts fail at given steps, and then succeed."""
+
+    def __init__(self, failing_at: list[int]) -> None:
+        self.failing_at, self.step, self.starts = failing_at, 0, 0
+
+    def fit(self) -> Any:
+        self.starts += 1
+        if self.starts > len(self.failing_at):
+            return "done"
+        self.step = self.failing_at[self.starts - 1]
+        raise ControllerError(RuntimeError("gloo: connection refused\nremote=[127.0.0.1]"))
+
+
+@pytest.mark.parametrize("failing_at", [[], [0, 0, 0], [0, 0, 0, 5, 5, 5, 6]])
+def test_a_failed_start_is_repeated_and_a_step_starts_the_count_anew(
+    failing_at: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = FailingTrainer(failing_at)
+    assert launch.fit_with_restarts(lambda: cast(TorchTrainer, trainer), lambda: trainer.step) == "done"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(failing_at)
+    assert all(line.endswith("gloo: connection refused") for line in lines)
+
+
+@pytest.mark.parametrize(("failing_at", "starts"), [([0] * 9, 4), ([0, 7, 7, 7, 7, 7], 5)])
+def test_the_fourth_failed_start_without_a_step_in_between_ends_the_run(failing_at: list[int], starts: int) -> None:
+    trainer = FailingTrainer(failing_at)
+    with pytest.raises(ControllerError, match="connection refused"):
+        launch.fit_with_restarts(lambda: cast(TorchTrainer, trainer), lambda: trainer.step)
+    assert trainer.starts == starts
