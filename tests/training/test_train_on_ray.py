@@ -160,7 +160,7 @@ def test_two_workers_then_one_then_two_make_the_same_run(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_demo_learns_its_pictures(tmp_path: Path) -> None:
+def test_the_demo_learns_its_images(tmp_path: Path) -> None:
     shards, runs = str(tmp_path / "shards"), str(tmp_path / "runs")
     drawing = [
         "synthetic",
@@ -181,7 +181,7 @@ def test_the_demo_learns_its_pictures(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, timeout=1500)
     result = json.loads((tmp_path / "runs" / "demo" / "result.json").read_text())
     assert result["numbers"]["AP"] > 0.4
-    assert len(list((tmp_path / "runs" / "demo" / "evaluation" / "final").glob("pictures_*.png"))) == 4
+    assert len(list((tmp_path / "runs" / "demo" / "evaluation" / "final").glob("images_*.png"))) == 4
 
 
 def free_port() -> int:

@@ -305,7 +305,7 @@ def test_asynchronous_evaluations_equal_inline_ones(data: dict[str, str], tmp_pa
     assert [step for step, _ in result_of(tmp_path, "away")["evaluated"]] == [2, 4, 6]
     expected, found = (tensors_of(f"{tmp_path}/runs/{name}/checkpoints", 6) for name in ("inline", "away"))
     assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
-    folders = {path.parent.name for path in (tmp_path / "runs" / "away" / "evaluation").rglob("pictures_*.png")}
+    folders = {path.parent.name for path in (tmp_path / "runs" / "away" / "evaluation").rglob("images_*.png")}
     assert folders == {"step-00000002", "step-00000004", "step-00000006", "final"}
 
 
