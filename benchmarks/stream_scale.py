@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 import ray
-from pipeline.data.augment.augment import AugmentSettings
 
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.shards.manifest import load_shards
@@ -187,8 +187,8 @@ def measure(consumers: int, shards: str, mode: str, steps: int) -> None:
         if seconds > 0:
             roles[role].append(seconds)
     print(f"  {'role':14}{'processes':>10}{'ms a micro-batch':>18}{'busiest':>10}{'peak MiB':>10}")
-    for role, seconds in sorted(roles.items(), key=lambda item: -sum(item[1])):
-        each = [1000 * s / micro_batches for s in seconds]
+    for role, of_role in sorted(roles.items(), key=lambda item: -sum(item[1])):
+        each = [1000 * seconds / micro_batches for seconds in of_role]
         print(f"  {role:14}{len(each):>10}{sum(each):>18.3f}{max(each):>10.3f}{cpu.peak_mib[role]:>10.0f}")
     busiest_role, busiest = max(
         ((role, max(seconds)) for role, seconds in roles.items() if role != "tasks"), key=lambda item: item[1]

@@ -349,3 +349,32 @@ def test_detections_are_made_in_one_place_with_one_number_and_one_threshold() ->
 )
 def test_the_checks_of_text_can_fail(pattern: re.Pattern[str], source: str) -> None:
     assert texts_matching(pattern, {"a.py": source}) == ["a.py"]
+
+
+def unknown_imports(source: str) -> list[str]:
+    """Imports from the project's packages of modules or names that do not exist; found without importing."""
+    unknown = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+            continue
+        if node.module.split(".")[0] not in ("pipeline", "dfine_core", "jobs", "benchmarks"):
+            continue
+        base = ROOT.joinpath(*node.module.split("."))
+        file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+        words = set(re.findall(r"\w+", file.read_text())) if file.is_file() else set()
+        unknown += [
+            f"{node.module}.{alias.name}"
+            for alias in node.names
+            if alias.name not in words and not (base / f"{alias.name}.py").is_file()
+        ]
+    return unknown
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_exists(path: Path) -> None:
+    assert unknown_imports(path.read_text()) == []
+
+
+def test_an_import_of_something_that_is_gone_is_found() -> None:
+    source = "def f():\n    from pipeline.data.augment.augment import A\nfrom pipeline.errors import Gone, UserError"
+    assert sorted(unknown_imports(source)) == ["pipeline.data.augment.augment.A", "pipeline.errors.Gone"]
