@@ -169,7 +169,7 @@ def measure(consumers: int, shards: str, mode: str, steps: int) -> None:
         decode_in=mode,  # type: ignore[arg-type]
     )
     nodes = -(-consumers // NODE_WORKERS)
-    meeting = ray.remote(num_cpus=0)(Rendezvous).remote(nodes)  # type: ignore[attr-defined]
+    meeting = ray.remote(num_cpus=0)(Rendezvous).remote(nodes)
     make: Any = ray.remote(num_cpus=0)(Node)
     workers = [make.remote(n, consumers, shards, settings, meeting) for n in range(nodes)]
     pids = set(ray.get([worker.pid.remote() for worker in workers]))
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare(synthetic_source(args.images, longest_side=32), shards, split="train", options=PrepareOptions())
         for mode in args.modes:
             measure(args.consumers, shards, mode, args.steps)
-    ray.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
 
 
 if __name__ == "__main__":
