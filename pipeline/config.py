@@ -169,7 +169,7 @@ class Optimizer(Config):
     betas: tuple[Share, Share] = (0.9, 0.999)
     base_batch_size: PositiveInt | None = None  # default: the batch of the variant's recipe
     scale_lr: Literal["linear", "sqrt", "none"] = "linear"  # with global_batch_size / base_batch_size
-    max_grad_norm: PositiveFloat = 0.1  # of all gradients together
+    max_grad_norm: PositiveFloat = 0.1  # limit for the norm of all gradients together
 
     def config(self, variant: str, lr_factor: float) -> OptimizerConfig:
         """Fill in the recipe of the variant, and multiply the rates by `lr_factor`."""
@@ -266,7 +266,7 @@ class Experiment(Config):
 class Cluster(Config):
     """Cluster file: where an experiment runs."""
 
-    address: str | None = None  # of a running Ray cluster; default: RAY_ADDRESS, or a new local cluster
+    address: str | None = None  # running Ray cluster to use; default: RAY_ADDRESS, or a new local cluster
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = (
         None  # number or (least, most); default: one per GPU
     )

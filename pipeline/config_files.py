@@ -145,7 +145,7 @@ def _plain(value: Any) -> Any:
 def _problem(kind: type[Config], error: Any) -> str:
     """Format one problem: key, message, and for an unknown key the nearest known ones."""
     location = error["loc"]
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # from a model, from a dataclass
         return key_prefix(location[:-1]) + unknown_key(location[-1], _keys_at(kind, location[:-1]))
     given = error["input"]
     plain = isinstance(given, str | int | float | bool | list | tuple | None)

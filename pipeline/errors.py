@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class UserError(Exception):
     """A mistake in what was asked for or a fault of its data, with a message that names the way out."""
 
-    exit_code = 1  # of the command
+    exit_code = 1  # the command ends with it
 
 
 def in_one_line(error: "ValidationError") -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.tracking.settings import TrackingError
 
 SCHEME = "sqlite:///"
-LEFTOVER_TABLES = "_alembic_tmp_%"  # of a migration that was cut off
+LEFTOVER_TABLES = "_alembic_tmp_%"  # a migration that was cut off leaves them
 
 logger = logging.getLogger(__name__)
 

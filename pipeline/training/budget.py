@@ -48,10 +48,16 @@ def budget_lines(config: ModelConfig, images: int, workers: int, *, boxes: int, 
     yield f"extrapolated for {workers} worker(s), without evaluations: {', '.join(hours)} sustained by each"
 
 
-def launch_lines(config: ModelConfig, schedule: Schedule, workers: int, *, boxes: int) -> Iterator[str]:
-    """Compare launching the kernels of a step with computing them on one GPU, and warn where launching takes longer.
+def launch_cost(config: ModelConfig, schedule: Schedule, workers: int, *, boxes: int) -> tuple[str, str | None]:
+    """Compare launching the kernels of a step with computing them on one GPU.
 
     A step launches as many kernels for one image as for many, so a GPU that gets few images waits for its host.
+
+    Args:
+        boxes: mean number of boxes per image.
+
+    Returns:
+        The comparison, and a warning if launching takes longer.
     """
     micro_batches = schedule.micro_batches_of(0, workers)
     images = micro_batches * schedule.micro_batch_size
@@ -59,21 +65,22 @@ def launch_lines(config: ModelConfig, schedule: Schedule, workers: int, *, boxes
     launching = micro_batches * kernels * LAUNCH_SECONDS
     computing_one = flops_per_image(config, boxes) / LAUNCH_TFLOPS / 1e12
     computing = images * computing_one
-    yield (
+    estimate = (
         f"estimated for a step on GPUs: {images} image(s) each in {micro_batches} micro-batch(es); {launching * 1e3:.0f} ms to"
         f" launch {micro_batches * kernels:,} kernels or more at {LAUNCH_SECONDS * 1e6:.0f} us, {computing * 1e3:.0f} ms to"
         f" compute at {LAUNCH_TFLOPS} TFLOP/s"
     )
-    if launching > computing:
-        enough = math.ceil(kernels * LAUNCH_SECONDS / computing_one)  # images in one micro-batch
-        larger = (
-            f", or larger micro-batches: from {enough} images on, which is schedule.global_batch_size: {enough * workers} here,"
-            f" with optimizer.scale_lr: sqrt"
-        )
-        yield (
-            "warning: launching takes longer than computing, so more GPUs hardly shorten a step. Use fewer workers"
-            f"{larger if enough <= LARGEST_ADVISED else ''}"
-        )
+    if launching <= computing:
+        return estimate, None
+    enough = math.ceil(kernels * LAUNCH_SECONDS / computing_one)  # images in one micro-batch
+    larger = (
+        f", or larger micro-batches: from {enough} images on, which is schedule.global_batch_size: {enough * workers} here,"
+        " with optimizer.scale_lr: sqrt"
+    )
+    return estimate, (
+        "warning: launching takes longer than computing, so more GPUs hardly shorten a step. Use fewer workers"
+        f"{larger if enough <= LARGEST_ADVISED else ''}"
+    )
 
 
 def kernels_per_micro_batch(config: ModelConfig, boxes: int, images: int = 2) -> int:

@@ -10,7 +10,7 @@ from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump
 from pipeline.data.shards.manifest import Manifest
-from pipeline.training.budget import budget_lines, estimated_bytes, launch_lines
+from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
 from pipeline.training.context import resolve_data
 from pipeline.training.schedule import Schedule, derive
 
@@ -39,7 +39,7 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         "time": "\n".join(
             [
                 *budget_lines(config, seen, most, boxes=boxes, measured=measured),
-                *launch_lines(config, schedule, most, boxes=boxes),
+                *filter(None, launch_cost(config, schedule, most, boxes=boxes)),
             ]
         ),
     }

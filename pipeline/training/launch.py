@@ -154,12 +154,13 @@ def _warnings(job: TrainJob, request: Request) -> list[str]:
     """What makes GPUs wait in every step; nothing on the CPU."""
     if not request.gpus:
         return []
-    from pipeline.training.budget import launch_lines  # here: it builds the model, to count its kernels
+    from pipeline.training.budget import launch_cost  # here: it builds the model, to count its kernels
 
     train = job.data.train.manifest
     config = job.experiment.model.config(len(train.categories), job.experiment.loss)
-    lines = launch_lines(config, job.schedule, request.most, boxes=round(train.statistics.boxes_per_image.mean))
-    return [line for line in lines if line.startswith("warning")]
+    boxes = round(train.statistics.boxes_per_image.mean)
+    _, warning = launch_cost(config, job.schedule, request.most, boxes=boxes)
+    return [warning] if warning else []
 
 
 def _schedule(experiment: Experiment, data: ResolvedData, request: Request, start: run_dir.RunStart) -> Schedule:
@@ -266,7 +267,7 @@ def fit_with_restarts(trainer: Callable[[], TorchTrainer], step: Callable[[], in
                 raise
             reason = (str(error.controller_failure).strip() or repr(error.controller_failure)).splitlines()[0]
             print(
-                f"the workers did not start ({failures} of {FAILED_STARTS} times since step {reached}): {reason}",
+                f"the workers did not start, {failures} of at most {FAILED_STARTS} times since step {reached}: {reason}",
                 flush=True,
             )
 

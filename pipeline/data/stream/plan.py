@@ -81,7 +81,7 @@ class BatchPlan:
     row_groups: NDArray[np.int64]  # [G] rows per row group
     global_batch_size: int  # images per step, over all workers
     micro_batch_size: int  # images that a worker holds at a time
-    seed: int | None  # of the shuffle; None, for evaluation: file order, and an incomplete last step is kept
+    seed: int | None  # draws the shuffle; None, for evaluation: file order, and an incomplete last step is kept
     window_rows: int = DEFAULT_WINDOW_ROWS  # rows of a window, over all lanes
 
     def __post_init__(self) -> None:

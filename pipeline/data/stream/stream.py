@@ -35,7 +35,7 @@ Broadcast = Callable[[Any], Any]  # gives rank 0's value to every rank, as `broa
 
 MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
 GROUP_WORKERS = 4  # workers that share a coordinator
-BLOCK_BYTES = 32 << 20  # of a decoded block, about
+BLOCK_BYTES = 32 << 20  # aimed at for a decoded block
 BLOCK_STEPS = 32  # most steps of a block
 EXECUTION_BLOCKS = 4000  # of one execution of a group: its bookkeeping grows with its blocks
 READY_BATCHES = 3  # for each worker, beyond those that it has fetched
