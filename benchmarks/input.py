@@ -56,16 +56,16 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shards = load_shards(args.manifest) if args.manifest else synthetic_shards(folder, args.images)
         settings = StreamSettings(
-            global_batch_size=args.micro_batch_size,
-            micro_batch_size=args.micro_batch_size,
+            global_batch_size=args.micro_batch,
+            micro_batch_size=args.micro_batch,
             canvas=CANVAS,
             augment=AugmentSettings(),
             window_rows=512,
         )
-        steps = 2 * (min(args.images, shards.manifest.images) // args.micro_batch_size)
+        steps = 2 * (min(args.images, shards.manifest.images) // args.micro_batch)
         bytes_per_image = sum(shard.bytes for shard in shards.manifest.shards) / shards.manifest.images
         print(f"{shards.manifest.images} images of {bytes_per_image / 1000:.0f} kB on average, to {CANVAS},", end=" ")
-        print(f"micro-batches of {args.micro_batch_size}, {args.processes} decoding processes\n")
+        print(f"micro-batches of {args.micro_batch}, {args.processes} decoding processes\n")
         print_augmentation(shards)
         print_throughput(shards, settings, steps, args.processes, args.rounds)
         print_seams(shards, settings)

@@ -164,6 +164,7 @@ def open_stream(job: TrainJob, context: WorkerContext, state: TrainState) -> Ite
         canvas=state.detector.config.input_size,
         augment=experiment.augment,
         augment_epochs=schedule.strong_epochs,
+        distort_on_device=context.device.type != "cpu",
         seed=experiment.seed,
         window_rows=experiment.data.window_rows,
         decode_in=experiment.data.decode_in,

@@ -23,7 +23,7 @@ from dfine_core.loss.criterion import Normalizers, count
 from dfine_core.loss.matching import Matches
 from dfine_core.model.denoising import sample_queries_for
 from dfine_core.structures import DenoisingQueries
-from pipeline.data.augment.photometric import photometric_distort, resize_images
+from pipeline.data.augment.photometric import leaves_unchanged, photometric_distort, resize_images
 from pipeline.data.stream.batch import Batch
 from pipeline.training.state import TrainState
 
@@ -57,7 +57,8 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     config = state.detector.config
     targets = Targets.pack(batch.targets(), config.num_classes, state.device)
     images = batch.images.to(state.device, non_blocking=True).float().div_(255)
-    images = photometric_distort(images, batch.photometric.to(state.device, non_blocking=True))
+    if not leaves_unchanged(batch.photometric):  # as when the colours were distorted where the images were decoded
+        images = photometric_distort(images, batch.photometric.to(state.device, non_blocking=True))
     images = resize_images(images, size)
     if state.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.augment.photometric import leaves_unchanged, photometric_distort
 from pipeline.data.augment.photometric_parameters import identity_photometric
 from pipeline.data.augment.samples import AnnotatedImage, augmented_sample, plain_sample
 from pipeline.data.augment.settings import AugmentSettings
@@ -65,6 +66,17 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
     assert batch.orig_size.tolist() == [[record.width, record.height] for record in records]
     assert batch.padding == (False,) * 4
     assert batch.replaced == ()
+
+
+def test_colours_can_be_distorted_where_images_are_decoded() -> None:
+    records = synthetic_records(6)
+    here = replace(TRAINING, micro_batch_size=6, augmentation=replace(TRAINING.augmentation, distort=True))
+    left, done = batch_of(records, replace(here, augmentation=TRAINING.augmentation)), batch_of(records, here)
+    expected = photometric_distort(left.images.float() / 255, left.photometric)
+    assert (expected * 255 - left.images).abs().max() > 10
+    torch.testing.assert_close(done.images / 255, expected, atol=0.501 / 255, rtol=0)
+    assert leaves_unchanged(done.photometric)
+    assert not leaves_unchanged(left.photometric)
 
 
 def test_configured_mixing_happens_until_the_clean_epochs() -> None:

@@ -10,13 +10,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.data.augment.photometric import photometric_distort, resize_images
+from pipeline.data.augment.photometric import leaves_unchanged, photometric_distort, resize_images
 from pipeline.data.augment.photometric_parameters import (
     Photometric,
     draw_photometric,
     identity_photometric,
     mean_grey,
 )
+from pipeline.data.augment.photometric_pixels import distort_pixels
 from pipeline.data.augment.settings import AugmentSettings
 
 Row = dict[Photometric, float]
@@ -119,6 +120,42 @@ def test_only_the_image_is_distorted_and_fill_stays_zero(seed: int, left: int, t
     part = distorted[..., top : top + 8, left : left + 9]
     torch.testing.assert_close(part, photometric_distort(inner, whole.unsqueeze(0)))
     assert distorted.count_nonzero() == part.count_nonzero()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    left=st.integers(0, 20),
+    top=st.integers(0, 15),
+    grey=st.booleans(),
+    wide=st.booleans(),
+    probability=st.sampled_from([0.3, 1.0]),
+)
+def test_pixels_distorted_where_they_are_decoded_are_the_nearest_levels(
+    seed: int, left: int, top: int, grey: bool, wide: bool, probability: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    hue = (-0.5, 0.5) if wide else (-0.05, 0.05)
+    row = draw_photometric(generator, AugmentSettings(photometric_probability=probability, hue=hue))
+    row[Photometric.MEAN_GREY] = generator.random()
+    row[Photometric.LEFT :] = left, top, left + 9, top + 8
+    image = np.zeros((24, 30, 3), np.uint8)
+    image[top : top + 8, left : left + 9] = generator.integers(0, 256, (8, 9, 1 if grey else 3))
+    as_tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
+    expected = photometric_distort(as_tensor, torch.from_numpy(row).unsqueeze(0))[0].permute(1, 2, 0) * 255
+
+    settled = distort_pixels(image, row)
+    np.testing.assert_allclose(image, expected.numpy(), atol=0.501, rtol=0)
+    assert leaves_unchanged(torch.from_numpy(settled).unsqueeze(0))
+    np.testing.assert_array_equal(settled[Photometric.MEAN_GREY :], row[Photometric.MEAN_GREY :])
+
+
+@pytest.mark.parametrize("column", range(Photometric.MEAN_GREY))
+def test_parameters_that_change_an_image_are_recognised(column: int) -> None:
+    rows = torch.from_numpy(np.stack([identity_photometric()] * 3))
+    assert leaves_unchanged(rows)
+    rows[1, column] += 0.125
+    assert leaves_unchanged(rows) == (column == Photometric.CONTRAST_FIRST)
 
 
 def test_the_carried_mean_grey_costs_less_than_a_level() -> None:

@@ -28,8 +28,7 @@ def mixed_batch(
         samples: one micro-batch, all on canvases of one size; a single sample is returned unchanged.
         image_ids: image id of each sample.
     """
-    mixing = (settings.mosaic_probability, settings.copy_paste_probability, settings.mixup_probability)
-    if len(samples) < 2 or not any(mixing):
+    if len(samples) < 2 or not settings.mixes:
         return list(samples)
     return [
         _mixed(index, samples, keyed_generator("mixing", seed, epoch, image_id), settings)

@@ -1,7 +1,7 @@
 """Photometric distortion and multi-scale resize: the augmentations that run on the device, for a whole batch at once.
 
 Nothing is random here: the parameters were drawn with each sample (`photometric_parameters.py`), so a sample does not
-depend on the batch that it is in.
+depend on the batch that it is in. A training on the CPU distorts where images are decoded (`photometric_pixels.py`).
 """
 
 import torch
@@ -40,6 +40,12 @@ def photometric_distort(images: Tensor, parameters: Tensor) -> Tensor:
     channels = parameters[:, Photometric.RED_FROM : Photometric.BLUE_FROM + 1].long()  # [B, 3]
     distorted = distorted[torch.arange(len(images), device=images.device).unsqueeze(1), channels]
     return distorted.mul_(_inside(parameters, images.shape[-2], images.shape[-1]))
+
+
+def leaves_unchanged(parameters: Tensor) -> bool:
+    """Whether `photometric_distort` with these parameters [B, P], in host memory, would change no image."""
+    changing = parameters[:, [c for c in Photometric if c < Photometric.MEAN_GREY and c != Photometric.CONTRAST_FIRST]]
+    return bool((changing == changing.new_tensor([1, 1, 1, 0, 0, 1, 2])).all())
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -79,7 +79,8 @@ def augmented_sample(
 
     # Pixels are decoded as small as the view allows.
     pixels = decode_rgb(image.encoded, image.width, image.height, view.divisor)
-    photometric[Photometric.MEAN_GREY] = mean_grey(pixels)
+    if photometric[Photometric.CONTRAST] != 1 or settings.mixes:
+        photometric[Photometric.MEAN_GREY] = mean_grey(pixels)
     photometric[Photometric.LEFT :] = view.region
     return Sample(
         image=crop_and_place(pixels, view, canvas, view.divisor),

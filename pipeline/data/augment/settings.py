@@ -51,6 +51,11 @@ class AugmentSettings:
                 " of the others"
             )
 
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are made of several images."""
+        return any((self.mosaic_probability, self.copy_paste_probability, self.mixup_probability))
+
     def clean(self) -> "AugmentSettings":
         """Settings of the last epochs: flip and resize alone."""
         return replace(

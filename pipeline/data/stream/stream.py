@@ -50,6 +50,7 @@ class StreamSettings:
     canvas: tuple[int, int]  # height, width
     augment: AugmentSettings
     augment_epochs: int | None = None  # strong augmentation ends before this epoch; None: never
+    distort_on_device: bool = True  # colours; False: where images are decoded
     seed: int = 0
     window_rows: int | None = None  # rows that are shuffled together; default: see `training_plan`
     decode_in: DecodeIn = "task"
@@ -95,7 +96,9 @@ def training_stream(
     collective, and so is a `next` now and then: all workers must consume their streams in step.
     """
     plan = training_plan(shards, settings)
-    augmentation = Augmentation(settings.seed, settings.augment, settings.augment_epochs)
+    augmentation = Augmentation(
+        settings.seed, settings.augment, settings.augment_epochs, distort=not settings.distort_on_device
+    )
     decoding = DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation)
     run = _WorkerStream(
         locate_row_groups(shards), plan, decoding, settings.decode_in, settings.prefetch, rank, world_size, broadcast

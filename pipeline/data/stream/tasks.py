@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.mixing import mixed_batch
 from pipeline.data.augment.photometric_parameters import identity_photometric
+from pipeline.data.augment.photometric_pixels import distort_pixels
 from pipeline.data.augment.samples import Sample, augmented_sample, plain_sample, without_crowd
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.reader import ROW_TYPE, RowGroups, Rows, read_row_groups, take_rows
@@ -57,6 +58,7 @@ class Augmentation:
     seed: int
     settings: AugmentSettings
     strong_epochs: int | None  # strong augmentation ends before this epoch; None: never
+    distort: bool = False  # also the colours, which otherwise is left to the training device
 
     def of_epoch(self, epoch: int) -> AugmentSettings:
         """Settings of one epoch."""
@@ -142,7 +144,8 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
         decoded, names, failures = _decoded_micro_batch(records[first : first + count], epoch, settings)
         for i, sample in enumerate(decoded):
             images[k, i] = sample.image
-            photometric[k, i] = sample.photometric
+            distorts = settings.augmentation is not None and settings.augmentation.distort
+            photometric[k, i] = distort_pixels(images[k, i], sample.photometric) if distorts else sample.photometric
         samples += decoded
         kept += names
         replaced += [(k, image_id, reason) for image_id, reason in failures]
