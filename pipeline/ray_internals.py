@@ -6,9 +6,9 @@ name, and that no other file imports a private module. `ray_data_logging.yaml` n
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-from ray.data import DataContext
+from ray.data import DataContext, DataIterator, Dataset
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
@@ -17,9 +17,13 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.interfaces import PhysicalOperator
 from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.data._internal.execution.streaming_executor_state import Topology
+from ray.data._internal.iterator.stream_split_iterator import SplitCoordinator, StreamSplitDataIterator
 from ray.data._internal.logging import configure_logging
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import StreamingSplit
 
 ADMISSION = "ray_dfine.admission"  # key of the DataContext
+NODE_ID_LABEL = "ray.io/node-id"  # that Ray gives every node
 
 
 class Admission(Protocol):
@@ -56,6 +60,24 @@ class AdmissionPolicy(BackpressurePolicy):
     def can_add_input(self, op: PhysicalOperator) -> bool:
         """Implement Ray's interface."""
         return self._admission.may_start_task(op.name, op.estimate_object_store_usage)
+
+
+def split_on_node(dataset: Dataset, count: int, node: str) -> list[DataIterator]:
+    """Split a dataset as `dataset.streaming_split(count, equal=True)` does, with the coordinator on another node than this one.
+
+    Args:
+        node: its id.
+    """
+    split = StreamingSplit(
+        num_splits=count, equal=True, input_dependencies=[dataset._logical_plan.dag], locality_hints=None
+    )
+    split_dataset = Dataset._from_parent(dataset, LogicalPlan(split, dataset.context))
+    split_dataset._set_uuid(dataset._uuid)
+    actor: Any = SplitCoordinator
+    coordinator = actor.options(max_concurrency=count + 1, label_selector={NODE_ID_LABEL: node}).remote(
+        split_dataset, count, None
+    )
+    return [StreamSplitDataIterator(coordinator, index, count) for index in range(count)]
 
 
 def reload_data_logging() -> None:

@@ -20,6 +20,7 @@ ON_RAY = frozenset(
         "test_serve",
         "test_stream",
         "test_stream_in_train",
+        "test_stream_on_nodes",
         "test_train_on_ray",
         "test_user_mistakes",
     }

@@ -130,13 +130,13 @@ def test_segments_follow_each_other_without_a_seam(
     shards: ShardSet, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "BLOCK_STEPS", 2)
-    monkeypatch.setattr(stream, "EXECUTION_BLOCKS", 32)  # of 8 in a step of a group with room for four workers
+    monkeypatch.setattr(stream, "EXECUTION_BLOCKS", 64)  # of 8 in a step of a group with room for eight workers
     started: list[int] = []  # windows of each
     start = stream._WorkerStream._started
     monkeypatch.setattr(
         stream._WorkerStream,
         "_started",
-        lambda run, windows, first: started.append(len(windows)) or start(run, windows, first),
+        lambda run, windows, *given: started.append(len(windows)) or start(run, windows, *given),
     )
     assert sorted(b for received in streamed(shards, 2, 2, 20) for b in received) == planned(shards, 2, 20)
     assert started == [2, 2, 2, 2, 2, 2, 0, 0]
@@ -241,7 +241,8 @@ def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
         world_size=1,
         broadcast=lambda value: value,
     )
-    return run._dataset(list(plan.windows(0, plan.steps_per_epoch)), workers=range(1), start_step=0)
+    node = ray.get_runtime_context().get_node_id()
+        return run._dataset(list(plan.windows(0, plan.steps_per_epoch)), range(1), node, groups=1, start_step=0)
 
 
 def test_reading_and_decoding_stay_two_operators_with_one_row_per_block(shards: ShardSet, cluster: None) -> None:

@@ -3,9 +3,10 @@
 Two kinds of tasks. A read task takes a window of the plan, reads its row groups and yields blocks of encoded images; a decode
 task turns one block into pixels. They must stay two operators: fused, one task would decode a whole window on one core.
 
-Every few workers share a Ray Data execution with a coordinator process of its own (`streaming_split`), so that no process
-serves the whole cluster. Such a group reads only the lanes of its workers. A block holds several micro-batches of one lane, which
-divides the cost of a block's bookkeeping by their number; blocks are dealt to the workers of a group in turn.
+The workers of a node share a Ray Data execution, with a coordinator process of its own (`streaming_split`) on that node: no
+process serves the whole cluster. Such a group reads only the lanes of its workers, on its own node. A block holds several
+micro-batches of one lane, which divides the cost of a block's bookkeeping by their number; blocks are dealt to the workers of a
+group in turn.
 """
 
 import threading
@@ -26,15 +27,16 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import RowGroups, locate_row_groups
 from pipeline.data.stream.backpressure import bound_outputs
 from pipeline.data.stream.batch import Batch, batches_from_arrow
+from pipeline.data.stream.groups import GROUP_WORKERS, groups_of, nodes_of_workers
 from pipeline.data.stream.plan import BatchPlan, Window
 from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS, DecodeIn
 from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_block, read_window
+from pipeline.ray_internals import NODE_ID_LABEL, split_on_node
 
 T = TypeVar("T")
 Broadcast = Callable[[Any], Any]  # gives rank 0's value to every rank, as `broadcast_from_rank_zero` of Ray Train does
 
 MAX_WINDOW_BYTES = 1 << 30  # a read task holds its window in memory
-GROUP_WORKERS = 4  # workers that share a coordinator
 BLOCK_BYTES = 32 << 20  # aimed at for a decoded block
 BLOCK_STEPS = 32  # most steps of a block
 EXECUTION_BLOCKS = 4000  # of one execution of a group: its bookkeeping grows with its blocks
@@ -194,7 +196,8 @@ class _WorkerStream:
         processes. Until it is needed an execution holds a few blocks.
         """
         executions = self._executions(start_step, stop_step)
-        first = self._started(next(executions, []), start_step)
+        nodes = nodes_of_workers(self.world_size)
+        first = self._started(next(executions, []), nodes, start_step)
 
         def chained() -> Iterator[list[Batch]]:
             upcoming = first
@@ -204,7 +207,7 @@ class _WorkerStream:
                 asked = False
                 for block in blocks:
                     if not asked and block[-1].step >= middle:
-                        asked, upcoming = True, self._started(next(executions, []), start_step)
+                        asked, upcoming = True, self._started(next(executions, []), nodes, start_step)
                     yield block
 
         return chained()
@@ -222,15 +225,20 @@ class _WorkerStream:
         if execution:
             yield execution
 
-    def _started(self, windows: list[Window], start_step: int) -> tuple[list[Window], Iterator[list[Batch]]] | None:
+    def _started(
+        self, windows: list[Window], nodes: Sequence[str], start_step: int
+    ) -> tuple[list[Window], Iterator[list[Batch]]] | None:
         """Start an execution, and return its windows and this worker's blocks; None without windows. Collective."""
         if not windows:
             return None
         splits: list[DataIterator] | None = None
         if self.rank == 0:
             splits = []
-            for workers in self._groups():
-                splits += self._dataset(windows, workers, start_step).streaming_split(len(workers), equal=True)
+            groups = list(groups_of(nodes))
+            for workers in groups:
+                node = nodes[workers[0]]
+                dataset = self._dataset(windows, workers, node, len(groups), start_step)
+                splits += split_on_node(dataset, len(workers), node)
         split: DataIterator = self.broadcast(splits)[self.rank]
         to_blocks = _ToBlock(self.decoding, decode=self.decode_in == "worker", pin=self._feeds_gpu)
         blocks = split.iter_torch_batches(
@@ -239,13 +247,13 @@ class _WorkerStream:
         filled = (block.batches for block in cast(Iterator[_Block], iter(blocks)) if block.batches)
         return windows, _fetched_ahead(filled)
 
-    def _groups(self) -> Iterator[range]:
-        """Ranks that share a coordinator."""
-        for first in range(0, self.world_size, GROUP_WORKERS):
-            yield range(first, min(first + GROUP_WORKERS, self.world_size))
+    def _dataset(
+        self, windows: list[Window], workers: Sequence[int], node: str, groups: int, start_step: int
+    ) -> Dataset:
+        """Blocks of a group's lanes, one row each, in the order in which they are dealt to its workers.
 
-    def _dataset(self, windows: list[Window], workers: Sequence[int], start_step: int) -> Dataset:
-        """Blocks of a group's lanes, one row each, in the order in which they are dealt to its workers."""
+        Reading stays on the group's node, and so off a head node that is not for work. Decoding goes wherever cores are free.
+        """
         of_workers = [list(self.plan.lanes_of(rank, self.world_size)) for rank in workers]
         most = max(len(lanes) for lanes in of_workers)
         dealt = [[lanes[i] if i < len(lanes) else None for lanes in of_workers] for i in range(most)]
@@ -262,6 +270,7 @@ class _WorkerStream:
                 start_step=start_step,
             ),
             num_cpus=0,  # it waits for storage; reserving a core would take it from decoding
+            label_selector={NODE_ID_LABEL: node},
             compute=TaskPoolStrategy(size=min(self._reads, len(windows))),
             batch_size=None,
             batch_format="pyarrow",
@@ -269,7 +278,6 @@ class _WorkerStream:
         if self.decode_in == "worker":
             return encoded
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-        groups = -(-self.world_size // GROUP_WORKERS)
         return encoded.map_batches(
             partial(decode_block, settings=self.decoding),
             num_cpus=1,
