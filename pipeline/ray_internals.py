@@ -29,12 +29,13 @@ NODE_ID_LABEL = "ray.io/node-id"  # that Ray gives every node
 class Admission(Protocol):
     """Decides whether an operator of a running Ray Data pipeline may start another task."""
 
-    def may_start_task(self, operator: str, stored_bytes: Callable[[], int]) -> bool:
+    def may_start_task(self, operator: str, stored_bytes: Callable[[], int], idle: Callable[[], bool]) -> bool:
         """Decide for one operator; called in a loop by Ray Data's scheduler.
 
         Args:
             operator: its name, such as "MapBatches(decode)".
             stored_bytes: returns the bytes of the operator's output that still occupy the object store.
+            idle: returns whether no task of any operator is running.
         """
         ...
 
@@ -55,11 +56,15 @@ class AdmissionPolicy(BackpressurePolicy):
 
     def __init__(self, data_context: DataContext, topology: Topology, resource_manager: ResourceManager) -> None:
         super().__init__(data_context, topology, resource_manager)
+        self._topology = topology
         self._admission: Admission = data_context.get_config(ADMISSION)([op.name for op in topology])
 
     def can_add_input(self, op: PhysicalOperator) -> bool:
         """Implement Ray's interface."""
-        return self._admission.may_start_task(op.name, op.estimate_object_store_usage)
+        return self._admission.may_start_task(op.name, op.estimate_object_store_usage, self._idle)
+
+    def _idle(self) -> bool:
+        return all(op.num_active_tasks() == 0 for op in self._topology)
 
 
 def split_on_node(dataset: Dataset, count: int, node: str) -> list[DataIterator]:

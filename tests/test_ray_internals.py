@@ -79,6 +79,7 @@ def test_private_members_in_use_still_exist() -> None:
     assert callable(BackpressurePolicy.can_add_input)
     assert callable(PhysicalOperator.estimate_object_store_usage)
     assert isinstance(PhysicalOperator.name, property)
+    assert callable(PhysicalOperator.num_active_tasks)
     assert context.logger.name == context.__file__
     assert collective_impl.logger.name == collective_impl.__name__
 
@@ -128,13 +129,18 @@ def test_only_an_operator_that_has_reached_its_bound_is_held_back(monkeypatch: p
     pauses: list[float] = []
     monkeypatch.setattr(backpressure.time, "sleep", pauses.append)
     rule = OutputBounds(["read", "decode"], {"decode": 100})
-    assert rule.may_start_task("read", lambda: 10**9)
-    assert rule.may_start_task("decode", lambda: 99)
+
+    def may_start(operator: str, stored_bytes: int, idle: bool = True) -> bool:
+        return rule.may_start_task(operator, lambda: stored_bytes, lambda: idle)
+
+    assert may_start("read", 10**9)
+    assert may_start("decode", 99)
+    assert not may_start("decode", 100, idle=False)
     assert pauses == []
-    assert [rule.may_start_task("decode", lambda: 100) for _ in range(9)] == [False] * 9
+    assert [may_start("decode", 100) for _ in range(9)] == [False] * 9
     assert pauses == [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.25, 0.25]
-    assert rule.may_start_task("decode", lambda: 0)
-    assert not rule.may_start_task("decode", lambda: 100)
+    assert may_start("decode", 0)
+    assert not may_start("decode", 100)
     assert pauses[-1] == 0.005
 
 

@@ -242,7 +242,7 @@ def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
         broadcast=lambda value: value,
     )
     node = ray.get_runtime_context().get_node_id()
-        return run._dataset(list(plan.windows(0, plan.steps_per_epoch)), range(1), node, groups=1, start_step=0)
+    return run._dataset(list(plan.windows(0, plan.steps_per_epoch)), range(1), node, groups=1, start_step=0)
 
 
 def test_reading_and_decoding_stay_two_operators_with_one_row_per_block(shards: ShardSet, cluster: None) -> None:

@@ -31,7 +31,7 @@ class OutputBounds:
         self._bounds = bounds
         self._pauses: dict[str, float] = {}  # seconds until the next check, by operator that is held back
 
-    def may_start_task(self, operator: str, stored_bytes: Callable[[], int]) -> bool:
+    def may_start_task(self, operator: str, stored_bytes: Callable[[], int], idle: Callable[[], bool]) -> bool:
         """Hold the operator back while its bound is reached; see `ray_internals.Admission`."""
         bound = self._bounds.get(operator)
         if bound is None:
@@ -40,8 +40,10 @@ class OutputBounds:
             self._pauses.pop(operator, None)
             return True
         # With no task running, Ray Data's scheduling loop has nothing to wait for and would call this again at once, for ever:
-        # most of a core. An operator is held back only while batches are ready, so a pause delays nobody. Each pause is about
-        # as long as the wait so far: output that is freed every second is noticed within one.
+        # most of a core. Batches are ready then, so a pause delays nobody. Each pause is about as long as the wait so far:
+        # output that is freed every second is noticed within one. While a task is running, a pause would delay its output.
+        if not idle():
+            return False
         pause = self._pauses.get(operator, SHORTEST_PAUSE)
         time.sleep(pause)
         self._pauses[operator] = min(2 * pause, LONGEST_PAUSE)

@@ -41,6 +41,9 @@ BLOCK_BYTES = 32 << 20  # aimed at for a decoded block
 BLOCK_STEPS = 32  # most steps of a block
 EXECUTION_BLOCKS = 4000  # of one execution of a group: its bookkeeping grows with its blocks
 READY_BATCHES = 3  # for each worker, beyond those that it has fetched
+QUEUED_TASKS = (
+    2  # decode tasks for each core: Ray Data learns of a finished task up to 0.1 s late, and the next one must not wait
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +284,7 @@ class _WorkerStream:
         return encoded.map_batches(
             partial(decode_block, settings=self.decoding),
             num_cpus=1,
-            compute=TaskPoolStrategy(size=max(1, -(-cores // groups))),
+            compute=TaskPoolStrategy(size=-(-QUEUED_TASKS * cores // groups)),
             batch_size=None,
             batch_format="pyarrow",
         )
