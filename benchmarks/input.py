@@ -145,7 +145,9 @@ def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, pro
     encoded = [
         table
         for window in plan.windows(0, steps)
-        for table in read_window(pa.Table.from_pylist([asdict(window)]), source, plan)
+        for table in read_window(
+            pa.Table.from_pylist([asdict(window)]), source, plan, lanes=[(0,)], block_steps=1, start_step=0
+        )
     ]
     decoding = DecodeSettings(
         settings.canvas, settings.micro_batch_size, Augmentation(settings.seed, settings.augment, strong_epochs=None)

@@ -1,11 +1,12 @@
 """CPU that the training stream costs per micro-batch, by process, for many workers: coordination alone, tiny images.
 
     python -m benchmarks.stream_scale --consumers 64
-    python -m benchmarks.stream_scale --consumers 64 --modes task --steps 400
+    python -m benchmarks.stream_scale --consumers 64 --modes task --steps 400 --pace 4
 
 Consumers are threads, spread over one process per node of eight as training workers would be over machines; they take
-their micro-batches in step. Images have 32 px, so that decoding costs little and bookkeeping is what remains. All CPU seconds
-are those of whole processes, from the operating system.
+their micro-batches in step, at a pace if one is given: for each consumer that waits, Ray Data looks a hundred times a second.
+Images have 32 px, so that decoding costs little and bookkeeping is what remains. All CPU seconds are those of whole processes,
+from the operating system.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Node:
     def pid(self) -> int:
         return os.getpid()
 
-    def run(self, steps: int) -> tuple[float, float, float]:
+    def run(self, steps: int, pace: float) -> tuple[float, float, float]:
         """Seconds to the first step, to the last, and CPU seconds of this process."""
         step_barrier = threading.Barrier(len(self.ranks))
         started_at, first_at, cpu = time.time(), [0.0], time.process_time()
@@ -99,6 +100,8 @@ class Node:
                 step_barrier.wait()
                 if step == 0:
                     first_at[0] = time.time()
+                elif pace:
+                    time.sleep(max(0, first_at[0] + step / pace - time.time()))
 
         threads = [threading.Thread(target=consume, args=(rank,)) for rank in self.ranks]
         for thread in threads:
@@ -159,7 +162,7 @@ class CpuByProcess:
         return {pid: (role, total - self._first.get(pid, 0.0)) for pid, (role, total) in self.last.items()}
 
 
-def measure(consumers: int, shards: str, mode: str, steps: int) -> None:
+def measure(consumers: int, shards: str, mode: str, steps: int, pace: float) -> None:
     """One mode: print CPU per micro-batch of each role, and of the busiest process that coordinates."""
     settings = StreamSettings(
         global_batch_size=consumers,
@@ -174,7 +177,7 @@ def measure(consumers: int, shards: str, mode: str, steps: int) -> None:
     workers = [make.remote(n, consumers, shards, settings, meeting) for n in range(nodes)]
     pids = set(ray.get([worker.pid.remote() for worker in workers]))
     cpu = CpuByProcess(pids)
-    results = ray.get([worker.run.remote(steps) for worker in workers])
+    results = ray.get([worker.run.remote(steps, pace) for worker in workers])
     by_process = cpu.stop()
     micro_batches = steps * consumers
     first, last = max(r[0] for r in results), max(r[1] for r in results)
@@ -203,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--consumers", type=int, default=64)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--pace", type=float, default=0, help="steps a second of the consumers; 0: as fast as they can")
     parser.add_argument("--modes", nargs="+", choices=("task", "worker"), default=["task", "worker"])
     parser.add_argument("--images", type=int, default=4096)
     args = parser.parse_args(argv)
@@ -211,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         shards = f"{folder}/train"
         prepare(synthetic_source(args.images, longest_side=32), shards, split="train", options=PrepareOptions())
         for mode in args.modes:
-            measure(args.consumers, shards, mode, args.steps)
+            measure(args.consumers, shards, mode, args.steps, args.pace)
     ray.shutdown()
 
 
