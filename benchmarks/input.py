@@ -30,11 +30,12 @@ from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.shards.manifest import ShardSet, load_shards
-from pipeline.data.shards.reader import locate_row_groups, read_row_groups
+from pipeline.data.shards.reader import RowGroups, locate_row_groups, read_row_groups
 from pipeline.data.shards.records import records_from_table
 from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.stream import stream
 from pipeline.data.stream.batch import Batch, batches_from_arrow
+from pipeline.data.stream.plan import BatchPlan, Window
 from pipeline.data.stream.stream import StreamSettings, training_plan, training_stream
 from pipeline.data.stream.tasks import Augmentation, DecodeSettings, decode_block, read_window
 from pipeline.ray_cluster import start_ray
@@ -90,7 +91,12 @@ def print_augmentation(shards: ShardSet) -> None:
     (table, *_) = read_row_groups(source, [0]).values()
     images = [
         augment_benchmark.Annotated(
-            r.image_id, r.image, r.width, r.height, r.boxes[~r.crowd], r.labels[~r.crowd].astype(np.int64)
+            image_id=r.image_id,
+            encoded=r.image,
+            width=r.width,
+            height=r.height,
+            boxes=r.boxes[~r.crowd],
+            labels=r.labels[~r.crowd].astype(np.int64),
         )
         for r in records_from_table(table)
     ]
@@ -142,13 +148,7 @@ def timed_pass(batches: Iterable[Batch], micro_batch_size: int) -> Pass:
 def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, processes: int, rounds: int) -> None:
     plan = training_plan(shards, settings)
     source = locate_row_groups(shards)
-    encoded = [
-        table
-        for window in plan.windows(0, steps)
-        for table in read_window(
-            pa.Table.from_pylist([asdict(window)]), source, plan, lanes=[(0,)], block_steps=1, start_step=0
-        )
-    ]
+    encoded = [table for window in plan.windows(0, steps) for table in micro_batches_of(window, source, plan)]
     decoding = DecodeSettings(
         settings.canvas, settings.micro_batch_size, Augmentation(settings.seed, settings.augment, strong_epochs=None)
     )
@@ -176,6 +176,12 @@ def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, pro
     for name, measured in passes.items():
         firsts = [p.first_batch for p in measured]
         line(f"first batch: {name}", f"{firsts[0]:.2f} s", f"then {statistics.median(firsts[1:] or firsts):.2f} s")
+
+
+def micro_batches_of(window: Window, source: RowGroups, plan: BatchPlan) -> Iterator[pa.Table]:
+    """Read a window, and yield the encoded micro-batches of its only lane."""
+    item = pa.Table.from_pylist([asdict(window)])
+    return read_window(item, source, plan, lanes=[(0,)], block_steps=1, start_step=0)
 
 
 def cpu_seconds() -> float:
@@ -238,7 +244,7 @@ def print_bytes_read(shards: ShardSet, settings: StreamSettings) -> None:
     plan, source = training_plan(shards, settings), locate_row_groups(shards)
     before, needed = bytes_read(), 0
     for window in plan.windows(0, plan.steps_per_epoch):
-        for table in read_window(pa.Table.from_pylist([asdict(window)]), source, plan):
+        for table in micro_batches_of(window, source, plan):
             needed += table.column("rows").chunk(0).nbytes
     ratio = (bytes_read() - before) / needed
     expected = 1 + statistics.mean(source.rows.tolist()) / (plan.steps_per_window * plan.global_batch_size)

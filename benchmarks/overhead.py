@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             seconds[ON_RAY].append(statistics.median(on_ray["speed/step_s"][1:]))
             waits.append(statistics.median(on_ray["speed/data_wait_share"][1:]))
             seconds[BARE_LOOP].append(bare_loop(content, folder))
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         for name, value in medians.items():
             print(f"{name:40}{1000 * value:8.0f} ms a step")
@@ -86,7 +86,8 @@ def bare_loop(content: dict[str, Any], folder: str) -> float:
     """Median seconds of a step of the loop alone, in two processes without Ray and MLflow."""
     queue: Any = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as meeting:
-        mp.spawn(bare_worker, args=(content, f"{folder}/bare", meeting, queue), nprocs=2)
+        processes: Any = mp  # spawn has no types
+        processes.spawn(bare_worker, args=(content, f"{folder}/bare", meeting, queue), nprocs=2)
     result: float = queue.get()
     return result
 

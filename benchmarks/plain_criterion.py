@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_iou, generalized_box_iou  # type: ignore[import-untyped]
+from torchvision.ops import box_iou, generalized_box_iou
 
 from dfine_core.config import LossConfig, ModelConfig
 from dfine_core.structures import DetectorOutput, QueryPredictions

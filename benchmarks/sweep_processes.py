@@ -67,7 +67,7 @@ def main() -> None:
             print("interrupted: the numbers cover what was done")
         ended = time.time()
         spent = cpu_seconds()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
         times = [json.loads(path.read_text()) for path in (folder / "runs/sweep/times").iterdir()]
         slots = args.gpus // args.gpus_per_trial
         for line in (
