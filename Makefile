@@ -22,7 +22,7 @@ test-slow: $(READY)
 
 demo: $(READY)
 	$(BIN)/dfine prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
-	$(BIN)/dfine train configs/demo.yaml --cluster configs/clusters/laptop.yaml
+	$(BIN)/dfine train configs/demo.yaml
 	@echo "images: demo/runs/demo/evaluation/final"
 	@echo "the run in MLflow: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/demo/runs/mlflow.db"
 

@@ -33,7 +33,7 @@ from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.data.shards.reader import RowGroups, locate_row_groups, read_row_groups
 from pipeline.data.shards.records import records_from_table
 from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.data.stream import stream
+from pipeline.data.stream import ray_executions
 from pipeline.data.stream.batch import Batch, batches_from_arrow
 from pipeline.data.stream.plan import BatchPlan, Window
 from pipeline.data.stream.stream import StreamSettings, training_plan, training_stream
@@ -214,7 +214,7 @@ def print_seams(shards: ShardSet, settings: StreamSettings) -> None:
     Every window is made an execution of Ray Data of its own.
     """
     plan = training_plan(shards, settings)
-    usual, stream.EXECUTION_BLOCKS = stream.EXECUTION_BLOCKS, 1  # every window its own
+    usual, ray_executions.EXECUTION_BLOCKS = ray_executions.EXECUTION_BLOCKS, 1  # every window its own
     stop = 3 * plan.steps_per_epoch
     waits: list[float] = []
     step_seconds, ready = 0.0, time.perf_counter()
@@ -224,7 +224,7 @@ def print_seams(shards: ShardSet, settings: StreamSettings) -> None:
             step_seconds = 1.5 * statistics.mean(waits[1:])
         time.sleep(step_seconds)
         ready = time.perf_counter()
-    stream.EXECUTION_BLOCKS = usual
+    ray_executions.EXECUTION_BLOCKS = usual
 
     seams = [window.first_step for window in plan.windows(0, stop)][2:]  # the step duration is set in the first
     epochs = [step for step in seams if step % plan.steps_per_epoch == 0]

@@ -28,8 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     from pipeline.config_files import load_cluster, parse_overrides
     from pipeline.training.chain import load_chain, run_chain
 
-    chain, steps = load_chain(args.chain, parse_overrides(args.set), load_cluster(args.cluster))
-    announce("pretrain-finetune", f"{args.chain}: {'planning' if args.dry_run else 'starting Ray'} …")
+    chain, steps = load_chain(
+        args.chain, parse_overrides(args.set), load_cluster(args.cluster) if args.cluster else None
+    )
+    announce("pretrain-finetune", f"{args.chain}: {'planning' if args.dry_run else 'starting'} …")
 
     # 2. Run the stages, or show the plan.
     if args.dry_run:
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(steps: Sequence["ResolvedStage"]) -> str:
     """Plan of every stage; for one whose data is missing, the commands that prepare it."""
+    from pipeline.config import Cluster
     from pipeline.training.dry_run import preview
 
     sections = []
@@ -49,7 +52,7 @@ def plan(steps: Sequence["ResolvedStage"]) -> str:
         if commands:
             sections.append("\n".join([title, "planned once its data is prepared:", *commands]))
         else:
-            sections.append(f"{title}\n{preview(step.experiment, step.cluster)}")
+            sections.append(f"{title}\n{preview(step.experiment, step.cluster or Cluster())}")
     return "\n\n".join(sections)
 
 

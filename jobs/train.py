@@ -1,12 +1,13 @@
-"""Train one experiment on Ray.
+"""Train one experiment: in this process on a machine without GPUs, else on Ray.
 
     dfine train configs/coco/dfine_s.yaml
     dfine train configs/small_data.yaml --set data.train=/shards/mine/train data.val=/shards/mine/val
     ray job submit --working-dir . -- python -m jobs.train configs/coco/dfine_s.yaml --cluster configs/clusters/one_node.yaml \\
         --set storage=$PWD/runs data.train=$PWD/shards/coco/train2017 data.val=$PWD/shards/coco/val2017
 
-The same command again resumes an interrupted run at its last checkpoint. --dry-run prints schedule, parameter groups, memory
-and hours, and ends. A file under configs/ is also found by its name there, coco/dfine_s.yaml, from any folder.
+With --cluster, one worker trains on Ray too. The same command again resumes an interrupted run at its last checkpoint.
+--dry-run prints schedule, parameter groups, memory and hours, and ends. A file under configs/ is also found by its name there,
+coco/dfine_s.yaml, from any folder.
 """
 
 import argparse
@@ -20,23 +21,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(parser(), argv)
 
     # 1. Check the user's files.
+    from pipeline.config import Cluster
     from pipeline.config_files import load_cluster, load_experiment, parse_overrides
 
     overrides = parse_overrides(args.set) | ({"name": args.name} if args.name else {})
     experiment = load_experiment(args.experiment, overrides)
-    cluster = load_cluster(args.cluster)
+    cluster = load_cluster(args.cluster) if args.cluster else None
 
     # 2. Check that there is data; still without PyTorch and Ray.
     from pipeline.training.context import resolve_data
 
     resolve_data(experiment.data)
-    announce("train", f"{args.experiment}: {'planning' if args.dry_run else 'starting Ray'} …")
+    announce("train", f"{args.experiment}: {'planning' if args.dry_run else 'starting'} …")
 
     # 3. Train, or show the plan.
     if args.dry_run:
         from pipeline.training.dry_run import preview
 
-        print(preview(experiment, cluster))
+        print(preview(experiment, cluster or Cluster()))
         return
     from pipeline.training.launch import launch
 

@@ -79,3 +79,36 @@ class Progress:
         )
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+
+
+class StepProgress:
+    """Progress of a training: it is told the step reached, which falls where the training rewinds to a checkpoint.
+
+    Args:
+        total: steps of the training.
+    """
+
+    def __init__(self, name: str, *, total: int) -> None:
+        self._name, self._total = name, total
+        self._bar: Progress | None = None
+        self.step = 0  # last one shown
+
+    def show(self, step: int, note: str) -> None:
+        """Show that `step` steps are done; nothing is drawn before the first call."""
+        if self._bar is None or step < self.step:
+            self._bar = Progress(self._name, total=self._total, unit="step", initial=step)
+        else:
+            self._bar.advance(step - self.step, note)
+        self.step = step
+
+    @staticmethod
+    def write(text: str) -> None:
+        """Print a line without disturbing the bar."""
+        Progress.write(text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)

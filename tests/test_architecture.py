@@ -100,8 +100,11 @@ ENTRANCES = {
     "ray": (
         *("pipeline/ray_cluster.py", "pipeline/ray_internals.py"),
         *("pipeline/data/doctor/examine.py", "pipeline/data/prepare/prepare.py"),
-        *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "stream")),
-        *(f"pipeline/training/{name}.py" for name in ("evaluation_task", "heartbeat", "launch", "preflight", "worker")),
+        *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "groups", "ray_executions")),
+        *(
+            f"pipeline/training/{name}.py"
+            for name in ("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "worker")
+        ),
         *("pipeline/predict/predict.py", "pipeline/serve/deployment.py"),
         *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),
     ),

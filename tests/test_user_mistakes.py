@@ -22,7 +22,7 @@ from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
 from pipeline.export.formats import ExportSource, write_safetensors
 from pipeline.ray_job import absolute_location
-from pipeline.training.launch import user_error_of
+from pipeline.training.on_ray import user_error_of
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 

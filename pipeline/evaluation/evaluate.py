@@ -17,7 +17,8 @@ from dfine_core.structures import Targets
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.settings import DecodeIn
-from pipeline.data.stream.stream import Broadcast, evaluation_stream
+from pipeline.data.stream.share import Broadcast
+from pipeline.data.stream.stream import evaluation_stream
 from pipeline.evaluation.analysis import confusion, precision_recall, tide_errors
 from pipeline.evaluation.coco_metrics import EQUAL, coco_numbers, difference, result_of, run_hotcoco
 from pipeline.evaluation.decoder_layers import LayerDiagnostics

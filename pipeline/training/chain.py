@@ -61,16 +61,18 @@ class ResolvedStage:
 
     stage: ChainStage
     experiment: Experiment
-    cluster: Cluster
+    cluster: Cluster | None  # None: this process, where one is enough
     missing: tuple[tuple[str, ...], ...]  # arguments of `dfine prepare` for shard sets that do not exist yet
 
 
-def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) -> tuple[Chain, list[ResolvedStage]]:
+def load_chain(
+    path: str | Path, overrides: dict[str, Any], cluster: Cluster | None
+) -> tuple[Chain, list[ResolvedStage]]:
     """Load a chain file, and the experiment and cluster of every stage.
 
     Args:
         overrides: values of single stages, `{"pretrain.schedule.epochs": 2}`, or of the chain, `{"storage": "s3://bucket/runs"}`.
-        cluster: default for stages without a cluster of their own.
+        cluster: default for stages without a cluster of their own; None: this process, where one is enough.
 
     Raises:
         ConfigError: with every problem of the chain, its experiments and its clusters.
@@ -97,7 +99,7 @@ def load_chain(path: str | Path, overrides: dict[str, Any], cluster: Cluster) ->
     return chain, steps
 
 
-def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cluster: Cluster) -> ResolvedStage:
+def _step(chain: Chain, number: int, folder: Path, overrides: dict[str, Any], cluster: Cluster | None) -> ResolvedStage:
     # The chain gives every run its name, storage and tracking, and all but the first their initial weights.
     stage = chain.stages[number]
     run = f"{chain.name}-{stage.name}"
@@ -184,10 +186,11 @@ def _run_stage(
     """Run one stage; return the 12 COCO numbers of its best weights."""
     from pipeline.ray_cluster import start_ray  # Ray and PyTorch, which reading a chain does without
     from pipeline.training import run_dir
+    from pipeline.training.in_process import is_enough
     from pipeline.training.launch import launch
 
     # 1. Prepare the shard sets that are missing.
-    if step.missing:
+    if step.missing and not (step.cluster is None and is_enough(step.experiment)):
         start_ray(dashboard=True)  # the training needs the dashboard
     for arguments in step.missing:
         if not _is_there(arguments[arguments.index("--out") + 1]):

@@ -16,7 +16,8 @@ from pipeline.training.schedule import Schedule
 if TYPE_CHECKING:  # the driver and Ray Train's controller import this module too, and need neither torch nor Ray Data
     import torch
 
-    from pipeline.data.stream.stream import Broadcast
+    from pipeline.data.stream.settings import DecodeIn
+    from pipeline.data.stream.share import Broadcast
     from pipeline.training.evaluation_task import SubmitEvaluation
 
 
@@ -90,6 +91,7 @@ class WorkerContext:
     device: "torch.device"
     broadcast: "Broadcast"  # rank 0's value on every rank; collective
     console: Console
+    decode_in: "DecodeIn | None" = None  # where images are decoded; None: where the experiment says
     report: Callable[[dict[str, float]], None] = lambda _: None  # metrics of an evaluation to Ray; collective
     submit_evaluation: "SubmitEvaluation | None" = None  # on rank 0, if evaluations are asynchronous
 

@@ -75,7 +75,7 @@ class Evaluator:
                 world_size=context.world_size,
                 broadcast=context.broadcast,
                 micro_batch_size=self._micro_batch,
-                decode_in="inline" if few else self._job.experiment.data.decode_in,
+                decode_in="inline" if few else context.decode_in or self._job.experiment.data.decode_in,
                 final=final,
             )
             if report is not None:

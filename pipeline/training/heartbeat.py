@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from pipeline.progress import Progress
+from pipeline.progress import Progress, StepProgress
 
 POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
@@ -150,9 +150,7 @@ class ProgressMonitor:
 
     def __init__(self, board: Any, *, name: str, steps: int, timeout_s: float) -> None:
         self._board, self._timeout_s = board, timeout_s
-        self._name, self._steps = name, steps
-        self._bar: Progress | None = None
-        self._shown = 0
+        self._progress = StepProgress(name, total=steps)
         self._named: dict[int, Heartbeat] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="progress")
@@ -160,7 +158,7 @@ class ProgressMonitor:
     @property
     def step(self) -> int:
         """Steps that the run has reached."""
-        return self._shown
+        return self._progress.step
 
     def __enter__(self) -> "ProgressMonitor":
         self._thread.start()
@@ -169,8 +167,7 @@ class ProgressMonitor:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._thread.join(timeout=10)
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
+        self._progress.__exit__(None, None, None)
 
     def _run(self) -> None:
         while True:
@@ -188,11 +185,7 @@ class ProgressMonitor:
         for text in update.messages:
             Progress.write(text)
         if update.step is not None:
-            if self._bar is None or update.step < self._shown:  # the workers rewound to a checkpoint
-                self._bar = Progress(self._name, total=self._steps, unit="step", initial=update.step)
-            else:
-                self._bar.advance(update.step - self._shown, update.note)
-            self._shown = update.step
+            self._progress.show(update.step, update.note)
         if silent := silent_workers(update, self._timeout_s, self._named):
             Progress.write(silent)
 

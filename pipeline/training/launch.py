@@ -5,41 +5,27 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
-
-from ray.train import (
-    ControllerError,
-    FailureConfig,
-    LoggingConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-    UserCallback,
-    WorkerGroupError,
-)
-from ray.train.torch import TorchConfig, TorchTrainer
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.reader import refuse_changed_files
-from pipeline.errors import UserError
-from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import submitted_job
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
 from pipeline.training.context import ResolvedData, TrainJob, resolve_data
-from pipeline.training.heartbeat import ProgressMonitor, start_progress_board
+from pipeline.training.in_process import is_enough, train_in_process
 from pipeline.training.init_weights import materialize_init, refuse_unreadable_weights
-from pipeline.training.preflight import Request, cpu_threads, problems_on_nodes, request_for
 from pipeline.training.schedule import Schedule, derive
-from pipeline.training.worker import train_worker
 
-FAILED_STARTS = 3  # of the workers, repeated without a step in between; the next one ends the run
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray Train's controller inherits it from this process
+if TYPE_CHECKING:  # a training in this process does without Ray
+    from ray.train import UserCallback
+
+    from pipeline.training.preflight import Request
 
 
 @dataclass(frozen=True)
@@ -70,17 +56,18 @@ class TrainResult:
 
 def launch(
     experiment: Experiment,
-    cluster: Cluster,
+    cluster: Cluster | None = None,
     *,
     resume: str | None = None,
     allow_changes: bool = False,
     profile_steps: int = 0,
     parent_run_id: str | None = None,
-    callbacks: Sequence[UserCallback] = (),
+    callbacks: "Sequence[UserCallback]" = (),
 ) -> TrainResult:
     """Train, or continue: the same call resumes a run that was interrupted.
 
     Args:
+        cluster: None trains in this process where one is enough, and elsewhere on the workers of an empty cluster file.
         resume: checkpoint of another run that this one continues.
         allow_changes: continue although the experiment or its data have changed since the run started.
         profile_steps: steps that rank 0 records with PyTorch's profiler.
@@ -107,13 +94,9 @@ def launch(
     )
     refuse_unreadable_weights(experiment.init, resume)
 
-    # 2. Connect to Ray, and size the request.
-    if cluster.address:
-        os.environ["RAY_ADDRESS"] = cluster.address
-    start_ray(dashboard=True)
-    request = request_for(
-        cluster, decodes=experiment.data.decode_in == "task", asynchronous_evaluation=experiment.evaluation.asynchronous
-    )
+    # 2. This process, or workers of Ray.
+    request = None if cluster is None and is_enough(experiment) else _request(cluster or Cluster(), experiment)
+    cluster = cluster or Cluster()
     with run_dir.driver_lock(run):
         # 3. A new run, or an unfinished one with the same settings and data.
         start = run_dir.begin_or_continue(
@@ -122,9 +105,8 @@ def launch(
 
         # 4. Derive the schedule, and check the nodes.
         schedule = _schedule(experiment, data, request, start)
-        problems = problems_on_nodes(request, run, [shards.uri for shards in (data.train, data.val) if shards])
-        if problems:
-            raise ConfigError("\n  ".join(["the cluster cannot run this:", *problems]))
+        if request is not None:
+            _refuse_problems_on_nodes(request, run, data)
         tracking = replace(tracking, run_key=start.tracking_key)
         if experiment.init:
             init = materialize_init(experiment.init, run, tracking.uri)
@@ -139,20 +121,48 @@ def launch(
             tracking=tracking,
             outbox_folder=run_dir.outbox_folder(run, start.tracking_key),
             resume=resume,
-            threads=cluster.threads_per_worker or cpu_threads(request),
+            threads=cluster.threads_per_worker or _threads(request),
             evaluation_resources={"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus},
             profile_steps=profile_steps,
             ray_job=submitted_job(),
             launched_at=launched_at,
         )
-        for text in (f"run {experiment.name} in {run}", f"{request}", *schedule.lines(), *_warnings(job, request)):
+        where = "in this process, on the CPU" if request is None else f"{request}"
+        for text in (f"run {experiment.name} in {run}", where, *schedule.lines(), *_warnings(job, request)):
             print(text, flush=True)
         return _train(job, cluster, request, tracking, callbacks)
 
 
-def _warnings(job: TrainJob, request: Request) -> list[str]:
+def _request(cluster: Cluster, experiment: Experiment) -> "Request":
+    """Connect to Ray, and size the request."""
+    from pipeline.ray_cluster import start_ray
+    from pipeline.training.preflight import request_for
+
+    if cluster.address:
+        os.environ["RAY_ADDRESS"] = cluster.address
+    start_ray(dashboard=True)
+    decodes, evaluates = experiment.data.decode_in == "task", experiment.evaluation.asynchronous
+    return request_for(cluster, decodes=decodes, asynchronous_evaluation=evaluates)
+
+
+def _refuse_problems_on_nodes(request: "Request", run: str, data: ResolvedData) -> None:
+    from pipeline.training.preflight import problems_on_nodes
+
+    problems = problems_on_nodes(request, run, [shards.uri for shards in (data.train, data.val) if shards])
+    if problems:
+        raise ConfigError("\n  ".join(["the cluster cannot run this:", *problems]))
+
+
+def _threads(request: "Request | None") -> int | None:
+    """PyTorch threads of a worker on the CPU, an equal share of the cores; None on GPUs leaves it to PyTorch."""
+    if request is not None and request.gpus:
+        return None
+    return max(1, (os.cpu_count() or 1) // (1 if request is None else request.most))
+
+
+def _warnings(job: TrainJob, request: "Request | None") -> list[str]:
     """What makes GPUs wait in every step; nothing on the CPU."""
-    if not request.gpus:
+    if request is None or not request.gpus:
         return []
     from pipeline.training.budget import launch_cost  # here: it builds the model, to count its kernels
 
@@ -163,15 +173,18 @@ def _warnings(job: TrainJob, request: Request) -> list[str]:
     return [warning] if warning else []
 
 
-def _schedule(experiment: Experiment, data: ResolvedData, request: Request, start: run_dir.RunStart) -> Schedule:
+def _schedule(
+    experiment: Experiment, data: ResolvedData, request: "Request | None", start: run_dir.RunStart
+) -> Schedule:
     """Schedule of the run; the same for every number of workers that the request allows.
 
     Raises:
         ConfigError: the largest number cannot share the global batch, or batch statistics would need even shares.
     """
+    least, most = (1, 1) if request is None else (request.least, request.most)
     images = data.train.manifest.images
-    schedule = derive(experiment, images=images, workers=request.most, micro_batch_size=start.micro_batch_size)
-    uneven = [n for n in range(request.least, request.most + 1) if schedule.micro_batches % n]
+    schedule = derive(experiment, images=images, workers=most, micro_batch_size=start.micro_batch_size)
+    uneven = [n for n in range(least, most + 1) if schedule.micro_batches % n]
     if uneven and experiment.numerics.sync_batch_norm:
         raise ConfigError(
             f"numerics.sync_batch_norm needs equal shares, and {schedule.micro_batches} micro-batches of a step cannot be shared"
@@ -183,24 +196,21 @@ def _schedule(experiment: Experiment, data: ResolvedData, request: Request, star
 def _train(
     job: TrainJob,
     cluster: Cluster,
-    request: Request,
+    request: "Request | None",
     tracking: TrackingSettings,
-    callbacks: Sequence[UserCallback],
+    callbacks: "Sequence[UserCallback]",
 ) -> TrainResult:
-    # Ray Train restarts failed workers; the board and the monitor outlive them.
-    board = start_progress_board()
-    os.environ[START_TIMEOUT] = str(cluster.start_timeout_s)
-    name = job.experiment.name or "training"
-    monitor = ProgressMonitor(board, name=name, steps=job.schedule.steps, timeout_s=cluster.heartbeat_timeout_s)
-    with monitor, _sigterm_interrupts():
+    with _sigterm_interrupts():
         try:
-            result = fit_with_restarts(lambda: _trainer(job, cluster, request, board, callbacks), lambda: monitor.step)
+            if request is None:
+                value = train_in_process(job)
+            else:
+                from pipeline.training.on_ray import train_on_ray
+
+                value = train_on_ray(job, cluster, request, callbacks)
         except BaseException as error:
             _finish_tracking(job, tracking, "FAILED" if isinstance(error, Exception) else "KILLED")
-            if (mistake := user_error_of(error)) is not None:
-                raise mistake from None
             raise
-    value: dict[str, Any] = result.return_value
     return TrainResult(
         run=job.run,
         step=value["step"],
@@ -210,76 +220,6 @@ def _train(
         tracking=tracking,
         run_id=value.get("run_id"),
     )
-
-
-def _trainer(
-    job: TrainJob, cluster: Cluster, request: Request, board: Any, callbacks: Sequence[UserCallback]
-) -> TorchTrainer:
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job, "board": board},
-        torch_config=TorchConfig(
-            backend="nccl" if request.gpus else "gloo", timeout_s=int(cluster.collective_timeout_s)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=request.most if request.least == request.most else (request.least, request.most),
-            use_gpu=request.gpus > 0,
-            resources_per_worker=request.per_worker,
-            placement_strategy=cluster.placement,
-            accelerator_type=cluster.accelerator_type,
-        ),
-        run_config=RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),  # always a new name: Ray would silently resume an old one
-            storage_path=storage.join(job.run, "ray"),
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures,
-                controller_failure_limit=0,  # `fit_with_restarts` has a better limit
-                max_preemption_failures=cluster.max_preemptions,
-            ),
-            callbacks=list(callbacks),
-            logging_config=LoggingConfig(log_level="ERROR"),  # `ProgressMonitor` names a worker that hangs
-        ),
-    )
-
-
-def fit_with_restarts(trainer: Callable[[], TorchTrainer], step: Callable[[], int]) -> Result:
-    """Run a trainer, and a new one where the workers could not be started; each continues from the newest checkpoint.
-
-    Ray Train counts failed starts over the whole run, and retries none that fails while the process group is set up. A long run
-    on nodes that come and go would end by this count. Here a step in between starts the count anew.
-
-    Args:
-        trainer: makes a new trainer.
-        step: steps that the run has reached.
-
-    Raises:
-        ControllerError: `FAILED_STARTS` more starts failed without a step in between.
-        WorkerGroupError: a worker failed more often than the cluster file allows.
-    """
-    failures, reached = 0, step()
-    while True:
-        try:
-            return trainer().fit()
-        except ControllerError as error:
-            failures = 1 if step() > reached else failures + 1
-            reached = step()
-            if failures > FAILED_STARTS:
-                raise
-            reason = (str(error.controller_failure).strip() or repr(error.controller_failure)).splitlines()[0]
-            print(
-                f"the workers did not start, {failures} of at most {FAILED_STARTS} times since step {reached}: {reason}",
-                flush=True,
-            )
-
-
-def user_error_of(error: BaseException) -> UserError | None:
-    """User error behind a failed training, if a worker met one."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    for failure in failures:
-        inner = getattr(failure, "cause", failure)  # Ray wraps the exception of its task
-        if isinstance(inner, UserError):
-            return inner
-    return None
 
 
 def _finish_tracking(job: TrainJob, tracking: TrackingSettings, status: Any) -> None:
@@ -294,7 +234,7 @@ def _finish_tracking(job: TrainJob, tracking: TrackingSettings, status: Any) -> 
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Turn SIGTERM, which `ray job stop` sends, into KeyboardInterrupt: Ray Train answers it by stopping the workers."""
+    """Turn SIGTERM, which `ray job stop` sends, into KeyboardInterrupt; Ray Train answers it by stopping the workers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

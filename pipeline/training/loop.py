@@ -167,7 +167,7 @@ def open_stream(job: TrainJob, context: WorkerContext, state: TrainState) -> Ite
         distort_on_device=context.device.type != "cpu",
         seed=experiment.seed,
         window_rows=experiment.data.window_rows,
-        decode_in=experiment.data.decode_in,
+        decode_in=context.decode_in or experiment.data.decode_in,
         prefetch=experiment.data.prefetch,
     )
     return training_stream(

@@ -206,10 +206,3 @@ def name_problem(name: str, address: str, environment: Mapping[str, str]) -> str
         f"{wrong}, where workers of other nodes cannot connect: set GLOO_SOCKET_IFNAME={interface} where Ray is started on"
         " that node, or mend its /etc/hosts"
     )
-
-
-def cpu_threads(request: Request) -> int | None:
-    """PyTorch threads of a worker on the CPU: an equal share of the cores. None on GPUs leaves it to PyTorch."""
-    if request.gpus:
-        return None
-    return max(1, (os.cpu_count() or 1) // request.most)

@@ -20,10 +20,13 @@ import ray
 
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_annotations
-from pipeline.data.stream import stream
+from pipeline.data.stream import ray_executions, stream
 from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.ray_executions import RayExecutions
 from pipeline.data.stream.settings import DecodeIn
-from pipeline.data.stream.stream import Broadcast, StreamSettings, evaluation_stream, training_plan, training_stream
+from pipeline.data.stream.share import Broadcast, WorkerShare
+from pipeline.data.stream.stream import StreamSettings, evaluation_stream, training_plan, training_stream
+from pipeline.data.stream.tasks import DecodeSettings
 from pipeline.ray_cluster import start_ray
 from tests.support.streams import SETTINGS, Seen, planned, planned_batches, seen
 from tests.support.synthetic_shards import stored_rows, synthetic_records, write_shards
@@ -129,12 +132,12 @@ def test_other_numbers_of_workers_continue_the_same_sequence(shards: ShardSet, c
 def test_segments_follow_each_other_without_a_seam(
     shards: ShardSet, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "BLOCK_STEPS", 2)
-    monkeypatch.setattr(stream, "EXECUTION_BLOCKS", 64)  # of 8 in a step of a group with room for eight workers
+    monkeypatch.setattr(ray_executions, "BLOCK_STEPS", 2)
+    monkeypatch.setattr(ray_executions, "EXECUTION_BLOCKS", 64)  # of 8 in a step of a group with room for eight workers
     started: list[int] = []  # windows of each
-    start = stream._WorkerStream._started
+    start = RayExecutions._started
     monkeypatch.setattr(
-        stream._WorkerStream,
+        RayExecutions,
         "_started",
         lambda run, windows, *given: started.append(len(windows)) or start(run, windows, *given),
     )
@@ -231,10 +234,10 @@ def test_windows_of_large_images_are_shortened(shards: ShardSet, monkeypatch: py
 
 def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
     plan = training_plan(shards, settings)
-    run = stream._WorkerStream(
+    share = WorkerShare(
         locate_row_groups(shards),
         plan,
-        stream.DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation=None),
+        DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation=None),
         settings.decode_in,
         settings.prefetch,
         rank=0,
@@ -242,7 +245,9 @@ def pipeline_of(shards: ShardSet, settings: StreamSettings) -> Any:
         broadcast=lambda value: value,
     )
     node = ray.get_runtime_context().get_node_id()
-    return run._dataset(list(plan.windows(0, plan.steps_per_epoch)), range(1), node, groups=1, start_step=0)
+    return RayExecutions(share)._dataset(
+        list(plan.windows(0, plan.steps_per_epoch)), range(1), node, groups=1, start_step=0
+    )
 
 
 def test_reading_and_decoding_stay_two_operators_with_one_row_per_block(shards: ShardSet, cluster: None) -> None:

@@ -23,7 +23,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.data.shards.manifest import load_shards
-from pipeline.data.stream import stream
+from pipeline.data.stream import ray_executions
+from pipeline.data.stream.stream import training_stream
 from tests.support.streams import SETTINGS, seen
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
@@ -35,11 +36,11 @@ head = ray.get_runtime_context().get_node_id()
 nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU"))
 assert len(nodes) == 2 and head not in nodes
 
-read = stream.read_window
+read = ray_executions.read_window
 coordinators, values, met = [], [None], Barrier(2)
 
 
-def split(dataset, count, node, split_on_node=stream.split_on_node):
+def split(dataset, count, node, split_on_node=ray_executions.split_on_node):
     splits = split_on_node(dataset, count, node)
     here = splits[0]._coord_actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
     coordinators.append((node, ray.get(here)))
@@ -53,9 +54,9 @@ def read_window(item, **kwargs):
 
 
 folder = sys.argv[2]
-stream.read_window = read_window
-stream.split_on_node = split
-stream.nodes_of_workers = lambda world_size: nodes
+ray_executions.read_window = read_window
+ray_executions.split_on_node = split
+ray_executions.nodes_of_workers = lambda world_size: nodes
 
 
 def worker(rank):
@@ -67,7 +68,7 @@ def worker(rank):
         met.wait()
         return received
 
-    batches = stream.training_stream(
+    batches = training_stream(
         load_shards(sys.argv[1]), SETTINGS, start_step=0, stop_step=16, rank=rank, world_size=2, broadcast=broadcast
     )
     return [seen(batch) for batch in batches]

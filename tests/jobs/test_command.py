@@ -187,7 +187,7 @@ def test_train_hands_its_flags_to_the_launch(
     launched: list[dict[str, Any]] = []
 
     def launch(experiment: Any, cluster: Any, **flags: Any) -> Any:
-        launched.append({"name": experiment.name, "workers": cluster.workers, **flags})
+        launched.append({"name": experiment.name, "workers": cluster and cluster.workers, **flags})
         return SimpleNamespace(summary=lambda: "done")
 
     monkeypatch.setattr(pipeline.training.launch, "launch", launch)

@@ -14,9 +14,10 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
+from pipeline import ray_cluster
 from pipeline.config import Cluster
 from pipeline.config_files import load_cluster
-from pipeline.training import launch
+from pipeline.training import launch, on_ray, preflight
 from pipeline.training.preflight import Request
 from tests.support.training_runs import experiment, shard_folders
 
@@ -42,12 +43,11 @@ class RecordedTrainer:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "7")  # taken back after the test
-    monkeypatch.setattr(launch, "start_ray", lambda **_: None)
-    monkeypatch.setattr(launch, "start_progress_board", lambda: None)
-    monkeypatch.setattr(launch, "request_for", lambda *_, **__: Request(2, 2, 0.0, {"CPU": 0.5}))
-    monkeypatch.setattr(launch, "cpu_threads", lambda _: 1)
-    monkeypatch.setattr(launch, "problems_on_nodes", lambda *_: [])
-    monkeypatch.setattr(launch, "TorchTrainer", RecordedTrainer)
+    monkeypatch.setattr(ray_cluster, "start_ray", lambda **_: None)
+    monkeypatch.setattr(on_ray, "start_progress_board", lambda: None)
+    monkeypatch.setattr(preflight, "request_for", lambda *_, **__: Request(2, 2, 0.0, {"CPU": 0.5}))
+    monkeypatch.setattr(preflight, "problems_on_nodes", lambda *_: [])
+    monkeypatch.setattr(on_ray, "TorchTrainer", RecordedTrainer)
 
     def start(cluster: Cluster) -> type[RecordedTrainer]:
         launch.launch(experiment(tmp_path, shard_folders(tmp_path)), cluster)
@@ -94,7 +94,7 @@ def test_a_failed_start_is_repeated_and_a_step_starts_the_count_anew(
     failing_at: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = FailingTrainer(failing_at)
-    assert launch.fit_with_restarts(lambda: cast(TorchTrainer, trainer), lambda: trainer.step) == "done"
+    assert on_ray.fit_with_restarts(lambda: cast(TorchTrainer, trainer), lambda: trainer.step) == "done"
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(failing_at)
     assert all(line.endswith("gloo: connection refused") for line in lines)
@@ -104,5 +104,5 @@ def test_a_failed_start_is_repeated_and_a_step_starts_the_count_anew(
 def test_the_fourth_failed_start_without_a_step_in_between_ends_the_run(failing_at: list[int], starts: int) -> None:
     trainer = FailingTrainer(failing_at)
     with pytest.raises(ControllerError, match="connection refused"):
-        launch.fit_with_restarts(lambda: cast(TorchTrainer, trainer), lambda: trainer.step)
+        on_ray.fit_with_restarts(lambda: cast(TorchTrainer, trainer), lambda: trainer.step)
     assert trainer.starts == starts

@@ -1,0 +1,63 @@
+"""Training in this process: on a machine without a GPU one worker is enough, and needs no Ray."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from pipeline.config import Experiment
+from pipeline.progress import StepProgress
+from pipeline.ray_job import submitted_job
+from pipeline.training.context import TrainJob, WorkerContext
+from pipeline.training.loop import train
+
+
+def is_enough(experiment: Experiment) -> bool:
+    """Whether this process can train alone, unless a cluster file says otherwise.
+
+    A GPU needs more images than one process decodes, an asynchronous evaluation needs a process of its own, and where there is a
+    cluster to join, it is used.
+    """
+    return not (
+        torch.cuda.is_available()
+        or experiment.evaluation.asynchronous
+        or os.environ.get("RAY_ADDRESS")
+        or submitted_job()
+    )
+
+
+def train_in_process(job: TrainJob) -> dict[str, Any]:
+    """Train to the end, and return the result of the run; errors as those of `loop.train`."""
+    with StepProgress(job.experiment.name or "training", total=job.schedule.steps) as progress:
+        context = WorkerContext(
+            rank=0,
+            world_size=1,
+            device=torch.device("cpu"),
+            broadcast=lambda value: value,
+            console=ProcessConsole(progress),
+            decode_in="inline",
+        )
+        return train(job, context)
+
+
+class ProcessConsole:
+    """Console of a training in this process; nobody waits for its heartbeats."""
+
+    def __init__(self, progress: StepProgress) -> None:
+        self._progress = progress
+
+    def heartbeat(self, step: int, activity: str) -> None:
+        """Do nothing."""
+
+    def working(self, step: int, activity: str) -> AbstractContextManager[None]:  # noqa: ARG002 - part of `Console`
+        """Do nothing around the block."""
+        return nullcontext()
+
+    def print(self, text: str) -> None:
+        """Print a line or a table."""
+        self._progress.write(text)
+
+    def progress(self, step: int, note: str) -> None:
+        """Move the progress line."""
+        self._progress.show(step, note)

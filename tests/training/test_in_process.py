@@ -1,0 +1,138 @@
+"""A training in one process without Ray: when it is chosen, and that it is the training that Ray would run."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.training import checkpoint, in_process
+from tests.support.training_runs import experiment, shard_folders
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+# The command, and the packages that it must do without.
+TRAIN = """
+import sys
+from jobs.train import main
+main(sys.argv[1:])
+print("imported:", *sorted({"ray", "optuna", "transformers"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "gpu", "address", "job", "enough"),
+    [
+        (False, False, None, None, True),
+        (True, False, None, None, False),
+        (False, True, None, None, False),
+        (False, False, "auto", None, False),
+        (False, False, None, '{"metadata": {"job_submission_id": "raysubmit_1"}}', False),
+    ],
+)
+def test_one_process_is_enough_on_a_cpu_without_a_cluster_to_join(
+    asynchronous: bool,
+    gpu: bool,
+    address: str | None,
+    job: str | None,
+    enough: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name, value in (("RAY_ADDRESS", address), ("RAY_JOB_CONFIG_JSON_ENV_VAR", job)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    setting = experiment(tmp_path, shard_folders(tmp_path), evaluation={"asynchronous": asynchronous})
+    assert in_process.is_enough(setting) == enough
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    content = {
+        "storage": str(folder / "runs"),
+        "data": shard_folders(folder, images=48),
+        "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
+        "schedule": {"steps": STEPS, "global_batch_size": 8, "no_aug_epochs": 0, "micro_batch_size": 4},
+        "evaluation": {"every_steps": 3, "num_images": 1},
+        "checkpoints": {"every_steps": 2},
+        "tracking": {"every_steps": 1},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    cluster = {"workers": 1, "gpus_per_worker": 0, "threads_per_worker": os.cpu_count()}
+    (folder / "ray.yaml").write_text(yaml.safe_dump(cluster))
+    return folder
+
+
+def start(folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", TRAIN, str(folder / "run.yaml"), "--name", name, *flags]
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(folder: Path, name: str, *flags: str) -> str:
+    """Run to the end; what it printed."""
+    code = start(folder, name, *flags).wait(timeout=400)
+    said = (folder / f"{name}.log").read_text()
+    assert code == 0, said[-4000:]
+    return said
+
+
+def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
+    place = folder / "runs" / name / "checkpoints" / checkpoint.step_folder(STEPS)
+    return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
+
+
+def metrics_of(folder: Path, name: str) -> list[tuple[str, int, float]]:
+    """Losses and evaluations in the tracking database; speeds and loads differ from run to run."""
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        ((run, status),) = database.execute("select run_uuid, status from runs where name = ?", (name,)).fetchall()
+        assert status == "FINISHED"
+        query = "select key, step, value from metrics where run_uuid = ? order by key, step, rowid"
+        rows = database.execute(query, (run,)).fetchall()
+    kept = [row for row in rows if row[0].startswith(("train/", "val/", "best/")) and "seconds" not in row[0]]
+    assert len({row[:2] for row in kept}) == len(kept) > 50
+    return kept
+
+
+def assert_equal_runs(folder: Path, one: str, other: str) -> None:
+    ours, theirs = tensors_of(folder, one), tensors_of(folder, other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert metrics_of(folder, one) == metrics_of(folder, other)
+
+
+def test_a_killed_training_in_one_process_continues_bitwise_and_needs_no_ray(folder: Path) -> None:
+    said = finish(folder, "undisturbed")
+    assert "in this process, on the CPU" in said
+    assert said.splitlines()[-1].strip() == "imported:"
+
+    killed = start(folder, "killed")
+    checkpoints = str(folder / "runs" / "killed" / "checkpoints")
+    for _ in range(2000):
+        if checkpoint.steps_in(checkpoints) or killed.poll() is not None:
+            break
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, (folder / "killed.log").read_text()[-4000:]
+    assert "continuing at step" in finish(folder, "killed")
+    assert_equal_runs(folder, "undisturbed", "killed")
+
+
+@pytest.mark.slow
+def test_it_is_the_training_that_one_worker_of_ray_runs(folder: Path) -> None:
+    finish(folder, "here")
+    assert "imported: ray" in finish(folder, "on-ray", "--cluster", str(folder / "ray.yaml"))
+    assert_equal_runs(folder, "here", "on-ray")
