@@ -60,8 +60,8 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     if not leaves_unchanged(batch.photometric):  # as when the colours were distorted where the images were decoded
         images = photometric_distort(images, batch.photometric.to(state.device, non_blocking=True))
     images = resize_images(images, size)
-    if state.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if state.channels_last else torch.contiguous_format
+    images = images.contiguous(memory_format=layout)
     generator = torch.Generator(state.device)
     generator.manual_seed(int(np.random.SeedSequence((seed, batch.step, batch.micro_batch)).generate_state(1)[0]))
     return MicroBatch(images, targets, sample_queries_for(config, targets, generator))

@@ -157,8 +157,8 @@ class RayExecutions:
         height, width = self.share.decoding.canvas
         bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
         if self.share.decode_in == "task":
-            ready = -(-READY_BATCHES // self._block_steps)
-            blocks = workers * (self._prefetched_blocks + ready)
+            in_use, ready = 1, max(2, -(-READY_BATCHES // self._block_steps))
+            blocks = workers * (in_use + self._prefetched_blocks + ready)
             block_bytes = self._block_steps * self.share.plan.micro_batch_size * height * width * 3
             bounds["MapBatches(decode_block)"] = blocks * block_bytes
         bound_outputs(context, bounds)
