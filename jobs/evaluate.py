@@ -8,8 +8,8 @@ The metrics are those of pycocotools. --out writes the report with its figures, 
 """
 
 import argparse
-import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from jobs.command import announce, at_least, command_parser, location, parsed, refuse_missing, user_errors
@@ -44,27 +44,36 @@ def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batc
     import torch
 
     from pipeline import storage
-    from pipeline.evaluation.detections import to_coco_json
-    from pipeline.evaluation.evaluate import collect_detections, compute_report
-    from pipeline.evaluation.ground_truth import read_ground_truth
+    from pipeline.evaluation.detections import coco_json_writer
+    from pipeline.evaluation.evaluate import evaluate as evaluate_detector
     from pipeline.evaluation.sample_images import sample_images
     from pipeline.ray_cluster import start_ray
 
-    # 1. Detect, and compare with the ground truth.
+    # 1. Detect, write the detections, and compare them with the ground truth.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = loaded.detector.to(device)
     start_ray()
-    output = collect_detections(detector, shards, device=device, micro_batch_size=batch_size, progress=True)
-    assert output is not None
-    report = compute_report(output, read_ground_truth(shards), final=True)
+    with ExitStack() as files:
+        on_detections = None
+        if out is not None:
+            stream = files.enter_context(storage.open_atomic(storage.join(out, "detections.json")))
+            on_detections = files.enter_context(coco_json_writer(stream, shards.manifest.categories))
+        report = evaluate_detector(
+            detector,
+            shards,
+            device=device,
+            micro_batch_size=batch_size,
+            final=True,
+            progress=True,
+            on_detections=on_detections,
+        )
+    assert report is not None  # it is the only rank
     print(report.table())
     if out is None:
         return
 
-    # 2. Write report, detections and sample images.
+    # 2. Write report and sample images.
     report.write(out)
-    rows = to_coco_json(output.detections, shards.manifest.categories)
-    storage.write_atomic(storage.join(out, "detections.json"), json.dumps(rows).encode())
     for name, content in sample_images(detector, shards, device=device, count=num_images):
         storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), content)
     print(f"report, detections and images: {out}")

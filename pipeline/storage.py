@@ -87,6 +87,14 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
         return bytes(stream.read())
 
 
+@contextmanager
+def open_random(uri: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a file to read parts of it, by `seek` and `read`; FileNotFoundError if it does not exist."""
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as stream:
+        yield stream
+
+
 def read_json(uri: str | os.PathLike[str], *keys: str) -> Any:
     """Read a JSON file; FileNotFoundError if it does not exist.
 
@@ -106,18 +114,21 @@ def read_json(uri: str | os.PathLike[str], *keys: str) -> Any:
     return content
 
 
-def write_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
-    """Write a whole file; a reader never sees a part of it."""
-    with open_atomic(uri) as stream:
+def write_atomic(uri: str | os.PathLike[str], data: bytes, *, durable: bool = True) -> None:
+    """Write a whole file; a reader never sees a part of it. For `durable` see `open_atomic`."""
+    with open_atomic(uri, durable=durable) as stream:
         stream.write(data)
 
 
 @contextmanager
-def open_atomic(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def open_atomic(uri: str | os.PathLike[str], *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a stream into a file that appears under its name only if the block ends without an error.
 
     On a disk the data goes to a temporary name in the same folder, then is renamed. An object store receives the finished
     file in one upload: closing its own stream after an error would publish the part that was written.
+
+    Args:
+        durable: the file survives a crash of the machine; the disk is waited for.
     """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
@@ -134,7 +145,8 @@ def open_atomic(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with temporary.open("wb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -92,7 +92,7 @@ ENTRANCES = {
         ),
     ),
     "pycocotools": ("pipeline/evaluation/coco_metrics.py",),
-    "hotcoco": ("pipeline/evaluation/analysis.py", "pipeline/evaluation/coco_metrics.py"),
+    "hotcoco": tuple(f"pipeline/evaluation/{name}.py" for name in ("analysis", "coco_metrics", "error_types")),
     "yaml": (
         *("pipeline/config_files.py", "pipeline/data/sources/yolo.py"),
         *(f"pipeline/training/{name}.py" for name in ("checkpoint", "dry_run", "run_log")),

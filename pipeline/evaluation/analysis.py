@@ -1,8 +1,4 @@
-"""Error analysis: precision over recall, confusion of classes, and TIDE's split of the lost AP.
-
-TIDE and the confusion matrix are hotcoco's. On random scenes its TIDE gives the same counts and differences as the authors' own
-program; it averages over the classes that have boxes to find, as COCO does.
-"""
+"""Error analysis: precision over recall, and confusion of classes, which hotcoco counts."""
 
 from dataclasses import dataclass
 
@@ -16,14 +12,6 @@ from pipeline.evaluation.ground_truth import GroundTruth
 
 CONFUSION_SCORE = 0.25  # detections below it would hardly be used
 CONFUSION_IOU = 0.5
-TIDE_NAMES = {
-    "classification": "Cls",
-    "localisation": "Loc",
-    "both": "Both",
-    "duplicate": "Dupe",
-    "background": "Bkg",
-    "missed": "Miss",
-}
 
 
 @dataclass(frozen=True)
@@ -45,21 +33,6 @@ class Confusion:
     iou: float
 
 
-@dataclass(frozen=True)
-class Errors:
-    """TIDE at IoU 0.5 (0.1 for background): number of each error, and the AP50 gained if it alone were corrected.
-
-    A false positive is one of five: *classification* — it covers a box of another class; *localisation* — it overlaps a box of
-    its class, but below 0.5; *both*; *duplicate* — a better detection has the box; *background* — there is no object. *missed* is
-    a true box that no false positive of the first two kinds accounts for.
-
-    Source: Bolya et al., arXiv:2008.08115.
-    """
-
-    gain: dict[str, float]  # AP50 gained, in [0, 1]; by `TIDE_NAMES`
-    count: dict[str, int]
-
-
 def precision_recall(result: CocoResult) -> Curves:
     """Average the precision curves over classes."""
     known = ~np.isnan(result.precision[0, 0])  # [K]
@@ -68,26 +41,21 @@ def precision_recall(result: CocoResult) -> Curves:
     return Curves(recall=RECALLS, iou=IOU_THRESHOLDS, mean=mean, per_class=result.precision[0].T)
 
 
-def confusion(ground_truth: GroundTruth, table: DetectionTable, *, score: float = CONFUSION_SCORE) -> Confusion:
-    """Count which class is detected as which."""
-    kept = table[table.score >= score]
+def confusion(matrix: NDArray[np.int64], ground_truth: GroundTruth) -> Confusion:
+    """Complete the sum of the matrices of all images that have detections: the boxes of the others are missed, too."""
+    matrix = matrix.copy()
+    matrix[:-1, -1] = ground_truth.boxes_of_class - matrix[:-1, :-1].sum(1)
+    return Confusion(matrix, CONFUSION_SCORE, CONFUSION_IOU)
+
+
+def confusion_matrix(ground_truth: GroundTruth, table: DetectionTable) -> NDArray[np.int64]:
+    """Count which class is detected as which; those of several sets of images add up."""
+    kept = table[table.score >= CONFUSION_SCORE]
     kept = kept[~_in_crowd(ground_truth, kept)]
-    run = prepared_hotcoco(ground_truth, kept)
+    run = prepared_hotcoco(ground_truth, kept, range(len(ground_truth.categories)))
     result = run.confusion_matrix(iou_thr=CONFUSION_IOU, max_det=max(1, len(kept)))
-    return Confusion(result["matrix"].astype(np.int64), score, CONFUSION_IOU)
-
-
-def tide_errors(run: hotcoco.COCOeval) -> Errors:
-    """Split the lost AP50 by kind of error.
-
-    Args:
-        run: from `run_hotcoco`.
-    """
-    result = run.tide_errors(pos_thr=0.5, bg_thr=0.1)
-    return Errors(
-        gain={name: float(result["delta_ap"][short]) for name, short in TIDE_NAMES.items()},
-        count={name: int(result["counts"][short]) for name, short in TIDE_NAMES.items()},
-    )
+    matrix: NDArray[np.int64] = result["matrix"].astype(np.int64)
+    return matrix
 
 
 def _in_crowd(ground_truth: GroundTruth, table: DetectionTable) -> NDArray[np.bool_]:

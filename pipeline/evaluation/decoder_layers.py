@@ -7,8 +7,9 @@ can be compared.
 import math
 import re
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy, iou
@@ -64,16 +65,18 @@ class LayerDiagnostics:
         divergence = (softened[-1].exp() * (softened[-1] - softened)).sum(-1)
         return torch.stack([entropy, end_mass, divergence]).mean(-1).sum(-1)
 
-    def reduce(self, world_size: int) -> None:
-        """Sum over all workers. Collective, over the default process group."""
-        if world_size > 1:
-            everything = torch.cat([self._sums.flatten(), self._sums.new_tensor([self._pairs])])
-            dist.all_reduce(everything)
-            self._sums, self._pairs = everything[:-1].view_as(self._sums), int(everything[-1])
+    def state(self) -> NDArray[np.float64]:
+        """All sums and the number of pairs; states of several workers add up."""
+        return np.append(self._sums.cpu().numpy().ravel(), float(self._pairs))
 
-    def numbers(self) -> dict[str, float]:
-        """Means by name, "layers/iou_initial", "layers/iou_0", ...; NaN if no box was matched."""
-        means = (self._sums / (self._pairs or math.nan)).tolist()
+    def numbers(self, state: NDArray[np.float64] | None = None) -> dict[str, float]:
+        """Means by name, "layers/iou_initial", "layers/iou_0", ...; NaN if no box was matched.
+
+        Args:
+            state: summed over the workers; None for this one's own.
+        """
+        state = self.state() if state is None else state
+        means = (state[:-1].reshape(tuple(self._sums.shape)) / (state[-1] or math.nan)).tolist()
         iou_means, *distribution_means = means
         numbers = {"layers/iou_initial": iou_means[0]}
         numbers |= {f"layers/iou_{layer}": mean for layer, mean in enumerate(iou_means[1:])}

@@ -1,21 +1,18 @@
-"""Detections of many images as columns, gathered from all workers."""
+"""Detections of many images as columns."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dfine_core.model.postprocess import Detections
 from pipeline.data.shards.manifest import Category
-
-ROW = np.dtype(
-    [("image_id", "<i8"), ("label", "<i4"), ("score", "<f4"), ("box", "<f4", (4,))]
-)  # format between workers
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class DetectionTable:
     def __len__(self) -> int:
         return len(self.image_id)
 
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> Self:
+    def __getitem__(self, chosen: NDArray[np.bool_] | NDArray[np.intp]) -> Self:
         return type(self)(self.image_id[chosen], self.label[chosen], self.score[chosen], self.box[chosen])
 
     @classmethod
@@ -63,27 +60,12 @@ class DetectionTable:
 
 def concatenate(tables: Sequence[DetectionTable]) -> DetectionTable:
     """Concatenate the rows of all tables; without tables the result is empty."""
-    rows = [np.zeros(0, ROW), *(_packed(table) for table in tables)]
-    return _unpacked(np.concatenate(rows))
-
-
-def gather(table: DetectionTable, rank: int, world_size: int) -> DetectionTable | None:
-    """Gather the tables of all workers on rank 0; None on the others. Collective, over the default process group."""
-    if world_size == 1:
-        return table
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    counts = torch.zeros(world_size, dtype=torch.int64, device=device)
-    counts[rank] = len(table)
-    dist.all_reduce(counts)
-    rows = torch.zeros((int(counts.max()), ROW.itemsize), dtype=torch.uint8)  # the same number from every worker
-    rows[: len(table)] = torch.from_numpy(_packed(table).view(np.uint8).reshape(-1, ROW.itemsize))
-    rows = rows.to(device)
-    parts = [torch.empty_like(rows) for _ in range(world_size)] if rank == 0 else None
-    dist.gather(rows, parts, dst=0)
-    if parts is None:
-        return None
-    filled = [part[:count].cpu().numpy() for part, count in zip(parts, counts.tolist(), strict=True)]
-    return _unpacked(np.concatenate(filled).reshape(-1).view(ROW))
+    return DetectionTable(
+        image_id=np.concatenate([np.zeros(0, np.int64), *(table.image_id for table in tables)]),
+        label=np.concatenate([np.zeros(0, np.int32), *(table.label for table in tables)]),
+        score=np.concatenate([np.zeros(0, np.float32), *(table.score for table in tables)]),
+        box=np.concatenate([np.zeros((0, 4), np.float32), *(table.box for table in tables)]),
+    )
 
 
 def to_coco_json(table: DetectionTable, categories: Sequence[Category]) -> list[dict[str, Any]]:
@@ -97,12 +79,18 @@ def to_coco_json(table: DetectionTable, categories: Sequence[Category]) -> list[
     ]
 
 
-def _packed(table: DetectionTable) -> NDArray[np.void]:
-    rows = np.empty(len(table), ROW)
-    for name in ROW.names or ():
-        rows[name] = getattr(table, name)
-    return rows
+@contextmanager
+def coco_json_writer(stream: IO[bytes], categories: Sequence[Category]) -> Iterator[Callable[[DetectionTable], None]]:
+    """Write a COCO result file, table after table, by the function that the block receives."""
+    separator = b""
 
+    def write(table: DetectionTable) -> None:
+        nonlocal separator
+        rows = json.dumps(to_coco_json(table, categories))[1:-1].encode()
+        if rows:
+            stream.write(separator + rows)
+            separator = b", "
 
-def _unpacked(rows: NDArray[np.void]) -> DetectionTable:
-    return DetectionTable(**{name: np.ascontiguousarray(rows[name]) for name in ROW.names or ()})
+    stream.write(b"[")
+    yield write
+    stream.write(b"]")

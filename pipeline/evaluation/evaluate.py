@@ -1,14 +1,19 @@
-"""One evaluation: detect in every image of a shard set, on all workers, and compute the metrics on rank 0."""
+"""One evaluation: detect in every image of a shard set, on all workers, and compute the metrics on all of them.
+
+Each worker writes the detections in its images to files. Then each reads some classes of all images, and writes their metrics;
+rank 0 joins them. The result is the same for any number of workers.
+"""
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dfine_core import Detector
@@ -19,24 +24,28 @@ from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.settings import DecodeIn
 from pipeline.data.stream.share import Broadcast
 from pipeline.data.stream.stream import evaluation_stream
-from pipeline.evaluation.analysis import confusion, precision_recall, tide_errors
-from pipeline.evaluation.coco_metrics import EQUAL, coco_numbers, difference, result_of, run_hotcoco
+from pipeline.evaluation.analysis import confusion, precision_recall
+from pipeline.evaluation.class_shards import (
+    EXACT_SHARD_DETECTIONS,
+    SHARD_DETECTIONS,
+    ClassResults,
+    await_classes,
+    class_ranges,
+    evaluate_classes,
+    exact_images,
+    share_classes,
+)
+from pipeline.evaluation.coco_metrics import EQUAL, difference, result_of
 from pipeline.evaluation.decoder_layers import LayerDiagnostics
-from pipeline.evaluation.detections import DetectionTable, concatenate, gather
+from pipeline.evaluation.detections import DetectionTable
+from pipeline.evaluation.error_types import errors_of
+from pipeline.evaluation.exchange import exchange_folder
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
+from pipeline.evaluation.image_shards import ImageResults, await_image_shards, write_image_shard
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.progress import Progress
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EvaluationOutput:
-    """Detections in all images, with the diagnostics of the layers; on rank 0."""
-
-    detections: DetectionTable
-    layers: dict[str, float]  # see `LayerDiagnostics.numbers`
-    seconds: dict[str, float]  # rank 0: "data", waiting for images; "model", the rest
 
 
 def _itself(value: Any) -> Any:
@@ -52,131 +61,160 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     broadcast: Broadcast = _itself,
+    shared: str | None = None,
     micro_batch_size: int,
     decode_in: DecodeIn = "task",
     final: bool = False,
     progress: bool = False,
+    on_detections: Callable[[DetectionTable], None] | None = None,
 ) -> EvaluationReport | None:
     """Evaluate a detector; the report on rank 0, None on the others. Collective.
 
     Args:
         detector: evaluated in eval mode and float32; afterwards every part is in its former mode.
-        ground_truth: read from the shards if None; needed on rank 0 only.
+        ground_truth: read from the shards if None.
+        shared: folder or URI for files between several workers, which all of them can read and nothing else uses.
         micro_batch_size: images per batch and worker.
-        final: report the numbers of pycocotools, and compare them with hotcoco's.
+        final: report the numbers of pycocotools, or compare it with hotcoco on a sample of a large set.
         progress: display a progress bar, on rank 0.
+        on_detections: receives the detections of this worker, batch after batch.
     """
-    output = collect_detections(
-        detector,
+    ground_truth = read_ground_truth(shards) if ground_truth is None else ground_truth
+    diagnostics = LayerDiagnostics(detector.config, device)
+    batches = evaluation_stream(
         shards,
-        device=device,
+        canvas=detector.config.input_size,
+        micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world_size,
         broadcast=broadcast,
-        micro_batch_size=micro_batch_size,
         decode_in=decode_in,
-        progress=progress,
     )
-    if output is None:
-        return None
-    return compute_report(output, read_ground_truth(shards) if ground_truth is None else ground_truth, final=final)
+    number = ceil(shards.manifest.images / (micro_batch_size * world_size))
+    bar = Progress("evaluating", total=number, unit="batch") if progress and rank == 0 else nullcontext()
+    waiting = {"data": 0.0}
+
+    def tables() -> Iterator[DetectionTable]:
+        for batch in _timed(batches, waiting):
+            table = _detect_batch(detector, batch, diagnostics, device)
+            if on_detections is not None:
+                on_detections(table)
+            if visible_bar is not None:
+                visible_bar.advance(1)
+            yield table
+
+    with exchange_folder(shared, rank, world_size, broadcast) as folder:
+        started_at = time.perf_counter()
+        with bar as visible_bar, evaluation_mode(detector), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            analysis_s = write_image_shard(folder, rank, ground_truth, tables(), diagnostics.state)
+        detected_s = time.perf_counter() - started_at
+        seconds = waiting | {"model": detected_s - waiting["data"] - analysis_s, "analysis": analysis_s}
+        return _report(folder, ground_truth, diagnostics.numbers, seconds, rank, world_size, final)
 
 
-def collect_detections(
-    detector: Detector,
-    shards: ShardSet,
+def evaluate_detections(
+    tables: Iterable[DetectionTable],
+    ground_truth: GroundTruth,
     *,
-    device: torch.device,
     rank: int = 0,
     world_size: int = 1,
     broadcast: Broadcast = _itself,
-    micro_batch_size: int,
-    decode_in: DecodeIn = "task",
-    progress: bool = False,
-) -> EvaluationOutput | None:
-    """Detect in every image once; the detections on rank 0, None on the others. Collective.
-
-    Args: see `evaluate`.
-    """
-    # 1. This worker's images.
-    config = detector.config
-    batches = evaluation_stream(
-        shards,
-        canvas=config.input_size,
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-        broadcast=broadcast,
-        decode_in=decode_in,
-    )
-
-    # 2. Detect batch after batch; time spent waiting for images is counted apart.
-    diagnostics = LayerDiagnostics(config, device)
-    tables = []
-    waited, started_at = 0.0, time.perf_counter()
-    number = ceil(shards.manifest.images / (micro_batch_size * world_size))
-    bar = Progress("evaluating", total=number, unit="batch") if progress and rank == 0 else nullcontext()
-    with bar as visible_bar, evaluation_mode(detector), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        while True:
-            asked_at = time.perf_counter()
-            batch = next(batches, None)
-            waited += time.perf_counter() - asked_at
-            if batch is None:
-                break
-            tables.append(_detect_batch(detector, batch, diagnostics, device))
-            if visible_bar is not None:
-                visible_bar.advance(1)
-
-    # 3. Gather on rank 0.
-    table = gather(concatenate(tables), rank, world_size)
-    diagnostics.reduce(world_size)
-    if table is None:
-        return None
-    seconds = {"data": waited, "model": time.perf_counter() - started_at - waited}
-    return EvaluationOutput(table, diagnostics.numbers(), seconds)
-
-
-def compute_report(output: EvaluationOutput, ground_truth: GroundTruth, *, final: bool = False) -> EvaluationReport:
-    """Compute metrics and error analysis from the detections in all images of the ground truth.
+    shared: str | None = None,
+    final: bool = False,
+) -> EvaluationReport | None:
+    """Evaluate detections that are there already; like `evaluate`, without the behaviour of the layers.
 
     Args:
-        final: see `evaluate`.
+        tables: of this worker, each with all detections of its images.
     """
-    # 1. COCO metrics by hotcoco.
-    started_at = time.perf_counter()
-    run = run_hotcoco(ground_truth, output.detections)
-    fast = result = result_of(run, ground_truth)
-    seconds = output.seconds | {"evaluator": time.perf_counter() - started_at}
+    with exchange_folder(shared, rank, world_size, broadcast) as folder:
+        analysis_s = write_image_shard(folder, rank, ground_truth, tables, lambda: np.zeros(0))
+        return _report(folder, ground_truth, lambda _: {}, {"analysis": analysis_s}, rank, world_size, final)
 
-    # 2. The final numbers by pycocotools.
-    if final:
-        started_at = time.perf_counter()
-        result = coco_numbers(ground_truth, output.detections, evaluator="pycocotools")
-        seconds["pycocotools"] = time.perf_counter() - started_at
-        if difference(fast, result) > EQUAL:
+
+def _report(
+    folder: str,
+    ground_truth: GroundTruth,
+    layers: Callable[[NDArray[np.float64]], dict[str, float]],
+    seconds: dict[str, float],
+    rank: int,
+    world_size: int,
+    final: bool,
+) -> EvaluationReport | None:
+    """Evaluate this worker's classes; on rank 0 join those of all workers to a report."""
+    # 1. pycocotools sees all images of a small set, and a sample of a large one.
+    shards = await_image_shards(folder, world_size)
+    detections = shards.results.detections.sum(0)  # [K]
+    exact = exact_images(ground_truth, int(detections.sum())) if final else None
+
+    # 2. The classes of this worker, then those of all.
+    limit = EXACT_SHARD_DETECTIONS if exact is ground_truth else SHARD_DETECTIONS
+    overhead = 1 if exact is None else len(exact.image_id)
+    ranges = class_ranges(detections, limit, world_size, overhead=overhead)
+    own = {}
+    for classes in ranges[rank::world_size]:
+        results = evaluate_classes(shards, ground_truth, classes, exact, seconds)
+        if rank > 0:
+            share_classes(folder, classes, results)
+        else:
+            own[classes] = results
+    if rank > 0:
+        return None
+    every = await_classes(folder, ranges, own)
+    return _joined(shards.results, every, ground_truth, exact, layers(shards.results.layers), seconds)
+
+
+def _joined(
+    images: ImageResults,
+    classes: ClassResults,
+    ground_truth: GroundTruth,
+    exact: GroundTruth | None,
+    layers: dict[str, float],
+    seconds: dict[str, float],
+) -> EvaluationReport:
+    # 1. The numbers, by pycocotools if it has seen all images.
+    result, differ_by = result_of(classes.fast, ground_truth, "hotcoco"), None
+    if exact is not None:
+        assert classes.compared is not None
+        same, other = classes.compared
+        fast, slow = result_of(same, exact, "hotcoco"), result_of(other, exact, "pycocotools")
+        differ_by = difference(fast, slow)
+        if exact is ground_truth:
+            result = slow
+        if differ_by > EQUAL:
             log.error(
-                "hotcoco and pycocotools disagree by %.2g (AP %.6f and %.6f): pycocotools' numbers are reported, but those"
-                " of earlier evaluations and the error analysis are in doubt; try another version of hotcoco",
-                *(difference(fast, result), fast.numbers["AP"], result.numbers["AP"]),
+                "hotcoco and pycocotools disagree by %.2g on %d images (AP %.6f and %.6f): pycocotools is right, so numbers by"
+                " hotcoco and the error analysis are in doubt; try another version of hotcoco",
+                *(differ_by, len(exact.image_id), fast.numbers["AP"], slow.numbers["AP"]),
             )
 
-    # 3. Error analysis.
-    started_at = time.perf_counter()
-    curves, errors = precision_recall(result), tide_errors(run)
-    confusion_matrix = confusion(ground_truth, output.detections)
-    seconds["analysis"] = time.perf_counter() - started_at
+    # 2. The errors, with the missed boxes.
+    counted = ground_truth.counted_boxes_of_class
+    counts = np.append(images.false_positives, counted.sum() - images.accounted.sum())
     return EvaluationReport(
         numbers=result.numbers,
         per_class=result.per_class,
-        curves=curves,
-        confusion=confusion_matrix,
-        errors=errors,
-        layers=output.layers,
+        curves=precision_recall(result),
+        confusion=confusion(images.confusion, ground_truth),
+        errors=errors_of(counts, classes.gains, counted),
+        layers=layers,
         images=len(ground_truth.image_id),
         seconds=seconds,
         evaluator=result.evaluator,
-        agreement=difference(fast, result) if final else None,
+        agreement=differ_by,
+        agreement_images=None if exact is None else len(exact.image_id),
     )
+
+
+def _timed(batches: Iterator[Batch], waiting: dict[str, float]) -> Iterator[Batch]:
+    """Yield the batches, and add the seconds that they are waited for to `waiting`."""
+    while True:
+        asked_at = time.perf_counter()
+        batch = next(batches, None)
+        waiting["data"] += time.perf_counter() - asked_at
+        if batch is None:
+            return
+        yield batch
 
 
 @contextmanager

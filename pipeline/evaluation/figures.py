@@ -11,9 +11,10 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pipeline.evaluation.analysis import Confusion, Curves, Errors
+from pipeline.evaluation.analysis import Confusion, Curves
 from pipeline.evaluation.coco_metrics import ClassResult
 from pipeline.evaluation.decoder_layers import by_layer
+from pipeline.evaluation.error_types import Errors
 
 DPI = 110
 NAMED_CURVES = 10  # with more classes the curves have no names and colours

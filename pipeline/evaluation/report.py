@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from pipeline import storage
 from pipeline.evaluation import figures
-from pipeline.evaluation.analysis import Confusion, Curves, Errors
+from pipeline.evaluation.analysis import Confusion, Curves
 from pipeline.evaluation.coco_metrics import EQUAL, ClassResult, Evaluator
 from pipeline.evaluation.decoder_layers import by_layer
+from pipeline.evaluation.error_types import Errors
 from pipeline.evaluation.figures import format_number
 
 LOWEST_CLASSES = 5  # classes in the console table
@@ -34,6 +35,7 @@ class EvaluationReport:
     seconds: dict[str, float]  # by part: data, model, evaluator, analysis, and pycocotools where it ran
     evaluator: Evaluator  # program that computed `numbers`
     agreement: float | None  # largest difference between the programs, where both ran
+    agreement_images: int | None  # number of images that both evaluated
 
     @property
     def boxes(self) -> int:
@@ -75,7 +77,8 @@ class EvaluationReport:
             )
         if self.agreement is not None:
             verdict = "agree" if self.agreement <= EQUAL else "DISAGREE: see the log"
-            lines.append(f"  hotcoco and pycocotools {verdict}, largest difference {self.agreement:.1g}")
+            of = "" if self.agreement_images == self.images else f" on a sample of {self.agreement_images:,} images"
+            lines.append(f"  hotcoco and pycocotools {verdict}{of}, largest difference {self.agreement:.1g}")
         return "\n".join(lines)
 
     def figures(self) -> dict[str, Figure]:

@@ -1,14 +1,12 @@
 """Images on which exported files are compared with their detector, with ground truth if it is known."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dfine_core.images import read_image
@@ -59,7 +57,7 @@ def from_shards(shards: ShardSet, images: int) -> CheckSet:
             remaining -= taken
 
     description = f"the first {images} images of {shards.uri} (digest {shards.manifest.digest[:12]})"
-    return CheckSet(description, images, batches, select_images(ground_truth, ground_truth.image_id[:images]))
+    return CheckSet(description, images, batches, ground_truth.of_images(ground_truth.image_id[:images]))
 
 
 def from_files(paths: Sequence[Path], images: int) -> CheckSet:
@@ -88,21 +86,6 @@ def from_synthetic_images(images: int, longest_side: int) -> CheckSet:
         return _read_batches([(f"generated image {index}", encoded(index)) for index in range(images)], input_size)
 
     return CheckSet(f"{images} generated images", images, batches)
-
-
-def select_images(ground_truth: GroundTruth, image_ids: NDArray[np.int64]) -> GroundTruth:
-    """Ground truth limited to the given images."""
-    kept = np.isin(ground_truth.image_id, image_ids)
-    boxes = kept[ground_truth.image]
-    return replace(
-        ground_truth,
-        image_id=ground_truth.image_id[kept],
-        width=ground_truth.width[kept],
-        height=ground_truth.height[kept],
-        file_name=tuple(name for name, keep in zip(ground_truth.file_name, kept, strict=True) if keep),
-        image=(np.cumsum(kept) - 1)[ground_truth.image[boxes]],
-        **{name: getattr(ground_truth, name)[boxes] for name in ("box", "label", "area", "crowd")},
-    )
 
 
 def split_first_batch(batches: Iterator[CheckBatch]) -> Iterator[CheckBatch]:

@@ -65,6 +65,11 @@ class TrainJob:
         """Folder or URI of the run's checkpoints."""
         return storage.join(self.run, "checkpoints")
 
+    @property
+    def exchange(self) -> str:
+        """Folder or URI of files between the workers of an evaluation, while it lasts."""
+        return storage.join(self.run, "exchange")
+
 
 class Console(Protocol):
     """Sink for the progress of a worker."""

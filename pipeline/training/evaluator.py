@@ -62,7 +62,7 @@ class Evaluator:
         assert self._val is not None
         context, detector = self._context, state.averaged_detector
         with self._log.paused(), context.console.working(state.step, "evaluating"):
-            if context.rank == 0 and self._ground_truth is None:
+            if self._ground_truth is None:
                 self._ground_truth = read_ground_truth(self._val)
             # A small set is decoded by the workers themselves: starting Ray Data would take longer.
             few = self._val.manifest.images <= DECODED_INLINE * context.world_size
@@ -74,6 +74,7 @@ class Evaluator:
                 rank=context.rank,
                 world_size=context.world_size,
                 broadcast=context.broadcast,
+                shared=self._job.exchange,
                 micro_batch_size=self._micro_batch,
                 decode_in="inline" if few else context.decode_in or self._job.experiment.data.decode_in,
                 final=final,

@@ -4,6 +4,7 @@
     run.json        experiment and data digests at the first start
     driver.json     host, process and heartbeat of the driver
     checkpoints/    evaluation/    non_finite/    tracking/    ray/
+    exchange/       files between the workers of an evaluation, while it lasts
     result.json     once the run is finished
 """
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.data.shards.records import ImageRecord
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.evaluation import coco_metrics
-from pipeline.evaluation import evaluate as evaluation
-from pipeline.evaluation.evaluate import EvaluationOutput, collect_detections, compute_report, evaluate
-from pipeline.evaluation.ground_truth import read_ground_truth
+from pipeline.evaluation.detections import DetectionTable, concatenate
+from pipeline.evaluation.evaluate import evaluate, evaluate_detections
+from pipeline.evaluation.ground_truth import GroundTruth
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.sample_images import sample_images
 from tests.support import recorded
@@ -88,17 +89,33 @@ def test_a_detector_that_returns_the_ground_truth_scores_one(records: list[Image
 
 def _evaluate_on_rank(rank: int, world_size: int, folder: str, uri: str) -> None:
     torch.set_num_threads(1)
+
+    def broadcast(value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    shards = load_shards(uri)
-    output = collect_detections(
-        detector(), shards, device=CPU, rank=rank, world_size=world_size, micro_batch_size=4, decode_in="inline"
+    tables: list[DetectionTable] = []
+    report = evaluate(
+        detector(),
+        load_shards(uri),
+        device=CPU,
+        rank=rank,
+        world_size=world_size,
+        broadcast=broadcast,
+        shared=f"{folder}/exchange",
+        micro_batch_size=4,
+        decode_in="inline",
+        final=True,
+        on_detections=tables.append,
     )
-    assert (output is None) == (rank > 0)
-    if output is not None:
-        np.savez(Path(folder) / f"of_{world_size}.npz", **vars(output.detections))
-        metrics = compute_report(output, read_ground_truth(shards)).metrics()
-        (Path(folder) / f"of_{world_size}.json").write_text(json.dumps(metrics))
+    np.savez(Path(folder) / f"of_{world_size}-{rank}.npz", **vars(concatenate(tables)))
+    assert (report is None) == (rank > 0)
+    if report is not None:
+        (Path(folder) / f"of_{world_size}.json").write_text(json.dumps(report.metrics()))
+    assert not Path(folder, "exchange").exists() or rank > 0
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -106,11 +123,12 @@ def _evaluate_on_rank(rank: int, world_size: int, folder: str, uri: str) -> None
 def test_two_workers_find_what_one_finds(shards: ShardSet, records: list[ImageRecord], tmp_path: Path) -> None:
     _evaluate_on_rank(0, 1, str(tmp_path), shards.uri)
     mp.spawn(_evaluate_on_rank, args=(2, str(tmp_path), shards.uri), nprocs=2)
-    with np.load(tmp_path / "of_1.npz") as one, np.load(tmp_path / "of_2.npz") as two:
-        each = CONFIG.num_queries * CONFIG.num_classes
-        assert one["image_id"].tolist() == [record.image_id for record in records for _ in range(each)]
-        for name in ("image_id", "label", "score", "box"):  # each worker has one half of the images, in their order
-            np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-4)
+    one, *two = ([np.load(tmp_path / f"of_{n}-{rank}.npz") for rank in range(n)] for n in (1, 2))
+    each = CONFIG.num_queries * CONFIG.num_classes
+    assert one[0]["image_id"].tolist() == [record.image_id for record in records for _ in range(each)]
+    for name in ("image_id", "label", "score", "box"):  # each worker has one half of the images, in their order
+        together = np.concatenate([part[name] for part in two[0]])
+        np.testing.assert_allclose(one[0][name], together, rtol=1e-5, atol=1e-4)
     alone, together = (json.loads((tmp_path / f"of_{n}.json").read_text()) for n in (1, 2))
     for metrics in (alone, together):
         for name in [name for name in metrics if "seconds" in name]:
@@ -123,14 +141,20 @@ def test_every_part_is_afterwards_in_its_former_mode(shards: ShardSet) -> None:
     model = detector().train()
     model.backbone.eval()
     before = [part.training for part in model.modules()]
-    collect_detections(model, shards, device=CPU, micro_batch_size=8, decode_in="inline")
+    evaluate(model, shards, device=CPU, micro_batch_size=8, decode_in="inline")
     assert [part.training for part in model.modules()] == before
     assert len(set(before)) == 2
 
 
 def report_of(**changes: Any) -> EvaluationReport:
     truth, table = random_scene(0)
-    return compute_report(EvaluationOutput(table, LAYERS, {"data": 0.1, "model": 0.2}), truth, **changes)
+    return report_on(truth, table, **changes)
+
+
+def report_on(truth: GroundTruth, table: DetectionTable, **changes: Any) -> EvaluationReport:
+    report = evaluate_detections([table], truth, **changes)
+    assert report is not None
+    return replace(report, layers=LAYERS)
 
 
 def test_a_disagreement_of_the_evaluators_is_reported_and_logged(
@@ -139,8 +163,11 @@ def test_a_disagreement_of_the_evaluators_is_reported_and_logged(
     assert "agree, largest difference" in report_of(final=True).table()
     assert not caplog.records
     truth, table = random_scene(0)
-    worse = coco_metrics.coco_numbers(truth, table[table.score > 0.5])  # as if it had lost detections
-    monkeypatch.setattr(evaluation, "result_of", lambda *_: worse)
+    run = coco_metrics.run_hotcoco
+    # As if hotcoco had lost detections.
+    monkeypatch.setattr(
+        coco_metrics, "run_hotcoco", lambda truth, table, *args: run(truth, table[table.score > 0.5], *args)
+    )
     report = report_of(final=True)
     assert report.numbers == coco_metrics.coco_numbers(truth, table, evaluator="pycocotools").numbers
     assert "DISAGREE" in report.table()
@@ -151,9 +178,7 @@ def test_metrics_are_flat_and_finite() -> None:
     metrics = report_of().metrics()
     assert {"val/AP", "val/AP50", "val/AR_100", "val/layers/iou_0", "val/errors/localisation"} <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
-    without_boxes = compute_report(
-        EvaluationOutput(detections_of(), {"layers/iou_initial": math.nan}, {}), ground_truth_of([])
-    )
+    without_boxes = replace(report_on(ground_truth_of([]), detections_of()), layers={"layers/iou_initial": math.nan})
     assert not {"val/AP", "val/layers/iou_initial"} & set(without_boxes.metrics())
     assert "AP      -" in without_boxes.table()
 
@@ -177,7 +202,7 @@ def test_a_report_is_written_as_files(tmp_path: Path) -> None:
 def test_figures_can_be_rendered_without_boxes_and_of_many_classes(classes: int, tmp_path: Path) -> None:
     boxes = [] if classes == 1 else [(label, BOX) for label in range(classes)]
     truth = ground_truth_of(boxes, classes=classes)
-    report = compute_report(EvaluationOutput(detections_of(), {"layers/iou_initial": math.nan}, {}), truth)
+    report = replace(report_on(truth, detections_of()), layers={"layers/iou_initial": math.nan})
     report.write(tmp_path)
     assert (tmp_path / "per_class.png").exists()
     assert not (tmp_path / "layers.png").exists()

@@ -19,11 +19,10 @@ from pipeline.export.check_images import (
     from_files,
     from_shards,
     from_synthetic_images,
-    select_images,
     split_first_batch,
 )
 from pipeline.export.gate import FULL, MISMATCH, Tolerance, check_files, differences, summarize
-from tests.support.synthetic_scenes import AWAY, BOX, ground_truth_of
+from tests.support.synthetic_scenes import AWAY, BOX
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
@@ -76,16 +75,6 @@ def test_the_summary_counts_what_agrees_in_score_and_box() -> None:
     assert numbers["detections"] == 4
     assert numbers["agreeing"] == 0.5
     assert numbers["score_largest_agreeing"] == numbers["box_largest_agreeing"] == 0.01
-
-
-def test_the_ground_truth_of_selected_images_is_theirs_alone() -> None:
-    whole = ground_truth_of([(0, BOX), (1, AWAY)], [(2, BOX)], [(1, BOX)], crowd=[3])
-    part = select_images(whole, np.array([100, 102]))
-    assert part.image_id.tolist() == [100, 102]
-    assert part.image.tolist() == [0, 0, 1]
-    assert part.label.tolist() == [0, 1, 1]
-    assert part.crowd.tolist() == [False, False, True]
-    assert part.file_name == ("0.jpg", "2.jpg")
 
 
 def test_images_of_a_shard_set_come_in_order_with_their_ground_truth(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from jobs import predict as predict_job
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import ImageRecord
-from pipeline.evaluation.evaluate import collect_detections, compute_report
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import contact_sheet, draw_detections
 from pipeline.predict.inputs import InputImage, list_inputs, read_images
@@ -267,11 +267,11 @@ def labelled(record: ImageRecord, boxes: NDArray[np.float32], labels: NDArray[np
 def test_pycocotools_reads_the_detections_and_computes_the_ap_of_the_evaluation(tmp_path: Path) -> None:
     shards = self_labelled(small_detector(), tmp_path / "shards")
     predict(small_detector(), list_inputs([shards.uri]), str(tmp_path / "out"), replace(OPTIONS, threshold=0.0))
-    output = collect_detections(
+    report = evaluate(
         small_detector().detector, shards, device=torch.device("cpu"), micro_batch_size=5, decode_in="inline"
     )
-    assert output is not None
-    expected = compute_report(output, read_ground_truth(shards)).numbers
+    assert report is not None
+    expected = report.numbers
     assert 0.05 < expected["AP"] < 0.95
 
     ground_truth = json.loads((tmp_path / "out/images.json").read_text())
