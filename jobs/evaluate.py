@@ -47,12 +47,16 @@ def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batc
     from pipeline.evaluation.detections import coco_json_writer
     from pipeline.evaluation.evaluate import evaluate as evaluate_detector
     from pipeline.evaluation.sample_images import sample_images
-    from pipeline.ray_cluster import start_ray
+    from pipeline.ray_job import cluster_to_join
 
     # 1. Detect, write the detections, and compare them with the ground truth.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = loaded.detector.to(device)
-    start_ray()
+    here = device.type == "cpu" and not cluster_to_join()  # one thread decodes faster than a CPU detects
+    if not here:
+        from pipeline.ray_cluster import start_ray
+
+        start_ray()
     with ExitStack() as files:
         on_detections = None
         if out is not None:
@@ -63,6 +67,7 @@ def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batc
             shards,
             device=device,
             micro_batch_size=batch_size,
+            decode_in="inline" if here else "task",
             final=True,
             progress=True,
             on_detections=on_detections,

@@ -18,6 +18,11 @@ def submitted_job() -> str | None:
     return job
 
 
+def cluster_to_join() -> bool:
+    """Whether commands run on a cluster that exists already: RAY_ADDRESS names one, or this is a submitted job."""
+    return bool(os.environ.get("RAY_ADDRESS") or submitted_job())
+
+
 def absolute_location(location: str) -> str:
     """Make a path absolute; URIs stay as they are.
 

@@ -1,6 +1,5 @@
 """Training in this process: on a machine without a GPU one worker is enough, and needs no Ray."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from pipeline.config import Experiment
 from pipeline.progress import StepProgress
-from pipeline.ray_job import submitted_job
+from pipeline.ray_job import cluster_to_join
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.loop import train
 
@@ -19,12 +18,7 @@ def is_enough(experiment: Experiment) -> bool:
     A GPU needs more images than one process decodes, an asynchronous evaluation needs a process of its own, and where there is a
     cluster to join, it is used.
     """
-    return not (
-        torch.cuda.is_available()
-        or experiment.evaluation.asynchronous
-        or os.environ.get("RAY_ADDRESS")
-        or submitted_job()
-    )
+    return not (torch.cuda.is_available() or experiment.evaluation.asynchronous or cluster_to_join())
 
 
 def train_in_process(job: TrainJob) -> dict[str, Any]:
