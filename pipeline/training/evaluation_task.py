@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as tensors_from_bytes
@@ -11,9 +11,9 @@ from safetensors.torch import load as tensors_from_bytes
 from dfine_core import Detector, ModelConfig
 from dfine_core.checkpoints.weights import load_weights
 from pipeline.data.shards.manifest import ShardSet
-from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.sample_images import sample_images
+
+if TYPE_CHECKING:  # a training imports this module before its first step, and needs no metrics for it
+    from pipeline.evaluation.report import EvaluationReport
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EvaluationRequest:
 class EvaluationResult:
     """Report of an evaluation, and its rendered images."""
 
-    report: EvaluationReport
+    report: "EvaluationReport"
     images: tuple[tuple[str, bytes], ...]  # name and PNG
 
 
@@ -40,6 +40,9 @@ SubmitEvaluation = Callable[[EvaluationRequest], "Future[EvaluationResult]"]
 
 def run_evaluation(request: EvaluationRequest) -> EvaluationResult:
     """Evaluate in this process, on a GPU if it has one."""
+    from pipeline.evaluation.evaluate import evaluate
+    from pipeline.evaluation.sample_images import sample_images
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = Detector(ModelConfig.from_plain(request.model))
     load_weights(detector, tensors_from_bytes(request.weights))

@@ -6,11 +6,8 @@ resumes submits it again.
 
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
-from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.sample_images import sample_images
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
@@ -18,6 +15,10 @@ from pipeline.training.evaluation_task import EvaluationRequest, EvaluationResul
 from pipeline.training.run_log import RunLog
 from pipeline.training.stage_two import with_evaluation
 from pipeline.training.state import TrainState
+
+if TYPE_CHECKING:  # imported with the first evaluation: the first step must not wait for metrics and figures
+    from pipeline.evaluation.ground_truth import GroundTruth
+    from pipeline.evaluation.report import EvaluationReport
 
 DECODED_INLINE = 1000  # validation images per worker; for fewer, Ray Data takes longer to start than to decode
 
@@ -47,7 +48,7 @@ class Evaluator:
         if self._val is not None:
             self._evaluate_inline(state, title=f"step {state.step}")
 
-    def evaluate_best(self, state: TrainState) -> EvaluationReport | None:
+    def evaluate_best(self, state: TrainState) -> "EvaluationReport | None":
         """Evaluate the loaded best weights with pycocotools; return the report on rank 0."""
         if self._val is None:
             return None
@@ -57,8 +58,12 @@ class Evaluator:
 
     def _evaluate_inline(
         self, state: TrainState, *, title: str, final: bool = False
-    ) -> tuple[float, EvaluationReport | None]:
+    ) -> "tuple[float, EvaluationReport | None]":
         """AP on all ranks, and the report on rank 0."""
+        from pipeline.evaluation.evaluate import evaluate
+        from pipeline.evaluation.ground_truth import read_ground_truth
+        from pipeline.evaluation.sample_images import sample_images
+
         assert self._val is not None
         context, detector = self._context, state.averaged_detector
         with self._log.paused(), context.console.working(state.step, "evaluating"):
@@ -85,7 +90,7 @@ class Evaluator:
                 self._log.evaluation(report, images, step=state.step, title=title, final=final)
             return context.broadcast(None if report is None else report.numbers["AP"]), report
 
-    def _record(self, state: TrainState, ap: float, step: int, report: EvaluationReport | None) -> None:
+    def _record(self, state: TrainState, ap: float, step: int, report: "EvaluationReport | None") -> None:
         """Add an evaluation to the history, and report it to Ray."""
         value = 0.0 if ap != ap else ap  # NaN: the validation set has no boxes
         stage_one = self._job.schedule.is_strong(step - 1)

@@ -7,14 +7,13 @@ one process.
 import copy
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dfine_core.inference import LoadedDetector
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import StreamSettings, training_stream
-from pipeline.evaluation.report import EvaluationReport
 from pipeline.training import stage_two
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
@@ -25,6 +24,9 @@ from pipeline.training.profiler import StepProfiler
 from pipeline.training.run_log import RunLog
 from pipeline.training.state import TrainState, build_train_state
 from pipeline.training.step import StepResult, to_micro_batch, train_step
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.report import EvaluationReport
 
 LATENCY_SECONDS = 3.0  # spent on measuring it
 
@@ -198,7 +200,7 @@ def latency_ms(job: TrainJob, context: WorkerContext, state: TrainState) -> floa
     return measure(detector_subject(loaded), batch_sizes=(), seconds=LATENCY_SECONDS).latency_ms["p50"]
 
 
-def result_of(state: TrainState, report: EvaluationReport | None, run_id: str | None) -> dict[str, Any]:
+def result_of(state: TrainState, report: "EvaluationReport | None", run_id: str | None) -> dict[str, Any]:
     """Result of the run, as plain values for the driver."""
     result = {
         "step": state.step,

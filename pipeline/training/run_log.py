@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import torch
@@ -21,7 +21,6 @@ from pipeline import provenance, storage
 from pipeline.config_files import dump, flatten
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
-from pipeline.evaluation.report import EvaluationReport
 from pipeline.tracking.model import log_detector
 from pipeline.tracking.settings import Scalar
 from pipeline.tracking.system import system_metrics
@@ -31,6 +30,9 @@ from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.run_dir import RESULT
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.report import EvaluationReport
 
 SOURCE = "jobs/train.py"
 # Points in MLflow: a long run would log millions, and both its database and its charts become slow.
@@ -230,7 +232,7 @@ class RunLog:
 
     def evaluation(
         self,
-        report: EvaluationReport,
+        report: "EvaluationReport",
         images: Iterable[tuple[str, bytes]],
         *,
         step: int,
@@ -255,7 +257,7 @@ class RunLog:
             if self._tracker is not None:
                 self._tracker.image(name, open_image(png), step)
 
-    def finish(self, state: TrainState, report: EvaluationReport | None, latency_ms: float | None) -> None:
+    def finish(self, state: TrainState, report: "EvaluationReport | None", latency_ms: float | None) -> None:
         """Write the result of the run; log and register the best weights. On rank 0.
 
         Args:
@@ -308,7 +310,7 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     return {"system/memory_gib": psutil.Process().memory_info().rss / 2**30}
 
 
-def _log_figures(tracker: Tracker, report: EvaluationReport) -> None:
+def _log_figures(tracker: Tracker, report: "EvaluationReport") -> None:
     for name, figure in report.figures().items():
         tracker.figure(figure, f"evaluation/{name}.png")
     columns: dict[str, list[Scalar]] = {
