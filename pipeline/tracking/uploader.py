@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+START_SECONDS = 5.0  # before the first upload, unless somebody waits: importing mlflow would slow down the first step
 POLL_SECONDS = 1.0  # between checks for new events, which then share requests
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds between attempts, doubled each time
 EVENTS_AT_ONCE = 50
@@ -63,6 +64,7 @@ class Uploader:
         self._progress.notify_all()
 
     def _run(self) -> None:
+        self._pause(START_SECONDS)
         while not self._stopped:
             delay = POLL_SECONDS
             try:
@@ -73,10 +75,13 @@ class Uploader:
                 self._failures += 1
                 delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (self._failures - 1))
                 self._warn(error)
-            with self._progress:
-                self._progress.wait_for(lambda: self._stopped or self._urgent, delay)
-                self._urgent = False
+            self._pause(delay)
         self._outbox.close()
+
+    def _pause(self, seconds: float) -> None:
+        with self._progress:
+            self._progress.wait_for(lambda: self._stopped or self._urgent, seconds)
+            self._urgent = False
 
     def _upload_all(self) -> None:
         while self._outbox.pending and not self._stopped:
