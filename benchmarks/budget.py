@@ -17,7 +17,7 @@ from pipeline.training.budget import flops_per_image, seconds_per_image
 OBJECTS365_IMAGES, COCO_IMAGES = 56_790 * 32, 118_287
 OBJECTS365_BOXES, COCO_BOXES = 15, 7  # average per image
 EPOCHS = {"s": (28, 64), "m": (29, 56), "l": (25, 36), "x": (21, 36)}  # epochs on Objects365, epochs on COCO
-GPUS = (1, 8, 64)
+GPUS = (1, 4, 8)  # more would get less than four images of the published batch of 32
 
 
 def main(argv: list[str] | None = None) -> None:

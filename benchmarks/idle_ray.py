@@ -123,8 +123,8 @@ def title_of(process: psutil.Process) -> str:
     words = process.cmdline() or [process.name()]
     if words[0].startswith("ray"):
         return words[0].partition("(")[0].strip()
-    scripts = [Path(word).name for word in words[:6] if word.endswith(".py") or "/" in word or word.startswith("jobs.")]
-    return scripts[1] if len(scripts) > 1 else scripts[0] if scripts else words[0]
+    scripts = [Path(word).name for word in words[:6] if word.endswith(".py") or word.startswith("jobs.")]
+    return scripts[0] if scripts else Path(words[0]).name
 
 
 def report(found: dict[int, Watched], seconds: float) -> None:

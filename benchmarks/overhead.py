@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        start_ray(dashboard=True)
+        start_ray()
         source = synthetic_source(256, longest_side=args.size)
         prepare(source, f"{folder}/train", split="train", options=PrepareOptions())
         seconds: dict[str, list[float]] = {ON_RAY: [], BARE_LOOP: []}

@@ -21,8 +21,14 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Idle processes are kept for the next stream: starting new ones takes most of its first seconds.
     "RAY_num_workers_soft_limit": str((os.cpu_count() or 1) + 6),
+    "RAY_prestart_worker_first_driver": "0",  # processes start when they are needed
+    "RAY_enable_metrics_collection": "0",  # nobody collects them
+    "RAY_task_events_report_interval_ms": "0",  # for the dashboard
+    "RAY_worker_niceness": "0",  # the default, 15, puts a training behind everything else of the user
     "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
 }
+
+_lacks_dashboard = False  # this process started its cluster without one
 
 
 def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
@@ -30,9 +36,10 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
 
     Args:
         num_cpus: size of a cluster on this machine, by default all its cores; ignored where a cluster is joined.
-        dashboard: start the dashboard of a cluster on this machine. Ray Train and Ray Tune need its State API; it takes ten
-            more processes and most of the start-up time.
+        dashboard: start the dashboard of a cluster on this machine. Ray Tune needs its State API, to free the resources of trials
+            that were stopped; it takes ten more processes.
     """
+    global _lacks_dashboard
     if ray.is_initialized():
         return
 
@@ -62,6 +69,19 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
             )
         raise
 
+    _lacks_dashboard = not dashboard
+
     # Parts of Ray look up "the" cluster of this machine and take the one noted last, for example to free the resources of a
     # stopped trial. In a folder of its own each cluster finds itself.
     Path(folder, "ray", "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
+
+
+def lacks_dashboard() -> bool:
+    """Whether this process is the driver of a cluster of its own without a dashboard."""
+    return _lacks_dashboard and ray.is_initialized()
+
+
+def stop_own_ray() -> None:
+    """Stop a cluster that `start_ray` started in this process; leave one that it joined."""
+    if not os.environ.get("RAY_ADDRESS"):
+        ray.shutdown()

@@ -92,6 +92,20 @@ def reload_data_logging() -> None:
     configure_logging()
 
 
+def drop_placement_group_cleaner(trainer: Any) -> None:
+    """Keep a Ray Train trainer from asking the dashboard once a second whether its controller is alive.
+
+    It asks in order to free the resources of a controller that died. A cluster that ends with its driver has nothing to free.
+    """
+    # Imported here: data tasks must not wait for Ray Train.
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    create = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [
+        c for c in create() if not isinstance(c, PlacementGroupCleanerCallback)
+    ]
+
+
 def silence_train_loggers() -> None:
     """Drop two kinds of log lines from Ray Train's workers: one for each report, one for each broadcast above 1 kB."""
     # Imported here: data tasks must not wait for Ray Train.

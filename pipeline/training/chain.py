@@ -184,17 +184,18 @@ def _run_stage(
     step: ResolvedStage, prepare: Callable[[list[str]], None], parent_run_id: str | None
 ) -> dict[str, float] | None:
     """Run one stage; return the 12 COCO numbers of its best weights."""
-    from pipeline.ray_cluster import start_ray  # Ray and PyTorch, which reading a chain does without
-    from pipeline.training import run_dir
+    from pipeline.training import run_dir  # PyTorch, which reading a chain does without
     from pipeline.training.in_process import is_enough
     from pipeline.training.launch import launch
 
     # 1. Prepare the shard sets that are missing.
-    if step.missing and not (step.cluster is None and is_enough(step.experiment)):
-        start_ray(dashboard=True)  # the training needs the dashboard
     for arguments in step.missing:
         if not _is_there(arguments[arguments.index("--out") + 1]):
             prepare(list(arguments))
+    if step.missing and step.cluster is None and is_enough(step.experiment):
+        from pipeline.ray_cluster import stop_own_ray
+
+        stop_own_ray()  # that preparing has started, and this training does without
     # 2. Skip a finished run, or train.
     experiment = step.experiment
     run = storage.join(experiment.storage, experiment.name or "")

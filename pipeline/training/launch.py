@@ -140,7 +140,7 @@ def _request(cluster: Cluster, experiment: Experiment) -> "Request":
 
     if cluster.address:
         os.environ["RAY_ADDRESS"] = cluster.address
-    start_ray(dashboard=True)
+    start_ray()
     decodes, evaluates = experiment.data.decode_in == "task", experiment.evaluation.asynchronous
     return request_for(cluster, decodes=decodes, asynchronous_evaluation=evaluates)
 

@@ -20,6 +20,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline import storage
 from pipeline.config import Cluster
 from pipeline.errors import UserError
+from pipeline.ray_cluster import lacks_dashboard
+from pipeline.ray_internals import drop_placement_group_cleaner
 from pipeline.training.context import TrainJob
 from pipeline.training.heartbeat import ProgressMonitor, start_progress_board
 from pipeline.training.preflight import Request
@@ -56,7 +58,7 @@ def train_on_ray(
 def _trainer(
     job: TrainJob, cluster: Cluster, request: Request, board: Any, callbacks: Sequence[UserCallback]
 ) -> TorchTrainer:
-    return TorchTrainer(
+    trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(
@@ -81,6 +83,9 @@ def _trainer(
             logging_config=LoggingConfig(log_level="ERROR"),  # `ProgressMonitor` names a worker that hangs
         ),
     )
+    if lacks_dashboard():
+        drop_placement_group_cleaner(trainer)
+    return trainer
 
 
 def fit_with_restarts(trainer: Callable[[], TorchTrainer], step: Callable[[], int]) -> Result:

@@ -136,7 +136,7 @@ def test_the_packages_are_seen_once_they_are_imported(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "first"),
     [
-        ("train run.yaml", "dfine train run.yaml: starting Ray …"),
+        ("train run.yaml", "dfine train run.yaml: starting …"),
         ("train run.yaml --dry-run", "dfine train run.yaml: planning …"),
         ("evaluate empty val", "dfine evaluate {folder}/empty: "),
         ("predict empty train --out out", "dfine predict {folder}/empty: "),
