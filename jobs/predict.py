@@ -1,20 +1,19 @@
-"""Detect objects in images, folders, videos and shard sets, on Ray.
+"""Detect objects in images, folders, videos and shard sets.
 
     dfine predict runs/mine photos/ --out found
     dfine predict models:/NAME@ALIAS 'drone/**/*.jpg' clip.mp4 --frame-stride 10 --out found --threshold 0.5
     dfine predict runs/mine s3://bucket/val --out s3://bucket/found --threshold 0 --workers 8
     dfine predict runs/mine photos/ --out found --num-explanations 6     how each box was refined, with edge deviations
 
-Writes detections.json in COCO's result format with its images.json, Parquet parts with one row per image, rendered drawings
-and a contact sheet. The same command again resumes an interrupted prediction. Unreadable images are listed with the reason
-in rejected.parquet. Paths must be readable from every node of the cluster.
+Writes Parquet parts with one row per image, rendered drawings and a contact sheet; up to a million detections also as
+detections.json in COCO's result format with its images.json, and more than that with --json, in several files. The same command
+again resumes an interrupted prediction. Unreadable images are listed with the reason in rejected.parquet. A few images are
+processed here, more on Ray; paths must be readable from every node of its cluster.
 """
 
 import argparse
 
 from jobs.command import announce, at_least, command_parser, location, parsed, refuse_missing, share, user_errors
-
-THIS_PROCESS = 0  # workers
 
 
 @user_errors()
@@ -24,15 +23,17 @@ def main(argv: list[str] | None = None) -> None:
     refuse_missing(args.detector, "detector")
     announce("predict", f"{args.detector}: listing the images and opening the detector …")
     from pipeline.predict.inputs import list_inputs
+    from pipeline.predict.plan import holds_prediction
 
-    inputs = list_inputs(args.inputs, frame_stride=args.frame_stride)
+    earlier = args.out if holds_prediction(args.out) else None  # its drawings are no inputs
+    inputs = list_inputs(args.inputs, frame_stride=args.frame_stride, leave_out=earlier)
 
     import torch
 
     from pipeline.open_detector import open_detector
-    from pipeline.predict.predict import PredictOptions, predict
+    from pipeline.predict.predict import PredictOptions, in_this_process, predict
 
-    on_gpu = args.workers == THIS_PROCESS and torch.cuda.is_available()
+    on_gpu = in_this_process(inputs, args.workers) and torch.cuda.is_available()
     loaded = open_detector(args.detector, "cuda" if on_gpu else "cpu")
     print(f"{loaded.origin} on {inputs}", flush=True)
     options = PredictOptions(
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=args.workers,
         num_images=args.num_images,
         num_explanations=args.num_explanations,
+        json=args.json,
     )
     print(predict(loaded, inputs, args.out, options).summary())
 
@@ -92,7 +94,12 @@ def parser() -> argparse.ArgumentParser:
         "--workers",
         type=at_least(0),
         metavar="N",
-        help="detectors on Ray; default: one per GPU, or one. 0: in this process, without Ray",
+        help="detectors on Ray; default: one per GPU, or one. 0: in this process, without Ray, as by default up to 256 images",
+    )
+    arguments.add_argument(
+        "--json",
+        action="store_true",
+        help="write COCO results as JSON even above a million detections, in files of a million each",
     )
     return arguments
 

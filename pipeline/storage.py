@@ -159,6 +159,13 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
     return {info.base_name: info.size for info in listing if info.type == fs.FileType.File}
 
 
+def names(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of all files and folders directly inside a folder; empty if the folder does not exist."""
+    filesystem, path = resolve(folder)
+    listing = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [info.base_name for info in listing]
+
+
 def remove_folder(folder: str | os.PathLike[str]) -> None:
     """Delete a folder with everything in it."""
     filesystem, path = resolve(folder)

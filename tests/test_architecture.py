@@ -105,7 +105,7 @@ ENTRANCES = {
             f"pipeline/training/{name}.py"
             for name in ("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "worker")
         ),
-        *("pipeline/predict/predict.py", "pipeline/serve/deployment.py"),
+        *("pipeline/predict/on_ray.py", "pipeline/serve/deployment.py"),
         *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),
     ),
     "fastapi": ("pipeline/serve/deployment.py",),

@@ -153,6 +153,8 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("predict detector photos --out out --batch-size 0", ("--batch-size", "0"), {}),
     ("predict detector photos --out out --batch-size many", ("--batch-size", "'many'"), {}),
     ("predict detector photos --out notes.txt --workers 0", ("notes.txt",), {}),
+    ("predict detector photos --out photos --workers 0", ("photos", "holds other files", "--out"), {}),
+    ("predict detector photos --out . --workers 0", ("holds other files", "nothing is written", "--out"), {}),
     ("predict detector photos --out sftp://host/out --workers 0", ("sftp://host/out", "unknown scheme"), {}),
     ("predict {folder}/detector {folder}/photos --out out", ("--out", "$PWD/out"), JOB),
     # export

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from dfine_core.images import read_image
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
 from pipeline.data.prepare.image_files import read_image_file
-from pipeline.data.shards.manifest import Category
 from pipeline.drawing import draw_boxes, font
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.sample_images import refinement_view
-from pipeline.predict.inputs import InputImage, Inputs, read_images
-from pipeline.predict.partition import PredictPlan, read_part
+from pipeline.predict.inputs import IMAGE_SUFFIXES, InputImage, Inputs, read_images
+from pipeline.predict.plan import PredictPlan
+from pipeline.predict.predicted_images import read_part
 
 CELL = 320  # px, side of a contact sheet cell
+NAME_BYTES = 120  # of an image's name in the name of its drawing; file systems accept 255 in all
 DRAWINGS_FOLDER, EXPLAINED_FOLDER, CONTACT_SHEET = "drawings", "explained", "contact_sheet.jpg"
 
 
@@ -67,7 +69,6 @@ def write_drawings(
     out: str,
     inputs: Inputs,
     plan: PredictPlan,
-    categories: Sequence[Category],
     loaded: LoadedDetector,
     *,
     num_images: int,
@@ -79,7 +80,7 @@ def write_drawings(
         num_images: images to draw.
         num_explanations: images for which the refinement of the best box is drawn; `loaded` must not be deployed then.
     """
-    names = [category.name for category in categories]
+    names = [category.name for category in plan.categories]
     drawings: list[tuple[str, Image.Image]] = []
     for index, (source, row) in enumerate(_sample(out, inputs, plan, max(num_images, num_explanations))):
         image = _open(source)
@@ -88,12 +89,24 @@ def write_drawings(
             boxes = np.reshape(row["boxes"], (-1, 4)).tolist()
             drawing = draw_detections(image, boxes, row["labels"], row["scores"], names)
             drawings.append((f"{title}: {len(row['labels'])}", drawing))
-            storage.write_atomic(storage.join(out, f"{DRAWINGS_FOLDER}/{source.image_id}.jpg"), _jpeg(drawing))
+            storage.write_atomic(storage.join(out, DRAWINGS_FOLDER, f"{drawing_name(source)}.jpg"), _jpeg(drawing))
         if index < num_explanations:
             content = explanation(loaded, image, names, title)
-            storage.write_atomic(storage.join(out, f"{EXPLAINED_FOLDER}/{source.image_id}.png"), content)
+            storage.write_atomic(storage.join(out, EXPLAINED_FOLDER, f"{drawing_name(source)}.png"), content)
     if drawings:
         storage.write_atomic(storage.join(out, CONTACT_SHEET), _jpeg(contact_sheet(drawings)))
+
+
+def drawing_name(source: InputImage) -> str:
+    """File name of a drawing, without its suffix: the id of the image, which is unique, and its name.
+
+    A shard set may hold any text as a name. Only the part after the last slash is used, without characters that have a meaning
+    in paths, and shortened to what file systems accept.
+    """
+    name = source.file_name.replace("\\", "/").rpartition("/")[2]
+    stem = name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name
+    plain = re.sub(r"[^\w.-]+", "_", stem).encode()[:NAME_BYTES].decode(errors="ignore")
+    return f"{source.image_id}_{plain}"
 
 
 def explanation(loaded: LoadedDetector, image: Image.Image, names: Sequence[str], title: str) -> bytes:

@@ -103,13 +103,14 @@ class Inputs:
         return f"{_counted(self.num_images, 'image')} ({kinds}{skipped})"
 
 
-def list_inputs(given: Sequence[str], *, frame_stride: int = 1) -> Inputs:
+def list_inputs(given: Sequence[str], *, frame_stride: int = 1, leave_out: str | None = None) -> Inputs:
     """Expand paths and patterns into a sequence of images.
 
     Args:
         given: paths and URIs of images, videos, folders (including subfolders), shard sets (their folder or manifest), and
             patterns with *, ? and **.
         frame_stride: take every n-th frame of videos.
+        leave_out: folder to leave out of folders and patterns: that of earlier results, which must not become inputs.
 
     Raises:
         UserError: an input does not exist, or none of them holds an image.
@@ -117,7 +118,7 @@ def list_inputs(given: Sequence[str], *, frame_stride: int = 1) -> Inputs:
     unique: dict[str, InputSource] = {}
     skipped_files = 0
     for name in given:
-        sources, skipped = _expand(storage.absolute(name), frame_stride)
+        sources, skipped = _expand(storage.absolute(name), frame_stride, leave_out)
         skipped_files += skipped
         unique |= {source.uri: source for source in sources if source.uri not in unique}
     if not unique:
@@ -132,13 +133,13 @@ def _counted(count: int, name: str) -> str:
     return f"{count} {name}{'' if count == 1 else 's'}"
 
 
-def _expand(uri: str, frame_stride: int) -> tuple[list[InputSource], int]:
+def _expand(uri: str, frame_stride: int, leave_out: str | None) -> tuple[list[InputSource], int]:
     """Expand one argument into sources, and count its files of other kinds."""
     # 1. A pattern: list everything below its longest fixed prefix.
     if re.search(r"[*?]", uri):
         base = re.split(r"[^/]*[*?]", uri, maxsplit=1)[0].rstrip("/") or "/"
         regex = _glob_regex(storage.resolve(uri)[1])
-        infos = [info for info in _files_below(base) if regex.fullmatch(info.path)]
+        infos = [info for info in _files_below(base, leave_out) if regex.fullmatch(info.path)]
         if not infos:
             raise ConfigError(f"{uri}: no file matches this pattern")
         return _file_sources(uri, infos, frame_stride)
@@ -156,7 +157,7 @@ def _expand(uri: str, frame_stride: int) -> tuple[list[InputSource], int]:
         known = uri.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
         source = _file_source(uri, info.size, frame_stride) if known else InputSource("image", uri, 1, f"{info.size}")
         return [source], 0
-    return _file_sources(uri, _files_below(uri), frame_stride)
+    return _file_sources(uri, _files_below(uri, leave_out), frame_stride)
 
 
 def _file_sources(uri: str, infos: Sequence[fs.FileInfo], frame_stride: int) -> tuple[list[InputSource], int]:
@@ -166,11 +167,14 @@ def _file_sources(uri: str, infos: Sequence[fs.FileInfo], frame_stride: int) -> 
     return sources, len(infos) - len(taken)
 
 
-def _files_below(uri: str) -> list[fs.FileInfo]:
-    """List all files except hidden ones, sorted by path."""
+def _files_below(uri: str, leave_out: str | None) -> list[fs.FileInfo]:
+    """List all files except hidden ones and those in the folder to leave out, sorted by path."""
     filesystem, path = storage.resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     files = [info for info in infos if info.type == fs.FileType.File and not info.base_name.startswith(".")]
+    if leave_out is not None and type(storage.resolve(leave_out)[0]) is type(filesystem):
+        left_out = f"{storage.resolve(leave_out)[1]}/"
+        files = [info for info in files if not info.path.startswith(left_out)]
     return sorted(files, key=lambda info: info.path)
 
 

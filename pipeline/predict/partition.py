@@ -5,7 +5,7 @@ detector processes the previous ones.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from dfine_core.images import read_image
@@ -23,48 +22,11 @@ from dfine_core.model.postprocess import Detections, best_pairs
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.prepare.image_files import BadImageError, read_image_file
-from pipeline.data.shards.manifest import FrozenModel
 from pipeline.predict.inputs import InputImage, Inputs, MissingFrame, read_images
+from pipeline.predict.plan import SCHEMA, PredictPlan, part_uri
 
-PARTS_FOLDER = "parts"
-SCHEMA = pa.schema(
-    [
-        ("image_id", pa.int64()),
-        ("file_name", pa.string()),
-        ("frame", pa.int64()),  # index of the video frame, from 0
-        ("seconds", pa.float64()),  # time from the start of the video
-        ("width", pa.int32()),  # null if the image could not be read
-        ("height", pa.int32()),
-        ("boxes", pa.list_(pa.float32())),  # flat [4K], xyxy in pixels as stored; best first
-        ("labels", pa.list_(pa.int32())),  # [K]
-        ("scores", pa.list_(pa.float32())),  # [K]
-        ("deviations", pa.list_(pa.float32())),  # flat [4K]: left, top, right, bottom edge in pixels; or null
-        ("rejected", pa.string()),  # reason if the image could not be read
-    ]
-)
 BATCHES_AHEAD = 3  # micro-batches decoded in advance
-
-
-class PredictPlan(FrozenModel):
-    """Everything that the content of the parts depends on: parts of equal plans belong together."""
-
-    version: int = 1
-    inputs: str  # digest
-    detector: str  # digest
-    num_images: PositiveInt
-    part_size: PositiveInt  # images per part; the last one may have fewer
-    batch_size: PositiveInt  # images per forward pass
-    threshold: float
-    deviations: bool
-
-    @property
-    def num_parts(self) -> int:
-        """Parts of the whole prediction."""
-        return -(-self.num_images // self.part_size)
-
-    def image_range(self, part: int) -> tuple[int, int]:
-        """Return the index range (first, stop) of the images of a part."""
-        return part * self.part_size, min((part + 1) * self.part_size, self.num_images)
+ROW_GROUP_IMAGES = 1024  # bounds what a reader of large parts holds
 
 
 @dataclass(frozen=True)
@@ -74,11 +36,6 @@ class PartCounts:
     images: int
     detections: int
     rejected: int
-
-
-def part_name(part: int) -> str:
-    """Return the file name of a part."""
-    return f"part-{part:06d}.parquet"
 
 
 def write_part(
@@ -97,8 +54,7 @@ def write_part(
             batch = []
     if batch:
         _detect_batch(loaded, batch, plan)
-    with storage.open_atomic(storage.join(out, PARTS_FOLDER, part_name(part))) as file:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file, compression="zstd")
+    write_rows(rows, part_uri(out, part))
     return PartCounts(
         images=len(rows),
         detections=sum(len(row["labels"]) for row in rows),
@@ -106,10 +62,19 @@ def write_part(
     )
 
 
-def read_part(out: str, part: int) -> pa.Table:
-    """Read the file of a part."""
-    content = storage.read_bytes(storage.join(out, PARTS_FOLDER, part_name(part)))
-    return pq.read_table(pa.BufferReader(content))
+def write_rows(rows: Sequence[dict[str, Any]], uri: str) -> None:
+    """Write the file of a part.
+
+    Labels repeat, so that a dictionary makes them small; coordinates and scores hardly do, and one only costs time.
+    """
+    with storage.open_atomic(uri) as file:
+        pq.write_table(
+            pa.Table.from_pylist(rows, SCHEMA),
+            file,
+            compression="zstd",
+            use_dictionary=["labels.list.element"],
+            row_group_size=ROW_GROUP_IMAGES,
+        )
 
 
 def detect_with_deviations(

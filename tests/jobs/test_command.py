@@ -207,6 +207,7 @@ def test_defaults_of_predict_are_those_of_its_options(monkeypatch: pytest.Monkey
     import pipeline.open_detector
     import pipeline.predict.inputs
     import pipeline.predict.predict
+    from pipeline.predict.inputs import Inputs
     from pipeline.predict.predict import PredictOptions
 
     taken: list[PredictOptions] = []
@@ -215,7 +216,7 @@ def test_defaults_of_predict_are_those_of_its_options(monkeypatch: pytest.Monkey
         taken.append(options)
         return SimpleNamespace(summary=lambda: "done")
 
-    monkeypatch.setattr(pipeline.predict.inputs, "list_inputs", lambda *given, **named: "inputs")
+    monkeypatch.setattr(pipeline.predict.inputs, "list_inputs", lambda *given, **named: Inputs((), 1, 0))
     monkeypatch.setattr(pipeline.open_detector, "open_detector", lambda *given: SimpleNamespace(origin="detector"))
     monkeypatch.setattr(pipeline.predict.predict, "predict", note)
     predict.main([str(tmp_path), "photos", "--out", str(tmp_path / "out")])

@@ -31,7 +31,8 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import contact_sheet, draw_detections
 from pipeline.predict.inputs import InputImage, list_inputs, read_images
-from pipeline.predict.predict import IN_PROCESS, PredictOptions, cpus_per_worker, predict
+from pipeline.predict.on_ray import cpus_per_worker
+from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
@@ -348,7 +349,7 @@ def test_explained_parts_have_the_deviation_of_each_edge_in_pixels(
         unit = torch.stack([width * size[0], height * size[1]] * 2) / loaded.config.reg_scale
         expected = (variance.sqrt() * unit).tolist()
         assert row["deviations"][4 * index : 4 * index + 4] == pytest.approx(expected, rel=1e-3)
-    assert (tmp_path / "out/explained/1.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/explained/1_0.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_direct_regression_has_nothing_to_explain(photos: Path, tmp_path: Path) -> None:
@@ -377,7 +378,9 @@ def test_images_are_sampled_evenly_and_shown_on_one_contact_sheet(
     loaded: LoadedDetector, photos: Path, tmp_path: Path
 ) -> None:
     predict(loaded, list_inputs([str(photos)]), str(tmp_path / "out"), replace(OPTIONS, num_images=4))
-    assert sorted(path.name for path in (tmp_path / "out/drawings").iterdir()) == ["1.jpg", "10.jpg", "4.jpg", "7.jpg"]
+    assert sorted(path.name for path in (tmp_path / "out/drawings").iterdir()) == [
+        *("10_9.jpg", "1_0.jpg", "4_3.jpg", "7_6.jpg")
+    ]
     with Image.open(tmp_path / "out/contact_sheet.jpg") as sheet:
         assert sheet.size == contact_sheet([("", Image.new("RGB", (9, 9)))] * 4).size
 

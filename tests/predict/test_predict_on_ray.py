@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from pipeline.predict.inputs import list_inputs
 from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
+from pipeline.predict.predicted_images import predicted_images
 from tests.support.processes import kill_driver, one_thread, wait_for
 from tests.support.s3_server import s3_bucket
 from tests.support.small_detectors import small_detector
@@ -87,11 +88,28 @@ def test_inputs_and_results_may_be_in_an_object_store(folder: Path) -> None:
         for path in Path(shards.uri).iterdir():
             storage.write_atomic(f"{bucket}/in/val/{path.name}", path.read_bytes())
         storage.write_atomic(f"{bucket}/in/photo.jpg", (folder / "photos" / "0000.jpg").read_bytes())
-        driver = start(folder, f"{bucket}/in/val", f"{bucket}/out", folder / "s3.log", "--num-images", "2")
+        driver = start(
+            folder, f"{bucket}/in/val", f"{bucket}/out", folder / "s3.log", "--num-images", "2", "--workers", "1"
+        )
         assert driver.wait(timeout=200) == 0, (folder / "s3.log").read_text()[-4000:]
         described = json.loads(storage.read_bytes(f"{bucket}/out/images.json"))
         assert len(described["images"]) == 10
         assert storage.exists(f"{bucket}/out/contact_sheet.jpg")
+        assert len(list(predicted_images(f"{bucket}/out"))) == 10
         options = PredictOptions(workers=IN_PROCESS, num_images=0)
         result = predict(small_detector(), list_inputs([f"{bucket}/in/*.jpg"]), f"{bucket}/pattern", options)
         assert result.num_images == 1
+
+
+def test_a_few_images_in_this_process_give_the_files_of_ray_bit_for_bit(folder: Path) -> None:
+    outs = {"here": folder / "here", "ray": folder / "on_ray"}
+    for name, options in (("here", ()), ("ray", ("--workers", "1"))):
+        log = folder / f"{name}.log"
+        driver = start(folder, str(folder / "photos" / "00*.jpg"), str(outs[name]), log, "--part-size", "50", *options)
+        assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
+    files = [
+        {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in outs.values()
+    ]
+    assert len([name for name in files[0] if name.startswith("parts/")]) >= 2
+    assert files[0] == files[1]
