@@ -9,7 +9,6 @@ drawings/*.jpg       images with boxes; contact_sheet.jpg shows all of them; exp
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from pipeline.predict.partition import PartCounts, write_part
 from pipeline.predict.plan import PARTS_FOLDER, SCHEMA, PredictPlan, claim_folder, missing_parts
 from pipeline.predict.predicted_images import record_batches
 from pipeline.progress import Progress
-from pipeline.ray_job import submitted_job
+from pipeline.ray_job import cluster_to_join
 
 REJECTED_FILE = "rejected.parquet"
 REJECTED_COLUMNS = ["image_id", "file_name", "frame", "rejected"]
@@ -153,7 +152,7 @@ def in_this_process(inputs: Inputs, workers: int | None) -> bool:
     """Whether to predict here: if asked to, or by default a few images where no cluster is named."""
     if workers is not None:
         return workers == IN_PROCESS
-    return inputs.num_images <= FEW_IMAGES and not os.environ.get("RAY_ADDRESS") and not submitted_job()
+    return inputs.num_images <= FEW_IMAGES and not cluster_to_join()
 
 
 def _run_parts(

@@ -326,31 +326,34 @@ def test_a_few_images_need_no_ray_and_a_named_cluster_is_used(monkeypatch: pytes
     assert not in_this_process(few, None)
 
 
-def start(detector: Path, photos: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def start(detector: Path, photos: Path, out: Path, log: Path, *options: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     code = "import sys; from jobs.predict import main; main(); sys.exit('ray' in sys.modules)"
     command = [sys.executable, "-c", code, str(detector), str(photos), "--out", str(out), "--num-images", "2", *options]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True)
+    with log.open("a") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=file, text=True, start_new_session=True
+        )
 
 
 def test_the_command_killed_and_given_again_ends_with_the_same_files_without_ray(
     detector: Path, tmp_path: Path
 ) -> None:
-    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder, out, log = tmp_path / "photos", tmp_path / "out", tmp_path / "log"
     folder.mkdir()
     for number, record in enumerate(synthetic_records(KILLED_IMAGES, longest_side=64)):
         (folder / f"{number}.jpg").write_bytes(record.image)
     options = ("--part-size", "1", "--json")
-    killed = start(detector, folder, out, *options)
-    wait_for(lambda: len(list((out / "parts").glob("*.parquet"))) >= 3, killed, tmp_path / "log")
+    killed = start(detector, folder, out, log, *options)
+    wait_for(lambda: len(list((out / "parts").glob("*.parquet"))) >= 3, killed, log)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     kept = {path: path.stat().st_mtime_ns for path in (out / "parts").glob("*.parquet")}
     assert 3 <= len(kept) < KILLED_IMAGES
-    assert start(detector, folder, out, *options).wait() == 0
+    assert start(detector, folder, out, log, *options).wait() == 0, log.read_text()[-4000:]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
     undisturbed = tmp_path / "undisturbed"
-    assert start(detector, folder, undisturbed, *options).wait() == 0
+    assert start(detector, folder, undisturbed, log, *options).wait() == 0, log.read_text()[-4000:]
     assert files_of(out) == files_of(undisturbed)
     assert len(files_of(out / "parts")) == KILLED_IMAGES
