@@ -154,7 +154,7 @@ def simulated(
 
 
 def detections_in(size: Size, truth: GroundTruth, first: int, stop: int) -> DetectionTable:
-    """Of each image first one detection near each true box, then more around them, with half of the classes right."""
+    """Draw detections image by image: first one near each true box, then more around them, with half of the classes right."""
     random = np.random.default_rng([1, first])
     images = stop - first
     rows = slice(first * size.boxes, stop * size.boxes)

@@ -101,11 +101,6 @@ class StepProgress:
             self._bar.advance(step - self.step, note)
         self.step = step
 
-    @staticmethod
-    def write(text: str) -> None:
-        """Print a line without disturbing the bar."""
-        Progress.write(text)
-
     def __enter__(self) -> Self:
         return self
 

@@ -53,6 +53,7 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
         reload_data_logging()
     if joins:
         ray.init(logging_level=logging.WARNING)
+        _lacks_dashboard = False
         return
 
     # A folder of its own for each cluster, in the one that the user named, even if this process or its parent has started a

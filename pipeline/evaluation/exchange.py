@@ -5,6 +5,7 @@ collective, which would time out while another worker computes for minutes.
 """
 
 import io
+import logging
 import tempfile
 import time
 import uuid
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 from pipeline import storage
 
 Rows = NDArray[np.void]  # structured
+NAMED_AFTER_SECONDS = 60.0  # of waiting for the files of other workers
+
+log = logging.getLogger(__name__)
 
 
 class ClassWriter:
@@ -30,9 +34,8 @@ class ClassWriter:
 
     def write(self, label: NDArray[np.int32], rows: Rows) -> None:
         """Write a chunk; rows of one class stay in their order."""
-        order = np.argsort(
-            label.astype(np.min_scalar_type(self._classes)), kind="stable"
-        )  # small integers: a radix sort
+        small = label.astype(np.min_scalar_type(self._classes))  # NumPy sorts small integers by radix
+        order = np.argsort(small, kind="stable")
         self._stream.write(rows[order].tobytes())
         self._counts.append(np.bincount(label, minlength=self._classes))
 
@@ -88,12 +91,15 @@ def read_arrays(folder: str, name: str) -> dict[str, NDArray[Any]]:
 
 
 def await_files(folder: str, names: Sequence[str]) -> None:
-    """Wait until all files are there, however long the other workers compute.
+    """Wait until all files are there, however long the other workers compute; once a minute, name those that are missing.
 
     A worker that fails ends the training, and with it this wait.
     """
-    pause_s = 0.002
-    while not set(names) <= storage.sizes(folder).keys():
+    pause_s, named_at = 0.002, time.monotonic()
+    while missing := set(names) - storage.sizes(folder).keys():
+        if time.monotonic() - named_at >= NAMED_AFTER_SECONDS:
+            named_at = time.monotonic()
+            log.warning("the evaluation waits for other workers to write %s", ", ".join(sorted(missing)))
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 1.0)
 
@@ -116,7 +122,9 @@ def exchange_folder(shared: str | None, rank: int, world_size: int, broadcast: C
         raise ValueError("an evaluation by several workers needs a folder that all of them can read")
     if rank == 0 and storage.exists(shared):
         storage.remove_folder(shared)
-    # The name is new, so that no file of a killed evaluation is taken for one of this.
-    yield broadcast(storage.join(shared, uuid.uuid4().hex) if rank == 0 else None)
-    if rank == 0:
-        storage.remove_folder(shared)
+    try:
+        # The name is new, so that no file of a killed evaluation is taken for one of this.
+        yield broadcast(storage.join(shared, uuid.uuid4().hex) if rank == 0 else None)
+    finally:
+        if rank == 0 and storage.exists(shared):
+            storage.remove_folder(shared)

@@ -23,7 +23,7 @@ from pipeline.predict.plan import PredictPlan
 from pipeline.predict.predicted_images import read_part
 
 CELL = 320  # px, side of a contact sheet cell
-NAME_BYTES = 120  # of an image's name in the name of its drawing; file systems accept 255 in all
+NAME_BYTES = 120  # an image's name takes so many in the name of its drawing; file systems accept 255 in all
 DRAWINGS_FOLDER, EXPLAINED_FOLDER, CONTACT_SHEET = "drawings", "explained", "contact_sheet.jpg"
 
 

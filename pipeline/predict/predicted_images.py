@@ -15,9 +15,8 @@ from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.predict.plan import PARTS_FOLDER, PredictPlan, missing_parts, part_uri, read_plan
 
-PARTS_AHEAD = (
-    4  # read in advance, in threads; a `pyarrow.dataset` scan would hold everything that its consumer has not taken
-)
+# Read in advance, in threads. A scan by `pyarrow.dataset` would hold everything that its consumer has not taken.
+PARTS_AHEAD = 4
 BATCH_IMAGES = 1024
 
 

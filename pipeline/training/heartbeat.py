@@ -167,7 +167,7 @@ class ProgressMonitor:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._thread.join(timeout=10)
-        self._progress.__exit__(None, None, None)
+        self._progress.__exit__()
 
     def _run(self) -> None:
         while True:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Experiment
-from pipeline.progress import StepProgress
+from pipeline.progress import Progress, StepProgress
 from pipeline.ray_job import cluster_to_join
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.loop import train
@@ -50,7 +50,7 @@ class ProcessConsole:
 
     def print(self, text: str) -> None:
         """Print a line or a table."""
-        self._progress.write(text)
+        Progress.write(text)
 
     def progress(self, step: int, note: str) -> None:
         """Move the progress line."""

@@ -27,7 +27,7 @@ from pipeline.training.heartbeat import ProgressMonitor, start_progress_board
 from pipeline.training.preflight import Request
 from pipeline.training.worker import train_worker
 
-FAILED_STARTS = 3  # of the workers, repeated without a step in between; the next one ends the run
+FAILED_STARTS = 3  # starts of the workers that are repeated without a step in between; the next failure ends the run
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray Train's controller inherits it from this process
 
 

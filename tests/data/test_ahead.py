@@ -35,12 +35,13 @@ def test_an_error_comes_after_the_items_before_it() -> None:
         next(taken)
 
 
-def test_the_thread_ends_with_its_consumer() -> None:
+@pytest.mark.parametrize("used", [0, 1, 3])
+def test_the_thread_ends_with_its_consumer(used: int) -> None:
     before = set(threading.enumerate())
     taken = ahead(iter(range(1000)), 2)
-    next(taken)
+    assert [next(taken) for _ in range(used)] == list(range(used))
     assert set(threading.enumerate()) - before
-    taken.close()  # type: ignore[attr-defined]
+    del taken
     wait_until(lambda: not set(threading.enumerate()) - before)
 
 

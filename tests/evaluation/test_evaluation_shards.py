@@ -223,6 +223,30 @@ def test_a_folder_of_a_killed_evaluation_is_replaced(tmp_path: Path) -> None:
     assert not shared.exists()
 
 
+def test_a_failed_evaluation_leaves_no_shared_folder(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    with (
+        pytest.raises(RuntimeError, match="full disk"),
+        exchange_folder(str(shared), 0, 2, lambda value: value) as folder,
+    ):
+        write_arrays(folder, "images-00000.npz", numbers=np.arange(3))
+        raise RuntimeError("full disk")
+    assert not shared.exists()
+
+
+def test_files_that_are_late_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.evaluation.exchange.NAMED_AFTER_SECONDS", 0.05)
+    write_arrays(str(tmp_path), "images-00000.npz", numbers=np.arange(3))
+    late = threading.Timer(0.5, lambda: write_arrays(str(tmp_path), "images-00001.npz", numbers=np.arange(3)))
+    late.start()
+    await_files(str(tmp_path), ["images-00000.npz", "images-00001.npz"])
+    late.join()
+    assert "waits for other workers to write images-00001.npz" in caplog.text
+    assert "images-00000.npz" not in caplog.text
+
+
 def test_several_workers_need_a_shared_folder() -> None:
     with pytest.raises(ValueError, match="needs a folder that all of them can read"), exchange_folder(None, 0, 2, str):
         pass

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TypeVar
@@ -46,12 +47,12 @@ def ahead(items: Iterator[T], count: int) -> Iterator[T]:
     threading.Thread(target=make, daemon=True, name="ahead").start()
 
     def taken() -> Iterator[T]:
-        try:
-            while not isinstance(entry := ready.get(), _End):
-                yield entry
-            if entry.error is not None:
-                raise entry.error
-        finally:
-            stopped.set()
+        while not isinstance(entry := ready.get(), _End):
+            yield entry
+        if entry.error is not None:
+            raise entry.error
 
-    return taken()
+    consumer = taken()
+    # A `finally` in the generator would not run where it was never asked for an item.
+    weakref.finalize(consumer, stopped.set)
+    return consumer

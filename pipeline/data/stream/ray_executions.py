@@ -36,9 +36,8 @@ BLOCK_BYTES = 64 << 20  # aimed at for a decoded block
 BLOCK_STEPS = 64  # most steps of a block
 EXECUTION_BLOCKS = 4000  # of one execution of a group: its bookkeeping grows with its blocks
 READY_BATCHES = 3  # for each worker, beyond those that it has fetched
-QUEUED_TASKS = (
-    2  # decode tasks for each core: that one has finished is learnt up to 0.1 s late, and its core must not wait
-)
+# Decode tasks for each core: Ray Data notices the end of a task up to 0.1 s late, and its core must not wait.
+QUEUED_TASKS = 2
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class RayExecutions:
         height, width = self.share.decoding.canvas
         bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
         if self.share.decode_in == "task":
-            in_use, ready = 1, max(2, -(-READY_BATCHES // self._block_steps))
+            in_use, ready = 1, max(2, -(-READY_BATCHES // self._block_steps))  # a bound without the block in use stalls
             blocks = workers * (in_use + self._prefetched_blocks + ready)
             block_bytes = self._block_steps * self.share.plan.micro_batch_size * height * width * 3
             bounds["MapBatches(decode_block)"] = blocks * block_bytes
@@ -207,7 +206,10 @@ class _ToBlock(ArrowBatchCollateFn):
 
 
 def _fetched_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; fetching the first one starts now, in the background."""
+    """Yield the same items; fetching the first one starts now, in the background.
+
+    No other item is fetched before it is asked for, as `ahead` would: blocks that wait take memory of the object store.
+    """
     first: Future[T] = Future()
 
     def fetch() -> None:

@@ -14,7 +14,7 @@ Broadcast = Callable[[Any], Any]  # gives rank 0's value to every rank, as `broa
 
 @dataclass(frozen=True)
 class WorkerShare:
-    """What one worker takes of a plan, and how it is decoded."""
+    """Part of a plan that one worker takes, and the way in which it is decoded."""
 
     source: RowGroups
     plan: BatchPlan
