@@ -225,12 +225,14 @@ def test_a_folder_of_a_killed_evaluation_is_replaced(tmp_path: Path) -> None:
 
 def test_a_failed_evaluation_leaves_no_shared_folder(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
-    with (
-        pytest.raises(RuntimeError, match="full disk"),
-        exchange_folder(str(shared), 0, 2, lambda value: value) as folder,
-    ):
-        write_arrays(folder, "images-00000.npz", numbers=np.arange(3))
-        raise RuntimeError("full disk")
+
+    def fail() -> None:
+        with exchange_folder(str(shared), 0, 2, lambda value: value) as folder:
+            write_arrays(folder, "images-00000.npz", numbers=np.arange(3))
+            raise RuntimeError("full disk")
+
+    with pytest.raises(RuntimeError, match="full disk"):
+        fail()
     assert not shared.exists()
 
 
