@@ -1,5 +1,6 @@
 # make              create .venv from the locked versions (Python 3.11 or 3.12, make, a C compiler)
 # make test         run the test suite
+# make test-cluster three machines on this one, as namespaces (root on Linux; skipped elsewhere)
 # make demo         a first look: generate images, train, evaluate, track; rm -r demo to do it again
 # make demo-chain   pretrain on one set of generated images and fine-tune on another, as one job
 # make demo-sweep   search bins and distillation on generated images, with verdict and report
@@ -9,8 +10,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.9
 READY := .venv/installed
+NAMESPACES := --net --mount --pid --ipc --fork --kill-child --mount-proc
 
-.PHONY: install test test-slow demo demo-chain demo-sweep check format lock clean
+.PHONY: install test test-slow test-cluster demo demo-chain demo-sweep check format lock clean
 
 install: $(READY)
 
@@ -19,6 +21,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: $(READY)
+	@if test "$$(id -u)" != 0 || ! unshare $(NAMESPACES) true; then \
+		echo "skipped: three machines on this one take root, and a kernel that gives it namespaces"; \
+	else \
+		unshare $(NAMESPACES) env DFINE_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster; \
+	fi
 
 demo: $(READY)
 	$(BIN)/dfine prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards

@@ -7,7 +7,7 @@ progress line, prints messages, and names a worker that has been silent for too 
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.progress import Progress, StepProgress
 POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
 HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat in this time
+WAITING_SECONDS = 30.0  # between two lines about a start that waits for nodes
 NAMED_WORKERS = 8  # of those without a heartbeat, in one line
 
 
@@ -146,10 +147,15 @@ class ProgressMonitor:
 
     Args:
         timeout_s: a worker without a heartbeat for longer is named.
+        waits_for: names what a start of the workers waits for, if it does. The argument is whether workers ran before.
     """
 
-    def __init__(self, board: Any, *, name: str, steps: int, timeout_s: float) -> None:
-        self._board, self._timeout_s = board, timeout_s
+    def __init__(
+        self, board: Any, *, name: str, steps: int, timeout_s: float, waits_for: Callable[[bool], str | None]
+    ) -> None:
+        self._board, self._timeout_s, self._waits_for = board, timeout_s, waits_for
+        self._started = False
+        self._quiet_since = time.monotonic()  # without heartbeats, or since the last line about a start
         self._progress = StepProgress(name, total=steps)
         self._named: dict[int, Heartbeat] = {}
         self._stopped = threading.Event()
@@ -188,6 +194,15 @@ class ProgressMonitor:
             self._progress.show(update.step, update.note)
         if silent := silent_workers(update, self._timeout_s, self._named):
             Progress.write(silent)
+        self._show_waiting(update)
+
+    def _show_waiting(self, update: ProgressUpdate) -> None:
+        if any(update.now - beat.at < WAITING_SECONDS for beat in update.heartbeats.values()):
+            self._started, self._quiet_since = True, time.monotonic()
+        elif time.monotonic() - self._quiet_since >= WAITING_SECONDS:
+            self._quiet_since = time.monotonic()
+            if waiting := self._waits_for(self._started):
+                Progress.write(waiting)
 
 
 def silent_workers(update: ProgressUpdate, timeout_s: float, named: dict[int, Heartbeat]) -> str | None:

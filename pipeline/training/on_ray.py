@@ -24,7 +24,7 @@ from pipeline.ray_cluster import lacks_dashboard
 from pipeline.ray_internals import drop_placement_group_cleaner
 from pipeline.training.context import TrainJob
 from pipeline.training.heartbeat import ProgressMonitor, start_progress_board
-from pipeline.training.preflight import Request
+from pipeline.training.preflight import Request, waits_for
 from pipeline.training.worker import train_worker
 
 FAILED_STARTS = 3  # starts of the workers that are repeated without a step in between; the next failure ends the run
@@ -44,7 +44,13 @@ def train_on_ray(
     board = start_progress_board()
     os.environ[START_TIMEOUT] = str(cluster.start_timeout_s)
     name = job.experiment.name or "training"
-    with ProgressMonitor(board, name=name, steps=job.schedule.steps, timeout_s=cluster.heartbeat_timeout_s) as monitor:
+    with ProgressMonitor(
+        board,
+        name=name,
+        steps=job.schedule.steps,
+        timeout_s=cluster.heartbeat_timeout_s,
+        waits_for=lambda started: waits_for(request, started=started),
+    ) as monitor:
         try:
             result = fit_with_restarts(lambda: _trainer(job, cluster, request, board, callbacks), lambda: monitor.step)
         except WorkerGroupError as error:

@@ -132,6 +132,29 @@ def _capacity(request: Request, node: Mapping[str, float]) -> int:
     )
 
 
+def waits_for(request: Request, *, started: bool) -> str | None:
+    """Name the workers that wait for nodes, see `waiting_line`; None if none does."""
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return waiting_line(request, [node["Resources"] for node in _nodes()], free, started=started)
+
+
+def waiting_line(
+    request: Request, nodes: Sequence[Mapping[str, float]], free: Mapping[str, float], *, started: bool
+) -> str | None:
+    """Describe a start of the workers that takes long, by what they request and what the cluster has.
+
+    Args:
+        nodes: resources of each node.
+        free: resources that nothing uses now.
+        started: the workers have run before. They wait only if the nodes have no room for the least number of them.
+    """
+    room = min(sum(_capacity(request, node) for node in nodes), request.most)
+    if started and room >= request.least:
+        return None
+    amounts = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in request.per_worker)
+    return f"waiting for {request}: {len(nodes)} node(s) are alive, with room for {room}; free now: {amounts}"
+
+
 def problems_on_nodes(request: Request, run: str, manifests: list[str]) -> list[str]:
     """Check on every node that it sees the run's folder, can write to it, can read the data and can be reached by its name."""
     probe = storage.join(run, ".preflight")

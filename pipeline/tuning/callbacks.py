@@ -16,6 +16,7 @@ from pipeline.training import run_dir
 from pipeline.tuning.analysis.factors import point_text
 from pipeline.tuning.sweep import Trial, tracking_of
 from pipeline.tuning.trial_files import TrialSettings, runs_folder
+from pipeline.tuning.trial_log import log_uri
 from pipeline.tuning.trial_records import ENDED, STATUSES, TrialRecord
 from pipeline.tuning.trial_store import TrialStore
 
@@ -153,7 +154,7 @@ class ProgressCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record the failure of the trial, and print its reason."""
         record = self._store.finish(_trial_of(trial), failed=True)
-        _print(f"{record.id} failed: {record.reason}; see logs/{record.id}.log")
+        _print(f"{record.id} failed: {record.reason}; see {log_uri(self._store.settings.folder, record.id)}")
         self._end(record)
 
     def _end(self, record: TrialRecord) -> None:

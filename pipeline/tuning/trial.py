@@ -4,10 +4,8 @@ Tune runs this in a process that only drives. A trial that began in an earlier s
 evaluations again, so that scheduler and searcher learn them the ordinary way.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from ray import tune
@@ -28,6 +26,7 @@ from pipeline.tuning.trial_files import (
     runs_folder,
     write_progress,
 )
+from pipeline.tuning.trial_log import console_to_log, log_uri
 from pipeline.tuning.trial_records import TrialEvaluation
 
 # Resources of a trial's driver and of Ray Train's controller beside it. Tune does not accept zero CPUs. Without the memory
@@ -57,7 +56,7 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
     os.environ["MLFLOW_TRACKING_URI"] = settings.tracking_uri
     started_at = time.time()
     report = TrialReport(settings, trial, total, started_at)
-    with _console_to_file(settings.folder, trial):
+    with console_to_log(log_uri(settings.folder, trial.id)):
         launch(experiment, settings.cluster, parent_run_id=settings.parent_run_id, callbacks=[report])
 
     # 3. The time after the last evaluation counts too.
@@ -112,12 +111,3 @@ def schedule_of(experiment: Experiment, cluster: Cluster) -> Schedule:
     """Schedule of a trial with this experiment. Opens its training data."""
     workers = cluster.workers if isinstance(cluster.workers, int) else 1
     return derive(experiment, images=load_shards(experiment.data.train).manifest.images, workers=workers)
-
-
-@contextlib.contextmanager
-def _console_to_file(folder: str, trial: Trial) -> Iterator[None]:
-    """Redirect the console of a training to its own file: the output of many at once is unreadable."""
-    path = f"{trial.id}.log" if "://" in folder else f"{folder}/logs/{trial.id}.log"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield

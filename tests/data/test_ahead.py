@@ -2,11 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from pipeline.data.stream.ahead import ahead
+from tests.support.processes import wait_until
 
 
 def test_items_keep_their_order_and_are_made_before_they_are_asked_for() -> None:
@@ -43,11 +44,3 @@ def test_the_thread_ends_with_its_consumer(used: int) -> None:
     assert set(threading.enumerate()) - before
     del taken
     wait_until(lambda: not set(threading.enumerate()) - before)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("not within 4 s")

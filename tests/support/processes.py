@@ -28,6 +28,13 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], log:
         time.sleep(0.1)
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.01)
+
+
 def descendants(pid: int) -> dict[int, str]:
     """Process ids below one, with their titles."""
     parents, titles = {}, {}

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +14,9 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
 from pipeline.training.heartbeat import Heartbeat, ProgressBoard, WorkerConsole, silent_workers
-from pipeline.training.preflight import Request, leaves_cpu, name_problem, refuse_what_never_fits
+from pipeline.training.preflight import Request, leaves_cpu, name_problem, refuse_what_never_fits, waiting_line
 from pipeline.training.run_dir import begin_or_continue, driver_lock
+from tests.support.processes import wait_until
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import experiment
 
@@ -127,6 +127,18 @@ def test_decode_tasks_need_a_whole_cpu_of_one_node(
     refuse_what_never_fits(request, {"CPU": sum(nodes)}, resources, decodes=False)
 
 
+def test_a_start_that_waits_for_nodes_is_explained() -> None:
+    request = Request(2, 3, 1, {"CPU": 2, "GPU": 1})
+    nodes = [{"CPU": 0.0}, {"CPU": 8.0, "GPU": 1.0}]
+    line = waiting_line(request, nodes, {"CPU": 6.0}, started=True)
+    assert line == (
+        "waiting for 2 to 3 worker(s), each with 2 CPU, 1 GPU: 2 node(s) are alive, with room for 1; free now: 6 CPU, 0 GPU"
+    )
+    roomy = [*nodes, {"CPU": 4.0, "GPU": 4.0}]
+    assert waiting_line(request, roomy, {}, started=True) is None  # they start
+    assert "with room for 3" in (waiting_line(request, roomy, {}, started=False) or "")  # something else holds the GPUs
+
+
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(heartbeat.time, "time", lambda: seconds)
 
@@ -197,13 +209,6 @@ def test_a_worker_sends_its_latest_heartbeat_at_most_once_in_a_while(monkeypatch
     assert len(board.sent) == sent  # a training that hangs is silent
     with console.working(1000, "evaluating"):
         wait_until(lambda: board.sent.count((3, 1000, "evaluating")) >= 3)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_restarted_workers_learn_the_time_of_the_last_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
