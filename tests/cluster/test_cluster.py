@@ -45,6 +45,8 @@ SWEEP = {
     "searcher": {"kind": "grid"},
     "max_concurrent_trials": 2,
     "cpus_per_worker": 0.9,
+    "replicates": 0,
+    "confirm": {"top": 0},
 }
 
 
