@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
             experiment = check(Experiment, content, source="benchmark")
             launch(experiment, Cluster(workers=2, gpus_per_worker=0, cpus_per_worker=0.5, threads_per_worker=1))
             on_ray = recorded(f"{folder}/runs/mlflow.db", f"round-{number}")
-            seconds[ON_RAY].append(statistics.median(on_ray["speed/step_s"][1:]))
-            waits.append(statistics.median(on_ray["speed/data_wait_share"][1:]))
+            seconds[ON_RAY].append(statistics.median(on_ray["train/speed/step_s"][1:]))
+            waits.append(statistics.median(on_ray["train/speed/data_wait_share"][1:]))
             seconds[BARE_LOOP].append(bare_loop(content, folder))
         ray.shutdown()
         medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -78,7 +78,7 @@ def recorded(database: str, run: str) -> dict[str, list[float]]:
 
     client = MlflowClient(f"sqlite:///{database}")
     (found,) = client.search_runs(["1"], f"attributes.run_name = '{run}'")
-    names = ("speed/step_s", "speed/data_wait_share")
+    names = ("train/speed/step_s", "train/speed/data_wait_share")
     return {name: [m.value for m in client.get_metric_history(found.info.run_id, name)] for name in names}
 
 

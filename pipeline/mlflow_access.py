@@ -7,6 +7,8 @@ it, after `configure_mlflow`.
 import os
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"  # environment variable: the server or database
+# Groups of metrics. MLflow sorts charts by them: accuracy, then loss, rates and speed in train/, then the details in val/.
+ACCURACY, VAL, FINAL = "accuracy", "val", "val/final"
 RUN_SCHEME, MODEL_SCHEME = MLFLOW_SCHEMES = ("runs:/", "models:/")
 
 SETTINGS = {

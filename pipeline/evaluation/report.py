@@ -17,8 +17,11 @@ from pipeline.evaluation.coco_metrics import EQUAL, ClassResult, Evaluator
 from pipeline.evaluation.decoder_layers import by_layer
 from pipeline.evaluation.error_types import Errors
 from pipeline.evaluation.figures import format_number
+from pipeline.mlflow_access import ACCURACY, FINAL, VAL
 
 LOWEST_CLASSES = 5  # classes in the console table
+REPORT = "report.json"
+HEADLINES = ("AP", "AP50", "AP75")  # the first charts of a run in MLflow
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,23 @@ class EvaluationReport:
         """Number of true boxes, without crowd regions."""
         return sum(result.boxes for result in self.per_class)
 
-    def metrics(self, prefix: str = "val") -> dict[str, float]:
-        """Metrics by flat names like "val/AP" and "val/layers/iou_0", without values that are NaN."""
-        values = {
-            **self.numbers,
+    def metrics(self, *, final: bool = False) -> dict[str, float]:
+        """Metrics by their names in MLflow, without values that are NaN: "accuracy/AP", "val/AR_100", "val/layers/iou_0".
+
+        Args:
+            final: of the best weights at the end of a training; all in "val/final/".
+        """
+        details = {
             **self.layers,
             **{f"errors/{name}": gain for name, gain in self.errors.gain.items()},
             **{f"seconds/{name}": seconds for name, seconds in self.seconds.items()},
         }
         if self.agreement is not None:
-            values["evaluators_differ_by"] = self.agreement
-        return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+            details["evaluators_differ_by"] = self.agreement
+        groups = {name: FINAL if final else ACCURACY if name in HEADLINES else VAL for name in self.numbers}
+        values = {f"{groups[name]}/{name}": value for name, value in self.numbers.items()}
+        values |= {f"{FINAL if final else VAL}/{name}": value for name, value in details.items()}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def table(self) -> str:
         """Summary of a few lines for the console."""
@@ -96,7 +105,7 @@ class EvaluationReport:
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write report.json, per_class.csv and the figures to a local folder or an object store."""
-        storage.write_atomic(storage.join(folder, "report.json"), json.dumps(self.as_json(), indent=1).encode())
+        storage.write_atomic(storage.join(folder, REPORT), json.dumps(self.as_json(), indent=1).encode())
         storage.write_atomic(storage.join(folder, "per_class.csv"), self.per_class_csv().encode())
         for name, figure in self.figures().items():
             storage.write_atomic(storage.join(folder, f"{name}.png"), figures.png(figure))

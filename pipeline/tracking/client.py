@@ -17,10 +17,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.mlflow_access import MODEL_SCHEME, RUN_SCHEME, TRACKING_URI, configure_mlflow, is_mlflow_uri
+from pipeline.mlflow_access import (
+    ACCURACY,
+    FINAL,
+    MODEL_SCHEME,
+    RUN_SCHEME,
+    TRACKING_URI,
+    VAL,
+    configure_mlflow,
+    is_mlflow_uri,
+)
 from pipeline.redaction import redact
 from pipeline.tracking.database import ensure_database
-from pipeline.tracking.settings import MAX_TAG, RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
+from pipeline.tracking.settings import (
+    MAX_TAG,
+    RUN_KEY,
+    TrackingSettings,
+    mlflow_key,
+    mlflow_value,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -257,6 +272,13 @@ class Runs:
             run = find_run_by_key(self._client, run_key)
         return facts_of(run) if run is not None else None
 
+    def download(self, run_id: str, path: str, folder: str) -> Path | None:
+        """Download the artifact `path` of a run into a folder; None if the run does not have it."""
+        with mlflow_errors(run_id):
+            if path not in {artifact.path for artifact in self._client.list_artifacts(run_id)}:
+                return None
+            return Path(self._client.download_artifacts(run_id, path, folder))
+
     def children(self, parent_id: str) -> list[RunFacts]:
         """Facts of all runs of a sweep."""
         with mlflow_errors(self.shown_uri):
@@ -272,8 +294,11 @@ class Runs:
 def facts_of(run: "Run") -> RunFacts:
     """Read the facts out of a run of MLflow."""
     tags: dict[str, str] = dict(run.data.tags)
-    final = {
-        name.removeprefix("final/"): value for name, value in run.data.metrics.items() if name.startswith("final/")
+    metrics: dict[str, float] = run.data.metrics
+    finished = f"{FINAL}/AP" in metrics  # else the newest evaluation
+    groups = (f"{FINAL}/",) if finished else (f"{ACCURACY}/", f"{VAL}/")
+    results = {
+        name.removeprefix(group): value for group in groups for name, value in metrics.items() if name.startswith(group)
     }
     return RunFacts(
         title=f"{run.info.run_name} ({run.info.run_id[:8]})",
@@ -281,7 +306,7 @@ def facts_of(run: "Run") -> RunFacts:
         data=_with_prefix(tags, DIGEST),
         commit=tags.get(COMMIT),
         versions=_with_prefix(tags, VERSION),
-        results=final,
+        results=results,
         run_id=run.info.run_id,
         parent_id=tags.get(PARENT_RUN),
         status=run.info.status.lower(),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.mlflow_access import FINAL
 from pipeline.tracking.client import COMMIT, find_run_by_key, logged_model_id, mlflow_errors
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def lineage(client: "MlflowClient", run_id: str, seen: frozenset[str] = frozense
         name=run.info.run_name or run_id,
         run_id=run_id,
         status=run.info.status,
-        ap=run.data.metrics.get("final/AP"),
+        ap=run.data.metrics.get(f"{FINAL}/AP"),
         commit=tags.get(COMMIT, ""),
         data=tuple(_data_lines(run)),
         versions=tuple(f"{v.name}/{v.version}" for v in versions),

@@ -22,6 +22,7 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 RUN_KEY = "dfine.run_key"  # tag: finds the run again after a crash between its creation and noting its id
 Scalar = str | int | float | bool | None
+EXPERIMENT_FILE = "experiment.yaml"  # artifact of a run: every value of its experiment
 
 # MLflow's limits, in characters; longer values end in an ellipsis.
 MAX_KEY = 250

@@ -57,6 +57,7 @@ class TrainJob:
     evaluation_resources: dict[str, float] = field(default_factory=dict)  # CPU and GPU of an asynchronous evaluation
     profile_steps: int = 0  # steps that rank 0 records with PyTorch's profiler
     ray_job: str | None = None  # id of the submitted job
+    command: str = ""  # that started the run, without secrets
     launched_at: float = field(default_factory=time.time)  # after a restart: last heartbeat of the workers before
     restarted: bool = False  # by Ray, after a worker died
 

@@ -1,19 +1,23 @@
 """The driver of a training: what it checks before the start, asks of the cluster, and returns."""
 
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.ray_job import submitted_job
+from pipeline.redaction import redact
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
@@ -125,12 +129,20 @@ def launch(
             evaluation_resources={"CPU": cluster.evaluation_cpus, "GPU": cluster.evaluation_gpus},
             profile_steps=profile_steps,
             ray_job=submitted_job(),
+            command=_command(),
             launched_at=launched_at,
         )
         where = "in this process, on the CPU" if request is None else f"{request}"
         for text in (f"run {experiment.name} in {run}", where, *schedule.lines(), *_warnings(job, request)):
             print(text, flush=True)
         return _train(job, cluster, request, tracking, callbacks)
+
+
+def _command() -> str:
+    """Command of this process as a person would type it."""
+    program = Path(sys.argv[0])
+    words = ["dfine", program.stem] if program.suffix == ".py" else [program.name]  # `python -m jobs.train`
+    return redact(shlex.join([*words, *sys.argv[1:]]))
 
 
 def _request(cluster: Cluster, experiment: Experiment) -> "Request":

@@ -6,10 +6,10 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 import torch
@@ -17,16 +17,18 @@ import yaml
 from torch import Tensor
 
 from dfine_core.images import open_image
-from pipeline import provenance, storage
-from pipeline.config_files import dump, flatten
+from pipeline import storage
+from pipeline.config_files import dump
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
+from pipeline.mlflow_access import FINAL
 from pipeline.tracking.model import log_detector
-from pipeline.tracking.settings import Scalar
+from pipeline.tracking.settings import EXPERIMENT_FILE, Scalar
 from pipeline.tracking.system import system_metrics
-from pipeline.tracking.tracker import DatasetInput, Tracker
+from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
+from pipeline.training.run_description import NOTE, chosen_params, dataset_input, run_note, run_tags
 from pipeline.training.run_dir import RESULT
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 
 SOURCE = "jobs/train.py"
 # Points in MLflow: a long run would log millions, and both its database and its charts become slow.
+LOSS = "loss_"  # first characters of the terms
 LAYER_TERM = re.compile(r"_\d+$|_pre$")  # a loss of one decoder layer, of the encoder or before the first layer
+LAYER_TERMS = "train/terms_by_layer/"
 LAYER_TERMS_EVERY = 10  # reports
 FULL_RATE_S = 3600.0  # every report is logged this long after the start,
 THINNED_S = 60.0  # then one in this time
@@ -69,15 +73,22 @@ class MetricMeter:
             return {}
         *sums, finite_steps = torch.stack([*self.sums.values(), self.finite_steps]).tolist()
         seconds = time.perf_counter() - self.started_at
-        values = {f"train/{name}": total / max(finite_steps, 1) for name, total in zip(self.sums, sums, strict=True)}
+        values = {metric_name(name): total / max(finite_steps, 1) for name, total in zip(self.sums, sums, strict=True)}
         values |= {
-            "speed/images_per_s": self.steps * images_per_step / seconds,
-            "speed/step_s": seconds / self.steps,
-            "speed/data_wait_share": self.waited_s / seconds,
+            "train/speed/images_per_s": self.steps * images_per_step / seconds,
+            "train/speed/step_s": seconds / self.steps,
+            "train/speed/data_wait_share": self.waited_s / seconds,
         }
         self.sums, self.finite_steps, self.steps, self.waited_s = {}, None, 0, 0.0
         self.started_at = time.perf_counter()
         return values
+
+
+def metric_name(name: str) -> str:
+    """Name in MLflow of a loss: totals in train/, terms of the last layer and of single layers in groups of their own."""
+    if not name.startswith(LOSS):
+        return f"train/{name}"
+    return (LAYER_TERMS if LAYER_TERM.search(name) else "train/terms/") + name.removeprefix(LOSS)
 
 
 class RunLog:
@@ -127,34 +138,14 @@ class RunLog:
         """
         if self._tracker is None:
             return
-        # Parameters: what was written, and what was derived from it.
-        experiment, data = self._job.experiment, self._job.data
-        params = flatten(dump(experiment)) | flatten({"derived": asdict(self._job.schedule)})
-        params["model.num_classes"] = len(data.train.manifest.categories)
-        # Data sets by digest, so that runs on the same data can be found.
-        datasets = [dataset_input(data.train, "training")]
-        if data.val is not None:
-            datasets.append(dataset_input(data.val, "validation"))
-        self._tracker.begin(params, self._tags(parent), datasets, SOURCE, parent)
-        self._tracker.text(yaml.safe_dump(dump(experiment), sort_keys=False), "experiment.yaml")
-
-    def _tags(self, parent: dict[str, str]) -> dict[str, str]:
         job = self._job
-        tags = {
-            "variant": job.experiment.model.variant,
-            "data": job.data.train.manifest.split,
-            "run_folder": job.run,
-            "dfine.run": job.run,
-            **{f"digest.{use}": digest for use, digest in job.data.digests().items()},
-            **{f"parent.{key}": value for key, value in parent.items()},
-            **{f"version.{key}": value for key, value in provenance.versions().items()},
-            **job.experiment.tracking.tags,
-        }
-        if commit := provenance.code_commit():
-            tags["mlflow.source.git.commit"] = commit
-        if job.ray_job:
-            tags["ray.job"] = job.ray_job
-        return tags
+        # Data sets by digest, so that runs on the same data can be found.
+        datasets = [dataset_input(job.data.train, "training")]
+        if job.data.val is not None:
+            datasets.append(dataset_input(job.data.val, "validation"))
+        tags = {**run_tags(job, parent), NOTE: run_note(job)}
+        self._tracker.begin(chosen_params(job), tags, datasets, SOURCE, parent)
+        self._tracker.text(yaml.safe_dump(dump(job.experiment), sort_keys=False), EXPERIMENT_FILE)
 
     def ready(self) -> None:
         """Note that the state is built and training begins."""
@@ -199,8 +190,8 @@ class RunLog:
         if self._context.rank != 0:
             return
         note = (
-            f"loss {values['train/loss']:.2f}, {values['speed/images_per_s']:.1f} images/s,"
-            f" data wait {values['speed/data_wait_share']:.1%}, {values['system/memory_gib']:.1f} GiB"
+            f"loss {values['train/loss']:.2f}, {values['train/speed/images_per_s']:.1f} images/s,"
+            f" data wait {values['train/speed/data_wait_share']:.1%}, {values['system/memory_gib']:.1f} GiB"
         )
         self._context.console.progress(state.step, note)
         if self._tracker is not None:
@@ -216,7 +207,7 @@ class RunLog:
         number = step // job.experiment.tracking.every_steps
         # By the step's number, so that a resumed run logs at the same steps.
         if not last and number % LAYER_TERMS_EVERY != 1:
-            values = {name: value for name, value in values.items() if not LAYER_TERM.search(name)}
+            values = {name: value for name, value in values.items() if not name.startswith(LAYER_TERMS)}
         tracker.metrics(values, step)
 
     @contextmanager
@@ -249,13 +240,13 @@ class RunLog:
         folder = storage.join(self._job.run, "evaluation", "final" if final else checkpoint.step_folder(step))
         report.write(folder)
         if self._tracker is not None:
-            self._tracker.metrics(report.metrics("final" if final else "val"), step)
+            self._tracker.metrics(report.metrics(final=final), step)
             if final:
                 _log_figures(self._tracker, report)
         for name, png in images:
             storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), png)
             if self._tracker is not None:
-                self._tracker.image(name, open_image(png), step)
+                self._tracker.image(f"best weights/{name}" if final else name, open_image(png), step)
 
     def finish(self, state: TrainState, report: "EvaluationReport | None", latency_ms: float | None) -> None:
         """Write the result of the run; log and register the best weights. On rank 0.
@@ -276,7 +267,7 @@ class RunLog:
         if self._tracker is None:
             return
         if latency_ms is not None:
-            self._tracker.metrics({"final/latency_ms": latency_ms}, state.step)
+            self._tracker.metrics({f"{FINAL}/latency_ms": latency_ms}, state.step)
         shards = job.data.val or job.data.train
         detector = state.averaged_detector
         with tempfile.TemporaryDirectory() as folder:
@@ -287,19 +278,15 @@ class RunLog:
                 config=detector.config,
                 weights=weights,
                 categories=[category.name for category in shards.manifest.categories],
-                metrics=report.metrics("final") if report else {},
+                metrics=report.metrics(final=True) if report else {},
                 example=_first_image(shards),
                 step=state.step,
                 registered_model_name=job.experiment.tracking.registered_model_name,
                 alias=job.experiment.tracking.alias,
             )
+        if report is not None:
+            self._tracker.tags({NOTE: run_note(job, report.numbers)})
         self._tracker.finish("FINISHED")
-
-
-def dataset_input(shards: ShardSet, context: Any) -> DatasetInput:
-    """Describe a shard set as an MLflow data set."""
-    digest = shards.manifest.digest
-    return DatasetInput(name=shards.manifest.split, digest=digest, uri=shards.uri, context=context)
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

@@ -38,7 +38,7 @@ from pipeline.training import run_dir
 from pipeline.training.context import ResolvedData, resolve_data
 from pipeline.training.init_weights import materialize_init
 from pipeline.training.preflight import DECODING_CPUS
-from pipeline.training.run_log import dataset_input
+from pipeline.training.run_description import dataset_input
 from pipeline.tuning.analysis.sweep_report import BINS, SweepReport, draw_figures, make_report, report_page, trial_table
 from pipeline.tuning.analysis.verdict import top_points, verdict_text
 from pipeline.tuning.callbacks import ProgressCallback, TrialStatusReporter

@@ -81,7 +81,7 @@ def test_a_detector_that_returns_the_ground_truth_scores_one(records: list[Image
     assert report.images == IMAGES
     assert report.boxes == sum(int((~record.crowd).sum()) for record in records) > 0
     metrics = report.metrics()
-    assert metrics["val/AP"] == pytest.approx(1)
+    assert metrics["accuracy/AP"] == pytest.approx(1)
     assert metrics["val/AR_100"] == pytest.approx(1)
     assert metrics["val/evaluators_differ_by"] < 1e-9
     assert report.evaluator == "pycocotools"
@@ -176,10 +176,10 @@ def test_a_disagreement_of_the_evaluators_is_reported_and_logged(
 
 def test_metrics_are_flat_and_finite() -> None:
     metrics = report_of().metrics()
-    assert {"val/AP", "val/AP50", "val/AR_100", "val/layers/iou_0", "val/errors/localisation"} <= set(metrics)
+    assert {"accuracy/AP", "accuracy/AP50", "val/AR_100", "val/layers/iou_0", "val/errors/localisation"} <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
     without_boxes = replace(report_on(ground_truth_of([]), detections_of()), layers={"layers/iou_initial": math.nan})
-    assert not {"val/AP", "val/layers/iou_initial"} & set(without_boxes.metrics())
+    assert not {"accuracy/AP", "val/layers/iou_initial"} & set(without_boxes.metrics())
     assert "AP      -" in without_boxes.table()
 
 

@@ -102,7 +102,11 @@ def metrics_of(folder: Path, name: str) -> list[tuple[str, int, float]]:
         assert status == "FINISHED"
         query = "select key, step, value from metrics where run_uuid = ? order by key, step, rowid"
         rows = database.execute(query, (run,)).fetchall()
-    kept = [row for row in rows if row[0].startswith(("train/", "val/", "best/")) and "seconds" not in row[0]]
+    kept = [
+        row
+        for row in rows
+        if row[0].startswith(("accuracy/", "train/", "val/")) and "seconds" not in row[0] and "speed" not in row[0]
+    ]
     assert len({row[:2] for row in kept}) == len(kept) > 50
     return kept
 

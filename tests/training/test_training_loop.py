@@ -245,7 +245,7 @@ def test_a_meter_gives_means_of_finite_steps_and_starts_anew() -> None:
         )
         meter.add(result, waited_s=0.0)
     values = meter.read(images_per_step=8)
-    assert values["train/loss_vfl"] == values["train/loss"] == 2.0
+    assert values["train/terms/vfl"] == values["train/loss"] == 2.0
     assert meter.read(images_per_step=8) == {}
 
 
@@ -274,9 +274,13 @@ def test_reports_are_thinned_in_mlflow(data: dict[str, str], tmp_path: Path, age
 
     # After an hour, one report a minute and the last; of the terms of single layers, every tenth and the last.
     assert sorted(tracker.logged) == logged
-    assert all("train/loss_vfl" in values for values in tracker.logged.values())
+    assert all("train/terms/vfl" in values for values in tracker.logged.values())
     for term in terms[1:]:
-        with_term = [step for step, values in tracker.logged.items() if f"train/{term}" in values]
+        with_term = [
+            step
+            for step, values in tracker.logged.items()
+            if f"train/terms_by_layer/{term.removeprefix('loss_')}" in values
+        ]
         assert with_term == [step for step in logged if step in (1, 11, 21, 24)], term
 
 

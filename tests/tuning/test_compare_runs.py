@@ -18,7 +18,14 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
 from pipeline.training.context import resolve_data
 from pipeline.training.run_log import RunLog
-from pipeline.tuning.analysis.compare_runs import compare, comparison_page, comparison_text, open_runs, read_folder
+from pipeline.tuning.analysis.compare_runs import (
+    compare,
+    comparison_page,
+    comparison_text,
+    open_run,
+    open_runs,
+    read_folder,
+)
 from tests.support.training_runs import alone, experiment, job, shard_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -43,7 +50,7 @@ def record_run(setting: Experiment, ap: float, parent: str | None = None) -> str
     )
     with Tracker(storage / name / "tracking", tracking) as tracker:
         RunLog(job(setting), alone(), tracker).begin({})
-        tracker.metrics({"final/AP": ap, "final/AP50": ap + 0.1, "final/layers/iou_0": 0.5}, 6)
+        tracker.metrics({"val/final/AP": ap, "val/final/AP50": ap + 0.1, "val/final/layers/iou_0": 0.5}, 6)
         tracker.finish("FINISHED")
         assert tracker.flush(60)
         assert tracker.run_id is not None
@@ -87,9 +94,7 @@ def test_differences_are_the_same_from_folders_and_from_mlflow(folder: Path, by:
     comparison = opened(folder, *names)
     config = {difference.key: difference.values for difference in comparison.effective if difference.part == "config"}
     assert config["loss.ddf"] == ("1.5", "5.0")
-    derived = {key for key in config if key.startswith("derived.")}
-    assert config.keys() - derived == {"loss.ddf"}
-    assert ("derived.images" in derived) == (by == "name")  # 24 and 30 images
+    assert config.keys() == {"loss.ddf"}
     neutral = {difference.key for difference in comparison.differences if difference.neutral}
     assert neutral == {"name", "checkpoints.keep", "data.train"}
     (data,) = [
@@ -156,11 +161,30 @@ def test_a_missing_or_damaged_run_is_refused(folder: Path, tmp_path: Path) -> No
         read_folder(str(tmp_path / "broken"))
 
 
-def test_a_run_without_results_is_compared_by_its_start(folder: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_compared_by_its_newest_evaluation(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "first", tmp_path / "begun", ignore=shutil.ignore_patterns("tracking", "result.json"))
     text = comparison_text(opened(folder, str(folder / "second"), str(tmp_path / "begun")))
-    assert "begun, not finished" in text
+    assert "begun, not finished\n" in text
     assert "AP        0.3000  |  -" in text
+    for step, ap in ((2, 0.1), (4, 0.25)):
+        report = tmp_path / f"begun/evaluation/step-{step:08d}/report.json"
+        report.parent.mkdir(parents=True)
+        report.write_text(json.dumps({"numbers": {"AP": ap, "AP_small": None}}))
+    text = comparison_text(opened(folder, str(folder / "second"), str(tmp_path / "begun")))
+    assert "begun, not finished, evaluated at step 4\n" in text
+    assert "AP        0.3000  |  0.2500 (-0.0500" in text
+
+
+def test_an_unfinished_run_of_mlflow_is_compared_by_its_newest_evaluation(tmp_path: Path) -> None:
+    setting = experiment(tmp_path, shard_folders(tmp_path), name="begun")
+    with Tracker(tmp_path / "tracking", settings_of(tmp_path / "runs", "begun")) as tracker:
+        RunLog(job(setting), alone(), tracker).begin({})
+        for step, ap in ((2, 0.1), (4, 0.25)):
+            tracker.metrics({"accuracy/AP": ap, "val/AR_100": 2 * ap}, step)
+        assert tracker.flush(60)
+    found = open_run("begun", None, str(tmp_path / "runs"))
+    assert (found.results["AP"], found.results["AR_100"]) == (0.25, 0.5)
+    assert found.params["loss.ddf"] == "1.5"
 
 
 def test_names_of_runs_are_escaped_in_the_page() -> None:

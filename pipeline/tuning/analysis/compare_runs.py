@@ -1,16 +1,18 @@
 """Comparison of runs: differences in config, data, code, versions and results, with the noise of each result."""
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline import html_pages, storage
 from pipeline.config import ConfigError
-from pipeline.config_files import flatten
+from pipeline.config_files import flatten, read_yaml
 from pipeline.evaluation.coco_metrics import NUMBERS
+from pipeline.evaluation.report import REPORT
 from pipeline.tracking.client import RunFacts, Runs
-from pipeline.tracking.settings import MAX_PARAM, RUN_KEY, mlflow_value
+from pipeline.tracking.settings import EXPERIMENT_FILE, MAX_PARAM, RUN_KEY, mlflow_value
 from pipeline.training import checkpoint
 from pipeline.training.run_dir import NEUTRAL, RESULT, RUN_START
 from pipeline.tuning.analysis.noise import Noise, pooled_noise
@@ -19,8 +21,8 @@ from pipeline.tuning.trial_records import finite_or_none
 Part = Literal["config", "data", "code", "versions"]
 # Keys without effect on the result. Data are compared by their digests, not by their paths.
 NO_EFFECT = (*NEUTRAL, "name", "data.train", "data.val")
-DERIVED = "derived."  # prefix of parameters that exist only in MLflow
 MISSING = "-"
+STEP_FOLDER = "step-"  # first characters of the folder of an evaluation
 MAX_VALUE_LENGTH = 60  # characters, in the console
 HASH_LENGTH = 12  # characters of a digest or commit
 
@@ -91,9 +93,10 @@ def read_folder(folder: str) -> RunFacts | None:
         return None
     try:
         start = json.loads(storage.read_bytes(storage.join(folder, RUN_START)))
-        params = {key: mlflow_value(value, MAX_PARAM) for key, value in flatten(start["experiment"]).items()}
+        params = _params(start["experiment"])
         finished = storage.exists(storage.join(folder, RESULT))
-        result = json.loads(storage.read_bytes(storage.join(folder, RESULT))) if finished else {}
+        step, report = (None, storage.join(folder, RESULT)) if finished else _newest_report(folder)
+        result = json.loads(storage.read_bytes(report)) if report else {}
         numbers = {name: float(value) for name, value in (result.get("numbers") or {}).items() if value is not None}
     except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder}: {RUN_START} or {RESULT} is damaged: {error!r}") from None
@@ -105,9 +108,23 @@ def read_folder(folder: str) -> RunFacts | None:
         commit=metadata.commit if metadata else None,
         versions=metadata.versions if metadata else {},
         results=numbers,
-        status="finished" if finished else "not finished",
+        status="finished" if finished else "not finished" + (f", evaluated at step {step:,}" if step else ""),
         tags={RUN_KEY: start.get("tracking_key", "")},
     )
+
+
+def _params(experiment: Mapping[str, object]) -> dict[str, str]:
+    return {key: mlflow_value(value, MAX_PARAM) for key, value in flatten(experiment).items()}
+
+
+def _newest_report(folder: str) -> tuple[int | None, str | None]:
+    """Step and report of the newest evaluation of an unfinished run."""
+    evaluations = storage.join(folder, "evaluation")
+    for name in sorted(storage.names(evaluations), reverse=True):
+        report = storage.join(evaluations, name, REPORT)
+        if name.startswith(STEP_FOLDER) and storage.exists(report):
+            return int(name.removeprefix(STEP_FOLDER)), report
+    return None, None
 
 
 def _newest_metadata(folder: str) -> checkpoint.Metadata | None:
@@ -152,27 +169,15 @@ def compare(runs: Sequence[RunFacts], replicates: Sequence[RunFacts] = (), noise
 
 def _settings_without_seed(run: RunFacts) -> str:
     """Text that is equal for runs that differ only in their seed."""
-    params = {
-        key: value
-        for key, value in run.params.items()
-        if key != "seed" and not key.startswith((*NO_EFFECT, DERIVED, "model.num_classes"))
-    }
+    params = {key: value for key, value in run.params.items() if key != "seed" and not key.startswith(NO_EFFECT)}
     return json.dumps([params, run.data], sort_keys=True)
 
 
 def _config_differences(runs: Sequence[RunFacts]) -> list[Difference]:
-    # Folders have no derived values; MLflow's parameters include the number of classes.
-    all_derived = all(any(key.startswith(DERIVED) for key in run.params) for run in runs)
-    from_mlflow = all(run.run_id for run in runs)
-    kept = [
-        {
-            key: value
-            for key, value in run.params.items()
-            if (all_derived or not key.startswith(DERIVED)) and (from_mlflow or key != "model.num_classes")
-        }
-        for run in runs
+    marked = [
+        Difference(d.part, d.key, d.values, d.key.startswith(NO_EFFECT))
+        for d in _differing("config", [run.params for run in runs])
     ]
-    marked = [Difference(d.part, d.key, d.values, d.key.startswith(NO_EFFECT)) for d in _differing("config", kept)]
     return sorted(marked, key=lambda difference: (difference.neutral, difference.key))
 
 
@@ -210,8 +215,15 @@ def open_runs(
 
 
 def open_run(name: str, tracking: str | None, storage_uri: str) -> RunFacts:
-    """Read a run from its folder, or find it in MLflow."""
-    return read_folder(name) or Runs(tracking, storage_uri).find(name)
+    """Read a run from its folder, or find it in MLflow, with its whole experiment."""
+    if (found := read_folder(name)) is not None:
+        return found
+    known = Runs(tracking, storage_uri)
+    facts = known.find(name)
+    assert facts.run_id is not None
+    with tempfile.TemporaryDirectory() as folder:
+        file = known.download(facts.run_id, EXPERIMENT_FILE, folder)
+        return facts if file is None else replace(facts, params=_params(read_yaml(file)))
 
 
 # Text and page
