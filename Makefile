@@ -32,8 +32,7 @@ test-cluster: $(READY)
 demo: $(READY)
 	$(BIN)/dfine prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
 	$(BIN)/dfine train configs/demo.yaml
-	@echo "images: demo/runs/demo/evaluation/final"
-	@echo "the run in MLflow: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/demo/runs/mlflow.db"
+	@echo "open the run in MLflow: $(BIN)/dfine ui demo/runs/demo"
 
 demo-chain: $(READY)
 	$(BIN)/dfine pretrain-finetune configs/chains/demo.yaml

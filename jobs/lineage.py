@@ -8,7 +8,6 @@ Reads the server of MLFLOW_TRACKING_URI; without it, for the folder of a run, th
 """
 
 import argparse
-import os
 
 from jobs.command import announce, command_parser, parsed, user_errors
 
@@ -26,28 +25,14 @@ def origin_of(run: str) -> str:
     Args:
         run: folder, id, name or model URI.
     """
-    # 1. A folder has its key into MLflow; anything else needs a server.
-    from pipeline.config import ConfigError
-    from pipeline.tracking.settings import TrackingSettings
+    from pipeline.training.tracked_run import tracking_of
 
-    key = None
-    if os.path.isdir(run) or "://" in run:
-        from pipeline.training.run_dir import key_of
-
-        key = key_of(run)
-    if key is None and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise ConfigError(f"{run} is not the folder of a run: for a run's id or name set MLFLOW_TRACKING_URI")
-    settings = TrackingSettings.resolve(os.path.dirname(run) or ".", experiment="", run_name="")
-
-    # 2. Follow the run's origins in MLflow.
+    settings, key = tracking_of(run)
     announce("lineage", f"{run}: reading {settings.shown_uri} …")
-    from pipeline.tracking.client import RunLookupError, connect, find_run, find_run_by_key
+    from pipeline.tracking.client import find_tracked_run
     from pipeline.tracking.lineage import lineage, lineage_tree
 
-    client = connect(settings.uri)
-    found = find_run_by_key(client, key) if key else find_run(client, run)
-    if found is None:
-        raise RunLookupError(f"{run}: {settings.shown_uri} does not know this run")
+    client, found = find_tracked_run(settings, run, key)
     return lineage_tree(lineage(client, found.info.run_id))
 
 

@@ -221,6 +221,19 @@ def _quoted(text: str) -> str:
     return text
 
 
+def find_tracked_run(settings: TrackingSettings, named: str, run_key: str | None) -> "tuple[MlflowClient, Run]":
+    """Find a run by its key, else by id, name or URI; returns the client of its server too.
+
+    Raises:
+        RunLookupError: the server cannot be reached, or does not know the run.
+    """
+    client = connect(settings.uri)
+    found = find_run_by_key(client, run_key) if run_key else find_run(client, named)
+    if found is None:
+        raise RunLookupError(f"{named}: {settings.shown_uri} does not know this run")
+    return client, found
+
+
 # Contents of runs
 
 

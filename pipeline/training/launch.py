@@ -51,9 +51,7 @@ class TrainResult:
             lines.append(f"best weights: AP {self.numbers['AP']:.3f}, AP50 {self.numbers['AP50']:.3f}")
         lines += [
             f"checkpoints, reports and images: {self.run}",
-            f"MLflow: mlflow ui --backend-store-uri {self.tracking.shown_uri}"
-            if self.tracking.uri.startswith("sqlite")
-            else f"MLflow: {self.tracking.shown_uri}",
+            f"charts and images in MLflow: dfine ui {self.run}",
         ]
         return "\n".join(lines)
 

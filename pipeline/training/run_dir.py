@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,8 @@ def driver_lock(run: str) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
-            write(time.time())
+            with suppress(OSError):  # the storage is out of reach for a while; the next heartbeat has the same content
+                write(time.time())
 
     write(time.time())
     thread = threading.Thread(target=beat, daemon=True, name="driver lock")

@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.config_files import dump
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
-from pipeline.mlflow_access import FINAL
+from pipeline.mlflow_access import FINAL, VAL
 from pipeline.tracking.model import log_detector
 from pipeline.tracking.settings import EXPERIMENT_FILE, Scalar
 from pipeline.tracking.system import system_metrics
@@ -246,7 +246,7 @@ class RunLog:
         for name, png in images:
             storage.write_atomic(storage.join(folder, f"{name.replace('/', '_')}.png"), png)
             if self._tracker is not None:
-                self._tracker.image(f"best weights/{name}" if final else name, open_image(png), step)
+                self._tracker.image(f"{FINAL if final else VAL}/{name}", open_image(png), step)
 
     def finish(self, state: TrainState, report: "EvaluationReport | None", latency_ms: float | None) -> None:
         """Write the result of the run; log and register the best weights. On rank 0.

@@ -72,9 +72,9 @@ class Nodes:
         wait_until(lambda: self._alive() == 1, 90)
 
     def join(self, number: int) -> None:
-        """Start a node with two CPUs, and wait until the cluster has it."""
+        """Start a node with three CPUs, and wait until the cluster has it."""
         before = self._alive()
-        self.start(number, f"--address={address(0)}:6379", "--num-cpus=2")
+        self.start(number, f"--address={address(0)}:6379", "--num-cpus=3")
         wait_until(lambda: self._alive() > before, 90)
 
     def kill(self, number: int) -> None:

@@ -55,6 +55,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     with cluster(tmp_path_factory.mktemp("cluster")) as nodes:
         files: dict[str, Any] = {"experiment": EXPERIMENT, "sweep": SWEEP}
         files |= {f"workers-{count}": {"workers": count, **WORKERS} for count in (1, 2, 3)}
+        files["one-per-node"] = {"workers": 2, **WORKERS, "cpus_per_worker": 2}
         for name, content in files.items():
             (nodes.working_dir / f"{name}.yaml").write_text(yaml.safe_dump(content))
         yield nodes
@@ -149,13 +150,13 @@ def test_two_trials_run_on_two_nodes(nodes: Nodes, shards: str) -> None:
     logs = storage.sizes(f"{folder}/logs")
     assert len(logs) == 2, output[-4000:]
     for name in logs:
-        assert b"finished at step 8" in storage.read_bytes(f"{folder}/logs/{name}")
+        assert b"8/8, 100%" in storage.read_bytes(f"{folder}/logs/{name}")
     assert storage.exists(f"{folder}/report.html")
 
 
 def test_a_lost_node_is_waited_for_and_costs_nothing(nodes: Nodes, trained: str) -> None:
     """A node dies, no other has room for its worker, and a third machine takes its place."""
-    job = nodes.begin(*training("node-lost", 2))
+    job = nodes.begin("jobs.train", "experiment.yaml", "--cluster", "one-per-node.yaml", "--name", "node-lost")
     try:
         wait_until(lambda: reached("node-lost", 8), 200)
         assert not reached("node-lost", STEPS)
