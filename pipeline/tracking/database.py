@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from pipeline.tracking.settings import TrackingError
 
@@ -42,6 +43,11 @@ def ensure_database(tracking_uri: str) -> None:
             path.rename(aside)
             logger.warning("%s was only half made, without a run in it; set aside as %s", path, aside.name)
         _create(path)
+
+
+def artifact_root(database: Path) -> str:
+    """URI of the folder beside a database that holds the artifacts of its experiments."""
+    return f"file://{quote(str(database.parent / 'mlartifacts'))}"
 
 
 def _is_complete(path: Path) -> bool:
@@ -74,6 +80,7 @@ def _newest_revision() -> str:
 
 def _create(path: Path) -> None:
     from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     for leftover in path.parent.glob(f".{path.name}.*.new*"):  # of a process that was killed here
         leftover.unlink()
@@ -83,6 +90,10 @@ def _create(path: Path) -> None:
         _initialize_tables(engine)
     finally:
         engine.dispose()
+    # The experiment "Default" is made now: the first process that opens the database would give it a folder where that works,
+    # such as the temporary copy of a submitted job.
+    store = SqlAlchemyStore(f"{SCHEME}{aside}", artifact_root(path))
+    store._dispose_engine()
     os.replace(aside, path)
 
 

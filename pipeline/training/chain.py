@@ -150,6 +150,7 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
         prepare: main function of `dfine prepare`.
     """
     from pipeline.training import run_dir  # imports PyTorch, which reading a chain does without
+    from pipeline.training.run_description import NOTE
 
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
@@ -175,9 +176,10 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
                 f"{step.stage.name}: {_summary_of(numbers)}, {storage.join(chain.storage, step.experiment.name or '')}"
             )
             tracker.metrics({f"{step.stage.name}/{key}": value for key, value in (numbers or {}).items()}, step=number)
+        tracker.tags({NOTE: "\n\n".join([f"Chain of {len(steps)} stages", *lines])})
         tracker.finish("FINISHED")
     last = storage.join(chain.storage, steps[-1].experiment.name or "")
-    return "\n".join([*lines, f"MLflow: {settings.shown_uri}", f"lineage: dfine lineage {last}"])
+    return "\n".join([*lines, f"charts and images in MLflow: dfine ui {folder}", f"lineage: dfine lineage {last}"])
 
 
 def _run_stage(

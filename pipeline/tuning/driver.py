@@ -38,7 +38,7 @@ from pipeline.training import run_dir
 from pipeline.training.context import ResolvedData, resolve_data
 from pipeline.training.init_weights import materialize_init
 from pipeline.training.preflight import DECODING_CPUS
-from pipeline.training.run_description import dataset_input
+from pipeline.training.run_description import NOTE, dataset_input
 from pipeline.tuning.analysis.sweep_report import BINS, SweepReport, draw_figures, make_report, report_page, trial_table
 from pipeline.tuning.analysis.verdict import top_points, verdict_text
 from pipeline.tuning.callbacks import ProgressCallback, TrialStatusReporter
@@ -87,7 +87,7 @@ class SweepResult:
     def summary(self) -> str:
         """Verdict, path of the report, and MLflow run, for the console."""
         lines = [verdict_text(self.report.verdict), f"report: {storage.join(self.folder, REPORT)}"]
-        return "\n".join([*lines, f"MLflow: {self.tracking.shown_uri}, run {self.report.sweep.name}"])
+        return "\n".join([*lines, f"charts and images in MLflow: dfine ui {self.folder}"])
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,11 @@ def _write_report(report: SweepReport, store: TrialStore, tracker: Tracker) -> N
     storage.write_atomic(storage.join(folder, REPORT), page)
     tracker.artifact(page, f"sweep/{REPORT}")
     tracker.artifact(records, "sweep/records.json")
-    tracker.text(verdict_text(report.verdict), "sweep/verdict.txt")
+    verdict = verdict_text(report.verdict)
+    tracker.text(verdict, "sweep/verdict.txt")
+    tracker.tags(
+        {NOTE: f"Sweep with {len(report.records)} trials: `sweep/{REPORT}` among the artifacts\n\n```\n{verdict}\n```"}
+    )
     for name, figure in figures.items():
         tracker.artifact(png(figure), f"sweep/{name}.png")
     if report.records:

@@ -46,6 +46,18 @@ def test_a_new_database_works_and_leaves_nothing_beside_it(tmp_path: Path) -> No
     assert (tmp_path / "mlflow.db").stat().st_ino == before
 
 
+def test_no_experiment_keeps_its_artifacts_where_the_process_worked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the temporary copy of a submitted job, which Ray deletes."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "temporary")
+    client = connect(uri(tmp_path / "runs"))
+    (default,) = client.search_experiments()
+    assert default.artifact_location == f"file://{tmp_path}/runs/mlartifacts/0"
+
+
 def test_a_half_made_database_is_set_aside_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     half_made(tmp_path / "mlflow.db")
     client = connect(uri(tmp_path))
