@@ -250,6 +250,7 @@ class RunFacts:
     run_id: str | None = None  # MLflow's
     parent_id: str | None = None  # MLflow's run id of the sweep
     status: str = ""
+    folder: str | None = None  # maybe on another machine
     tags: dict[str, str] = field(default_factory=dict)
 
 
@@ -323,6 +324,7 @@ def facts_of(run: "Run") -> RunFacts:
         run_id=run.info.run_id,
         parent_id=tags.get(PARENT_RUN),
         status=run.info.status.lower(),
+        folder=tags.get("run_folder"),
         tags={key: redact(value) for key, value in tags.items()},
     )
 

@@ -41,7 +41,6 @@ class TrainResult:
     best_ap: float | None
     numbers: dict[str, float] | None  # COCO numbers of the best weights
     skipped_steps: int
-    tracking: TrackingSettings
     run_id: str | None  # in MLflow
 
     def summary(self) -> str:
@@ -227,7 +226,6 @@ def _train(
         best_ap=value["best_ap"],
         numbers=value.get("numbers"),
         skipped_steps=value["skipped_steps"],
-        tracking=tracking,
         run_id=value.get("run_id"),
     )
 

@@ -82,10 +82,9 @@ class SweepResult:
 
     folder: str
     report: SweepReport
-    tracking: TrackingSettings
 
     def summary(self) -> str:
-        """Verdict, path of the report, and MLflow run, for the console."""
+        """Verdict, path of the report, and the command for MLflow, for the console."""
         lines = [verdict_text(self.report.verdict), f"report: {storage.join(self.folder, REPORT)}"]
         return "\n".join([*lines, f"charts and images in MLflow: dfine ui {self.folder}"])
 
@@ -152,7 +151,7 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
                 report = make_report(sweep, store.ordered(), _detector_bins(pinned.init))
                 _write_report(report, store, tracker)
             tracker.finish("FINISHED")
-    return SweepResult(folder, report, tracking)
+    return SweepResult(folder, report)
 
 
 def plan_resources(sweep: Sweep) -> tuple[Cluster, int]:

@@ -1,14 +1,18 @@
 """Differences between runs, from their folders and from MLflow."""
 
+import base64
+import io
 import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from jobs import compare as compare_job
 from pipeline.config import ConfigError, Experiment
@@ -26,6 +30,7 @@ from pipeline.tuning.analysis.compare_runs import (
     open_runs,
     read_folder,
 )
+from pipeline.tuning.analysis.paired_images import paired_images
 from tests.support.training_runs import alone, experiment, job, shard_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -185,6 +190,27 @@ def test_an_unfinished_run_of_mlflow_is_compared_by_its_newest_evaluation(tmp_pa
     found = open_run("begun", None, str(tmp_path / "runs"))
     assert (found.results["AP"], found.results["AR_100"]) == (0.25, 0.5)
     assert found.params["loss.ddf"] == "1.5"
+
+
+def test_the_page_pairs_the_images_that_both_runs_have(tmp_path: Path) -> None:
+    runs = []
+    for name, images in (("one", (3, 5, 7)), ("two", (5, 7, 9))):
+        for folder in ("step-00000002", "final"):
+            for image in images:
+                path = tmp_path / name / "evaluation" / folder / f"images_{image}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (1600, 400), "red" if name == "one" else "blue").save(path)
+        runs.append(RunFacts(name, {}, {"val": "abc"}, None, {}, {}, folder=str(tmp_path / name)))
+    pairs = paired_images(runs)
+    assert [pair.name for pair in pairs] == ["5", "7"]
+    first, second = (Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in pairs[0].data)
+    assert first.size == (1000, 250)
+    assert (first.getpixel((9, 9)), second.getpixel((9, 9))) == ((254, 0, 0), (0, 0, 254))
+    assert comparison_page(compare(runs)).count("<img ") == 4
+    assert (
+        paired_images([runs[0], replace(runs[1], data={"val": "other"})]) == []
+    )  # other images under the same numbers
+    assert paired_images([runs[0], replace(runs[1], folder="/nowhere")]) == []
 
 
 def test_names_of_runs_are_escaped_in_the_page() -> None:

@@ -16,6 +16,7 @@ from pipeline.tracking.settings import EXPERIMENT_FILE, MAX_PARAM, RUN_KEY, mlfl
 from pipeline.training import checkpoint
 from pipeline.training.run_dir import NEUTRAL, RESULT, RUN_START
 from pipeline.tuning.analysis.noise import Noise, pooled_noise
+from pipeline.tuning.analysis.paired_images import paired_images
 from pipeline.tuning.trial_records import finite_or_none
 
 Part = Literal["config", "data", "code", "versions"]
@@ -109,6 +110,7 @@ def read_folder(folder: str) -> RunFacts | None:
         versions=metadata.versions if metadata else {},
         results=numbers,
         status="finished" if finished else "not finished" + (f", evaluated at step {step:,}" if step else ""),
+        folder=folder,
         tags={RUN_KEY: start.get("tracking_key", "")},
     )
 
@@ -283,6 +285,7 @@ def comparison_page(comparison: Comparison) -> str:
         ],
         noise_lines=_noise_lines(comparison),
         number=_number_text,
+        images=paired_images(comparison.runs),
     )
 
 
