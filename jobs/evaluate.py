@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pipeline.data.shards.manifest import ShardSet
 
 
+REPORT = "report.json"  # of an earlier evaluation
+
+
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
@@ -27,7 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     announce("evaluate", f"{args.detector}: opening the data and the detector …")
     from pipeline.data.shards.manifest import load_shards
     from pipeline.data.shards.reader import refuse_changed_files
+    from pipeline.output_folder import refuse_foreign_folder
 
+    if args.out:
+        refuse_foreign_folder(args.out, REPORT, "evaluation")
     shards = load_shards(args.manifest)
     refuse_changed_files(shards)
 

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_missing(args.model, "detector")
     announce("export", f"{args.model}: opening the detector …")
     from pipeline.config import ConfigError
-    from pipeline.export.export import export
+    from pipeline.export.export import export, refuse_foreign_files
     from pipeline.mlflow_access import is_mlflow_uri
     from pipeline.open_detector import open_detector
     from pipeline.tracking.client import find_target
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(
             f"--attach {args.attach}: name a run (runs:/RUN_ID) or a model version (models:/NAME/VERSION)"
         )
+    refuse_foreign_files(args.out, args.to)
     named = args.attach or (args.model if is_mlflow_uri(args.model) else None)
     target = find_target(named) if named else None
     model = _resized(open_detector(args.model), args.input_size)

@@ -16,6 +16,7 @@
     ├── StorageError              a path or URI that cannot be resolved, or a damaged file
     ├── SweepInterruptedError     a sweep stopped by Ctrl-C or SIGTERM; its folder is whole
     ├── TrackingError             a tracking server or database that is not named, or cannot be used
+    ├── UiError                   a server for MLflow's pages that does not start
     └── UndecodableImageError     an image that training or evaluation cannot decode
 
 Each class stands in the module that raises it. Most are also a ValueError or RuntimeError, so that pydantic validators may

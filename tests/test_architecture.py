@@ -47,6 +47,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "data.doctor": {"data.shards", "data.augment", "data.prepare"},
     "config": {"data.augment", "data.stream"},
     "config_files": {"config"},
+    "output_folder": {"config"},
     "exported_files": {"config"},
     "open_detector": {"config"},
     "benchmark": {"config", "exported_files", "open_detector"},
@@ -58,9 +59,9 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
-        *("config", "exported_files", "open_detector", "evaluation"),
+        *("config", "exported_files", "output_folder", "open_detector", "evaluation"),
     },
-    "predict": {"data.shards", "data.prepare", "config", "open_detector", "evaluation"},
+    "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "evaluation"},
     "serve": {"config", "open_detector"},
     "tuning": {
         *("data.shards", "data.stream", "config", "config_files"),

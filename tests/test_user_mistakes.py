@@ -191,7 +191,9 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("benchmark detector --calls 0", ("--calls", "0"), {}),
     ("benchmark detector --threads -2", ("--threads", "-2"), {}),
     ("benchmark {folder}/detector --json out/speed.json", ("--json", "$PWD/out/speed.json"), JOB),
-    # lineage, compare, replay
+    # ui, lineage, compare, replay
+    ("ui nowhere", ("nowhere", "MLFLOW_TRACKING_URI"), {}),
+    ("ui brokenrun", ("brokenrun",), {}),
     ("lineage nowhere", ("nowhere", "MLFLOW_TRACKING_URI"), {}),
     ("lineage brokenrun", ("brokenrun",), {}),
     ("lineage nowhere", ("nowhere", "sqlite"), {"MLFLOW_TRACKING_URI": "sqlite:///{folder}/none.db"}),

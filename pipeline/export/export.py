@@ -18,11 +18,14 @@ from typing import Any
 
 from dfine_core.inference import LoadedDetector
 from pipeline import provenance, storage
+from pipeline.config import ConfigError
 from pipeline.export.check_images import CheckSet
 from pipeline.export.formats import FORMATS, ExportSource
 from pipeline.export.gate import TOLERANCES, GateVerdict, check_files
+from pipeline.output_folder import refuse_foreign_folder, shown
 
 REPORT_FILE, REFUSED_FOLDER = "export.json", "refused"
+WRITTEN = "written"  # key of the report: files of this and earlier exports
 VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "safetensors", "numpy")
 
 log = logging.getLogger(__name__)
@@ -83,7 +86,12 @@ def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: 
 
     Args:
         model: on the CPU, before `deploy()`, at the input size of the export.
+
+    Raises:
+        ConfigError: something in `out` would be replaced that no export has written.
     """
+    refuse_foreign_files(out, formats)
+
     # 1. Write every format to a staging folder. A failure refuses this format alone.
     source = ExportSource(model)
     staging = out / f".export-{uuid.uuid4().hex}"
@@ -105,8 +113,41 @@ def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: 
     finally:
         shutil.rmtree(staging)
     result = ExportResult(source, check_set, results)
-    storage.write_atomic(out / REPORT_FILE, json.dumps(result.as_json(), indent=1).encode())
+    new = {file: digest for done in results for file, _, digest in done.files}
+    kept = {file: digest for file, digest in _written_files(out).items() if (out / file).is_file()}
+    content = {**result.as_json(), WRITTEN: kept | new}
+    storage.write_atomic(out / REPORT_FILE, json.dumps(content, indent=1).encode())
     return result
+
+
+def refuse_foreign_files(out: Path, formats: Sequence[str]) -> None:
+    """Check that an export replaces nothing but files of an earlier export, as that one wrote them.
+
+    Raises:
+        ConfigError: names the files that would be lost.
+    """
+    refuse_foreign_folder(str(out), REPORT_FILE, "export")
+    written = _written_files(out)
+    replaced = [out / folder / FORMATS[name].file for name in formats for folder in (".", REFUSED_FOLDER)]
+    files = [path for target in replaced for path in ([target] if target.is_file() else target.rglob("*"))]
+    changed = [
+        str(path.relative_to(out))
+        for path in files
+        if path.is_file() and written.get(str(path.relative_to(out))) != _sha256(path)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{out}: {shown(changed)} would be replaced, and no export has written it as it is:"
+            " move it away, or choose another --out"
+        )
+
+
+def _written_files(out: Path) -> dict[str, str]:
+    """SHA-256 of every file that exports have written into a folder, by its name."""
+    if not (out / REPORT_FILE).exists():
+        return {}
+    written: dict[str, str] = storage.read_json(out / REPORT_FILE, WRITTEN)[WRITTEN]
+    return written
 
 
 def _write(source: ExportSource, name: str, staging: Path) -> tuple[str | None, float]:

@@ -7,6 +7,7 @@ from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import Category, FrozenModel
 from pipeline.errors import in_one_line
+from pipeline.output_folder import refuse_foreign_folder
 
 PLAN_FILE, PARTS_FOLDER = "plan.json", "parts"
 SCHEMA = pa.schema(
@@ -99,13 +100,7 @@ def claim_folder(out: str, plan: PredictPlan) -> None:
         ConfigError: the folder holds other files, or another prediction.
     """
     if not storage.exists(storage.join(out, PLAN_FILE)):
-        others = sorted(name for name in storage.names(out) if not name.startswith("."))
-        if others:
-            shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
-            raise ConfigError(
-                f"{out} holds other files ({shown}) and no prediction, so nothing is written there:"
-                " choose a new or an empty folder for --out"
-            )
+        refuse_foreign_folder(out, PLAN_FILE, "prediction")
         storage.write_atomic(storage.join(out, PLAN_FILE), plan.model_dump_json(indent=1).encode())
         return
     old = read_plan(out).model_dump()

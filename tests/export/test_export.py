@@ -17,6 +17,7 @@ from dfine_core import load
 from dfine_core.checkpoints.weights import read_checkpoint
 from dfine_core.inference import LoadedDetector
 from jobs import export as export_job
+from pipeline.config import ConfigError
 from pipeline.evaluation.ground_truth import GroundTruth
 from pipeline.export import check_images
 from pipeline.export import export as exporting
@@ -192,6 +193,28 @@ def test_a_refused_file_lies_apart_and_takes_the_earlier_one_with_it(
     assert "agree" in report["safetensors"]["reason"]
     assert report["released"]["accepted"]
     assert "REFUSED" in done.table()
+
+
+def test_nothing_is_replaced_that_no_export_has_written(model: LoadedDetector, tmp_path: Path) -> None:
+    images = from_synthetic_images(2, longest_side=64)
+    mine = tmp_path / "mine"
+    (mine / "safetensors").mkdir(parents=True)
+    (mine / "safetensors/thesis.txt").write_text("years")
+    with pytest.raises(ConfigError, match="holds other files \\(safetensors\\)"):
+        export(model, ["safetensors"], mine, images)
+    assert [path.name for path in mine.rglob("*")] == ["safetensors", "thesis.txt"]
+
+    out = tmp_path / "out"
+    assert export(model, ["safetensors"], out, images).accepted
+    assert export(model, ["released"], out, images).accepted
+    assert export(model, ["safetensors", "released"], out, images).accepted  # all of them its own
+    for name in ("notes.txt", "model.safetensors"):
+        (out / "safetensors" / name).write_text("by hand")
+        with pytest.raises(ConfigError, match=f"safetensors/{name} would be replaced, and no export has written it"):
+            export(model, ["safetensors"], out, images)
+        assert (out / "safetensors" / name).read_text() == "by hand"
+        (out / "safetensors" / name).unlink()
+    assert export(model, ["released"], out, images).accepted
 
 
 def test_a_format_that_cannot_be_written_is_refused_and_the_others_are_exported(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Protection of a user's files: a command writes into a new or empty folder, or into one of its own."""
+
+from collections.abc import Iterable
+
+from pipeline import storage
+from pipeline.config import ConfigError
+
+SHOWN = 3
+
+
+def refuse_foreign_folder(out: str, marker: str, holds: str) -> None:
+    """Check that a folder is new, empty, or was written by the same command.
+
+    Args:
+        marker: file that the command writes into every folder of its own.
+        holds: what such a folder holds, for the message: "prediction", "export".
+
+    Raises:
+        ConfigError: it holds other files.
+    """
+    if storage.exists(storage.join(out, marker)):
+        return
+    if others := sorted(name for name in storage.names(out) if not name.startswith(".")):
+        raise ConfigError(
+            f"{out} holds other files ({shown(others)}) and no {holds}, so nothing is written there:"
+            " choose a new or an empty folder for --out"
+        )
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few names, and whether there are more."""
+    known = list(names)
+    return ", ".join(known[:SHOWN]) + (", …" if len(known) > SHOWN else "")
