@@ -29,6 +29,7 @@ from dfine_core import Detector, LoadedDetector, ModelConfig, load
 from pipeline.config import ConfigError
 from pipeline.serve.replica import ServeSettings
 from tests.support.browser import Page, browser
+from tests.support.processes import free_port
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # raised by pydantic about Ray Serve's own code
@@ -105,12 +106,6 @@ def test_listening_on_other_than_the_loopback_address_prints_a_warning(
 ) -> None:
     serve_job.warn_if_public(host)
     assert ("warning" in capsys.readouterr().out) == warned
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def request(

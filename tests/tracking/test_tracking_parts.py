@@ -1,5 +1,6 @@
 """The parts of tracking that need no MLflow server: settings, names, the event log, metrics of the node."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 from pipeline import mlflow_access
 from pipeline.config_files import flatten
 from pipeline.redaction import redact
-from pipeline.tracking.client import RunLookupError, connect, find_run, find_run_by_key, resolve
+from pipeline.tracking.client import PARENT_RUN, RunLookupError, Runs, connect, find_run, find_run_by_key, resolve
 from pipeline.tracking.model_registry import register
 from pipeline.tracking.outbox import EventLog
 from pipeline.tracking.settings import RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
@@ -250,3 +251,20 @@ def test_a_model_is_registered_once_however_often(tmp_path: Path) -> None:
     assert (resolved.run_id, resolved.name, resolved.version) == (run_id, "shapes", "1")
     assert resolve(client, f"models:/{model.model_id}").run_id == run_id
     assert resolve(client, f"runs:/{run_id}").model_id == model.model_id
+
+
+def test_listing_children_leaves_the_garbage_collector_as_it_was(tmp_path: Path) -> None:
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment_id = client.create_experiment("sweep")
+    made = {client.create_run(experiment_id, tags={PARENT_RUN: "the sweep"}).info.run_id for _ in range(3)}
+    client.create_run(experiment_id, tags={PARENT_RUN: "another"})
+    runs = Runs(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path))
+    for was_enabled in (True, False):
+        (gc.enable if was_enabled else gc.disable)()
+        try:
+            assert {child.run_id for child in runs.children("the sweep")} == made
+            with pytest.raises(RunLookupError, match="quotes"):
+                runs.children("it's")
+            assert gc.isenabled() == was_enabled
+        finally:
+            gc.enable()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config_files import load_experiment
 from pipeline.training import checkpoint
-from tests.support.processes import descendants, kill_driver, one_thread, wait_for
+from tests.support.processes import descendants, free_port, kill_driver, one_thread, wait_for
 from tests.support.training_runs import SteppedRun, job, shard_folders
 
 ROOT = Path(__file__).parents[2]
@@ -182,13 +181,6 @@ def test_the_demo_learns_its_images(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "runs" / "demo" / "result.json").read_text())
     assert result["numbers"]["AP"] > 0.4
     assert len(list((tmp_path / "runs" / "demo" / "evaluation" / "final").glob("images_*.png"))) == 4
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture
