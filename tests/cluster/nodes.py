@@ -69,13 +69,12 @@ class Nodes:
     def start_head(self) -> None:
         """Start node 0 with Ray's own processes, and no CPUs for work."""
         self.start(0, "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=0.0.0.0")
-        wait_until(lambda: self._alive() == 1, 90)
+        wait_until(lambda: address(0) in self._alive(), 90)
 
     def join(self, number: int) -> None:
         """Start a node with three CPUs, and wait until the cluster has it."""
-        before = self._alive()
         self.start(number, f"--address={address(0)}:6379", "--num-cpus=3")
-        wait_until(lambda: self._alive() > before, 90)
+        wait_until(lambda: address(number) in self._alive(), 90)
 
     def kill(self, number: int) -> None:
         """Kill a node with everything on it, as if its power had failed."""
@@ -125,13 +124,15 @@ class Nodes:
             capture_output=True,
         )
 
-    def _alive(self) -> int:
+    def _alive(self) -> set[str]:
+        """Addresses of the nodes that the cluster has."""
         headers = {"Authorization": f"Bearer {ENVIRONMENT['RAY_AUTH_TOKEN']}"}
         try:
             answer = requests.get(f"http://{address(0)}:8265/nodes?view=summary", headers=headers, timeout=3).json()
-            return sum(node["raylet"].get("state") == "ALIVE" for node in answer["data"]["summary"])
+            nodes = answer["data"]["summary"]
+            return {node["raylet"]["nodeManagerAddress"] for node in nodes if node["raylet"]["state"] == "ALIVE"}
         except (requests.RequestException, KeyError, TypeError):
-            return 0
+            return set()
 
 
 @dataclass

@@ -55,7 +55,7 @@ def descendants(pid: int) -> dict[int, str]:
     found = {pid}
     while more := {p for p, parent in parents.items() if parent in found} - found:
         found |= more
-    return {p: titles[p] for p in found}
+    return {p: titles.get(p, "") for p in found}  # one may end while it is read
 
 
 def kill_driver(driver: subprocess.Popen[str]) -> None:
