@@ -6,7 +6,7 @@
     ├── ConfigError               a file or a value that is not accepted, with every problem found
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
     ├── NonFiniteError            losses or gradients that stay NaN or infinite
-    ├── OutboxInUseError          an outbox of a run's log that another process writes to
+    ├── OutboxError               an outbox of a run's log that is damaged or belongs to another run
     ├── PlanError                 batch sizes that do not fit the number of images or workers
     ├── PrepareError              data that cannot become a shard set, or a folder that cannot hold it
     ├── RequestError              an HTTP request that is refused, with its status

@@ -1,13 +1,12 @@
-"""The parts of tracking that need no MLflow server: settings, names, the event log, metrics of the node."""
+"""The parts of tracking that need no MLflow server: settings, names, metrics of the node."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import LoggedModelOutput
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
@@ -17,7 +16,6 @@ from pipeline.config_files import flatten
 from pipeline.redaction import redact
 from pipeline.tracking.client import RunLookupError, connect, find_run, find_run_by_key, resolve
 from pipeline.tracking.model_registry import register
-from pipeline.tracking.outbox import EventLog
 from pipeline.tracking.settings import RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
 from pipeline.tracking.system import system_metrics
 
@@ -92,58 +90,6 @@ def test_a_long_value_ends_in_an_ellipsis() -> None:
 
 def test_settings_are_flattened_to_dotted_keys() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": None}) == {"a.b.c": 1, "d": "[1, 2]", "e": None}
-
-
-# The event log
-
-
-def test_a_torn_last_line_was_never_an_event(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    log = EventLog(path, 0)
-    log.append({"n": 1})
-    log.append({"n": 2})
-    log.close()
-    with path.open("ab") as file:
-        file.write(b'{"n": 3, "text": "' + b"x" * 200_000)  # longer than one read
-    log = EventLog(path, 0)
-    assert log.pending == 2
-    log.append({"n": 4})
-    assert [event["n"] for event, _ in log.read(10)] == [1, 2, 4]
-    log.close()
-
-
-OPERATIONS = st.one_of(
-    st.tuples(st.just("append"), st.text(max_size=5)),
-    st.tuples(st.just("read"), st.integers(1, 3)),
-    st.tuples(st.just("reopen"), st.binary(max_size=8)),  # the bytes are the rest of a torn line
-)
-
-
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(OPERATIONS, max_size=12))
-def test_a_log_reads_back_what_was_written_wherever_it_was_cut_and_reopened(
-    tmp_path: Path, operations: list[tuple[str, Any]]
-) -> None:
-    path = tmp_path / "log"
-    path.unlink(missing_ok=True)
-    log, written, taken, offset = EventLog(path, 0), [], [], 0
-    for kind, value in operations:
-        if kind == "append":
-            log.append({"text": value})
-            written.append({"text": value})
-        elif kind == "read":
-            for event, offset in log.read(value):  # noqa: B007  # the offset of the last one is used below
-                taken.append(event)
-            log.advance(len(taken) - (len(written) - log.pending), offset)
-        else:
-            log.close()
-            with path.open("ab") as file:
-                file.write(value.replace(b"\n", b""))
-            log = EventLog(path, offset)
-        assert log.pending == len(written) - len(taken)
-    rest = [event for event, _ in log.read(100)]
-    log.close()
-    assert taken + rest == written
 
 
 def test_the_node_is_measured() -> None:
