@@ -17,7 +17,7 @@ COMMANDS = (
     *("prepare", "doctor"),
     *("train", "pretrain-finetune", "tune"),
     *("evaluate", "predict", "export", "serve", "benchmark"),
-    *("compare", "lineage", "replay"),
+    *("compare", "lineage", "record", "replay"),
 )
 
 

@@ -16,7 +16,8 @@
     ├── StorageError              a path or URI that cannot be resolved, or a damaged file
     ├── SweepInterruptedError     a sweep stopped by Ctrl-C or SIGTERM; its folder is whole
     ├── TrackingError             a tracking server or database that is not named, or cannot be used
-    └── UndecodableImageError     an image that training or evaluation cannot decode
+    ├── UndecodableImageError     an image that training or evaluation cannot decode
+    └── UndeliveredError          events of a run that MLflow still does not have
 
 Each class stands in the module that raises it. Most are also a ValueError or RuntimeError, so that pydantic validators may
 raise them. `dfine_core.inference.LoadError` belongs to the core; `pipeline.open_detector` turns it into a ConfigError.

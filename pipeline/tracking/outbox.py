@@ -35,7 +35,7 @@ WORDS = {"begin": "parameters", "running": "status", "finish": "status", "artifa
 SCHEMA = """
 create table run (
     run_key text not null, started_at integer not null, settings text not null,
-    begun integer not null default 0, finished integer not null default 0, run_id text
+    begun integer not null default 0, status text not null default '', run_id text
 );
 create table events (
     id integer primary key autoincrement, lane integer not null, kind text not null, bytes integer not null, body text not null
@@ -136,16 +136,16 @@ class Outbox:
         with self._transaction() as database:
             (begun,) = database.execute("select begun from run").fetchone()
             _insert(database, {"kind": "running"} if begun else event, Lane.RECORDS)
-            database.execute("update run set begun = 1, finished = 0")
+            database.execute("update run set begun = 1, status = ''")
 
     def finish(self, event: Event) -> None:
-        """Log the end of the run. A run that is FINISHED stays so: what stops its processes later does not matter."""
-        finished = event["status"] == "FINISHED"
+        """Log the end of the run, once. A run that is FINISHED stays so: what stops its processes later does not matter."""
+        status = event["status"]
         with self._transaction() as database:
-            (before,) = database.execute("select finished from run").fetchone()
-            if finished or not before:
-                _insert(database, event, Lane.FINISHED if finished else Lane.RECORDS)
-                database.execute("update run set finished = ?", (finished,))
+            (before,) = database.execute("select status from run").fetchone()
+            if before not in ("FINISHED", status):
+                _insert(database, event, Lane.FINISHED if status == "FINISHED" else Lane.RECORDS)
+                database.execute("update run set status = ?", (status,))
 
     def append(self, *events: Event, lane: Lane, once: str | None = None) -> None:
         """Log events, all or none of them.

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 THUMBNAIL_PIXELS = 256  # longer side
 PATIENCE_S = 60.0  # without progress at the end of a run
-PATIENCE_AFTER_ERROR_S = 2.0  # the same where an error or Ctrl-C ended it; the next process delivers the rest
+PATIENCE_AFTER_ERROR_S = 10.0  # the same where an error ended it
+LIMIT_AFTER_INTERRUPT_S = 2.0  # after Ctrl-C or SIGTERM, with progress or without
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -204,6 +205,11 @@ class Tracker:
         self._outbox.append(event, lane=Lane.ARTIFACTS, once=once)
 
     @property
+    def folder(self) -> Path:
+        """Folder of the outbox."""
+        return self._outbox.path
+
+    @property
     def run_key(self) -> str:
         """Key that identifies the run from its start; the tag `dfine.run_key`."""
         return self._outbox.run_key
@@ -229,31 +235,41 @@ class Tracker:
 
     def flush(self, timeout: float) -> bool:
         """Upload now, and wait at most `timeout` seconds; return whether everything is uploaded."""
-        return self._uploader.flush(timeout)
+        return not self.deliver(math.inf, limit=timeout).events
 
-    def deliver(self, patience: float = PATIENCE_S, show: Callable[[Pending], None] = lambda _: None) -> Pending:
+    def deliver(
+        self,
+        patience: float = PATIENCE_S,
+        show: Callable[[Pending], None] = lambda _: None,
+        limit: float = math.inf,
+    ) -> Pending:
         """Upload now, and wait as long as the server makes progress; return what is left.
 
         Args:
             patience: seconds without progress after which waiting ends.
-            show: called a few times a second with what is left.
+            show: called once a second with what is left.
+            limit: seconds after which waiting ends in any case.
         """
-        return self._uploader.deliver(patience, show)
+        return self._uploader.deliver(patience, limit, show)
 
-    def close(self, patience: float = PATIENCE_S) -> None:
-        """Upload as `deliver` does. The rest stays in the outbox for the next process that opens it."""
+    def stop(self) -> None:
+        """End the upload. The rest stays in the outbox for the next process that opens it."""
+        self._closed = True
+        self._uploader.stop()
+
+    def close(self, patience: float = PATIENCE_S, limit: float = math.inf) -> None:
+        """Upload as `deliver` does, and stop."""
         if self._closed:
             return
-        self._closed = True
         try:
-            if left := self.deliver(patience).events:
+            if left := self.deliver(patience, limit=limit).events:
                 logger.warning(
                     "%d events for MLflow wait in %s; the same command again, or `dfine record`, delivers them",
                     left,
                     self._outbox.path,
                 )
         finally:
-            self._uploader.stop()
+            self.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -261,7 +277,12 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(PATIENCE_S if error is None else PATIENCE_AFTER_ERROR_S)
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):
+            self.close(PATIENCE_AFTER_ERROR_S)
+        else:
+            self.close(limit=LIMIT_AFTER_INTERRUPT_S)
 
     def _log(self, event: Event) -> None:
         self._outbox.append(event, lane=Lane.RECORDS)

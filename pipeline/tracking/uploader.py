@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ START_SECONDS = 5.0  # before the first upload, unless somebody waits: importing
 STANDBY_SECONDS = 30.0  # before a process on standby imports mlflow, so that its workers start first
 POLL_SECONDS = 1.0  # between checks for new events, which then share requests
 WAIT_SECONDS = 0.2  # between checks of somebody who waits
+SHOW_SECONDS = 1.0  # between two reports to them
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds between attempts, doubled each time
 LONGEST_DELAY_WAITED_FOR = 5.0  # the same while somebody waits
 EVENTS_AT_ONCE = 50
@@ -61,30 +63,27 @@ class Uploader:
                 self._wait()
         return run_id
 
-    def flush(self, timeout: float) -> bool:
-        """Upload now, and wait at most `timeout` seconds; return whether everything is uploaded."""
-        ends_at = time.monotonic() + timeout
-        with self._waits():
-            while (left := self._outbox.pending().events) and time.monotonic() < ends_at:
-                self._wait()
-        return not left
-
-    def deliver(self, patience: float, show: Callable[[Pending], None]) -> Pending:
+    def deliver(self, patience: float, limit: float, show: Callable[[Pending], None]) -> Pending:
         """Upload now, and wait as long as the server makes progress; return what is left.
 
         Args:
             patience: seconds without an event or a byte of content on its way, after which waiting ends.
-            show: called a few times a second.
+            limit: seconds after which it ends in any case.
+            show: called once a second.
         """
-        least, sent = None, SentBytes(self._outbox)
-        moved_at = time.monotonic()
+        least, sent = math.inf, SentBytes(self._outbox)
+        began_at = moved_at = time.monotonic()
+        shown_at = 0.0
         with self._waits():
             while (left := self._outbox.pending()).events:
-                if sent.grew() or least is None or left.events < least:
-                    least, moved_at = left.events, time.monotonic()
-                if time.monotonic() - moved_at >= patience:
+                now = time.monotonic()
+                if sent.grew() or left.events < least:
+                    least, moved_at = left.events, now
+                if now - moved_at >= patience or now - began_at >= limit:
                     break
-                show(left)
+                if now - shown_at >= SHOW_SECONDS:
+                    shown_at = now
+                    show(left)
                 self._wait()
         return left
 

@@ -12,9 +12,11 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
 from pipeline import mlflow_access
+from pipeline.config import Tracking
 from pipeline.config_files import flatten
 from pipeline.redaction import redact
 from pipeline.tracking.client import RunLookupError, connect, find_run, find_run_by_key, resolve
+from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model_registry import register
 from pipeline.tracking.settings import RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
 from pipeline.tracking.system import system_metrics
@@ -179,6 +181,24 @@ def test_a_run_is_found_by_id_name_key_and_model(tmp_path: Path) -> None:
     for named, message in (("second", "2 runs"), ("third", "0 runs"), ("models:/shapes", "which version")):
         with pytest.raises(RunLookupError, match=message):
             find_run(client, named)
+
+
+def test_mlflow_takes_every_name_that_a_config_takes(tmp_path: Path) -> None:
+    names = Tracking(
+        experiment='it\'s "mine" \\ 100 %', registered_model_name="Größe (a, b) `c` 100 % ; --", alias="best_one-2"
+    )
+    assert names.registered_model_name is not None
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = TrackingSettings.resolve(tmp_path, experiment=names.experiment, run_name="it's", uri=uri)
+    writer = MlflowWriter(settings, run_key="key", started_at=0, content_of=lambda _: tmp_path)
+    run_id = writer.open_run(None)
+    client = connect(uri)
+    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, "detector", run_id)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 1)])
+    for _ in range(2):
+        version = register(uri, run_id, names.registered_model_name, names.alias)
+        assert version == f"{names.registered_model_name}/1"
+    assert resolve(client, f"models:/{names.registered_model_name}@{names.alias}").run_id == run_id
 
 
 def test_a_model_is_registered_once_however_often(tmp_path: Path) -> None:
