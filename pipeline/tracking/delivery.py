@@ -92,8 +92,9 @@ def deliver_rest(folder: Path, settings: TrackingSettings, *, patience: float = 
             return Delivery(rejected=tracker.rejected)
         Progress.write(f"delivering {before} events to MLflow at {settings.shown_uri} …")
         with Progress("MLflow", total=before, unit="event") as progress:
-            left = tracker.deliver(patience, _shown_by(progress, before))
-            progress.advance(0)
+            show = _shown_by(progress, before)
+            left = tracker.deliver(patience, show)
+            show(left)
         return Delivery(before - left.events, left, tracker.rejected)
     finally:
         tracker.stop()
@@ -104,7 +105,7 @@ def _shown_by(progress: Progress, total: int) -> Callable[[Pending], None]:
 
     def show(left: Pending) -> None:
         nonlocal done
-        progress.advance(max(0, total - left.events - done), f"{left} left")
+        progress.advance(max(0, total - left.events - done), f", {left} left" if left.events else "")
         done = max(done, total - left.events)
 
     return show
