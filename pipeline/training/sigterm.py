@@ -18,11 +18,12 @@ def sigterm_kills(tracker: Tracker) -> Iterator[None]:
         yield
         return
     _open.append(tracker)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before[0])  # Ray Train leaves a handler that swallows Ctrl-C
+        signal.signal(signal.SIGTERM, before[1])
         _open.remove(tracker)
 
 

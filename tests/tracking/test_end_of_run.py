@@ -92,12 +92,13 @@ def test_a_server_that_is_down_at_the_end_and_back_later_gets_everything(tmp_pat
 
 
 def test_a_database_locked_by_another_process_is_waited_for(tmp_path: Path, database: Path) -> None:
-    locking = subprocess.Popen([sys.executable, "-c", LOCKING, str(database), "12"], stdout=subprocess.PIPE, text=True)
-    assert locking.stdout is not None
-    assert locking.stdout.readline() == "locked\n"
-    run = tmp_path / "run"
-    end(run, uri_of(database), model_of(tmp_path / "model", 1000))
-    assert locking.wait() == 0, "it was not locked to the end"
+    command = [sys.executable, "-c", LOCKING, str(database), "12"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as locking:
+        assert locking.stdout is not None
+        assert locking.stdout.readline() == "locked\n"
+        run = tmp_path / "run"
+        end(run, uri_of(database), model_of(tmp_path / "model", 1000))
+        assert locking.wait() == 0, "it was not locked to the end"
     assert_recorded_once(run, database)
 
 
