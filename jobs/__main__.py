@@ -17,7 +17,7 @@ COMMANDS = (
     *("prepare", "doctor"),
     *("train", "pretrain-finetune", "tune"),
     *("evaluate", "predict", "export", "serve", "benchmark"),
-    *("ui", "compare", "lineage", "replay"),
+    *("ui", "compare", "lineage", "record", "replay"),
 )
 
 

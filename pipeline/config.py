@@ -5,6 +5,7 @@ follow from the variant and the length of the run (`pipeline/training/schedule.p
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
@@ -29,6 +30,7 @@ from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
 from pipeline.ray_job import absolute_location
 
+MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -38,6 +40,38 @@ def _a_folder_name(name: str) -> str:
     return name
 
 
+def _a_model_name(name: str) -> str:
+    if (
+        not name.strip()
+        or name in (".", "..")
+        or len(name) > MAX_MODEL_NAME
+        or any(sign in name for sign in "/:@'\"\\\n")
+    ):
+        raise ValueError(
+            f"{name!r} cannot be the name of a registered model: 1 to {MAX_MODEL_NAME} characters, without / : @ quotes or \\"
+        )
+    return name
+
+
+def _a_model_alias(alias: str) -> str:
+    reserved = alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias)
+    if not re.fullmatch(r"[\w-]+", alias) or len(alias) > MAX_ALIAS or reserved:
+        raise ValueError(
+            f"{alias!r} cannot be the alias of a model: 1 to {MAX_ALIAS} letters, digits, '_' and '-', and neither 'latest' nor"
+            " a version such as 'v1'"
+        )
+    return alias
+
+
+def _an_experiment_name(name: str) -> str:
+    if not name.strip() or len(name) > MAX_EXPERIMENT_NAME:
+        raise ValueError(f"{name!r} cannot be the name of an MLflow experiment: 1 to {MAX_EXPERIMENT_NAME} characters")
+    return name
+
+
+# Names that MLflow, its search language and its URIs accept: a wrong one would be refused at the end of the run.
+ModelName = Annotated[str, AfterValidator(_a_model_name)]
+ModelAlias = Annotated[str, AfterValidator(_a_model_alias)]
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
 Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a path becomes absolute
 
@@ -226,11 +260,19 @@ class Tracking(Config):
     """MLflow: where runs are tracked, and under which names."""
 
     uri: str | None = None  # default: MLFLOW_TRACKING_URI, or a SQLite file in `storage`
-    experiment: str = "dfine"
+    experiment: Annotated[str, AfterValidator(_an_experiment_name)] = "dfine"
     tags: dict[str, str] = {}
-    registered_model_name: str | None = None  # registers the best weights under this name
-    alias: str | None = None  # alias of the registered version
+    registered_model_name: ModelName | None = None  # registers the best weights under this name
+    alias: ModelAlias | None = None  # alias of the registered version
     every_steps: PositiveInt = 10  # between two reports of losses and speed
+
+    @model_validator(mode="after")
+    def _an_alias_belongs_to_a_registered_model(self) -> Self:
+        if self.alias and not self.registered_model_name:
+            raise ValueError(
+                f"alias {self.alias!r} belongs to a registered model: give registered_model_name, or leave alias out"
+            )
+        return self
 
 
 class Experiment(Config):

@@ -6,7 +6,7 @@
     ├── ConfigError               a file or a value that is not accepted, with every problem found
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
     ├── NonFiniteError            losses or gradients that stay NaN or infinite
-    ├── OutboxInUseError          an outbox of a run's log that another process writes to
+    ├── OutboxError               an outbox of a run's log that is damaged or belongs to another run
     ├── PlanError                 batch sizes that do not fit the number of images or workers
     ├── PrepareError              data that cannot become a shard set, or a folder that cannot hold it
     ├── RequestError              an HTTP request that is refused, with its status
@@ -17,7 +17,8 @@
     ├── SweepInterruptedError     a sweep stopped by Ctrl-C or SIGTERM; its folder is whole
     ├── TrackingError             a tracking server or database that is not named, or cannot be used
     ├── UiError                   a server for MLflow's pages that does not start
-    └── UndecodableImageError     an image that training or evaluation cannot decode
+    ├── UndecodableImageError     an image that training or evaluation cannot decode
+    └── UndeliveredError          events of a run that MLflow still does not have
 
 Each class stands in the module that raises it. Most are also a ValueError or RuntimeError, so that pydantic validators may
 raise them. `dfine_core.inference.LoadError` belongs to the core; `pipeline.open_detector` turns it into a ConfigError.

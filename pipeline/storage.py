@@ -166,6 +166,13 @@ def names(folder: str | os.PathLike[str]) -> list[str]:
     return [info.base_name for info in listing]
 
 
+def remove_file(uri: str | os.PathLike[str]) -> None:
+    """Delete a file, if it exists."""
+    filesystem, path = resolve(uri)
+    if filesystem.get_file_info(path).type != fs.FileType.NotFound:
+        filesystem.delete_file(path)
+
+
 def remove_folder(folder: str | os.PathLike[str]) -> None:
     """Delete a folder with everything in it."""
     filesystem, path = resolve(folder)

@@ -66,6 +66,29 @@ def test_what_cannot_be_is_refused(tmp_path: Path, content: Any, said: str) -> N
         load_experiment(written(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    ("tracking", "said"),
+    [
+        ({"alias": "champion"}, "tracking: alias 'champion' belongs to a registered model"),
+        *(
+            ({"registered_model_name": name}, f"{name!r} cannot be the name of a registered model")
+            for name in ("", " ", "a/b", "a:b", "it's", 'a"b', "a\\b", "a@b", "..", "x" * 257)
+        ),
+        *(
+            ({"registered_model_name": "shapes", "alias": alias}, f"{alias!r} cannot be the alias of a model")
+            for alias in ("", "best one", "v1", "V12", "latest", "Latest", "it's", "a/b", "x" * 256)
+        ),
+        *(({"experiment": name}, "cannot be the name of an MLflow experiment") for name in ("", "x" * 501)),
+    ],
+)
+def test_names_that_mlflow_would_refuse_at_the_end_are_refused_before_the_start(
+    tmp_path: Path, tracking: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_experiment(written(tmp_path, MINIMAL | {"tracking": tracking}))
+    assert said in str(raised.value)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load_experiment(tmp_path / "none.yaml")

@@ -8,7 +8,7 @@ import getpass
 import json
 import math
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,11 +55,13 @@ class MlflowWriter:
 
     Args:
         started_at: start of the run, in milliseconds since 1970.
-        files: folder that paths in events are relative to.
+        content_of: path of an event's content, checked.
     """
 
-    def __init__(self, settings: TrackingSettings, *, run_key: str, started_at: int, files: Path) -> None:
-        self._settings, self._run_key, self._started_at, self._files = settings, run_key, started_at, files
+    def __init__(
+        self, settings: TrackingSettings, *, run_key: str, started_at: int, content_of: Callable[[Event], Path]
+    ) -> None:
+        self._settings, self._run_key, self._started_at, self._content_of = settings, run_key, started_at, content_of
         self._client = connect(settings.uri)
         self._run_id = ""
         self._experiment_id = ""
@@ -174,7 +176,7 @@ class MlflowWriter:
             self._client.log_batch(self._run_id, metrics=batch)
 
     def _send_artifact(self, event: Event) -> None:
-        path = self._files / event["file"]
+        path = self._content_of(event)
         if path.is_dir():
             self._client.log_artifacts(self._run_id, str(path), posixpath.join(event["folder"] or "", path.name))
         else:
@@ -194,7 +196,7 @@ class MlflowWriter:
             self._experiment_id, event["name"], self._run_id, {MODEL_KEY: event["key"]}, model_type="detector"
         )
         if model.status != "READY":
-            folder = self._files / event["file"]
+            folder = self._content_of(event)
             description = Model.load(folder)
             description.model_id = description.model_uuid = model.model_id
             description.run_id, description.artifact_path = self._run_id, model.artifact_location

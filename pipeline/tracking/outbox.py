@@ -1,113 +1,177 @@
-"""Outbox: the folder in which the log of a run waits for the MLflow server.
+"""Outbox: the events of a run that wait for the MLflow server.
 
-run.json           the run's key, its start, whether it has begun; written by the training
-records.jsonl      params, metrics, tags, status
-artifacts.jsonl    artifacts and models, whose content is in files/ until it is uploaded
-uploaded.json      MLflow's run id and the uploaded part of each event log; written by the uploader
-rejected.jsonl     events that the server refused for good, with its reason
+outbox.db       one SQLite file: key and settings of the run, pending events in order, events that the server refused
+files/          content of pending artifacts and models
+uploader.lock   held by the one process that uploads
 
-There are two locks: one process at a time writes, and one uploads. They are separate because an upload may hang in a request
-after its process has handed the run on, and the next process must not wait for that.
+Several processes may log at once. Each change is one transaction on a connection of its own, with a rollback journal: unlike
+WAL it also works between machines that share a network file system. A process may die at any moment.
 """
 
 import fcntl
 import json
 import os
 import shutil
-import threading
+import sqlite3
 import time
 import uuid
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from pipeline.errors import UserError
-from pipeline.storage import write_atomic
+from pipeline.storage import stays_inside
 
 Event = dict[str, Any]
-TAIL_BYTES = 1 << 16  # read at once when looking for the end of the last line
+
+DATABASE = "outbox.db"
+LOCK_SECONDS = 60.0  # wait for another process's transaction, which takes milliseconds
+ORPHAN_SECONDS = 3600.0  # content without an event is younger than this while it is being stored
+WORDS = {"begin": "parameters", "running": "status", "finish": "status", "artifact": "artifacts", "model": "models"}
+
+SCHEMA = """
+create table run (
+    run_key text not null, started_at integer not null, settings text not null,
+    begun integer not null default 0, status text not null default '', run_id text
+);
+create table events (
+    id integer primary key autoincrement, lane integer not null, kind text not null, bytes integer not null, body text not null
+);
+create index events_by_lane on events (lane, id);
+create table logged_once (key text primary key);
+create table rejected (id integer primary key, reason text not null, body text not null);
+"""
+# The end of the run waits for everything that was logged before it; all else that was logged later waits for the end.
+NEXT = """
+select id, body from events where id <= coalesce((select min(id) from events where lane = ?), 9223372036854775807)
+order by lane, id limit ?
+"""
 
 
-class OutboxInUseError(UserError, RuntimeError):
-    """An outbox that another process writes to."""
+class OutboxError(UserError, ValueError):
+    """An outbox that is damaged, belongs to another run, or names a file outside of it."""
 
 
-@dataclass
-class RunIdentity:
-    """Key and start of the run, chosen here: they must be known while the server is not."""
+class Lane(IntEnum):
+    """Order of delivery: artifacts wait for the records logged before them, and delay no later ones."""
 
-    run_key: str
-    started_at: int  # milliseconds since 1970
-    begun: bool = False
+    RECORDS = 0
+    ARTIFACTS = 1
+    FINISHED = 2
 
 
-@dataclass
-class UploadedPart:
-    """MLflow's id of the run, and the uploaded part of each event log in bytes."""
+@dataclass(frozen=True)
+class Pending:
+    """Everything that MLflow does not have yet."""
 
-    run_id: str | None = None
-    records: int = 0
-    artifacts: int = 0
+    counts: dict[str, int]  # by kind of event, in words
+    content_bytes: int  # of artifacts and models
+
+    @property
+    def events(self) -> int:
+        """Number of events."""
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        size = f" ({self.content_bytes / 1e6:.1f} MB)" if self.content_bytes else ""
+        return ", ".join(f"{name} {count}" for name, count in self.counts.items()) + size
 
 
 class Outbox:
-    """Event logs and file contents of one run; intact after the death of its process at any moment.
+    """Pending events and their content, of one run.
+
+    Args:
+        path: folder, created if missing.
+        run_key: None: that of the folder, or a new one.
+        settings: plain values to note for `read_settings`; None leaves those of the folder.
 
     Raises:
-        ValueError: the folder belongs to another run than `run_key`.
-        OutboxInUseError: another process writes to it.
+        OutboxError: the folder belongs to another run than `run_key`, or its database is damaged.
+        OSError: the disk is full or gone. All methods may raise it.
     """
 
-    def __init__(self, path: Path, run_key: str | None) -> None:
+    def __init__(self, path: Path, run_key: str | None, settings: dict[str, str | None] | None = None) -> None:
         self.path = path
         self.files = path / "files"
         self.files.mkdir(parents=True, exist_ok=True)
-        self._upload_lock: IO[bytes] | None = None
-        writer_lock = _try_lock(path / "writer.lock")
-        if writer_lock is None:
-            raise OutboxInUseError(f"{path} is written to by another process: close its Tracker first")
-        self._writer_lock = writer_lock
-        try:
-            self.identity = self._read_identity(run_key)
-        except ValueError:
-            self.release_writer_lock()
-            raise
-        self.uploaded = self._read_uploaded()
-        self.records = EventLog(path / "records.jsonl", self.uploaded.records)
-        self.artifacts = EventLog(path / "artifacts.jsonl", self.uploaded.artifacts)
+        with self._transaction() as database:
+            if not database.execute("select 1 from sqlite_master where name = 'run'").fetchone():
+                for statement in filter(str.strip, SCHEMA.split(";")):
+                    database.execute(statement)
+                values = (run_key or uuid.uuid4().hex, milliseconds(time.time()), "{}")
+                database.execute("insert into run (run_key, started_at, settings) values (?, ?, ?)", values)
+            self.run_key, self.started_at = database.execute("select run_key, started_at from run").fetchone()
+            if run_key not in (None, self.run_key):
+                raise OutboxError(
+                    f"{path} holds the run with run_key {self.run_key}, not {run_key}: choose another folder"
+                )
+            if settings is not None:
+                database.execute("update run set settings = ?", (json.dumps(settings),))
 
-    def try_upload_lock(self) -> bool:
-        """Try to become the uploading process; on success, continue where the one before it ended."""
-        if self._upload_lock is None:
-            self._upload_lock = _try_lock(self.path / "upload.lock")
-            if self._upload_lock is not None:
-                self.uploaded = self._read_uploaded()
-                self.records.continue_from(self.uploaded.records)
-                self.artifacts.continue_from(self.uploaded.artifacts)
-        return self._upload_lock is not None
-
-    def release_writer_lock(self) -> None:
-        """Let another process write."""
-        self._writer_lock.close()
+    # The run
 
     @property
-    def pending(self) -> int:
-        """Number of events not yet uploaded."""
-        return self.records.pending + self.artifacts.pending
+    def run_id(self) -> str | None:
+        """MLflow's id of the run, once the server has given one."""
+        run_id: str | None = self._read("select run_id from run")[0][0]
+        return run_id
 
-    def mark_begun(self) -> None:
-        """Note that the run's params and tags are in the log."""
-        self.identity.begun = True
-        self._save_identity()
+    def note_run_id(self, run_id: str) -> None:
+        """Note MLflow's id of the run."""
+        with self._transaction() as database:
+            database.execute("update run set run_id = ?", (run_id,))
 
-    def save_uploaded(self) -> None:
-        """Note how far the upload is."""
-        self.uploaded.records, self.uploaded.artifacts = self.records.offset, self.artifacts.offset
-        write_atomic(self.path / "uploaded.json", json.dumps(asdict(self.uploaded)).encode())
+    def read_settings(self) -> dict[str, str | None]:
+        """Settings that the last process noted."""
+        settings: dict[str, str | None] = json.loads(self._read("select settings from run")[0][0])
+        return settings
 
-    def store_content(self, source: Path | bytes, name: str) -> str:
-        """Copy a file, a folder or bytes under its final name into `files`; return its path in there."""
-        stored = Path(uuid.uuid4().hex) / name
+    # Logging
+
+    def begin(self, event: Event) -> None:
+        """Log the first event of the run; in a run that has begun, log that it runs again."""
+        with self._transaction() as database:
+            (begun,) = database.execute("select begun from run").fetchone()
+            _insert(database, {"kind": "running"} if begun else event, Lane.RECORDS)
+            database.execute("update run set begun = 1, status = ''")
+
+    def finish(self, event: Event) -> None:
+        """Log the end of the run, once. A run that is FINISHED stays so: what stops its processes later does not matter."""
+        status = event["status"]
+        with self._transaction() as database:
+            (before,) = database.execute("select status from run").fetchone()
+            if before not in ("FINISHED", status):
+                _insert(database, event, Lane.FINISHED if status == "FINISHED" else Lane.RECORDS)
+                database.execute("update run set status = ?", (status,))
+
+    def append(self, *events: Event, lane: Lane, once: str | None = None) -> None:
+        """Log events, all or none of them.
+
+        Args:
+            once: key of the events; dropped if others with this key were logged before, delivered or not.
+        """
+        with self._transaction() as database:
+            if (
+                once is not None
+                and not database.execute("insert or ignore into logged_once values (?)", (once,)).rowcount
+            ):
+                dropped = events
+            else:
+                dropped = ()
+                for event in events:
+                    _insert(database, event, lane)
+        self._remove_content(dropped)
+
+    def is_logged(self, key: str) -> bool:
+        """Whether events with this key were logged before."""
+        return bool(self._read("select 1 from logged_once where key = ?", key))
+
+    def store_content(self, source: Path | bytes, name: str) -> Event:
+        """Copy a file, a folder or bytes under its final name into `files`; return the keys of its event."""
+        stored = PurePosixPath(uuid.uuid4().hex) / name
         target = self.files / stored
         target.parent.mkdir()
         if isinstance(source, bytes):
@@ -116,113 +180,104 @@ class Outbox:
             shutil.copytree(source, target)
         else:
             shutil.copyfile(source, target)
-        return str(stored)
+        files = [path for path in (target, *target.rglob("*")) if path.is_file()]
+        for path in files:
+            _sync(path)
+        return {"file": str(stored), "bytes": sum(path.stat().st_size for path in files)}
 
-    def remove_content(self, event: Event) -> None:
-        """Remove the content of an uploaded event."""
-        if "file" in event:
-            shutil.rmtree((self.files / event["file"]).parent, ignore_errors=True)
+    # Delivering
 
-    def reject(self, event: Event, reason: str) -> None:
-        """Add an event to `rejected.jsonl`."""
-        with (self.path / "rejected.jsonl").open("a") as stream:
-            stream.write(json.dumps({"reason": reason, "event": event}) + "\n")
+    def pending(self) -> Pending:
+        """Count the events that are not yet uploaded."""
+        rows = self._read("select kind, count(*), sum(bytes) from events group by kind order by min(id)")
+        counts: dict[str, int] = {}
+        for kind, count, _ in rows:
+            word = WORDS.get(kind, kind)
+            counts[word] = counts.get(word, 0) + count
+        return Pending(counts, sum(row[2] for row in rows))
 
-    def sync(self) -> None:
-        """Write all events to disk, so that they survive a crash of the machine."""
-        self.records.sync()
-        self.artifacts.sync()
+    def next_events(self, limit: int) -> list[tuple[int, Event]]:
+        """Read the events to deliver next, each with its number."""
+        rows = self._read(NEXT, Lane.FINISHED, limit)
+        return [(number, _parse(body)) for number, body in rows]
 
-    def close(self) -> None:
-        """Close the event logs, and release the upload lock."""
-        self.records.close()
-        self.artifacts.close()
-        if self._upload_lock is not None:
-            self._upload_lock.close()
-
-    def _read_uploaded(self) -> UploadedPart:
-        return UploadedPart(**_read_json(self.path / "uploaded.json"))
-
-    def _read_identity(self, run_key: str | None) -> RunIdentity:
-        stored = _read_json(self.path / "run.json")
-        if not stored:
-            self.identity = RunIdentity(run_key=run_key or uuid.uuid4().hex, started_at=milliseconds(time.time()))
-            self._save_identity()
-            return self.identity
-        identity = RunIdentity(**stored)
-        if run_key not in (None, identity.run_key):
-            raise ValueError(
-                f"{self.path} holds the run with run_key {identity.run_key}, not {run_key}: choose another folder"
-            )
-        return identity
-
-    def _save_identity(self) -> None:
-        write_atomic(self.path / "run.json", json.dumps(asdict(self.identity)).encode())
-
-
-class EventLog:
-    """File of events, one JSON object per line, appended by the training and read by the uploader.
-
-    It survives the death of its process at any moment: an unfinished line does not count. Any thread may append, one reads.
-    Numbers that are not finite are legal.
-
-    Args:
-        offset: bytes from the start that are already uploaded.
-    """
-
-    def __init__(self, path: Path, offset: int) -> None:
-        self._writer = path.open("ab", buffering=0)
-        self._reader = path.open("rb")
-        self._appending = threading.Lock()
-        self._unsynced = False
-        _drop_torn_line(path)
-        self.continue_from(offset)
-
-    def continue_from(self, offset: int) -> None:
-        """Count everything behind `offset` as pending."""
-        with self._appending:
-            end = self._reader.seek(0, os.SEEK_END)
-            self.offset = min(offset, end)  # a machine that crashed may have kept the offset and lost the events
-            self._reader.seek(self.offset)
-            self.pending = sum(1 for _ in self._reader)
-
-    def append(self, event: Event) -> None:
-        """Append an event, in one write of one line.
+    def content_of(self, event: Event) -> Path:
+        """Path of an event's content.
 
         Raises:
-            OSError: the disk is full or gone.
+            OutboxError: it leads out of this outbox: a path from elsewhere, or a link.
         """
-        line = json.dumps(event, separators=(",", ":")).encode() + b"\n"
-        with self._appending:
-            if self._writer.write(line) != len(line):
-                raise OSError(f"{self._writer.name}: an event of {len(line)} bytes was cut short: is the disk full?")
-            self.pending += 1
-            self._unsynced = True
+        stored = PurePosixPath(event["file"])
+        path = self.files / stored
+        outside = not stays_inside(event["file"]) or len(stored.parts) != 2
+        if outside or path.resolve() != self.path.resolve() / "files" / stored or _holds_a_link(path):
+            raise OutboxError(f"{event['file']!r} does not lie in {self.files}: nothing outside of it is touched")
+        return path
 
-    def sync(self) -> None:
-        """Write all events to disk, so that they survive a crash of the machine."""
-        if self._unsynced:
-            self._unsynced = False
-            os.fsync(self._writer.fileno())
+    def remove(self, numbers: Sequence[int], events: Sequence[Event]) -> None:
+        """Forget delivered events, and remove their content."""
+        with self._transaction() as database:
+            database.executemany("delete from events where id = ?", [(number,) for number in numbers])
+        self._remove_content(events)
 
-    def read(self, limit: int) -> list[tuple[Event, int]]:
-        """Read the next events without advancing; each comes with the offset behind it."""
-        self._reader.seek(self.offset)
-        events: list[tuple[Event, int]] = []
-        while len(events) < limit and (line := self._reader.readline()).endswith(b"\n"):
-            events.append((_parse(line), self._reader.tell()))
-        return events
+    def reject(self, number: int, event: Event, reason: str) -> None:
+        """Set an event aside that the server refuses for good; its content stays."""
+        with self._transaction() as database:
+            database.execute("insert into rejected values (?, ?, ?)", (number, reason, json.dumps(event)))
+            database.execute("delete from events where id = ?", (number,))
 
-    def advance(self, count: int, offset: int) -> None:
-        """Count the next `count` events, which end at `offset`, as uploaded."""
-        with self._appending:
-            self.pending -= count
-            self.offset = offset
+    def rejected(self) -> list[tuple[Event, str]]:
+        """All events that the server refused, each with the reason."""
+        return [(_parse(body), reason) for body, reason in self._read("select body, reason from rejected order by id")]
 
-    def close(self) -> None:
-        """Close the file."""
-        self._reader.close()
-        self._writer.close()
+    def try_upload_lock(self) -> IO[bytes] | None:
+        """Become the uploading process until the file is closed or the process ends; None while another one is."""
+        file = (self.path / "uploader.lock").open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
+
+    def remove_orphans(self) -> None:
+        """Remove content whose event was never logged, or was delivered, by a process that died in between."""
+        owned = {_parse(body).get("file", "") for (body,) in self._read("select body from events")}
+        owned |= {event.get("file", "") for event, _ in self.rejected()}
+        folders = {PurePosixPath(file).parts[0] for file in owned if file}
+        for folder in self.files.iterdir():
+            if folder.name not in folders and time.time() - folder.lstat().st_mtime > ORPHAN_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_content(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if "file" in event:
+                shutil.rmtree(self.content_of(event).parent, ignore_errors=True)
+
+    def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._connection() as database:
+            return database.execute(query, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._connection() as database:
+            database.execute("begin immediate")
+            yield database
+            database.execute("commit")
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        file = self.path / DATABASE
+        try:
+            with closing(sqlite3.connect(file, timeout=LOCK_SECONDS, isolation_level=None)) as database:
+                database.execute("pragma auto_vacuum = full")  # the file shrinks once the events are delivered
+                database.execute("pragma journal_mode = truncate")
+                database.execute("pragma synchronous = full")
+                yield database
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{file}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise OutboxError(f"{file} is damaged: {error}; move it away, and what it held is not recorded") from error
 
 
 def milliseconds(seconds: float) -> int:
@@ -230,39 +285,29 @@ def milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut the file behind its last newline."""
-    with path.open("rb+") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - TAIL_BYTES)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            end = start + newline + 1
-            if newline >= 0:
-                break
-        if end < size:
-            file.truncate(end)
+def _insert(database: sqlite3.Connection, event: Event, lane: Lane) -> None:
+    values = (lane, event["kind"], event.get("bytes", 0), json.dumps(event, separators=(",", ":")))
+    database.execute("insert into events (lane, kind, bytes, body) values (?, ?, ?, ?)", values)
 
 
-def _parse(line: bytes) -> Event:
+def _parse(body: str) -> Event:
     try:
-        event = json.loads(line)
+        event = json.loads(body)
     except ValueError:
         event = None
-    return event if isinstance(event, dict) else {"kind": "unreadable", "line": line.decode(errors="replace")}
+    return event if isinstance(event, dict) else {"kind": "unreadable"}
 
 
-def _try_lock(path: Path) -> IO[bytes] | None:
-    """Lock a file until it is closed or the process ends in any way; None if another process holds the lock."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
-def _read_json(path: Path) -> Event:
-    return json.loads(path.read_bytes()) if path.exists() else {}
+def _holds_a_link(path: Path) -> bool:
+    """Whether anything in a folder is neither a plain file nor a folder."""
+    for folder, folders, files in os.walk(path):
+        if any(Path(folder, name).is_symlink() for name in folders):
+            return True
+        if any(Path(folder, name).is_symlink() or not Path(folder, name).is_file() for name in files):
+            return True
+    return path.exists() and not (path.is_file() or path.is_dir())

@@ -99,6 +99,15 @@ class TrackingSettings:
             artifact_location=artifact_location,
         )
 
+    def to_note(self) -> dict[str, str | None]:
+        """Values that the outbox notes, so that a later command can deliver what is left; without a password."""
+        return {
+            "uri": self.shown_uri,
+            "experiment": self.experiment,
+            "run_name": self.run_name,
+            "parent_run_id": self.parent_run_id,
+        }
+
     @property
     def shown_uri(self) -> str:
         """The URI without its password, for messages and logs."""

@@ -13,10 +13,21 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pipeline import storage
-from pipeline.config import Cluster, Config, ConfigError, Experiment, FolderName, Location, Tracking
+from pipeline.config import (
+    Cluster,
+    Config,
+    ConfigError,
+    Experiment,
+    FolderName,
+    Location,
+    ModelAlias,
+    ModelName,
+    Tracking,
+)
 from pipeline.config_files import check, dump, flatten, read_yaml, with_values
 from pipeline.data.shards.manifest import MANIFEST_NAME
 from pipeline.ray_job import relative_problems, submitted_job
+from pipeline.tracking.delivery import UndeliveredError
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.context import resolve_data
@@ -33,8 +44,8 @@ class ChainStage(Config):
     experiment: str  # file, relative to the chain's
     set: dict[str, Any] = Field(default_factory=dict)  # overrides of the experiment, by dotted key
     cluster: str | Cluster | None = None  # file, relative to the chain's, or its values; default: the command's
-    registered_model_name: str | None = None  # registers the best weights under this name
-    alias: str | None = None  # alias of the registered version
+    registered_model_name: ModelName | None = None  # registers the best weights under this name
+    alias: ModelAlias | None = None  # alias of the registered version
 
 
 class Chain(Config):
@@ -151,6 +162,7 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
     """
     from pipeline.training import run_dir  # imports PyTorch, which reading a chain does without
     from pipeline.training.run_description import NOTE
+    from pipeline.training.sigterm import sigterm_kills
 
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
@@ -168,7 +180,8 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
         for number, step in enumerate(steps, start=1):
             print(f"stage {number} of {len(steps)}: {step.stage.name}", flush=True)
             try:
-                numbers = _run_stage(step, prepare, parent_run_id)
+                with sigterm_kills(tracker):
+                    numbers = _run_stage(step, prepare, settings.uri, parent_run_id)
             except BaseException as error:
                 tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
                 raise
@@ -183,12 +196,13 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
 
 
 def _run_stage(
-    step: ResolvedStage, prepare: Callable[[list[str]], None], parent_run_id: str | None
+    step: ResolvedStage, prepare: Callable[[list[str]], None], tracking_uri: str, parent_run_id: str | None
 ) -> dict[str, float] | None:
     """Run one stage; return the 12 COCO numbers of its best weights."""
     from pipeline.training import run_dir  # PyTorch, which reading a chain does without
     from pipeline.training.in_process import is_enough
     from pipeline.training.launch import launch
+    from pipeline.training.recording import deliver_run
 
     # 1. Prepare the shard sets that are missing.
     for arguments in step.missing:
@@ -204,6 +218,10 @@ def _run_stage(
     result = run_dir.result_of(run, experiment, resolve_data(experiment.data))
     if result is not None:
         print(f"{experiment.name} is finished: skipped", flush=True)
+        try:
+            deliver_run(run, tracking_uri)
+        except UndeliveredError as error:
+            print(error, flush=True)
         return result["numbers"]
     started_at = time.time()
     trained = launch(experiment, step.cluster, parent_run_id=parent_run_id)

@@ -1,30 +1,31 @@
 """The driver of a training: what it checks before the start, asks of the cluster, and returns."""
 
+import math
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.ray_job import submitted_job
 from pipeline.redaction import redact
+from pipeline.tracking.delivery import missing_from_mlflow
 from pipeline.tracking.settings import TrackingSettings
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import PATIENCE_AFTER_ERROR_S, Tracker
 from pipeline.training import run_dir
 from pipeline.training.context import ResolvedData, TrainJob, resolve_data
 from pipeline.training.in_process import is_enough, train_in_process
 from pipeline.training.init_weights import materialize_init, refuse_unreadable_weights
+from pipeline.training.recording import deliver_run
 from pipeline.training.schedule import Schedule, derive
+from pipeline.training.sigterm import sigterm_kills
 
 if TYPE_CHECKING:  # a training in this process does without Ray
     from ray.train import UserCallback
@@ -42,6 +43,7 @@ class TrainResult:
     numbers: dict[str, float] | None  # COCO numbers of the best weights
     skipped_steps: int
     run_id: str | None  # in MLflow
+    unrecorded: str | None = None  # what MLflow lacks, and the way out
 
     def summary(self) -> str:
         """Describe the result in a few lines."""
@@ -52,7 +54,7 @@ class TrainResult:
             f"checkpoints, reports and images: {self.run}",
             f"charts and images in MLflow: dfine ui {self.run}",
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([self.unrecorded] if self.unrecorded else [])])
 
 
 def launch(
@@ -65,7 +67,7 @@ def launch(
     parent_run_id: str | None = None,
     callbacks: "Sequence[UserCallback]" = (),
 ) -> TrainResult:
-    """Train, or continue: the same call resumes a run that was interrupted.
+    """Train, or continue: the same call resumes a run that was interrupted, or delivers to MLflow what a finished one left.
 
     Args:
         cluster: None trains in this process where one is enough, and elsewhere on the workers of an empty cluster file.
@@ -77,6 +79,8 @@ def launch(
 
     Raises:
         UserError: the run cannot start, with every problem found; also an error that a worker met.
+        RunFinishedError: the run is finished, and MLflow has everything.
+        UndeliveredError: it is finished, and MLflow does not have everything.
         ray.train.TrainingFailedError: the workers failed more often than the cluster file allows.
     """
     launched_at = time.time()
@@ -100,9 +104,12 @@ def launch(
     cluster = cluster or Cluster()
     with run_dir.driver_lock(run):
         # 3. A new run, or an unfinished one with the same settings and data.
-        start = run_dir.begin_or_continue(
-            run, experiment, data, tracking_key=uuid.uuid4().hex, allow_changes=allow_changes
-        )
+        try:
+            start = run_dir.begin_or_continue(
+                run, experiment, data, tracking_key=uuid.uuid4().hex, allow_changes=allow_changes
+            )
+        except run_dir.RunFinishedError as finished:
+            return _deliver_rest(run, tracking, finished)
 
         # 4. Derive the schedule, and check the nodes.
         schedule = _schedule(experiment, data, request, start)
@@ -209,17 +216,24 @@ def _train(
     tracking: TrackingSettings,
     callbacks: "Sequence[UserCallback]",
 ) -> TrainResult:
-    with _sigterm_interrupts():
-        try:
+    assert job.outbox_folder is not None
+    # On standby: where a worker sees the same outbox, it uploads.
+    tracker = Tracker(job.outbox_folder, tracking, standby=True)
+    try:
+        with sigterm_kills(tracker):
             if request is None:
                 value = train_in_process(job)
             else:
                 from pipeline.training.on_ray import train_on_ray
 
                 value = train_on_ray(job, cluster, request, callbacks)
-        except BaseException as error:
-            _finish_tracking(job, tracking, "FAILED" if isinstance(error, Exception) else "KILLED")
-            raise
+    except BaseException as error:
+        _record_end(tracker, job.run, error)
+        if isinstance(error, SystemExit):  # Ray Train exits with 0 after Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        tracker.stop()
     return TrainResult(
         run=job.run,
         step=value["step"],
@@ -227,31 +241,40 @@ def _train(
         numbers=value.get("numbers"),
         skipped_steps=value["skipped_steps"],
         run_id=value.get("run_id"),
+        unrecorded=value.get("unrecorded"),
     )
 
 
-def _finish_tracking(job: TrainJob, tracking: TrackingSettings, status: Any) -> None:
-    """Set the final status in MLflow; if the run is started again, it continues in the same MLflow run."""
-    assert job.outbox_folder is not None
+def _record_end(tracker: Tracker, run: str, error: BaseException) -> None:
+    """Set the status in MLflow; if the run is started again, it continues in the same MLflow run."""
+    failed = isinstance(error, Exception)
     try:
-        with Tracker(job.outbox_folder, tracking) as tracker:
-            tracker.finish(status)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"the end of the run could not be recorded: {error}", flush=True)
+        if not run_dir.is_finished(run):
+            tracker.finish("FAILED" if failed else "KILLED")
+        left = tracker.deliver(PATIENCE_AFTER_ERROR_S, limit=math.inf if failed else PATIENCE_AFTER_ERROR_S)
+        if text := missing_from_mlflow(left, [], run):
+            print(text, flush=True)
+    except (OSError, ValueError) as problem:
+        print(f"the end of the run could not be recorded: {problem}", flush=True)
 
 
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Turn SIGTERM, which `ray job stop` sends, into KeyboardInterrupt; Ray Train answers it by stopping the workers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _deliver_rest(run: str, tracking: TrackingSettings, finished: run_dir.RunFinishedError) -> TrainResult:
+    """Deliver to MLflow what a finished run has left.
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    Raises:
+        RunFinishedError: nothing was left.
+        UndeliveredError: something is still left.
+    """
+    delivery = deliver_run(run, tracking.uri)
+    if not delivery.delivered:
+        raise finished
+    print(f"the run was finished; MLflow has now the rest of it, {delivery.delivered} events", flush=True)
+    result = finished.result
+    return TrainResult(
+        run=run,
+        step=result["step"],
+        best_ap=result.get("best_ap"),
+        numbers=result.get("numbers"),
+        skipped_steps=result.get("skipped_steps", 0),
+        run_id=None,
+    )

@@ -35,7 +35,8 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
     """Train from the first step to the last, or continue from this run's newest checkpoint.
 
     Returns:
-        The result for the driver: step, skipped_steps, best_ap, run_id, and on rank 0 the COCO numbers of the best weights.
+        The result for the driver: step, skipped_steps, best_ap, run_id, what MLflow lacks, and on rank 0 the COCO numbers of
+        the best weights.
 
     Raises:
         NonFiniteError: losses or gradients stay non-finite.
@@ -99,7 +100,8 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
         report = evaluator.evaluate_best(state)
         if context.rank == 0:
             log.finish(state, report, latency_ms(job, context, state))
-        return result_of(state, report, log.run_id(timeout=10))
+        unrecorded = log.deliver(state.step)
+        return result_of(state, report, run_id=log.run_id(timeout=0), unrecorded=unrecorded)
 
 
 def new_state(job: TrainJob, context: WorkerContext) -> TrainState:
@@ -200,12 +202,15 @@ def latency_ms(job: TrainJob, context: WorkerContext, state: TrainState) -> floa
     return measure(detector_subject(loaded), batch_sizes=(), seconds=LATENCY_SECONDS).latency_ms["p50"]
 
 
-def result_of(state: TrainState, report: "EvaluationReport | None", run_id: str | None) -> dict[str, Any]:
+def result_of(
+    state: TrainState, report: "EvaluationReport | None", *, run_id: str | None, unrecorded: str | None
+) -> dict[str, Any]:
     """Result of the run, as plain values for the driver."""
     result = {
         "step": state.step,
         "skipped_steps": state.skipped_steps,
         "best_ap": state.history.best_ap,
         "run_id": run_id,
+        "unrecorded": unrecorded,
     }
     return result | ({"numbers": report.numbers} if report is not None else {})

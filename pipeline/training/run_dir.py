@@ -5,6 +5,7 @@
     driver.json     host, process and heartbeat of the driver
     checkpoints/    evaluation/    non_finite/    tracking/    ray/
     exchange/       files between the workers of an evaluation, while it lasts
+    unrecorded.json machine and folder of the outbox, from the end of the run until MLflow has everything
     result.json     once the run is finished
 """
 
@@ -30,6 +31,7 @@ RUN_START = "run.json"
 SWEEP_START = "sweep.json"  # in the folder of a sweep
 DRIVER = "driver.json"
 RESULT = "result.json"
+UNRECORDED = "unrecorded.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0  # a driver on another host without a heartbeat for so long is gone
 # Settings that do not change the result.
@@ -46,6 +48,14 @@ NEUTRAL = (
     "non_finite.",
 )
 PATHS = ("data.train", "data.val")  # compared by digest
+
+
+class RunFinishedError(ConfigError):
+    """A finished run that is started again."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ def begin_or_continue(
     """Write the start of a new run, or check that an existing one may continue.
 
     Raises:
-        ConfigError: the name belongs to a finished run, or to one with another experiment or other data.
+        RunFinishedError: the name belongs to a finished run.
+        ConfigError: it belongs to one with another experiment or other data.
     """
     now = _start_of(experiment, data)
     path = storage.join(run, RUN_START)
@@ -84,12 +95,14 @@ def begin_or_continue(
             f"run {name!r} was started with other settings:{listed}\nGive another --name, or --allow-changes to continue with"
             " these"
         )
-    if not changes and storage.exists(storage.join(run, RESULT)):
-        raise ConfigError(
+    if not changes and is_finished(run):
+        raise RunFinishedError(
             f"run {name!r} is finished, see {storage.join(run, RESULT)}: give another --name, or a longer schedule with"
-            " --allow-changes to continue"
+            " --allow-changes to continue",
+            storage.read_json(storage.join(run, RESULT)),
         )
     if changes:
+        storage.remove_file(storage.join(run, RESULT))  # it belongs to the shorter run
         storage.write_atomic(path, json.dumps({**now, "tracking_key": before["tracking_key"]}, indent=1).encode())
     return RunStart(before["tracking_key"], micro_batch_size=_last_micro_batch(run))
 
@@ -109,6 +122,31 @@ def result_of(run: str, experiment: Experiment, data: ResolvedData) -> dict[str,
         raise ConfigError(f"run {experiment.name!r} is finished, and was started with other settings:{listed}")
     result: dict[str, Any] = storage.read_json(path, "numbers")
     return result
+
+
+def is_finished(run: str) -> bool:
+    """Whether a run has its result."""
+    return storage.exists(storage.join(run, RESULT))
+
+
+def note_unrecorded(run: str, outbox: Path) -> None:
+    """Note in the run's folder that MLflow may lack events, and where they wait; other machines do not see that folder."""
+    content = {"host": socket.gethostname(), "outbox": str(outbox)}
+    storage.write_atomic(storage.join(run, UNRECORDED), json.dumps(content).encode())
+
+
+def note_recorded(run: str) -> None:
+    """Note that MLflow has everything."""
+    storage.remove_file(storage.join(run, UNRECORDED))
+
+
+def waits_elsewhere(run: str) -> str | None:
+    """Machine and folder of events that MLflow lacks, where no outbox of this machine holds them; None if it has all."""
+    path = storage.join(run, UNRECORDED)
+    if not storage.exists(path):
+        return None
+    noted = storage.read_json(path, "host", "outbox")
+    return f"{noted['outbox']} on {noted['host']}"
 
 
 def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:

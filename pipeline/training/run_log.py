@@ -22,6 +22,7 @@ from pipeline.config_files import dump
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.mlflow_access import FINAL, VAL
+from pipeline.tracking.delivery import missing_from_mlflow
 from pipeline.tracking.model import log_detector
 from pipeline.tracking.settings import EXPERIMENT_FILE, Scalar
 from pipeline.tracking.system import system_metrics
@@ -29,7 +30,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.run_description import NOTE, chosen_params, dataset_input, run_note, run_tags
-from pipeline.training.run_dir import RESULT
+from pipeline.training.run_dir import RESULT, note_recorded, note_unrecorded
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
 
@@ -103,6 +104,7 @@ class RunLog:
         if tracker is None and context.rank == 0 and job.tracking is not None and job.outbox_folder is not None:
             tracker = Tracker(job.outbox_folder, job.tracking)
         self._tracker = tracker
+        self._delivered = False  # or given up
         self._meter = MetricMeter()
         self._entered_at = self._ready_at = time.time()
         self._tracked_at = 0.0
@@ -117,6 +119,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._tracker is not None:
+            if self._delivered:  # it has waited
+                self._tracker.stop()
             self._tracker.__exit__(kind, error, trace)
 
     @property
@@ -249,32 +253,50 @@ class RunLog:
                 self._tracker.image(f"{FINAL if final else VAL}/{name}", open_image(png), step)
 
     def finish(self, state: TrainState, report: "EvaluationReport | None", latency_ms: float | None) -> None:
-        """Write the result of the run; log and register the best weights. On rank 0.
+        """Log and register the best weights; write the result of the run. On rank 0.
 
         Args:
             state: with the best weights loaded.
         """
-        job = self._job
+        if self._tracker is not None:
+            self._log_end(self._tracker, state, report, latency_ms)
         result = {
             "step": state.step,
             "best_step": state.history.best_step,
+            "best_ap": state.history.best_ap,
+            "skipped_steps": state.skipped_steps,
             "numbers": report.numbers if report else None,
             "evaluated": state.history.evaluated,
             "latency_ms": latency_ms,
         }
-        # The result file marks the run as finished.
-        storage.write_atomic(storage.join(job.run, RESULT), json.dumps(result, indent=1).encode())
+        # The result file marks the run as finished. It is the last one: whatever dies now, all the rest waits in the outbox.
+        storage.write_atomic(storage.join(self._job.run, RESULT), json.dumps(result, indent=1).encode())
+
+    def deliver(self, step: int) -> str | None:
+        """Wait for MLflow to have everything, as long as it makes progress; return what it lacks."""
         if self._tracker is None:
-            return
+            return None
+        console = self._context.console
+        with console.working(step, "recording the run in MLflow"):
+            left = self._tracker.deliver(show=lambda left: console.progress(step, f"MLflow: {left} left"))
+        self._delivered = True
+        if not left.events:
+            note_recorded(self._job.run)
+        return missing_from_mlflow(left, self._tracker.rejected, self._job.run)
+
+    def _log_end(
+        self, tracker: Tracker, state: TrainState, report: "EvaluationReport | None", latency_ms: float | None
+    ) -> None:
+        job = self._job
         if latency_ms is not None:
-            self._tracker.metrics({f"{FINAL}/latency_ms": latency_ms}, state.step)
+            tracker.metrics({f"{FINAL}/latency_ms": latency_ms}, state.step)
         shards = job.data.val or job.data.train
         detector = state.averaged_detector
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder, "detector.safetensors")
             weights.write_bytes(checkpoint.weights_as_bytes(detector))
             log_detector(
-                self._tracker,
+                tracker,
                 config=detector.config,
                 weights=weights,
                 categories=[category.name for category in shards.manifest.categories],
@@ -285,8 +307,9 @@ class RunLog:
                 alias=job.experiment.tracking.alias,
             )
         if report is not None:
-            self._tracker.tags({NOTE: run_note(job, report.numbers)})
-        self._tracker.finish("FINISHED")
+            tracker.tags({NOTE: run_note(job, report.numbers)})
+        tracker.finish("FINISHED")
+        note_unrecorded(job.run, tracker.folder)
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

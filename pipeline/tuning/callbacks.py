@@ -112,11 +112,14 @@ def _close_run(settings: TrialSettings, run: str, key: str, record: TrialRecord)
         run_key=key,
         parent_run_id=settings.parent_run_id,
     )
-    with Tracker(run_dir.outbox_folder(run, key), tracking) as tracker:
+    tracker = Tracker(run_dir.outbox_folder(run, key), tracking)
+    try:
         facts = {"status": record.status, "rung": record.rung, "reason": record.reason, **record.cost}
         tracker.tags({f"trial.{name}": str(value) for name, value in facts.items() if value not in (None, "")})
         tracker.finish(MLFLOW_STATUS[record.status])  # type: ignore[arg-type]
         return tracker.run_id if tracker.flush(DELIVERY_TIMEOUT_S) else None
+    finally:
+        tracker.stop()
 
 
 # Records and console

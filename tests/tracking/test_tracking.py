@@ -20,6 +20,7 @@ from mlflow.entities import Run
 
 from pipeline.config_files import flatten
 from pipeline.tracking.mlflow_writer import MlflowWriter
+from pipeline.tracking.outbox import DATABASE, Outbox
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import DatasetInput, Tracker
 
@@ -178,35 +179,38 @@ def test_a_run_that_continues_is_running_again(storage: Path) -> None:
         assert uploaded_run(tracker, storage).info.status == "RUNNING"
 
 
-@pytest.mark.parametrize("lost", ["offsets", "everything"])
+@pytest.mark.parametrize("lost", ["deletions", "deletions and the id"])
 def test_an_upload_that_was_not_noted_is_repeated_without_a_trace(storage: Path, lost: str) -> None:
+    kept = storage / "kept.db"
     with open_tracker(storage) as tracker:
         tracker.begin({"lr": 0.1}, {}, [DatasetInput("d", "1", "/d", "training")])
         for step in range(120):
             tracker.metrics({"loss": step, "odd": math.nan}, step)
         tracker.finish("FINISHED")
+        shutil.copyfile(storage / "outbox" / DATABASE, kept)
         before = uploaded_run(tracker, storage)
-    noted = storage / "outbox" / "uploaded.json"
-    if lost == "everything":  # killed between the run's creation and noting its id
-        noted.unlink()
-    else:
-        noted.write_text(json.dumps({"run_id": tracker.run_id}))
+    shutil.copyfile(kept, storage / "outbox" / DATABASE)
     with open_tracker(storage) as again:
+        if lost == "deletions":
+            Outbox(storage / "outbox", None).note_run_id(before.info.run_id)
         assert again.pending == 122
         again.metrics({"loss": 120}, 120)
         after = uploaded_run(again, storage)
+        assert again.rejected == []
     assert after.info.run_id == before.info.run_id
     assert history(storage, after, "loss") == [(step, step) for step in range(121)]
     assert len(history(storage, after, "odd")) == 120
     assert len(after.inputs.dataset_inputs) == 1
-    assert not (storage / "outbox" / "rejected.jsonl").exists()
 
 
 def test_a_request_whose_response_was_lost_stores_nothing_twice(storage: Path) -> None:
     with open_tracker(storage) as tracker:
         tracker.begin({}, {})
         run = uploaded_run(tracker, storage)
-    writers = [MlflowWriter(resolved(storage), run_key=tracker.run_key, started_at=0, files=storage) for _ in range(2)]
+    content_of = Outbox(storage / "outbox", None).content_of
+    writers = [
+        MlflowWriter(resolved(storage), run_key=tracker.run_key, started_at=0, content_of=content_of) for _ in range(2)
+    ]
     event = {"kind": "metrics", "step": 1, "time": 5, "values": {"a": 1.0, "b": math.nan}}
     for writer in writers:
         writer.open_run(run.info.run_id)
@@ -221,12 +225,12 @@ def test_a_training_killed_while_it_uploads_loses_and_doubles_nothing(storage: P
     child = subprocess.Popen(
         [sys.executable, "-c", TRAINING, str(storage), "0", "600"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    noted = storage / "outbox" / "uploaded.json"
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "logged\n"
+        outbox = Outbox(storage / "outbox", None)
         deadline = time.monotonic() + PATIENCE
-        while not noted.exists() or json.loads(noted.read_text())["records"] < 20_000:
+        while outbox.pending().events > 500:
             assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
@@ -260,17 +264,10 @@ def test_a_server_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: 
     failures = [record.getMessage() for record in caplog.records if "fails" in record.getMessage()]
     assert len(failures) == 1
     assert "http://***@127.0.0.1:9" in failures[0]
-    written = [path.read_text() for path in (tmp_path / "outbox").glob("*.json*")]
-    assert not any("word" in text for text in [caplog.text, repr(settings), *written])
-
-
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    settings = resolved(tmp_path, uri="http://127.0.0.1:9")
-    first = Tracker(tmp_path / "outbox", settings)
-    with pytest.raises(RuntimeError, match="another process"):
-        Tracker(tmp_path / "outbox", settings)
-    first.close(0)
-    Tracker(tmp_path / "outbox", settings).close(0)
+    written = (tmp_path / "outbox" / DATABASE).read_bytes()
+    assert b"http://***@127.0.0.1:9" in written
+    assert b"user:word" not in written
+    assert not any("word" in text for text in [caplog.text, repr(settings)])
 
 
 def test_a_server_that_hangs_keeps_nobody_from_going_on(storage: Path) -> None:
@@ -302,8 +299,9 @@ def test_events_that_the_server_refuses_are_set_aside_and_the_rest_arrives(
         tracker.metrics({"a": 3}, 3)
         run = uploaded_run(tracker, storage)
     assert history(storage, run, "a") == [(1, 1), (3, 3)]
-    (rejected,) = (storage / "outbox" / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(rejected)["event"]["values"] == {"a": 2}
+    ((rejected, reason),) = tracker.rejected
+    assert rejected["values"] == {"a": 2}
+    assert "-5" in reason
     assert "refused an event" in caplog.text
 
 
@@ -324,7 +322,7 @@ def test_names_and_values_that_mlflow_would_refuse_are_made_to_fit(storage: Path
     assert run.data.params["k" * 250] == "1"
     assert len(run.data.tags["t"]) == 8000
     assert run.data.metrics == {"val/AP/T-shirt _red_": 0.5, "val/AP": 0.25, "_/x": 1.0}
-    assert not (storage / "outbox" / "rejected.jsonl").exists()
+    assert tracker.rejected == []
 
 
 def test_a_child_run_names_its_parent(storage: Path) -> None:

@@ -21,6 +21,7 @@ from dfine_core.model.postprocess import postprocess
 from pipeline.data.augment.decode import decode_rgb, stretch
 from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model import log_detector, save_detector
+from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 
@@ -114,11 +115,12 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
             registered_model_name="dfine",
             alias="champion",
         )
+        outbox = Outbox(tmp_path / "outbox", None)
+        (event,) = [event for _, event in outbox.next_events(10) if event["kind"] == "model"]
         assert tracker.flush(60)
 
         # The same event once more, as after a crash before it was noted: one model, one version.
-        event = json.loads((tmp_path / "outbox" / "artifacts.jsonl").read_text())
-        writer = MlflowWriter(settings, run_key=tracker.run_key, started_at=0, files=tmp_path / "outbox" / "files")
+        writer = MlflowWriter(settings, run_key=tracker.run_key, started_at=0, content_of=outbox.content_of)
         writer.open_run(tracker.run_id)
         writer.send([event])
     client = MlflowClient(settings.uri)

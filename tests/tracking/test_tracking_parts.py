@@ -1,24 +1,24 @@
-"""The parts of tracking that need no MLflow server: settings, names, the event log, metrics of the node."""
+"""The parts of tracking that need no MLflow server: settings, names, metrics of the node."""
 
 import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import LoggedModelOutput
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
 from pipeline import mlflow_access
+from pipeline.config import Tracking
 from pipeline.config_files import flatten
 from pipeline.redaction import redact
 from pipeline.tracking.client import PARENT_RUN, RunLookupError, Runs, connect, find_run, find_run_by_key, resolve
+from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model_registry import register
-from pipeline.tracking.outbox import EventLog
 from pipeline.tracking.settings import RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
 from pipeline.tracking.system import system_metrics
 
@@ -93,58 +93,6 @@ def test_a_long_value_ends_in_an_ellipsis() -> None:
 
 def test_settings_are_flattened_to_dotted_keys() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": None}) == {"a.b.c": 1, "d": "[1, 2]", "e": None}
-
-
-# The event log
-
-
-def test_a_torn_last_line_was_never_an_event(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    log = EventLog(path, 0)
-    log.append({"n": 1})
-    log.append({"n": 2})
-    log.close()
-    with path.open("ab") as file:
-        file.write(b'{"n": 3, "text": "' + b"x" * 200_000)  # longer than one read
-    log = EventLog(path, 0)
-    assert log.pending == 2
-    log.append({"n": 4})
-    assert [event["n"] for event, _ in log.read(10)] == [1, 2, 4]
-    log.close()
-
-
-OPERATIONS = st.one_of(
-    st.tuples(st.just("append"), st.text(max_size=5)),
-    st.tuples(st.just("read"), st.integers(1, 3)),
-    st.tuples(st.just("reopen"), st.binary(max_size=8)),  # the bytes are the rest of a torn line
-)
-
-
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(OPERATIONS, max_size=12))
-def test_a_log_reads_back_what_was_written_wherever_it_was_cut_and_reopened(
-    tmp_path: Path, operations: list[tuple[str, Any]]
-) -> None:
-    path = tmp_path / "log"
-    path.unlink(missing_ok=True)
-    log, written, taken, offset = EventLog(path, 0), [], [], 0
-    for kind, value in operations:
-        if kind == "append":
-            log.append({"text": value})
-            written.append({"text": value})
-        elif kind == "read":
-            for event, offset in log.read(value):  # noqa: B007  # the offset of the last one is used below
-                taken.append(event)
-            log.advance(len(taken) - (len(written) - log.pending), offset)
-        else:
-            log.close()
-            with path.open("ab") as file:
-                file.write(value.replace(b"\n", b""))
-            log = EventLog(path, offset)
-        assert log.pending == len(written) - len(taken)
-    rest = [event for event, _ in log.read(100)]
-    log.close()
-    assert taken + rest == written
 
 
 def test_the_node_is_measured() -> None:
@@ -234,6 +182,24 @@ def test_a_run_is_found_by_id_name_key_and_model(tmp_path: Path) -> None:
     for named, message in (("second", "2 runs"), ("third", "0 runs"), ("models:/shapes", "which version")):
         with pytest.raises(RunLookupError, match=message):
             find_run(client, named)
+
+
+def test_mlflow_takes_every_name_that_a_config_takes(tmp_path: Path) -> None:
+    names = Tracking(
+        experiment='it\'s "mine" \\ 100 %', registered_model_name="Größe (a, b) `c` 100 % ; --", alias="best_one-2"
+    )
+    assert names.registered_model_name is not None
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = TrackingSettings.resolve(tmp_path, experiment=names.experiment, run_name="it's", uri=uri)
+    writer = MlflowWriter(settings, run_key="key", started_at=0, content_of=lambda _: tmp_path)
+    run_id = writer.open_run(None)
+    client = connect(uri)
+    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, "detector", run_id)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 1)])
+    for _ in range(2):
+        version = register(uri, run_id, names.registered_model_name, names.alias)
+        assert version == f"{names.registered_model_name}/1"
+    assert resolve(client, f"models:/{names.registered_model_name}@{names.alias}").run_id == run_id
 
 
 def test_a_model_is_registered_once_however_often(tmp_path: Path) -> None:

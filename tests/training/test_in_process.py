@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.training import checkpoint, in_process
+from tests.support.processes import wait_for
 from tests.support.training_runs import experiment, shard_folders
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,37 @@ def test_a_killed_training_in_one_process_continues_bitwise_and_needs_no_ray(fol
     assert killed.wait() == -signal.SIGKILL, (folder / "killed.log").read_text()[-4000:]
     assert "continuing at step" in finish(folder, "killed")
     assert_equal_runs(folder, "undisturbed", "killed")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_training_that_is_stopped_is_killed_in_mlflow(folder: Path, name: str) -> None:
+    stopped = start(folder, name, "--set", "schedule.steps=400")
+    wait_for(
+        lambda: bool(checkpoint.steps_in(str(folder / "runs" / name / "checkpoints"))), stopped, folder / f"{name}.log"
+    )
+    stopped.send_signal(getattr(signal, name))
+    assert stopped.wait(timeout=60) == 130
+    said = (folder / f"{name}.log").read_text()
+    assert said.splitlines()[-1] == "interrupted"
+    assert "not in MLflow yet" not in said
+    assert "could not be recorded" not in said
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        rows = database.execute("select status, end_time > start_time from runs where name = ?", (name,)).fetchall()
+    assert rows == [("KILLED", 1)]
+
+
+def test_a_run_killed_once_its_result_is_there_is_recorded_by_the_same_command(folder: Path) -> None:
+    killed = start(folder, "at-the-end")
+    result = folder / "runs" / "at-the-end" / "result.json"
+    while not result.exists():
+        assert killed.poll() is None, (folder / "at-the-end.log").read_text()[-4000:]
+        time.sleep(0.002)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert "MLflow has now the rest of it" in finish(folder, "at-the-end")
+    metrics_of(folder, "at-the-end")
+    assert start(folder, "at-the-end").wait(timeout=100) == 1
+    assert "run 'at-the-end' is finished" in (folder / "at-the-end.log").read_text()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,12 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, name: str, *, workers: int = 2) -> subprocess.Popen[str]:
+def start(folder: Path, name: str, *, workers: int = 2, experiment: str = "run.yaml") -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
         "jobs.train",
-        folder / "run.yaml",
+        folder / experiment,
         "--cluster",
         folder / f"{workers}.yaml",
         "--name",
@@ -141,6 +142,26 @@ def test_killed_worker_and_killed_driver_give_the_same_bits(folder: Path) -> Non
     again = start(folder, "whole")
     assert again.wait(timeout=120) == 1
     assert "run 'whole' is finished" in (folder / "whole.log").read_text()
+
+
+def status_of(folder: Path, name: str) -> str | None:
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        row = database.execute("select status from runs where name = ?", (name,)).fetchone()
+    return row[0] if row else None
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_run_as_killed(folder: Path) -> None:
+    (folder / "long.yaml").write_text((folder / "run.yaml").read_text().replace(f"steps: {STEPS}", "steps: 2000"))
+    driver = start(folder, "interrupted", experiment="long.yaml")
+    wait_for_step(folder, "interrupted", 2, driver)
+    driver.send_signal(signal.SIGINT)
+    code = driver.wait(timeout=100)
+    said = (folder / "interrupted.log").read_text()
+    assert code == 130, said[-4000:]
+    assert "could not be recorded" not in said
+    assert "not in MLflow yet" not in said
+    assert status_of(folder, "interrupted") == "KILLED"
 
 
 @pytest.mark.slow
@@ -235,3 +256,32 @@ def test_a_job_is_submitted_as_the_readme_says(folder: Path, cluster: str) -> No
     with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
         (tag,) = database.execute("select value from tags where key = 'ray.job'").fetchall()
     assert tag[0] in done.stdout
+
+
+@pytest.mark.slow
+def test_ray_job_stop_ends_the_run_as_killed(folder: Path, cluster: str) -> None:
+    """Ray kills the job three seconds after SIGTERM."""
+    (folder / "long.yaml").write_text((folder / "run.yaml").read_text().replace(f"steps: {STEPS}", "steps: 2000"))
+    binary = str(Path(sys.executable).parent / "ray")
+    environment = {**os.environ, "RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled"}
+
+    def job(*words: str) -> str:
+        done = subprocess.run(
+            [binary, "job", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        return done.stdout
+
+    training = ["python", "-m", "jobs.train", str(folder / "long.yaml"), "--cluster", str(folder / "2.yaml")]
+    job("submit", "--no-wait", "--submission-id", "stopped", "--working-dir", ".", "--", *training, "--name", "stopped")
+    checkpoints = str(folder / "runs" / "stopped" / "checkpoints")
+    until = time.monotonic() + 300
+    while not [step for step in checkpoint.steps_in(checkpoints) if step >= 2] or not status_of(folder, "stopped"):
+        assert time.monotonic() < until, job("logs", "stopped")[-4000:]
+        time.sleep(0.2)
+    assert status_of(folder, "stopped") == "RUNNING"
+    job("stop", "stopped")
+    until = time.monotonic() + 20
+    while status_of(folder, "stopped") != "KILLED":
+        assert time.monotonic() < until, job("logs", "stopped")[-4000:]
+        time.sleep(0.2)
