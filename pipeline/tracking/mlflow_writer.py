@@ -219,12 +219,14 @@ class MlflowWriter:
         """Log the metrics of a model. Where the run has one at this step, the model refers to that very row."""
         if model.metrics:
             return
+        measured_on = _entity_of(event["dataset"]) if event.get("dataset") else None
+        dataset = {"dataset_name": measured_on.name, "dataset_digest": measured_on.digest} if measured_on else {}
         metrics = []
         for name, value in event["metrics"].items():
             key, step = mlflow_key(name), event["step"]
             rows = [row for row in self._client.get_metric_history(self._run_id, key) if row.step == step]
             value, time = (rows[0].value, rows[0].timestamp) if rows else (_storable(value), event["time"])
-            metrics.append(Metric(key, value, time, step, model_id=model.model_id))
+            metrics.append(Metric(key, value, time, step, model_id=model.model_id, **dataset))
         for batch in _batches(metrics, METRICS_PER_BATCH):
             self._client.log_batch(self._run_id, metrics=batch)
         self._last_steps = None
@@ -243,17 +245,19 @@ def _storable(value: float) -> float:
 
 
 def _dataset_input(dataset: dict[str, str]) -> DatasetInput:
+    """Input of a run with its use as a tag."""
+    return DatasetInput(_entity_of(dataset), [InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, dataset["context"])])
+
+
+def _entity_of(dataset: dict[str, str]) -> Dataset:
     """Describe a data set for the lineage; the data itself is not read."""
     uri = mlflow_value(dataset["uri"], MAX_PARAM)
     scheme = uri.split("://")[0] if "://" in uri else "local"
-    return DatasetInput(
-        Dataset(
-            name=dataset["name"],
-            digest=dataset["digest"].removeprefix("sha256:")[:DIGEST_LENGTH],
-            source_type={"gs": "gcs", "file": "local", "https": "http"}.get(scheme, scheme),
-            source=json.dumps({"uri": uri}),
-        ),
-        [InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, dataset["context"])],
+    return Dataset(
+        name=dataset["name"],
+        digest=dataset["digest"].removeprefix("sha256:")[:DIGEST_LENGTH],
+        source_type={"gs": "gcs", "file": "local", "https": "http"}.get(scheme, scheme),
+        source=json.dumps({"uri": uri}),
     )
 
 

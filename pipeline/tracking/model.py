@@ -19,7 +19,7 @@ import dfine_core
 from dfine_core import ModelConfig
 from dfine_core.inference import DEFAULT_THRESHOLD
 from pipeline.mlflow_access import configure_mlflow
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import DatasetInput, Tracker
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -73,6 +73,7 @@ def log_detector(
     example: bytes,
     step: int,
     name: str = "detector",
+    dataset: DatasetInput | None = None,
     registered_model_name: str | None = None,
     alias: str | None = None,
 ) -> None:
@@ -81,7 +82,13 @@ def log_detector(
         folder = Path(temporary, "model")
         save_detector(folder, config=config, weights=weights, categories=categories, example=example)
         tracker.model(
-            folder, name=name, step=step, metrics=metrics, registered_model_name=registered_model_name, alias=alias
+            folder,
+            name=name,
+            step=step,
+            metrics=metrics,
+            dataset=dataset,
+            registered_model_name=registered_model_name,
+            alias=alias,
         )
 
 

@@ -176,6 +176,7 @@ class Tracker:
         name: str,
         step: int,
         metrics: Mapping[str, float],
+        dataset: DatasetInput | None = None,
         registered_model_name: str | None = None,
         alias: str | None = None,
     ) -> None:
@@ -183,6 +184,7 @@ class Tracker:
 
         Args:
             metrics: of this model, under the names that they have in the run at `step`.
+            dataset: the data set that they were measured on, logged by `begin`.
             registered_model_name: also make it a version of this registered model.
             alias: of the registered model; made to point to that version.
         """
@@ -199,6 +201,7 @@ class Tracker:
             "step": int(step),
             "time": milliseconds(time.time()),
             "metrics": {key: float(value) for key, value in metrics.items()},
+            "dataset": _redacted(asdict(dataset)) if dataset else None,
             "registered_model_name": registered_model_name,
             "alias": alias,
         }

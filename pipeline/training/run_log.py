@@ -303,6 +303,7 @@ class RunLog:
                 metrics=report.metrics(final=True) if report else {},
                 example=_first_image(shards),
                 step=state.step,
+                dataset=dataset_input(job.data.val, "validation") if job.data.val else None,
                 registered_model_name=job.experiment.tracking.registered_model_name,
                 alias=job.experiment.tracking.alias,
             )

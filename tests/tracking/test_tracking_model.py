@@ -23,7 +23,7 @@ from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model import log_detector, save_detector
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.settings import TrackingSettings
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import DatasetInput, Tracker
 
 with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
     warnings.simplefilter("ignore")
@@ -102,7 +102,8 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
 ) -> None:
     settings = TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=f"sqlite:///{tmp_path}/mlflow.db")
     with Tracker(tmp_path / "outbox", settings) as tracker:
-        tracker.begin({}, {})
+        val = DatasetInput("shapes/val", f"sha256:{'a1' * 32}", "/shapes/val", "validation")
+        tracker.begin({}, {}, [val])
         tracker.metrics({"val/AP": 0.5}, step=40)
         log_detector(
             tracker,
@@ -112,6 +113,7 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
             metrics={"val/AP": 0.5},
             example=image_path.read_bytes(),
             step=40,
+            dataset=val,
             registered_model_name="dfine",
             alias="champion",
         )
@@ -130,6 +132,11 @@ def test_a_registered_model_loads_elsewhere_and_detects_the_same(
     assert [(model.model_id, model.step) for model in run.outputs.model_outputs] == [(logged.model_id, 40)]
     assert [row.step for row in client.get_metric_history(run.info.run_id, "val/AP")] == [40]
     assert [(metric.key, metric.value, metric.step) for metric in logged.metrics] == [("val/AP", 0.5, 40)]
+    (used,) = run.inputs.dataset_inputs
+    assert [(metric.dataset_name, metric.dataset_digest) for metric in logged.metrics] == [
+        (used.dataset.name, used.dataset.digest)
+    ]
+    assert used.dataset.name == "shapes/val"
     assert [version.version for version in client.search_model_versions("name = 'dfine'")] == [1]
 
     elsewhere = tmp_path / "elsewhere"
