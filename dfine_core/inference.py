@@ -5,6 +5,7 @@ for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
     print(found.boxes, found.scores, found.names)
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from dfine_core.structures import DetectorOutput
 DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller gives one
 SHOWN_NAMES = 8  # class names that printing a detector shows
 MLFLOW_SCHEMES = ("runs:/", "models:/")
+log = logging.getLogger(__name__)
 
 
 class DetectedBox(NamedTuple):
@@ -284,9 +286,11 @@ def build(
         raise LoadError(f"{origin}: {len(categories)} categories for a detector of num_classes {config.num_classes}")
     detector = Detector(config)
     try:
-        load_weights(detector, weights)
+        note = load_weights(detector, weights)
     except ValueError as error:
         raise LoadError(f"{origin}: {error}") from None
+    if note:
+        log.warning("%s: %s", origin, note)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LoadedDetector(
         detector=detector.eval().to(chosen),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dfine_core.checkpoints.class_transfer import coco_categories, objects365_names
 from dfine_core.checkpoints.folder import LoadError, StoredDetector
-from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint
+from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint, written_value
 from dfine_core.config import VARIANTS, ModelConfig
 from dfine_core.model.detector import DERIVED_KEYS
 
@@ -39,8 +39,8 @@ def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
         width = len(weights["encoder.input_proj.0.conv.weight"])
         settings: dict[str, Any] = {
             "num_classes": len(weights["decoder.denoising_class_embed.weight"]) - 1,
-            "up": round(float(weights["decoder.up"]), 6),
-            "reg_scale": round(float(weights["decoder.reg_scale"]), 6),
+            "up": written_value(weights["decoder.up"]),
+            "reg_scale": written_value(weights["decoder.reg_scale"]),
         }
     except KeyError as error:
         raise ValueError(f"{path}: not the weights of a detector, {error} is missing") from None

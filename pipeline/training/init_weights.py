@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from dfine_core.checkpoints.folder import (
     tensors_from_bytes,
 )
 from dfine_core.checkpoints.rebinning import rebin
-from dfine_core.checkpoints.weights import load_weights, read_checkpoint
+from dfine_core.checkpoints.weights import load_weights, read_checkpoint, restore_constants
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.mlflow_access import TRACKING_URI, is_mlflow_uri
@@ -172,7 +172,9 @@ def _parent(stored: StoredDetector) -> dict[str, str]:
 
 def _fit(detector: Detector, initial: _InitWeights, names: Sequence[str], source: str) -> Origin:
     config, lines = detector.config, [f"weights from {source}"]
-    fitted: Mapping[str, Tensor] = initial.weights
+    # Constants first: bins that averaging has moved are no other bins.
+    fitted, note = restore_constants(initial.weights, detector.state_dict())
+    lines += [note] if note else []
     # Distributions over other bins are re-binned; boxes stay where they were.
     if config.regression == "fdr" and SCALE in fitted:
         fitted, report = rebin(fitted, reg_max=config.reg_max, reg_scale=config.reg_scale, up=config.up)
