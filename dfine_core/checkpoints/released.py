@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dfine_core.checkpoints.class_transfer import coco_categories, objects365_names
+from dfine_core.checkpoints.class_transfer import categories_of
 from dfine_core.checkpoints.folder import LoadError, StoredDetector
 from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint, written_value
 from dfine_core.config import VARIANTS, ModelConfig
@@ -29,7 +29,7 @@ def read_released(path: str) -> StoredDetector:
         raise LoadError(f"{path}: {error.strerror}; a .pth file must lie on this disk") from None
     except ValueError as error:
         raise LoadError(f"{error}") from None
-    return StoredDetector(config, weights, _categories_by_count(config.num_classes), folder=path, path=path)
+    return StoredDetector(config, weights, categories_of(config.num_classes), folder=path, path=path, named=False)
 
 
 def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
@@ -70,11 +70,3 @@ def _for_anchors(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelCon
     width = columns * config.strides[0]
     height = round(len(boxes) / sum(width / stride**2 for stride in config.strides))
     return config.with_(input_size=(height, width), num_queries=min(config.num_queries, len(boxes)))
-
-
-def _categories_by_count(count: int) -> list[tuple[int, str]]:
-    objects365 = list(enumerate(objects365_names()))
-    for known in (coco_categories(), objects365, objects365[1:]):
-        if len(known) == count:
-            return [(number, name or f"class_{number}") for number, name in known]
-    return [(label, f"class_{label}") for label in range(count)]

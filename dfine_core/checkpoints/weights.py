@@ -231,7 +231,7 @@ def _ways_out(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], chang
     if any("conv_bn_fused" in key for key in given):
         ways.append("It was saved after deploy(), which cannot be undone: take the weights from before.")
     if any(f"backbone.{key}" in expected for key in given):
-        ways.append("It is a backbone file: load it into detector.backbone.")
+        ways.append("It is a backbone file: load it into detector.backbone, or with backbones.load_backbone.")
     return ways
 
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 from dfine_core import Detector
+from dfine_core.checkpoints.backbones import backbone_of, load_backbone
 from dfine_core.checkpoints.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
 from dfine_core.checkpoints.folder import (
     DESCRIPTION,
     WEIGHTS,
     StoredDetector,
+    is_timm_folder,
     make_description,
     read_detector,
     tensors_from_bytes,
 )
 from dfine_core.checkpoints.rebinning import rebin
+from dfine_core.checkpoints.transformers_layout import from_transformers, is_transformers
 from dfine_core.checkpoints.weights import load_weights, read_checkpoint, restore_constants
 from pipeline import storage
 from pipeline.config import ConfigError
@@ -109,9 +112,8 @@ def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origi
     """
     with _named_in_errors(source):
         initial = _read(source)
-        if any(key.startswith("stem.") for key in initial.weights):
-            load_weights(detector.backbone, initial.weights)
-            return Origin((f"backbone from {source}",), initial.parent)
+        if (backbone := backbone_of(initial.weights)) is not None:
+            return _fit_backbone(detector, backbone, initial.parent, source)
         return _fit(detector, initial, names, source)
 
 
@@ -138,8 +140,12 @@ def _read(source: str) -> _InitWeights:
         STORED.list_folder(source)
     except NotADirectoryError:
         return _read_file(source)
+    if is_timm_folder(source, STORED):
+        return _read_file(storage.join(source, WEIGHTS))
     stored = read_detector(source, STORED)
-    return _InitWeights(stored.weights, [name for _, name in stored.categories], _parent(stored))
+    return _InitWeights(
+        stored.weights, [name for _, name in stored.categories] if stored.named else None, _parent(stored)
+    )
 
 
 def _read_file(path: str) -> _InitWeights:
@@ -147,7 +153,8 @@ def _read_file(path: str) -> _InitWeights:
     content = storage.read_bytes(path)
     parent = {"file": path, "sha256": hashlib.sha256(content).hexdigest()}
     if path.endswith(".safetensors"):
-        return _InitWeights(tensors_from_bytes(content, path), None, parent)
+        tensors = tensors_from_bytes(content, path)
+        return _InitWeights(from_transformers(tensors) if is_transformers(tensors) else tensors, None, parent)
     stream = io.BytesIO(content)
     try:
         return _InitWeights(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]
@@ -168,6 +175,16 @@ def _parent(stored: StoredDetector) -> dict[str, str]:
     if origin["sha256"] != sha256:
         raise ValueError(f"{WEIGHTS} is damaged: not what was written (SHA-256)")
     return origin
+
+
+def _fit_backbone(detector: Detector, weights: Mapping[str, Tensor], parent: dict[str, str], source: str) -> Origin:
+    random = load_backbone(detector.backbone, weights)
+    if not random:
+        return Origin((f"backbone from {source}",), parent)
+    blocks, total = ", ".join(random), sum(p.numel() for p in detector.backbone.parameters())
+    count = sum(p.numel() for block in random for p in detector.backbone.get_submodule(block).parameters())
+    line = f"backbone from {source}; it lacks {blocks}, which stay random: {count:,} of {total:,} parameters"
+    return Origin((line,), parent | {"random": blocks})
 
 
 def _fit(detector: Detector, initial: _InitWeights, names: Sequence[str], source: str) -> Origin:
