@@ -20,7 +20,7 @@ SMALL = ModelConfig.variant("n", num_classes=3, input_size=(128, 160), num_queri
 
 
 @functools.cache
-def source(config: ModelConfig = SMALL) -> Detector:
+def source(config: ModelConfig) -> Detector:
     return varied_detector(config)
 
 
@@ -127,7 +127,7 @@ def test_a_folder_opens_with_its_classes_its_size_and_its_weights(tmp_path: Path
     assert opened.names == NAMES
     assert opened.category_ids == (0, 1, 2)
     assert opened.path == str(tmp_path / "hub" / "model.safetensors")
-    expected = source().state_dict()
+    expected = source(SMALL).state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in opened.detector.state_dict().items())
 
 
@@ -185,7 +185,7 @@ def test_a_folder_without_safetensors_names_what_to_do(tmp_path: Path) -> None:
 
 def test_a_folder_whose_keys_are_its_values_is_refused(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "hub", json_of())
-    weights = to_transformers(source().state_dict())
+    weights = to_transformers(source(SMALL).state_dict())
     for name in list(weights):
         if ".self_attn.k_proj." in name:
             weights[name] = weights[name.replace("k_proj", "v_proj")]
