@@ -20,7 +20,7 @@ from jobs.command import (
     announce,
     at_least,
     command_parser,
-    location,
+    detector,
     not_negative,
     parsed,
     positive,
@@ -130,9 +130,9 @@ def parser() -> argparse.ArgumentParser:
     arguments = command_parser("serve", __doc__)
     arguments.add_argument(
         "source",
-        type=location,
+        type=detector,
         metavar="MODEL",
-        help="checkpoint, run or exported folder, runs:/, models:/ or .pth",
+        help="checkpoint, run or exported folder, runs:/, models:/, .pth, hf://ORG/NAME or published name",
     )
     arguments.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
     arguments.add_argument("--port", type=port, default=8000, help="%(default)s")

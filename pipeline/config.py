@@ -27,6 +27,7 @@ from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
+from pipeline.pretrained import weights_location
 from pipeline.ray_job import absolute_location
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -40,6 +41,7 @@ def _a_folder_name(name: str) -> str:
 
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
 Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a path becomes absolute
+WeightsLocation = Annotated[str, AfterValidator(weights_location)]  # also a published name, or hf://org/name
 
 
 class ConfigError(UserError, ValueError):
@@ -240,7 +242,7 @@ class Experiment(Config):
     # Folder or URI that holds the runs, reachable from every node.
     storage: Location = Field(default="runs", validate_default=True)
     seed: NonNegativeInt = 0
-    init: Location | None = None  # initial weights: a run, checkpoint, released file or model of MLflow
+    init: WeightsLocation | None = None  # initial weights: a published name, run, checkpoint, file or model of MLflow
     data: Data
     model: Model = Model()
     loss: LossConfig = LossConfig()

@@ -32,6 +32,8 @@ FOUNDATION = (
     "provenance",
     "mlflow_access",
     "ray_job",
+    "hub",
+    "pretrained",
     "ray_internals",
     "ray_cluster",
     "storage",
@@ -94,7 +96,7 @@ ENTRANCES = {
     "pycocotools": ("pipeline/evaluation/coco_metrics.py",),
     "hotcoco": tuple(f"pipeline/evaluation/{name}.py" for name in ("analysis", "coco_metrics", "error_types")),
     "yaml": (
-        *("pipeline/config_files.py", "pipeline/data/sources/yolo.py"),
+        *("pipeline/config_files.py", "pipeline/data/sources/yolo.py", "pipeline/pretrained.py"),
         *(f"pipeline/training/{name}.py" for name in ("checkpoint", "dry_run", "run_log")),
     ),
     "ray": (
@@ -118,6 +120,7 @@ ENTRANCES = {
     "onnx": ("pipeline/export/formats.py",),
     "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
     "transformers": ("pipeline/export/huggingface.py",),
+    "huggingface_hub": ("pipeline/hub.py",),
 }
 
 # Text that belongs to one file, or to none.
