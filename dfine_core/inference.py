@@ -1,6 +1,6 @@
 """Trained detectors, opened from their files and called with images.
 
-detector = load("runs/mine")    # or a checkpoint, an exported folder, an MLflow model's folder, a released .pth
+detector = load("runs/mine")    # or a checkpoint, an exported folder, one of Transformers or of MLflow, a released .pth
 for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
     print(found.boxes, found.scores, found.names)
 """
@@ -252,8 +252,8 @@ def load(
     """Open a trained detector.
 
     Args:
-        source: folder of an exported detector, of a checkpoint, of a run (its best weights) or of an MLflow model; or a
-            released `.pth` file.
+        source: folder of an exported detector, of a checkpoint, of a run (its best weights), of Transformers or of an MLflow
+            model; or a released `.pth` file or bare `.safetensors`, whose configuration is read off the shapes.
         device: a GPU if there is one, unless given.
 
     Raises:
@@ -262,7 +262,7 @@ def load(
     path = os.fspath(source)
     if path.startswith(MLFLOW_SCHEMES):
         raise LoadError(f"{path}: pipeline.open_detector.open_detector opens runs:/ and models:/ URIs")
-    if path.endswith((".pth", ".pt")):
+    if path.endswith((".pth", ".pt", ".safetensors")):
         return _build_stored(read_released(path), device)
     return _build_stored(read_detector(path.rstrip("/") or path, files), device)
 

@@ -18,6 +18,7 @@ COMMANDS = (
     *("train", "pretrain-finetune", "tune"),
     *("evaluate", "predict", "export", "serve", "benchmark"),
     *("compare", "lineage", "replay"),
+    "weights",
 )
 
 

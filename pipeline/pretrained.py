@@ -147,5 +147,8 @@ def _table() -> Mapping[str, Published]:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, _table(), n=3) or list(_table())
-    return f"{name!r}: no published weights of this name, and no such path; did you mean {', '.join(close)}? (dfine weights list)"
+    close = difflib.get_close_matches(name, _table(), n=3)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    return (
+        f"{name!r}: no published weights of this name, and no such path; {hint}`dfine weights list` shows all of them"
+    )

@@ -62,6 +62,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
         *("data.shards", "data.sources", "data.stream"),
         *("config", "exported_files", "open_detector", "evaluation"),
     },
+    "weight_files": {"config", "open_detector", "export"},
     "predict": {"data.shards", "data.prepare", "config", "open_detector", "evaluation"},
     "serve": {"config", "open_detector"},
     "tuning": {
