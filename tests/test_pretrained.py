@@ -15,16 +15,21 @@ import torch
 
 from dfine_core import Detector, ModelConfig
 from dfine_core.checkpoints.folder import tensors_to_bytes
+from jobs import lineage
+from pipeline.config import Cluster
+from pipeline.data.sources.synthetic import CLASSES
 from pipeline.hub import PretrainedError
 from pipeline.open_detector import open_detector
 from pipeline.pretrained import describe, fetch, find, is_published, table, weights_location
+from pipeline.training.dry_run import preview
 from pipeline.training.init_weights import ORIGIN, load_initial, materialize_init, refuse_unreadable_weights
+from pipeline.training.launch import launch
 from tests.support.hub_server import COMMIT, Hub, hub_server
+from tests.support.training_runs import experiment, shard_folders
 from tests.support.varied_detectors import varied_detector
 
 NAME, REPO = "dfine-n-coco", "ustc-community/dfine-nano-coco"
-CLASSES = ("cat", "dog", "bird")
-SMALL = ModelConfig.variant("n", num_classes=3, input_size=(128, 128), num_queries=30)
+SMALL = ModelConfig.variant("n", num_classes=len(CLASSES), input_size=(128, 128), num_queries=30)
 SECONDS = 30  # within which every failure must end on a busy machine
 
 
@@ -168,6 +173,28 @@ def test_a_run_has_its_own_copy_with_hash_and_commit_and_needs_no_hub_again(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     refuse_unreadable_weights(NAME, None, run)
     assert materialize_init(NAME, run, "sqlite:///unused.db") == folder
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+def test_a_training_starts_from_a_name_and_its_record_leads_to_the_commit(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    schedule = {"steps": 1, "global_batch_size": 2}
+    setting = experiment(tmp_path, shard_folders(tmp_path, images=4, val=2), init=NAME, schedule=schedule)
+    plan = preview(setting, Cluster(), measured=False)
+    assert f"# initial weights\n{NAME}: model.safetensors of {REPO}, revision main (commit {COMMIT[:12]})" in plan
+    assert not any(request.startswith("GET") for request in hub.requests)
+    trained = launch(setting)
+    assert trained.step == 1
+    sha256 = fetch(NAME).sha256
+    metadata = json.loads(Path(trained.run, "checkpoints", "step-00000001", "metadata.json").read_text())
+    assert metadata["parent"]["revision"] == COMMIT
+    assert metadata["parent"]["sha256"] == sha256
+    capsys.readouterr()
+    lineage.main([trained.run])
+    assert f"began with {NAME} (hf://{REPO}@{COMMIT}), sha256 {sha256[:12]}" in capsys.readouterr().out
 
 
 def test_a_backbone_of_timm_is_fetched_and_its_origin_recorded(hub: Hub, tmp_path: Path) -> None:

@@ -262,13 +262,15 @@ def _from_transformers(folder: str, names: Collection[str], files: FileReader) -
         size = PUBLISHED_SIZE
         if TRANSFORMERS_PROCESSOR in names:
             size = input_size_of_processor(json.loads(files.read(f"{folder}/{TRANSFORMERS_PROCESSOR}")), size)
-        config = config_from_transformers(content, size)
-        labels = labels_from_transformers(content)
+        stored = files.read(path)
+        weights = from_transformers(tensors_from_bytes(stored, path))
+        config = config_from_transformers(content, size, weights)
+        labels = labels_from_transformers(content, config.num_classes)
+    except LoadError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error}" if isinstance(error, ValueError) else repr(error)
         raise LoadError(f"{folder}: its {TRANSFORMERS_CONFIG} is no D-FINE that can be read: {reason}") from None
-    stored = files.read(path)
-    weights = from_transformers(tensors_from_bytes(stored, path))
     categories = categories_of(config.num_classes, labels)
     sha256 = hashlib.sha256(stored).hexdigest()
     return StoredDetector(config, weights, categories, folder, path, sha256, named=labels is not None)

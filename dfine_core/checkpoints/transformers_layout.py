@@ -2,7 +2,7 @@
 
     tensors = to_transformers(detector.state_dict())           # as its model.safetensors has them
     weights = from_transformers(tensors)                       # and back, bit for bit
-    config = config_from_transformers(json.loads(...), (640, 640))
+    config = config_from_transformers(json.loads(...), (640, 640), weights)
 
 The names are those of the files, which every version of Transformers writes and opens. `pipeline/export/huggingface.py` writes
 folders with the library itself.
@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfine_core.checkpoints.class_transfer import objects365_names
+from dfine_core.checkpoints.weights import written_value
 from dfine_core.config import LossConfig, ModelConfig
 from dfine_core.model.hgnetv2 import SIZES
 
 MODEL_TYPE = "d_fine"
+CLASS_ROWS = "decoder.dec_score_head.0.bias"  # one value per class
 
 _LAYER = (("linear1.", "fc1."), ("linear2.", "fc2."), ("norm1.", "self_attn_layer_norm."))
 _CSP = (
@@ -135,13 +138,17 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def config_from_transformers(content: Mapping[str, Any], input_size: tuple[int, int]) -> ModelConfig:
+def config_from_transformers(
+    content: Mapping[str, Any], input_size: tuple[int, int], weights: Mapping[str, Tensor]
+) -> ModelConfig:
     """Translate a `config.json`.
 
-    The positional table is "grid", which Transformers has for any input; on square ones it is the released table.
+    The positional table is "grid", which Transformers has for any input; on square ones it is the released table. The number of
+    classes, `up` and `reg_scale` are those of the weights, whatever a configuration claims.
 
     Args:
         input_size: (height, width), which the configuration does not contain; the image processor's.
+        weights: under our keys.
 
     Raises:
         ValueError: it is of another model, or has settings that this detector does not have.
@@ -160,7 +167,7 @@ def config_from_transformers(content: Mapping[str, Any], input_size: tuple[int, 
     levels = content.get("num_feature_levels", 3)
     frozen = content.get("freeze_backbone_batch_norms", True)
     return ModelConfig(
-        num_classes=len(_labels(content)),
+        num_classes=len(weights[CLASS_ROWS]),
         input_size=input_size,
         backbone=_backbone_name(backbone),
         learnable_affine=backbone.get("use_learnable_affine_block", False),
@@ -182,8 +189,8 @@ def config_from_transformers(content: Mapping[str, Any], input_size: tuple[int, 
         num_queries=content.get("num_queries", 300),
         sampling=content.get("decoder_method", "default"),
         reg_max=content.get("max_num_bins", 32),
-        reg_scale=content.get("reg_scale", 4.0),
-        up=content.get("up", 0.5),
+        reg_scale=written_value(weights["decoder.reg_scale"]),
+        up=written_value(weights["decoder.up"]),
         num_denoising=content.get("num_denoising", 100),
         label_noise_ratio=content.get("label_noise_ratio", 0.5),
         box_noise_scale=content.get("box_noise_scale", 1.0),
@@ -191,10 +198,28 @@ def config_from_transformers(content: Mapping[str, Any], input_size: tuple[int, 
     )
 
 
-def labels_from_transformers(content: Mapping[str, Any]) -> list[str] | None:
-    """Class names by label; None if the configuration has only placeholders."""
-    names = _labels(content)
-    return None if all(name == f"LABEL_{label}" for label, name in enumerate(names)) else names
+def labels_from_transformers(content: Mapping[str, Any], num_classes: int) -> list[str] | None:
+    """Class names by label; None if the configuration has only placeholders.
+
+    Also None for the 366 rows of Objects365: a row is a category id there, while some label files number from 0 and
+    others from 1.
+
+    Raises:
+        ValueError: the labels are not those of this number of classes.
+    """
+    names = {int(label): str(name) for label, name in (content.get("id2label") or {}).items()}
+    objects365 = objects365_names()
+    if num_classes == len(objects365) and len(set(names.values()) & set(objects365)) > len(objects365) // 2:
+        return None
+    if sorted(names) != list(range(num_classes)):
+        raise ValueError(
+            f"id2label has {len(names)} labels ({sorted(names)[:3]} …) for {num_classes} classes in the weights"
+        )
+    return (
+        None
+        if all(name == f"LABEL_{label}" for label, name in names.items())
+        else [names[i] for i in range(num_classes)]
+    )
 
 
 def input_size_of_processor(content: Mapping[str, Any], otherwise: tuple[int, int]) -> tuple[int, int]:
@@ -211,13 +236,6 @@ def input_size_of_processor(content: Mapping[str, Any], otherwise: tuple[int, in
             " and width, with pixels in 0..1"
         )
     return (int(size["height"]), int(size["width"])) if size else otherwise
-
-
-def _labels(content: Mapping[str, Any]) -> list[str]:
-    names = {int(label): str(name) for label, name in (content.get("id2label") or {}).items()}
-    if sorted(names) != list(range(len(names))) or not names:
-        raise ValueError(f"id2label has the labels {sorted(names)[:5]} …, expected 0 to the number of classes - 1")
-    return [names[label] for label in range(len(names))]
 
 
 def _backbone_name(content: Mapping[str, Any]) -> Any:

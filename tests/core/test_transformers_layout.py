@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dfine_core import Detector, ModelConfig, load
-from dfine_core.checkpoints.class_transfer import coco_categories, coco_names
-from dfine_core.checkpoints.folder import LoadError, tensors_to_bytes
+from dfine_core.checkpoints.class_transfer import coco_categories, coco_names, objects365_names
+from dfine_core.checkpoints.folder import LoadError, read_detector, tensors_to_bytes
 from dfine_core.checkpoints.transformers_layout import config_from_transformers, from_transformers, to_transformers
 from dfine_core.model.hgnetv2 import SIZES
 from tests.support.varied_detectors import varied_detector
@@ -153,16 +153,39 @@ def test_placeholders_are_no_names(tmp_path: Path) -> None:
         ({"decoder_activation_function": "silu"}, "decoder_activation_function is 'silu', this detector has 'relu'"),
         ({"encoder_layers": 2}, "encoder_layers is 2"),
         ({"learn_initial_query": True}, "learn_initial_query is True"),
-        ({"id2label": {"1": "cat"}}, "id2label has the labels"),
         ({"backbone_config": {"out_features": []}}, "none of HGNetv2 B0"),
         ({"num_queries": 0, "d_model": 130}, "must be divisible"),
     ],
 )
 def test_another_model_and_other_settings_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        config_from_transformers(json_of(**changes), (128, 160))
+        config_from_transformers(json_of(**changes), (128, 160), source(SMALL).state_dict())
     with pytest.raises(LoadError, match=message):
         load(folder_with(tmp_path / "hub", json_of(**changes)))
+
+
+@pytest.mark.parametrize("labels", [{"1": "cat"}, {"1": "a", "2": "b", "3": "c"}, {str(i): "a" for i in range(80)}, {}])
+def test_labels_of_another_number_of_classes_are_refused(labels: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"id2label has \d+ labels .* for 3 classes in the weights"):
+        load(folder_with(tmp_path / "hub", json_of(id2label=labels)))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_row_of_objects365_is_a_category_id_whatever_the_label_file_counts_from(first: int, tmp_path: Path) -> None:
+    config = SMALL.with_(num_classes=366)
+    named = [name for name in objects365_names() if name is not None]
+    labels = {str(first + i): name for i, name in enumerate(named)}
+    opened = load(folder_with(tmp_path / "hub", json_of(id2label=labels), config), "cpu")
+    assert len(opened.names) == 366
+    assert opened.names[1:] == tuple(named)
+    stored = read_detector(str(tmp_path / "hub"))
+    assert not stored.named  # so that `init` takes the names of Objects365, with row 0 untrained
+
+
+def test_bins_are_those_of_the_weights_whatever_the_configuration_claims(tmp_path: Path) -> None:
+    """A configuration of D-FINE-X can have Transformers' default of 4, while its tensors have 8."""
+    config = SMALL.with_(reg_scale=8.0)
+    assert load(folder_with(tmp_path / "hub", json_of(reg_scale=4.0), config), "cpu").config.reg_scale == 8.0
 
 
 @pytest.mark.parametrize(
