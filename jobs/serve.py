@@ -45,8 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
 
     from pipeline.open_detector import open_detector
+    from pipeline.pretrained import pinned
 
     settings = settings_of(args)
+    settings = settings.model_copy(update={"source": pinned(settings.source)})  # for replicas that start later
     loaded = open_detector(settings.source)  # fails before anything starts if it is no detector
     print(f"{loaded.origin}: {len(loaded.names)} classes, starting", flush=True)
     del loaded

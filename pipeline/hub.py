@@ -21,9 +21,10 @@ RELEASE = "https://github.com/Peterande/storage/releases/download/dfinev1.0"
 TIMEOUT_S = 10.0  # for the hub to state what it has
 MOST_RESTARTS = 2  # times that a download begins anew, where the server cannot continue one
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class PretrainedError(UserError, RuntimeError):
+class PretrainedError(UserError, ValueError):
     """Weights that the hub does not hand out, or that are not what it states."""
 
 
@@ -84,8 +85,9 @@ def download(published: Published, file: str) -> CachedFile | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    pinned = bool(_COMMIT.fullmatch(published.revision)) and is_cached(published, file)  # a commit never changes
     try:
-        metadata = stated(published, file)
+        metadata = None if pinned else stated(published, file)
         if metadata is not None and metadata.commit_hash is None:
             raise PretrainedError(f"{published.name}: {_endpoint()} is no server of the hub's API; check HF_ENDPOINT")
         with _refusals(published):

@@ -136,6 +136,18 @@ def fetch(source: str) -> Fetched:
     return Fetched(published, folder.name, folder, tuple(file.path.name for file in files), sha256)
 
 
+def pinned(source: str) -> str:
+    """Fetch published weights, and name them by their commit, so that every machine opens the same; other sources stay.
+
+    Raises:
+        PretrainedError: see `fetch`.
+    """
+    if not is_published(source):
+        return source
+    fetched = fetch(source)
+    return f"{HUB_SCHEME}{fetched.published.repo}@{fetched.commit}"
+
+
 @functools.cache
 def _table() -> Mapping[str, Published]:
     import yaml

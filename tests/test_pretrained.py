@@ -20,7 +20,7 @@ from pipeline.config import Cluster
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.hub import PretrainedError
 from pipeline.open_detector import open_detector
-from pipeline.pretrained import describe, fetch, find, is_published, table, weights_location
+from pipeline.pretrained import describe, fetch, find, is_published, pinned, table, weights_location
 from pipeline.training.dry_run import preview
 from pipeline.training.init_weights import ORIGIN, load_initial, materialize_init, refuse_unreadable_weights
 from pipeline.training.launch import launch
@@ -134,6 +134,19 @@ def test_a_name_opens_as_the_published_detector_and_is_fetched_once(hub: Hub) ->
 def varied_detector_weights() -> dict[str, torch.Tensor]:
     folder = next(Path(huggingface_hub.constants.HF_HUB_CACHE).rglob("snapshots/*"))
     return dict(open_detector(str(folder)).detector.state_dict())
+
+
+def test_a_pinned_name_opens_the_same_commit_without_a_request(hub: Hub) -> None:
+    source = pinned(NAME)
+    assert source == f"hf://{REPO}@{COMMIT}"
+    asked = len(hub.requests)
+    assert fetch(source).folder == fetch(NAME).folder
+    before = hub.requests[asked:]
+    assert all(request.startswith("HEAD") for request in before)
+    hub.requests.clear()
+    fetch(source)
+    assert hub.requests == []
+    assert pinned("runs/mine") == "runs/mine"
 
 
 def test_describing_fetches_nothing_and_names_file_size_revision_and_licence(hub: Hub) -> None:
