@@ -1,10 +1,11 @@
 """Trained detectors, opened from their files and called with images.
 
-detector = load("runs/mine")    # or a checkpoint, an exported folder, an MLflow model's folder, a released .pth
+detector = load("runs/mine")    # or a checkpoint, an exported folder, one of Transformers or of MLflow, a released .pth
 for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
     print(found.boxes, found.scores, found.names)
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from dfine_core.structures import DetectorOutput
 DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller gives one
 SHOWN_NAMES = 8  # class names that printing a detector shows
 MLFLOW_SCHEMES = ("runs:/", "models:/")
+log = logging.getLogger(__name__)
 
 
 class DetectedBox(NamedTuple):
@@ -250,8 +252,8 @@ def load(
     """Open a trained detector.
 
     Args:
-        source: folder of an exported detector, of a checkpoint, of a run (its best weights) or of an MLflow model; or a
-            released `.pth` file.
+        source: folder of an exported detector, of a checkpoint, of a run (its best weights), of Transformers or of an MLflow
+            model; or a released `.pth` file or bare `.safetensors`, whose configuration is read off the shapes.
         device: a GPU if there is one, unless given.
 
     Raises:
@@ -260,7 +262,7 @@ def load(
     path = os.fspath(source)
     if path.startswith(MLFLOW_SCHEMES):
         raise LoadError(f"{path}: pipeline.open_detector.open_detector opens runs:/ and models:/ URIs")
-    if path.endswith((".pth", ".pt")):
+    if path.endswith((".pth", ".pt", ".safetensors")):
         return _build_stored(read_released(path), device)
     return _build_stored(read_detector(path.rstrip("/") or path, files), device)
 
@@ -284,9 +286,11 @@ def build(
         raise LoadError(f"{origin}: {len(categories)} categories for a detector of num_classes {config.num_classes}")
     detector = Detector(config)
     try:
-        load_weights(detector, weights)
+        note = load_weights(detector, weights)
     except ValueError as error:
         raise LoadError(f"{origin}: {error}") from None
+    if note:
+        log.warning("%s: %s", origin, note)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LoadedDetector(
         detector=detector.eval().to(chosen),

@@ -18,6 +18,7 @@ COMMANDS = (
     *("train", "pretrain-finetune", "tune"),
     *("evaluate", "predict", "export", "serve", "benchmark"),
     *("ui", "compare", "lineage", "record", "replay"),
+    "weights",
 )
 
 

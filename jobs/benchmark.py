@@ -12,7 +12,17 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from jobs.command import announce, at_least, command_parser, location, parsed, positive, refuse_missing, user_errors
+from jobs.command import (
+    announce,
+    at_least,
+    command_parser,
+    detector,
+    location,
+    parsed,
+    positive,
+    refuse_missing,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     arguments = command_parser("benchmark", __doc__)
     arguments.add_argument(
         "detector",
-        type=location,
-        help="run or checkpoint folder, .pth, runs:/ID, models:/NAME@ALIAS, .onnx, .pt2",
+        type=detector,
+        help="dfine-s-coco or another published name, run or checkpoint folder, .pth, runs:/ID, models:/NAME@ALIAS, .onnx, .pt2",
     )
     arguments.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     arguments.add_argument(

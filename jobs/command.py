@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from jobs import recipes
 from pipeline.errors import UserError, in_one_line
 from pipeline.mlflow_access import is_mlflow_uri
+from pipeline.pretrained import is_published, weights_location
 from pipeline.ray_job import absolute_location
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -45,7 +46,7 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnxruntime", "transformers"),
     "train": (
         *("ray", "mlflow", "pyarrow", "pydantic", "yaml", "pycocotools", "ijson", "simplejpeg", "cv2", "matplotlib"),
-        *("jinja2", "tqdm", "hotcoco", "psutil", "pynvml", "optuna"),
+        *("jinja2", "tqdm", "hotcoco", "psutil", "pynvml", "optuna", "huggingface_hub"),
     ),
 }
 
@@ -111,12 +112,14 @@ def announce(command: str, text: str) -> None:
 
 
 def refuse_missing(location: str, kind: str) -> None:
-    """Check that a path exists, before anything slow is imported to open it; URIs are left to what opens them.
+    """Check that a path exists, before anything slow is imported to open it; URIs and names are left to what opens them.
 
     Raises:
         UserError: there is no such path.
     """
-    if "://" not in location and not is_mlflow_uri(location) and not os.path.exists(location):
+    if "://" in location or is_mlflow_uri(location) or is_published(location):
+        return
+    if not os.path.exists(location):
         raise UserError(f"{location} does not exist: no {kind}")
 
 
@@ -225,6 +228,14 @@ def location(text: str) -> str:
     try:
         return absolute_location(text)
     except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def detector(text: str) -> str:
+    """Argument type: trained detector, by path, URI or published name; paths become absolute."""
+    try:
+        return weights_location(text)
+    except (ValueError, UserError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 

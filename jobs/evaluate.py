@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from jobs.command import announce, at_least, command_parser, location, parsed, refuse_missing, user_errors
+from jobs.command import announce, at_least, command_parser, detector, location, parsed, refuse_missing, user_errors
 
 if TYPE_CHECKING:
     from dfine_core import LoadedDetector
@@ -111,7 +111,11 @@ def refuse_other_classes(names: Sequence[str], shards: "ShardSet") -> None:
 def parser() -> argparse.ArgumentParser:
     """Parser of the arguments."""
     arguments = command_parser("evaluate", __doc__)
-    arguments.add_argument("detector", type=location, help="checkpoint, run folder, runs:/ID or models:/NAME@ALIAS")
+    arguments.add_argument(
+        "detector",
+        type=detector,
+        help="checkpoint, run folder, runs:/ID, models:/NAME@ALIAS, hf://ORG/NAME or a name of `dfine weights list`",
+    )
     arguments.add_argument("manifest", type=location, help="folder of a shard set, or its manifest.json")
     arguments.add_argument(
         "--out", type=location, metavar="FOLDER", help="folder for the report, its figures, images and detections"

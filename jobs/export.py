@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import announce, command_parser, local_path, location, parsed, refuse_missing, user_errors
+from jobs.command import announce, command_parser, detector, local_path, location, parsed, refuse_missing, user_errors
 
 if TYPE_CHECKING:
     from dfine_core import LoadedDetector
@@ -114,8 +114,8 @@ def parser() -> argparse.ArgumentParser:
     arguments = command_parser("export", __doc__)
     arguments.add_argument(
         "model",
-        type=location,
-        help="checkpoint, run folder, runs:/ID, models:/NAME@ALIAS, exported folder or .pth",
+        type=detector,
+        help="checkpoint, run folder, runs:/ID, models:/NAME@ALIAS, exported folder, .pth, hf://ORG/NAME or published name",
     )
     arguments.add_argument(
         "--to", nargs="+", required=True, choices=EXPORT_FORMATS, metavar="FORMAT", help="formats, see above"

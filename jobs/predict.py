@@ -13,7 +13,17 @@ processed here, more on Ray; paths must be readable from every node of its clust
 
 import argparse
 
-from jobs.command import announce, at_least, command_parser, location, parsed, refuse_missing, share, user_errors
+from jobs.command import (
+    announce,
+    at_least,
+    command_parser,
+    detector,
+    location,
+    parsed,
+    refuse_missing,
+    share,
+    user_errors,
+)
 
 
 @user_errors()
@@ -54,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     arguments = command_parser("predict", __doc__)
     arguments.add_argument(
         "detector",
-        type=location,
-        help="run or checkpoint folder, exported folder, .pth, runs:/ID or models:/NAME@ALIAS",
+        type=detector,
+        help="run or checkpoint folder, exported folder, .pth, runs:/ID, models:/NAME@ALIAS, hf://ORG/NAME or published name",
     )
     arguments.add_argument(
         "inputs",

@@ -20,7 +20,7 @@ from jobs.command import (
     announce,
     at_least,
     command_parser,
-    location,
+    detector,
     not_negative,
     parsed,
     positive,
@@ -45,8 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
 
     from pipeline.open_detector import open_detector
+    from pipeline.pretrained import pinned
 
     settings = settings_of(args)
+    settings = settings.model_copy(update={"source": pinned(settings.source)})  # for replicas that start later
     loaded = open_detector(settings.source)  # fails before anything starts if it is no detector
     print(f"{loaded.origin}: {len(loaded.names)} classes, starting", flush=True)
     del loaded
@@ -130,9 +132,9 @@ def parser() -> argparse.ArgumentParser:
     arguments = command_parser("serve", __doc__)
     arguments.add_argument(
         "source",
-        type=location,
+        type=detector,
         metavar="MODEL",
-        help="checkpoint, run or exported folder, runs:/, models:/ or .pth",
+        help="checkpoint, run or exported folder, runs:/, models:/, .pth, hf://ORG/NAME or published name",
     )
     arguments.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
     arguments.add_argument("--port", type=port, default=8000, help="%(default)s")

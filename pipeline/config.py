@@ -28,6 +28,7 @@ from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
+from pipeline.pretrained import weights_location
 from pipeline.ray_job import absolute_location
 
 MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
@@ -74,6 +75,7 @@ ModelName = Annotated[str, AfterValidator(_a_model_name)]
 ModelAlias = Annotated[str, AfterValidator(_a_model_alias)]
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
 Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a path becomes absolute
+WeightsLocation = Annotated[str, AfterValidator(weights_location)]  # also a published name, or hf://org/name
 
 
 class ConfigError(UserError, ValueError):
@@ -282,7 +284,7 @@ class Experiment(Config):
     # Folder or URI that holds the runs, reachable from every node.
     storage: Location = Field(default="runs", validate_default=True)
     seed: NonNegativeInt = 0
-    init: Location | None = None  # initial weights: a run, checkpoint, released file or model of MLflow
+    init: WeightsLocation | None = None  # initial weights: a published name, run, checkpoint, file or model of MLflow
     data: Data
     model: Model = Model()
     loss: LossConfig = LossConfig()

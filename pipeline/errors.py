@@ -9,6 +9,7 @@
     ├── OutboxError               an outbox of a run's log that is damaged or belongs to another run
     ├── PlanError                 batch sizes that do not fit the number of images or workers
     ├── PrepareError              data that cannot become a shard set, or a folder that cannot hold it
+    ├── PretrainedError           published weights that the hub does not hand out, or that arrive damaged
     ├── RequestError              an HTTP request that is refused, with its status
     ├── RunLookupError            a run or a model that MLflow does not know, or knows several of
     ├── ShardError                shard files that differ from their manifest

@@ -1,4 +1,4 @@
-"""Trained detectors by path, object store URI or MLflow URI: `dfine_core.load` with more places to read from."""
+"""Trained detectors by path, URI or published name: `dfine_core.load` with more places to read from."""
 
 import os
 import posixpath
@@ -13,6 +13,7 @@ from dfine_core.inference import LoadedDetector, load
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.mlflow_access import RUN_SCHEME, TRACKING_URI, configure_mlflow, is_mlflow_uri
+from pipeline.pretrained import fetch, is_published
 from pipeline.redaction import redact
 
 LOGGED_NAME = "detector"  # name of the model that a training run logs
@@ -23,15 +24,20 @@ def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
 
     Args:
         source: folder or URI of a checkpoint, of a run (its best weights), of an exported detector or of an MLflow model;
-            `runs:/RUN_ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; a released `.pth` file.
+            `runs:/RUN_ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; a released `.pth` file; a published name or
+            `hf://ORG/NAME[@REVISION]`, which are fetched into the hub's cache.
         device: None takes a GPU if there is one.
 
     Raises:
         ConfigError: there is no detector at `source`, or it is damaged.
+        PretrainedError: published weights cannot be fetched.
     """
     try:
         if is_mlflow_uri(source):
             return _from_mlflow(source, device)
+        if is_published(source):
+            fetched = fetch(source)
+            return replace(load(fetched.folder, device), origin=fetched.origin)
         return load(source, device, files=STORED)
     except (LoadError, storage.StorageError) as error:
         raise ConfigError(f"{error}") from None

@@ -32,6 +32,8 @@ FOUNDATION = (
     "provenance",
     "mlflow_access",
     "ray_job",
+    "hub",
+    "pretrained",
     "ray_internals",
     "ray_cluster",
     "storage",
@@ -61,6 +63,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
         *("data.shards", "data.sources", "data.stream"),
         *("config", "exported_files", "output_folder", "open_detector", "evaluation"),
     },
+    "weight_files": {"config", "open_detector", "export"},
     "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "evaluation"},
     "serve": {"config", "open_detector"},
     "tuning": {
@@ -95,7 +98,7 @@ ENTRANCES = {
     "pycocotools": ("pipeline/evaluation/coco_metrics.py",),
     "hotcoco": tuple(f"pipeline/evaluation/{name}.py" for name in ("analysis", "coco_metrics", "error_types")),
     "yaml": (
-        *("pipeline/config_files.py", "pipeline/data/sources/yolo.py"),
+        *("pipeline/config_files.py", "pipeline/data/sources/yolo.py", "pipeline/pretrained.py"),
         *(f"pipeline/training/{name}.py" for name in ("checkpoint", "dry_run", "run_log")),
     ),
     "ray": (
@@ -119,6 +122,7 @@ ENTRANCES = {
     "onnx": ("pipeline/export/formats.py",),
     "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
     "transformers": ("pipeline/export/huggingface.py",),
+    "huggingface_hub": ("pipeline/hub.py",),
 }
 
 # Text that belongs to one file, or to none.

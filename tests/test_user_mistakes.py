@@ -72,6 +72,13 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml --set init=nowhere.pth", ("init", "nowhere.pth", "does not exist"), {}),
     ("train run.yaml --set init=broken.pth", ("init", "broken.pth", "not a file of plain tensors"), {}),
     ("train run.yaml --set init=empty", ("init: /", "/empty: "), {}),
+    (
+        "train run.yaml --set init=dfine-n-obj365",
+        ("init", "no published weights of this name", "dfine weights list"),
+        {},
+    ),
+    ("train run.yaml --set init=hf://mine", ("init", "hf://ORGANISATION/NAME"), {}),
+    ("train run.yaml --set init=dfine-s-coco", ("offline mode is on", "dfine weights fetch dfine-s-coco"), {}),
     ("train run.yaml --resume empty", ("empty", "not a checkpoint"), {}),
     ("train run.yaml --dry-run --set data.train=nowhere", ("nowhere/manifest.json",), {}),
     ("train run.yaml --set storage=notes.txt", ("notes.txt",), {}),
@@ -130,6 +137,16 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("doctor train train/manifest.json", ("twice",), {}),
     ("doctor bad", ("bad/manifest.json", "not JSON"), {}),
     ("doctor train", ("MANIFEST", "$PWD/train"), JOB),
+    # weights
+    ("weights", ("list|fetch|verify|convert",), {}),
+    ("weights fetch dfine-n-obj365", ("dfine-n-obj365", "no published weights of this name"), {}),
+    ("weights fetch dfine-s-coco", ("offline mode is on", "HF_HOME", "dfine_s_coco.pth"), {}),
+    ("weights fetch empty", ("no published weights of this name", "dfine weights list"), {}),
+    ("weights verify empty", ("empty", "no detector"), {}),
+    ("weights verify broken.pth", ("broken.pth", "not a file of plain tensors"), {}),
+    ("weights convert detector --to released --out made", ("made", ".pth"), {}),
+    ("weights convert detector --to safetensors --out empty", ("empty exists already",), {}),
+    ("predict dfine-s-coco photos --out out", ("offline mode is on",), {}),
     # evaluate
     ("evaluate empty train", ("empty", "no detector"), {}),
     ("evaluate detector nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
@@ -283,7 +300,14 @@ def _write_texts(folder: Path) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     usual = {name: value for name, value in os.environ.items() if name not in UNSET}
-    return usual | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return (
+        usual
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hub"),
+        }
+    )
 
 
 @pytest.fixture(scope="module")

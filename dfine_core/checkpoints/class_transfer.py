@@ -165,6 +165,24 @@ def objects365_names() -> tuple[str | None, ...]:
     return (None, *_tables()["objects365"])
 
 
+def categories_of(count: int, names: Sequence[str] | None = None) -> list[tuple[int, str]]:
+    """Category id and name of each label of a detector that stores no ids.
+
+    With names, they are COCO's ids if the classes are COCO's in their order, else the labels. Without names, the number of
+    classes decides: COCO's, Objects365's, or placeholders.
+    """
+    coco, objects365 = coco_categories(), list(enumerate(objects365_names()))
+    if names is not None:
+        groups = _index_groups(synonym_groups())
+        same = [_keys(our, groups) & _keys(their, groups) for (_, our), their in zip(coco, names, strict=False)]
+        ids = [number for number, _ in coco] if len(names) == len(coco) and all(same) else range(len(names))
+        return list(zip(ids, names, strict=True))
+    for known in (coco, objects365, objects365[1:]):
+        if len(known) == count:
+            return [(number, name or f"class_{number}") for number, name in known]
+    return [(label, f"class_{label}") for label in range(count)]
+
+
 def synonym_groups() -> tuple[tuple[str, ...], ...]:
     """Groups of class names that mean the same. Some are loose on purpose: "suitcase" and "luggage"."""
     return tuple(tuple(group) for group in _tables()["synonyms"])

@@ -6,6 +6,9 @@
     exported/mine/                          written by `LoadedDetector.save` and by exports
         detector.json                       {"config": ..., "categories": [names], "category_ids": [ids]}
         model.safetensors
+    huggingface/mine/                       layout of Transformers, written by it or by exports
+        config.json                         with class names; the input size is in preprocessor_config.json
+        model.safetensors
 
 The folder of a run stands for its best checkpoint, that of an MLflow model for its artifacts. No code from a file is run.
 safetensors is imported with the first file that needs it.
@@ -15,13 +18,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dfine_core.checkpoints.class_transfer import categories_of
+from dfine_core.checkpoints.transformers_layout import (
+    config_from_transformers,
+    from_transformers,
+    input_size_of_processor,
+    labels_from_transformers,
+)
 from dfine_core.config import ModelConfig
 
 METADATA = "metadata.json"
@@ -29,10 +39,12 @@ DESCRIPTION = "detector.json"
 WEIGHTS = "model.safetensors"
 AVERAGED = "ema"  # tensor file of a checkpoint that is evaluated and shipped
 CHECKPOINTS = "checkpoints"  # below the folder of a run
+TRANSFORMERS_CONFIG, TRANSFORMERS_PROCESSOR = "config.json", "preprocessor_config.json"
+PUBLISHED_SIZE = (640, 640)  # input of a folder of Transformers that does not name one
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _EXPECTED = (
-    f"the folder of a run or of a checkpoint, of an exported detector ({DESCRIPTION} beside safetensors), of an MLflow model,"
-    " or a released .pth file"
+    f"the folder of a run or of a checkpoint, of an exported detector ({DESCRIPTION} beside safetensors), of Transformers"
+    f" ({TRANSFORMERS_CONFIG} beside safetensors), of an MLflow model, or a released .pth file"
 )
 
 
@@ -62,6 +74,7 @@ class StoredDetector:
     path: str  # file of the weights
     sha256: str | None = None  # content of that file; None for a released one
     metadata: dict[str, Any] | None = None  # metadata.json of a checkpoint, as written
+    named: bool = True  # False: nothing names the classes, the categories are guessed by their number
 
 
 # Checkpoints of a run
@@ -128,7 +141,7 @@ def read_tensor_file(folder: str, file: str, sha256: str | None, files: FileRead
 
 
 def read_detector(folder: str, files: FileReader = ON_DISK) -> StoredDetector:
-    """Read the detector of a checkpoint, a run, an exported folder or an MLflow model.
+    """Read the detector of a checkpoint, a run, an exported folder, a folder of Transformers or an MLflow model.
 
     Raises:
         LoadError: there is no detector, or it is damaged; the message names the content of the folder.
@@ -143,12 +156,26 @@ def read_detector(folder: str, files: FileReader = ON_DISK) -> StoredDetector:
         return _from_checkpoint(folder, files)
     if DESCRIPTION in names:
         return _from_exported(folder, [name for name in names if name.endswith(".safetensors")], files)
+    if TRANSFORMERS_CONFIG in names:
+        return _from_transformers(folder, names, files)
     if "MLmodel" in names and "artifacts" in names:
         return read_detector(f"{folder}/artifacts", files)
     if CHECKPOINTS in names and (best := best_checkpoint(f"{folder}/{CHECKPOINTS}", files)):
         return _from_checkpoint(best, files)
     content = f"it holds {', '.join(sorted(names)[:6])}" if names else "it is empty"
     raise LoadError(f"{folder}: no detector ({content}). Expected {_EXPECTED}")
+
+
+def is_timm_folder(folder: str, files: FileReader = ON_DISK) -> bool:
+    """Whether a folder has the layout of timm's models: a backbone, not a detector."""
+    names = _names_in(folder, files)
+    if not {TRANSFORMERS_CONFIG, WEIGHTS} <= names or names & {METADATA, DESCRIPTION}:
+        return False
+    try:
+        content = json.loads(files.read(f"{folder}/{TRANSFORMERS_CONFIG}"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "architecture" in content and "model_type" not in content
 
 
 def parse_description(description: bytes, origin: str) -> tuple[ModelConfig, list[tuple[int, str]]]:
@@ -218,6 +245,35 @@ def _from_exported(folder: str, weights: Sequence[str], files: FileReader) -> St
     config, categories = parse_description(description, folder)
     sha256 = hashlib.sha256(content).hexdigest()
     return StoredDetector(config, tensors_from_bytes(content, folder), categories, folder, path, sha256)
+
+
+def _from_transformers(folder: str, names: Collection[str], files: FileReader) -> StoredDetector:
+    path = f"{folder}/{WEIGHTS}"
+    if WEIGHTS not in names:
+        raise LoadError(
+            f"{folder}: no {WEIGHTS} beside {TRANSFORMERS_CONFIG}; save the model with safe_serialization=True"
+        )
+    try:
+        content = json.loads(files.read(f"{folder}/{TRANSFORMERS_CONFIG}"))
+        if is_timm_folder(folder, files):
+            raise ValueError(
+                f"it is timm's {content['architecture']}, a backbone, which only `init` of a training takes"
+            )
+        size = PUBLISHED_SIZE
+        if TRANSFORMERS_PROCESSOR in names:
+            size = input_size_of_processor(json.loads(files.read(f"{folder}/{TRANSFORMERS_PROCESSOR}")), size)
+        stored = files.read(path)
+        weights = from_transformers(tensors_from_bytes(stored, path))
+        config = config_from_transformers(content, size, weights)
+        labels = labels_from_transformers(content, config.num_classes)
+    except LoadError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error}" if isinstance(error, ValueError) else repr(error)
+        raise LoadError(f"{folder}: its {TRANSFORMERS_CONFIG} is no D-FINE that can be read: {reason}") from None
+    categories = categories_of(config.num_classes, labels)
+    sha256 = hashlib.sha256(stored).hexdigest()
+    return StoredDetector(config, weights, categories, folder, path, sha256, named=labels is not None)
 
 
 def _names_in(folder: str, files: FileReader) -> set[str]:

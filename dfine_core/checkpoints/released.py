@@ -1,13 +1,15 @@
-"""Released `.pth` files, which hold weights and nothing else: the configuration is read off their shapes."""
+"""Released `.pth` files and bare `.safetensors`: they hold weights alone, and the configuration is read off their shapes."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dfine_core.checkpoints.class_transfer import coco_categories, objects365_names
-from dfine_core.checkpoints.folder import LoadError, StoredDetector
-from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint
+from dfine_core.checkpoints.class_transfer import categories_of
+from dfine_core.checkpoints.folder import LoadError, StoredDetector, tensors_from_bytes
+from dfine_core.checkpoints.transformers_layout import from_transformers, is_transformers
+from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint, written_value
 from dfine_core.config import VARIANTS, ModelConfig
 from dfine_core.model.detector import DERIVED_KEYS
 
@@ -21,15 +23,27 @@ def read_released(path: str) -> StoredDetector:
         LoadError: it cannot be opened, or does not hold a published variant.
     """
     try:
-        weights = read_checkpoint(path)
+        weights = read_weights(path)
         config = _config_of(weights, path)
     except FileNotFoundError:
-        raise LoadError(f"{path} does not exist on this disk, where a .pth file must lie") from None
+        raise LoadError(f"{path} does not exist on this disk, where a weights file must lie") from None
     except OSError as error:
-        raise LoadError(f"{path}: {error.strerror}; a .pth file must lie on this disk") from None
+        raise LoadError(f"{path}: {error.strerror}; a weights file must lie on this disk") from None
     except ValueError as error:
         raise LoadError(f"{error}") from None
-    return StoredDetector(config, weights, _categories_by_count(config.num_classes), folder=path, path=path)
+    return StoredDetector(config, weights, categories_of(config.num_classes), folder=path, path=path, named=False)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Read the weights of a file on this disk, under our keys.
+
+    Raises:
+        ValueError: the file is damaged, holds no weights, or would run code.
+    """
+    if not path.endswith(".safetensors"):
+        return read_checkpoint(path)
+    tensors = tensors_from_bytes(Path(path).read_bytes(), path)
+    return from_transformers(tensors) if is_transformers(tensors) else tensors
 
 
 def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
@@ -39,8 +53,8 @@ def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:
         width = len(weights["encoder.input_proj.0.conv.weight"])
         settings: dict[str, Any] = {
             "num_classes": len(weights["decoder.denoising_class_embed.weight"]) - 1,
-            "up": round(float(weights["decoder.up"]), 6),
-            "reg_scale": round(float(weights["decoder.reg_scale"]), 6),
+            "up": written_value(weights["decoder.up"]),
+            "reg_scale": written_value(weights["decoder.reg_scale"]),
         }
     except KeyError as error:
         raise ValueError(f"{path}: not the weights of a detector, {error} is missing") from None
@@ -70,11 +84,3 @@ def _for_anchors(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelCon
     width = columns * config.strides[0]
     height = round(len(boxes) / sum(width / stride**2 for stride in config.strides))
     return config.with_(input_size=(height, width), num_queries=min(config.num_queries, len(boxes)))
-
-
-def _categories_by_count(count: int) -> list[tuple[int, str]]:
-    objects365 = list(enumerate(objects365_names()))
-    for known in (coco_categories(), objects365, objects365[1:]):
-        if len(known) == count:
-            return [(number, name or f"class_{number}") for number, name in known]
-    return [(label, f"class_{label}") for label in range(count)]

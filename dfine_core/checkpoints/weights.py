@@ -5,7 +5,7 @@
     load_weights(detector.backbone, read_checkpoint("PPHGNetV2_B0_stage1.pth"))
 
 Weights of other classes pass through `class_transfer`, those of other bins through `rebinning`, before they are loaded.
-Nothing here runs code from a file.
+Constants that averaging or half precision has moved get their exact values back. Nothing here runs code from a file.
 """
 
 import os
@@ -24,6 +24,12 @@ from dfine_core.model.detector import DERIVED_KEYS
 
 # Set by the configuration rather than learnt: equal shapes do not make them fit.
 CONSTANT_LEAVES = ("up", "reg_scale", "num_points_scale")
+# Relative. The released code averages constants too, and rounding moves them: by 1.5e-4 in 30,000 updates.
+CONSTANT_TOLERANCE = 1e-3
+SELF_ATTENTION = "self_attn.in_proj_weight"  # query, key and value, one below the other
+SAME_PROJECTION = (
+    0.5  # largest |key - value| / |key| of one matrix stored twice and trained on; 1.4 if they are independent
+)
 DIRECT_OUTPUTS = 4  # outputs of a box head without distributions
 SHOWN = 5  # keys of each kind that an error lists
 
@@ -60,14 +66,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {key.removeprefix("module."): tensor for key, tensor in weights.items()}
 
 
-def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> str | None:
     """Load weights into a detector, or into one of its parts, with every key accounted for.
 
     Anchors and their mask are ignored, whatever their size; so are batch counters where the model's norm is frozen.
 
+    Returns:
+        One sentence about the constants that got their exact values back; None if all had them.
+
     Raises:
         ValueError: naming the first keys that are missing, unknown, of another shape or value, not finite; and a way out.
     """
+    if reason := known_fault(state_dict):
+        raise ValueError(reason)
     expected = module.state_dict()
     given = {
         key: tensor
@@ -79,7 +90,8 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     shared = [key for key in expected if key in given]
     reshaped = [key for key in shared if given[key].shape != expected[key].shape]
     constants = [key for key in shared if key.rsplit(".", 1)[-1] in CONSTANT_LEAVES and key not in reshaped]
-    changed = [key for key in constants if not torch.equal(given[key].to(expected[key]), expected[key])]
+    restored, note = restore_constants(given, expected)
+    changed = [key for key in constants if not torch.equal(restored[key].to(expected[key]), expected[key])]
     broken = [key for key in shared if not given[key].isfinite().all()]
     problems = [
         _listing("missing from the checkpoint", missing),
@@ -95,7 +107,58 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if any(problems):
         lines = ["the checkpoint does not fit the model", *filter(None, problems), *_ways_out(given, expected, changed)]
         raise ValueError("\n  ".join(lines))
-    module.load_state_dict(given)
+    module.load_state_dict(restored)
+    return note
+
+
+def restore_constants(
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str | None]:
+    """Put back the constants that averaging or half precision has moved a little; other values stay as they are.
+
+    Returns:
+        The weights, and one sentence about what was put back, if anything was.
+    """
+    exact: dict[str, Tensor] = {}
+    largest = 0.0
+    for key, value in expected.items():
+        given = state_dict.get(key)
+        if key.rsplit(".", 1)[-1] not in CONSTANT_LEAVES or given is None or given.shape != value.shape:
+            continue
+        drift = float(((given.to(value) - value) / value).abs().max())
+        if 0 < drift <= _tolerance(given):
+            exact[key], largest = value, max(largest, drift)
+    if not exact:
+        return dict(state_dict), None
+    note = (
+        f"{len(exact)} constants were off by at most {largest:.1e} (relative; averaging and half precision do that) and have"
+        f" their exact values again: {_some(list(exact))}"
+    )
+    return {**state_dict, **exact}, note
+
+
+def written_value(constant: Tensor) -> float:
+    """Value of a constant as somebody wrote it into a configuration: 0.5 for 0.49993, if no more than drift is between."""
+    value = float(constant)
+    short = round(value, 2)
+    return short if short and abs(value - short) <= _tolerance(constant) * short else value
+
+
+def known_fault(state_dict: Mapping[str, Tensor]) -> str | None:
+    """Recognise files that are known to be wrong by their tensors; return what is wrong and the way out."""
+    doubled = []
+    for key, tensor in state_dict.items():
+        if key.endswith(SELF_ATTENTION) and tensor.dim() == 2 and len(tensor) % 3 == 0:
+            _, keys, values = tensor.float().chunk(3)
+            if (keys - values).norm() < SAME_PROJECTION * keys.norm():
+                doubled.append(key)
+    if not doubled:
+        return None
+    return (
+        f"the attention's keys are a copy of its values in {_some(doubled)}: files of D-FINE-N on the Hugging Face hub were"
+        " converted so until August 2025 (transformers issue 40253), and what was fine-tuned from them has it too. The true"
+        " weights are not in this file: take the hub's present file (dfine-n-coco), or the released dfine_n_coco.pth"
+    )
 
 
 def save_released(state_dict: Mapping[str, Tensor], config: ModelConfig, path: str | os.PathLike[str]) -> None:
@@ -168,8 +231,14 @@ def _ways_out(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], chang
     if any("conv_bn_fused" in key for key in given):
         ways.append("It was saved after deploy(), which cannot be undone: take the weights from before.")
     if any(f"backbone.{key}" in expected for key in given):
-        ways.append("It is a backbone file: load it into detector.backbone.")
+        ways.append("It is a backbone file: load it into detector.backbone, or with backbones.load_backbone.")
     return ways
+
+
+def _tolerance(constant: Tensor) -> float:
+    """Relative deviation that still counts as the same constant; a step of its precision, where that is coarser."""
+    precision = torch.finfo(constant.dtype).eps if constant.is_floating_point() else 0.0
+    return max(CONSTANT_TOLERANCE, precision)
 
 
 def _rows(state_dict: Mapping[str, Tensor], key: str) -> int:
@@ -177,10 +246,12 @@ def _rows(state_dict: Mapping[str, Tensor], key: str) -> int:
 
 
 def _listing(what: str, entries: list[str]) -> str:
-    if not entries:
-        return ""
+    return f"{len(entries)} {what}: {_some(entries)}" if entries else ""
+
+
+def _some(entries: Sequence[str]) -> str:
     more = f", and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
-    return f"{len(entries)} {what}: {'; '.join(entries[:SHOWN])}{more}"
+    return "; ".join(entries[:SHOWN]) + more
 
 
 def _shape(tensor: Tensor) -> str:

@@ -2,12 +2,12 @@
 
     config.json, model.safetensors, preprocessor_config.json
 
-Transformers has other names for the same weights: `transformers_key` translates them, and the library's strict loading
-verifies the result. Its configuration covers only part of ours; `unsupported_settings` lists what is missing.
+Transformers has other names for the same weights: `dfine_core.checkpoints.transformers_layout` translates them, and the
+library's strict loading verifies the result. Its configuration covers only part of ours; `unsupported_settings` lists what is
+missing.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,72 +19,11 @@ from transformers import AutoImageProcessor, DFineConfig, DFineForObjectDetectio
 from transformers.utils import logging
 
 from dfine_core import ModelConfig
+from dfine_core.checkpoints.transformers_layout import to_transformers
 from dfine_core.model.hgnetv2 import SIZES
 from dfine_core.model.postprocess import Detections
 
 BILINEAR = 2  # number of Pillow's filter
-
-# Our names and those of Transformers; every rule is applied to every key, in this order.
-RENAMED = (
-    # backbone
-    (r"^backbone\.stem\.", "model.backbone.model.embedder."),
-    (r"^backbone\.stages\.", "model.backbone.model.encoder.stages."),
-    (r"^(model\.backbone\..*)\.conv\.weight$", r"\1.convolution.weight"),
-    (r"^(model\.backbone\..*)\.bn\.", r"\1.normalization."),
-    # hybrid encoder
-    (r"^encoder\.input_proj\.(\d+)\.conv\.", r"model.encoder_input_proj.\1.0."),
-    (r"^encoder\.input_proj\.(\d+)\.norm\.", r"model.encoder_input_proj.\1.1."),
-    (r"^encoder\.encoder\.", "model.encoder.aifi."),
-    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv1\.", r"model.encoder.\1_blocks.\2.conv1."),
-    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv2\.0\.", r"model.encoder.\1_blocks.\2.csp_rep1."),
-    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv2\.1\.", r"model.encoder.\1_blocks.\2.conv2."),
-    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv3\.0\.", r"model.encoder.\1_blocks.\2.csp_rep2."),
-    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv3\.1\.", r"model.encoder.\1_blocks.\2.conv3."),
-    (r"^encoder\.(fpn|pan)_blocks\.(\d+)\.cv4\.", r"model.encoder.\1_blocks.\2.conv4."),
-    (r"^encoder\.downsample_convs\.(\d+)\.0\.cv([12])\.", r"model.encoder.downsample_convs.\1.conv\2."),
-    (r"^encoder\.lateral_convs\.", "model.encoder.lateral_convs."),
-    # decoder
-    (r"^decoder\.decoder\.", "model.decoder."),
-    (r"^decoder\.(up|reg_scale|query_pos_head|pre_bbox_head)\b", r"model.decoder.\1"),
-    (r"^decoder\.input_proj\.(\d+)\.conv\.", r"model.decoder_input_proj.\1.0."),
-    (r"^decoder\.input_proj\.(\d+)\.norm\.", r"model.decoder_input_proj.\1.1."),
-    (r"^decoder\.enc_output\.proj\.", "model.enc_output.0."),
-    (r"^decoder\.enc_output\.norm\.", "model.enc_output.1."),
-    (r"^decoder\.dec_score_head\.", "class_embed."),
-    (r"^decoder\.dec_bbox_head\.", "bbox_embed."),
-    (r"^decoder\.", "model."),
-    # transformer layers of both
-    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
-    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.norm[23]\.", r"\1.final_layer_norm."),
-    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.linear1\.", r"\1.mlp.layers.0."),
-    (r"^(model\.\w+\.(?:aifi\.\d+\.)?layers\.\d+)\.linear2\.", r"\1.mlp.layers.1."),
-    (r"\.cross_attn\.", ".encoder_attn."),
-    (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
-)
-PACKED = re.compile(r"(.*\.self_attn)\.in_proj_(weight|bias)")  # query, key and value in one tensor
-HEADS = re.compile(r"(class|bbox)_embed\.")  # registered a second time by Transformers, below its decoder
-
-
-def transformers_key(key: str) -> str:
-    """Translate a key of our state dict."""
-    for ours, theirs in RENAMED:
-        key = re.sub(ours, theirs, key)
-    return key
-
-
-def transformers_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict, taken before `deploy()`, for `DFineForObjectDetection`."""
-    weights: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        name = transformers_key(key)
-        if packed := PACKED.fullmatch(name):
-            parts = zip("qkv", tensor.chunk(3), strict=True)
-            weights |= {f"{packed[1]}.{letter}_proj.{packed[2]}": part.clone() for letter, part in parts}
-            continue
-        weights[name] = tensor
-        if HEADS.match(name):
-            weights[f"model.decoder.{name}"] = tensor
-    return weights
 
 
 def unsupported_settings(config: ModelConfig) -> str | None:
@@ -191,11 +130,14 @@ def transformers_detector(
     Raises:
         ValueError: Transformers cannot express this detector, or its weights differ.
     """
-    model = DFineForObjectDetection(transformers_config(config, names))
-    try:
-        model.load_state_dict(transformers_weights(state_dict))
-    except RuntimeError as error:
-        raise ValueError(f"Transformers' D-FINE with the same settings has other weights: {error}") from None
+    built: Any = DFineForObjectDetection.from_pretrained(
+        None,
+        config=transformers_config(config, names),
+        state_dict=to_transformers(state_dict),
+        output_loading_info=True,
+    )
+    model, loading = built
+    _refuse_other_weights(loading, "its D-FINE with the same settings")
     return model
 
 
@@ -227,10 +169,7 @@ def open_transformers(folder: Path) -> Callable[[Tensor, Tensor], Detections]:
     with _without_bars():
         opened: Any = DFineForObjectDetection.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     model, loading = opened
-    if unused := [key for keys in loading.values() for key in keys]:
-        raise ValueError(
-            f"{folder}: Transformers reports missing, unexpected or mismatched weights: {', '.join(map(str, unused[:5]))}"
-        )
+    _refuse_other_weights(loading, f"{folder}")
     processor = cast(Any, AutoImageProcessor).from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
@@ -243,6 +182,13 @@ def open_transformers(folder: Path) -> Callable[[Tensor, Tensor], Detections]:
         )
 
     return detect
+
+
+def _refuse_other_weights(loading: Mapping[str, Iterable[object]], origin: str) -> None:
+    if unused := [key for keys in loading.values() for key in keys]:
+        raise ValueError(
+            f"{origin}: Transformers reports missing, unexpected or mismatched weights: {', '.join(map(str, unused[:5]))}"
+        )
 
 
 @contextmanager

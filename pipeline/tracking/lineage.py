@@ -94,7 +94,8 @@ def _described(parent: Mapping[str, str]) -> str:
     source = next((parent[key] for key in keys if key in parent), "")
     step = f", step {parent['step']}" if "step" in parent else ""
     digest = f", sha256 {parent['sha256'][:12]}" if "sha256" in parent else ""
-    return f"{source}{step}{digest}" if source else ""
+    random = f", {parent['random']} random" if "random" in parent else ""
+    return f"{source}{step}{digest}{random}" if source else ""
 
 
 def _data_lines(run: "Run") -> Iterator[str]:

@@ -10,6 +10,7 @@ from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump
 from pipeline.data.shards.manifest import Manifest
+from pipeline.pretrained import describe, is_published
 from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
 from pipeline.training.context import resolve_data
 from pipeline.training.schedule import Schedule, derive
@@ -29,7 +30,9 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     config = experiment.model.config(len(train.categories), experiment.loss)
     boxes = round(train.statistics.boxes_per_image.mean)
     seen = schedule.steps * schedule.global_batch_size
+    init = experiment.init
     sections = {
+        **({"initial weights": "\n".join(describe(init))} if init and is_published(init) else {}),
         "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
         "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
         f"schedule for {most} worker(s), {schedule.micro_batches} micro-batch(es) of"

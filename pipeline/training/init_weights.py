@@ -1,7 +1,7 @@
 """Initial weights of a run (`init`): another run, a model version, a released file or a backbone, fitted by names and bins.
 
-The driver copies a model of MLflow into the run's folder (`materialize_init`): workers need no server, and an alias that moves
-on does not change the start of the run.
+The driver copies a model of MLflow, and what it fetches from the hub, into the run's folder (`materialize_init`): workers need
+no server, and an alias or revision that moves on does not change the start of the run.
 """
 
 import hashlib
@@ -10,27 +10,31 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dfine_core import Detector
+from dfine_core.checkpoints.backbones import backbone_of, load_backbone
 from dfine_core.checkpoints.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
 from dfine_core.checkpoints.folder import (
     DESCRIPTION,
     WEIGHTS,
     StoredDetector,
+    is_timm_folder,
     make_description,
     read_detector,
     tensors_from_bytes,
 )
 from dfine_core.checkpoints.rebinning import rebin
-from dfine_core.checkpoints.weights import load_weights, read_checkpoint
+from dfine_core.checkpoints.transformers_layout import from_transformers, is_transformers
+from dfine_core.checkpoints.weights import load_weights, read_checkpoint, restore_constants
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.mlflow_access import TRACKING_URI, is_mlflow_uri
 from pipeline.open_detector import STORED, open_detector
+from pipeline.pretrained import Fetched, fetch, is_published
 from pipeline.training import checkpoint
 
 ORIGIN = "origin.json"  # lies beside DESCRIPTION and WEIGHTS
@@ -47,15 +51,19 @@ class Origin:
 
 
 def materialize_init(source: str, run: str, tracking_uri: str) -> str:
-    """Path of the initial weights for the workers: a model of MLflow is copied into the run's folder, once.
+    """Path of the initial weights for the workers: a model of MLflow or of the hub is copied into the run's folder, once.
 
     Raises:
         ConfigError: MLflow does not know it.
+        PretrainedError: the hub does not hand it out.
     """
-    if not is_mlflow_uri(source):
+    if not is_mlflow_uri(source) and not is_published(source):
         return source
-    folder = storage.join(run, "init")
-    if storage.exists(storage.join(folder, ORIGIN)):
+    folder = _copy_folder(run)
+    if _is_copied(run):
+        return folder
+    if is_published(source):
+        _copy_fetched(fetch(source), folder)
         return folder
     from pipeline.tracking.client import connect, resolve  # here: workers need no MLflow client
 
@@ -71,16 +79,46 @@ def materialize_init(source: str, run: str, tracking_uri: str) -> str:
     return folder
 
 
-def refuse_unreadable_weights(init: str | None, resume: str | None) -> None:
+def _copy_folder(run: str) -> str:
+    return storage.join(run, "init")
+
+
+def _is_copied(run: str) -> bool:
+    return storage.exists(storage.join(_copy_folder(run), ORIGIN))
+
+
+def _copy_fetched(fetched: Fetched, folder: str) -> None:
+    """Copy weights and their description out of the hub's cache."""
+    published = fetched.published
+    for name in fetched.files:
+        storage.write_atomic(storage.join(folder, name), (fetched.folder / name).read_bytes())
+    parent = {
+        "source": f"{published.name} (hf://{published.repo}@{fetched.commit})",
+        "repository": published.repo,
+        "revision": fetched.commit,
+        "licence": published.licence,
+        "sha256": fetched.sha256,
+    }
+    storage.write_atomic(storage.join(folder, ORIGIN), json.dumps(parent, indent=1).encode())  # last: complete with it
+
+
+def refuse_unreadable_weights(init: str | None, resume: str | None, run: str) -> None:
     """Read the initial weights on the driver, so that a damaged file fails once and not on every worker.
+
+    Args:
+        run: folder of the run, which may have its copy already.
 
     Raises:
         ConfigError: the weights of `init` are missing or damaged.
+        PretrainedError: the hub does not hand them out.
         CheckpointError: `resume` is not a checkpoint.
     """
     if init and not is_mlflow_uri(init):
+        folder = init
+        if is_published(init):
+            folder = _copy_folder(run) if _is_copied(run) else str(fetch(init).folder)
         with _named_in_errors(init):
-            _read(init)
+            _read(folder)
     if resume:
         checkpoint.read_metadata(resume)
 
@@ -109,9 +147,8 @@ def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origi
     """
     with _named_in_errors(source):
         initial = _read(source)
-        if any(key.startswith("stem.") for key in initial.weights):
-            load_weights(detector.backbone, initial.weights)
-            return Origin((f"backbone from {source}",), initial.parent)
+        if (backbone := backbone_of(initial.weights)) is not None:
+            return _fit_backbone(detector, backbone, initial.parent, source)
         return _fit(detector, initial, names, source)
 
 
@@ -138,8 +175,13 @@ def _read(source: str) -> _InitWeights:
         STORED.list_folder(source)
     except NotADirectoryError:
         return _read_file(source)
+    if is_timm_folder(source, STORED):
+        read = _read_file(storage.join(source, WEIGHTS))
+        return replace(read, parent=_recorded_origin(source, read.parent["sha256"]) or read.parent)
     stored = read_detector(source, STORED)
-    return _InitWeights(stored.weights, [name for _, name in stored.categories], _parent(stored))
+    return _InitWeights(
+        stored.weights, [name for _, name in stored.categories] if stored.named else None, _parent(stored)
+    )
 
 
 def _read_file(path: str) -> _InitWeights:
@@ -147,7 +189,8 @@ def _read_file(path: str) -> _InitWeights:
     content = storage.read_bytes(path)
     parent = {"file": path, "sha256": hashlib.sha256(content).hexdigest()}
     if path.endswith(".safetensors"):
-        return _InitWeights(tensors_from_bytes(content, path), None, parent)
+        tensors = tensors_from_bytes(content, path)
+        return _InitWeights(from_transformers(tensors) if is_transformers(tensors) else tensors, None, parent)
     stream = io.BytesIO(content)
     try:
         return _InitWeights(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]
@@ -162,17 +205,34 @@ def _parent(stored: StoredDetector) -> dict[str, str]:
         metadata = checkpoint.Metadata.model_validate(stored.metadata)
         parent = {"checkpoint": stored.folder, "run": metadata.run, "step": str(metadata.step), "sha256": sha256}
         return parent | ({"run_key": metadata.tracking_key} if metadata.tracking_key else {})
-    if not storage.exists(storage.join(stored.folder, ORIGIN)):
-        return {"folder": stored.folder, "sha256": sha256}
-    origin: dict[str, str] = storage.read_json(storage.join(stored.folder, ORIGIN), "sha256")
+    return _recorded_origin(stored.folder, sha256) or {"folder": stored.folder, "sha256": sha256}
+
+
+def _recorded_origin(folder: str, sha256: str) -> dict[str, str] | None:
+    """Origin of weights that were copied into a run's folder; None for a folder of another kind."""
+    if not storage.exists(storage.join(folder, ORIGIN)):
+        return None
+    origin: dict[str, str] = storage.read_json(storage.join(folder, ORIGIN), "sha256")
     if origin["sha256"] != sha256:
         raise ValueError(f"{WEIGHTS} is damaged: not what was written (SHA-256)")
     return origin
 
 
+def _fit_backbone(detector: Detector, weights: Mapping[str, Tensor], parent: dict[str, str], source: str) -> Origin:
+    random = load_backbone(detector.backbone, weights)
+    if not random:
+        return Origin((f"backbone from {source}",), parent)
+    blocks, total = ", ".join(random), sum(p.numel() for p in detector.backbone.parameters())
+    count = sum(p.numel() for block in random for p in detector.backbone.get_submodule(block).parameters())
+    line = f"backbone from {source}; it lacks {blocks}, which stay random: {count:,} of {total:,} parameters"
+    return Origin((line,), parent | {"random": blocks})
+
+
 def _fit(detector: Detector, initial: _InitWeights, names: Sequence[str], source: str) -> Origin:
     config, lines = detector.config, [f"weights from {source}"]
-    fitted: Mapping[str, Tensor] = initial.weights
+    # Constants first: bins that averaging has moved are no other bins.
+    fitted, note = restore_constants(initial.weights, detector.state_dict())
+    lines += [note] if note else []
     # Distributions over other bins are re-binned; boxes stay where they were.
     if config.regression == "fdr" and SCALE in fitted:
         fitted, report = rebin(fitted, reg_max=config.reg_max, reg_scale=config.reg_scale, up=config.up)

@@ -97,7 +97,7 @@ def launch(
         uri=experiment.tracking.uri,
         parent_run_id=parent_run_id,
     )
-    refuse_unreadable_weights(experiment.init, resume)
+    refuse_unreadable_weights(experiment.init, resume, run)
 
     # 2. This process, or workers of Ray.
     request = None if cluster is None and is_enough(experiment) else _request(cluster or Cluster(), experiment)

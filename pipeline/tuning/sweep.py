@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import Config, Experiment, FolderName, Location, Tracking
+from pipeline.config import Config, Experiment, FolderName, Location, Tracking, WeightsLocation
 from pipeline.config_files import check, dump, with_values
 from pipeline.evaluation.coco_metrics import NUMBERS
 from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data
@@ -68,7 +68,7 @@ class Sweep(Config):
     experiment: str
     cluster: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)  # the experiment's values by dotted key, equal in all trials
-    init: Location | None = None  # pretrained detector that all trials start from; their heads may differ
+    init: WeightsLocation | None = None  # pretrained detector that all trials start from; their heads may differ
     space: dict[str, Domain]
     metric: str = "AP"
     mode: Literal["max", "min"] = "max"

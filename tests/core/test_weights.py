@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfine_core import Detector, ModelConfig
-from dfine_core.checkpoints.weights import load_weights, read_checkpoint, save_released
+from dfine_core.checkpoints.weights import CONSTANT_LEAVES, load_weights, read_checkpoint, save_released, written_value
 from tests.support.recorded import keys_and_shapes
 
 SMALL = ModelConfig.variant("n", num_classes=3, input_size=(256, 256), num_queries=50)
@@ -168,6 +168,77 @@ def test_other_bins_of_the_same_number_are_noticed(setting: dict[str, float], de
         load_weights(detector, other)
     (name,) = setting
     assert f"2 of another value: decoder.{name}: [{setting[name]}], the model has" in str(caught.value)
+
+
+def averaged(constants: Tensor, updates: int) -> Tensor:
+    """Constants after the released code's moving average of the whole state dict, in single precision."""
+    average = constants.clone()
+    for update in range(1, updates + 1):
+        decay = 0.9999 * (1 - math.exp(-update / 1000))
+        average.mul_(decay).add_(constants, alpha=1 - decay)
+    return average
+
+
+def constants_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {key: value for key, value in state_dict.items() if key.rsplit(".", 1)[-1] in CONSTANT_LEAVES}
+    assert len(found) == 7  # three layers; up and reg_scale under two names each
+    return found
+
+
+def test_constants_that_averaging_has_moved_get_their_exact_values_back(
+    detector: Detector, state_dict: dict[str, Tensor]
+) -> None:
+    constants = constants_of(state_dict)
+    moved = {key: averaged(value, 20_000) for key, value in constants.items()}
+    off = [key for key, value in moved.items() if not torch.equal(value, constants[key])]
+    assert off, "averaging moves nothing"
+    model = Detector(SMALL)
+    note = load_weights(model, state_dict | moved)
+    assert note is not None
+    assert note.startswith(f"{len(off)} constants were off by at most")
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in constants.items())
+    assert load_weights(model, state_dict) is None
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_files_are_taken_with_exact_constants(
+    precision: torch.dtype, detector: Detector, state_dict: dict[str, Tensor]
+) -> None:
+    halved = {key: tensor.to(precision) if tensor.is_floating_point() else tensor for key, tensor in state_dict.items()}
+    model = Detector(SMALL)
+    assert load_weights(model, halved)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in constants_of(state_dict).items())
+    key = "decoder.enc_output.proj.weight"
+    torch.testing.assert_close(loaded[key], state_dict[key], rtol=torch.finfo(precision).eps, atol=1e-6)
+
+
+def test_constants_beyond_the_tolerance_are_another_configuration(state_dict: dict[str, Tensor]) -> None:
+    key = "decoder.decoder.layers.1.cross_attn.num_points_scale"
+    state_dict[key] = state_dict[key] * 1.002
+    with pytest.raises(ValueError, match=f"1 of another value: {key}"):
+        load_weights(Detector(SMALL), state_dict)
+
+
+def test_a_drifted_constant_is_read_as_it_was_written() -> None:
+    assert written_value(torch.tensor([0.49993])) == 0.5
+    assert written_value(torch.tensor([8.0], dtype=torch.bfloat16)) == 8
+    assert written_value(torch.tensor([0.4], dtype=torch.bfloat16)) == 0.4
+    assert written_value(torch.tensor([4])) == 4
+    assert written_value(torch.tensor([0.125])) == 0.125
+
+
+@pytest.mark.parametrize("trained_on", [0.0, 0.1])
+def test_attention_whose_keys_are_its_values_is_refused_as_what_it_is(
+    trained_on: float, state_dict: dict[str, Tensor]
+) -> None:
+    key = "decoder.decoder.layers.0.self_attn.in_proj_weight"
+    query, _, value = state_dict[key].chunk(3)
+    noise = trained_on * value.norm() * torch.nn.functional.normalize(torch.ones_like(value).flatten(), dim=0)
+    state_dict[key] = torch.cat([query, value + noise.view_as(value), value])
+    with pytest.raises(ValueError, match=r"keys are a copy of its values in decoder.decoder.layers.0.*August 2025"):
+        load_weights(Detector(SMALL), state_dict)
 
 
 def test_weights_without_distributions_do_not_pass_for_few_bins(detector: Detector) -> None:

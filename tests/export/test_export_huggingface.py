@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, DFineForObjectDetection
 
-from dfine_core import ModelConfig
+from dfine_core import ModelConfig, load
+from dfine_core.checkpoints.transformers_layout import from_transformers
 from dfine_core.images import read_image
 from dfine_core.inference import prepare
 from pipeline.export.huggingface import (
     save_transformers,
     transformers_config,
     transformers_detector,
-    transformers_key,
     unsupported_settings,
 )
 from tests.support.synthetic_shards import synthetic_records
@@ -25,6 +25,13 @@ NAMES = ("cat", "dog", "traffic light")
 def config_of(variant: str, **settings: object) -> ModelConfig:
     values: dict[str, object] = {"num_classes": 3, "input_size": (128, 128), "num_queries": 30, **settings}
     return ModelConfig.variant(variant, **values)
+
+
+def saved_processor(folder: Path) -> Path:
+    """Folder with the image processor of a written detector."""
+    config = config_of("n")
+    save_transformers(config, varied_detector(config).state_dict(), NAMES, folder)
+    return folder
 
 
 def largest_differences(config: ModelConfig) -> tuple[float, float]:
@@ -79,23 +86,33 @@ def test_the_released_table_really_differs_on_rectangles(monkeypatch: pytest.Mon
     assert logits > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (
-            "backbone.stages.2.blocks.1.layers.0.conv2.lab.scale",
-            "model.backbone.model.encoder.stages.2.blocks.1.layers.0.conv2.lab.scale",
-        ),
-        (
-            "encoder.fpn_blocks.0.cv3.0.bottlenecks.1.conv2.norm.running_var",
-            "model.encoder.fpn_blocks.0.csp_rep2.bottlenecks.1.conv2.norm.running_var",
-        ),
-        ("decoder.decoder.layers.1.norm3.bias", "model.decoder.layers.1.final_layer_norm.bias"),
-        ("decoder.enc_bbox_head.layers.2.weight", "model.enc_bbox_head.layers.2.weight"),
-    ],
-)
-def test_keys_by_hand(ours: str, theirs: str) -> None:
-    assert transformers_key(ours) == theirs
+@pytest.mark.parametrize("variant", ["n", *(pytest.param(each, marks=pytest.mark.slow) for each in "smlx")])
+def test_a_written_folder_is_read_back_bit_for_bit(variant: str, tmp_path: Path) -> None:
+    config = config_of(variant)
+    detector = varied_detector(config)
+    save_transformers(config, detector.state_dict(), NAMES, tmp_path / "hf")
+    again = load(tmp_path / "hf", "cpu")
+    assert again.names == NAMES
+    assert again.config.with_(positional_table="released") == config
+    ours, read = detector.state_dict(), again.detector.state_dict()
+    assert ours.keys() == read.keys()
+    assert all(torch.equal(tensor, read[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize("variant", ["n", *(pytest.param(each, marks=pytest.mark.slow) for each in "smlx")])
+def test_a_model_made_by_transformers_opens_here_with_its_logits_and_boxes(variant: str, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    theirs = DFineForObjectDetection(transformers_config(config_of(variant), NAMES)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    AutoImageProcessor.from_pretrained(saved_processor(tmp_path / "processor")).save_pretrained(tmp_path / "hf")
+    ours = load(tmp_path / "hf", "cpu").detector
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        our, their = ours(images), theirs(pixel_values=images)
+    assert (our.logits - their.logits).abs().max() < 1e-5
+    assert (our.boxes - their.pred_boxes).abs().max() < 1e-5
+    dumped = from_transformers(theirs.state_dict())  # names of modules in memory
+    assert all(torch.equal(dumped[key], tensor) for key, tensor in ours.state_dict().items())
 
 
 def test_a_folder_opens_like_any_other_with_its_classes_and_image_processor(tmp_path: Path) -> None:

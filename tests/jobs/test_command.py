@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -20,7 +21,17 @@ from packaging.utils import canonicalize_name
 import jobs.__main__
 from jobs import export, predict, prepare, serve, train
 from jobs.__main__ import COMMANDS, module_of
-from jobs.command import EXTRAS, LOG_LEVELS, OLD_FLAGS, PACKAGES, CommandParser, parsed, profile, user_errors
+from jobs.command import (
+    EXTRAS,
+    LOG_LEVELS,
+    OLD_FLAGS,
+    PACKAGES,
+    CommandParser,
+    parsed,
+    profile,
+    refuse_missing,
+    user_errors,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = {"__init__", "__main__", "command", "recipes"}
@@ -52,7 +63,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_module_with_a_main_is_a_command() -> None:
     modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
     assert {module_of(command) for command in COMMANDS} == {f"jobs.{module}" for module in modules}
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 16
 
 
 def test_help_lists_every_command_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,3 +335,26 @@ def test_the_table_of_extras_is_that_of_the_project() -> None:
         named = {canonicalize_name(name) for package in packages for name in homes[package]}
         assert stated - {"ray-dfine"} - (named | {"ray"}) == set(), extra
         assert len(packages) > 3
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "name"),
+    [
+        ("predict", ["photos", "--out", "out"], "detector"),
+        ("evaluate", ["shards"], "detector"),
+        ("benchmark", [], "detector"),
+        ("export", ["--to", "onnx", "--out", "out"], "model"),
+        ("serve", [], "source"),
+    ],
+)
+def test_every_command_takes_published_names_where_it_takes_a_detector(
+    command: str, words: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source in ("dfine-s-coco", "hf://me/mine@v2"):
+        args = parsed(parser_of(command), [source, *words])
+        assert getattr(args, name) == source
+        refuse_missing(source, "detector")
+    assert getattr(parsed(parser_of(command), ["runs/mine", *words]), name) == os.path.abspath("runs/mine")
+    with pytest.raises(SystemExit, match="2"):
+        parsed(parser_of(command), ["dfine-n-obj365", *words])
+    assert "did you mean dfine-" in capsys.readouterr().err
