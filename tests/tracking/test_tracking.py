@@ -260,7 +260,7 @@ def test_a_server_that_cannot_be_reached_delays_nothing(tmp_path: Path, caplog: 
         time.sleep(0.05)
     assert not tracker.flush(3.0)
     tracker.close(0.5)
-    assert tracker.pending == 1001
+    assert tracker.pending == 201
     failures = [record.getMessage() for record in caplog.records if "fails" in record.getMessage()]
     assert len(failures) == 1
     assert "http://***@127.0.0.1:9" in failures[0]
