@@ -18,7 +18,7 @@ from pipeline.training import stage_two
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluator import Evaluator
-from pipeline.training.multiscale import multiscale_size
+from pipeline.training.multiscale import multiscale_side, multiscale_sides
 from pipeline.training.nonfinite import NonFiniteGuard
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.run_log import RunLog
@@ -149,7 +149,7 @@ def step_size(job: TrainJob, state: TrainState) -> tuple[int, int]:
     repeat = job.experiment.base_size_repeat
     if not repeat or not job.schedule.is_strong(state.step):
         return height, width
-    side = multiscale_size(job.experiment.seed, state.step, height, repeat)
+    side = multiscale_side(job.experiment.seed, state.step, multiscale_sides(state.detector.config, repeat))
     return side, side
 
 
