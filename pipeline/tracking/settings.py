@@ -87,6 +87,11 @@ class TrackingSettings:
             path = named.split(":///", 1)[-1]
             if problems := relative_problems([("tracking URI sqlite:///", path)]):
                 raise TrackingError(problems[0])
+            if signs := [sign for sign in "%?" if sign in str(Path(path).absolute())]:
+                raise TrackingError(
+                    f"tracking database {path}: MLflow takes {' and '.join(signs)} in the path of a database for parts of a URI, and"
+                    " would write it elsewhere: choose another storage folder, or name a server or database by tracking.uri"
+                )
             database = Path(path).absolute()  # another process has another working directory
             named = f"sqlite:///{database}"
             artifact_location = f"file://{quote(str(database.parent / 'mlartifacts'))}/{quote(experiment, safe='')}"

@@ -5,7 +5,7 @@ from pipeline.data.augment.generators import keyed_generator
 
 
 def multiscale_sides(config: ModelConfig, repeat: int) -> list[int]:
-    """Sides that the steps of a training draw from: the input size `repeat` times, and the multiples of 32 within a quarter of it.
+    """Sides that the steps of a training draw from: the input size `repeat` times, and multiples of 32 within a quarter of it.
 
     A side at which the network has fewer feature positions than queries is left out; small input sizes have such sides.
 

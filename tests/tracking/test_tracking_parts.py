@@ -19,7 +19,7 @@ from pipeline.redaction import redact
 from pipeline.tracking.client import PARENT_RUN, RunLookupError, Runs, connect, find_run, find_run_by_key, resolve
 from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model_registry import register
-from pipeline.tracking.settings import RUN_KEY, TrackingSettings, mlflow_key, mlflow_value
+from pipeline.tracking.settings import RUN_KEY, TrackingError, TrackingSettings, mlflow_key, mlflow_value
 from pipeline.tracking.system import system_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +34,14 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Settings
+
+
+@pytest.mark.parametrize("name", ["a%20b", "50%", "really?"])
+def test_a_storage_that_mlflow_would_misread_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TrackingError, match="would write it elsewhere: choose another storage folder"):
+        TrackingSettings.resolve(tmp_path / name, experiment="e", run_name="r", uri=None)
+    named = TrackingSettings.resolve(tmp_path / name, experiment="e", run_name="r", uri="http://host:5000")
+    assert named.uri == "http://host:5000"
 
 
 def test_the_default_store_is_a_database_in_the_storage() -> None:
