@@ -89,7 +89,7 @@ class TrackingSettings:
                 raise TrackingError(problems[0])
             if signs := [sign for sign in "%?" if sign in str(Path(path).absolute())]:
                 raise TrackingError(
-                    f"tracking database {path}: MLflow takes {' and '.join(signs)} in the path of a database for parts of a URI, and"
+                    f"tracking database {path}: MLflow takes {' and '.join(signs)} in a database's path for parts of a URI, and"
                     " would write it elsewhere: choose another storage folder, or name a server or database by tracking.uri"
                 )
             database = Path(path).absolute()  # another process has another working directory
