@@ -3,6 +3,7 @@
 Everything lives in the network namespace that `make test-cluster` opens: no packet leaves it, and all of it ends with it.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -44,6 +45,7 @@ class Nodes:
 
     folder: Path  # logs of the nodes, and the working directory of the jobs
     running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    jobs: list["Job"] = field(default_factory=list)
 
     @property
     def working_dir(self) -> Path:
@@ -112,7 +114,8 @@ class Nodes:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-        return Job(process, log)
+        self.jobs.append(Job(process, log))
+        return self.jobs[-1]
 
     def stop(self, job: "Job") -> None:
         """`ray job stop`."""
@@ -165,6 +168,7 @@ def cluster(folder: Path) -> Iterator[Nodes]:
     for name in UPLOADED:
         shutil.copytree(ROOT / name, nodes.working_dir / name, ignore=shutil.ignore_patterns("__pycache__"))
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
     storage = ThreadedMotoServer(ip_address=OUTSIDE, port=5555, verbose=False)
     storage.start()
     mlflow = [
@@ -205,8 +209,9 @@ def cluster(folder: Path) -> Iterator[Nodes]:
         finally:
             for number in list(nodes.running):
                 nodes.kill(number)
-            server.kill()
-            server.wait()
+            for process in (server, *(job.process for job in nodes.jobs)):
+                process.kill()
+                process.wait()
             storage.stop()
 
 
