@@ -74,6 +74,18 @@ def test_a_finished_run_is_refused(shards: ShardSet, tmp_path: Path) -> None:
         begin(tmp_path, setting, shards)
 
 
+def test_a_finished_run_that_is_continued_is_unfinished_until_its_new_end(shards: ShardSet, tmp_path: Path) -> None:
+    begin(tmp_path, experiment(tmp_path, {"train": shards.uri}), shards)
+    (tmp_path / "run" / "result.json").write_text("{}")
+    longer = experiment(tmp_path, {"train": shards.uri}, schedule={"steps": 60})
+    with pytest.raises(ConfigError, match="--allow-changes"):
+        begin(tmp_path, longer, shards)
+    assert run_dir.is_finished(str(tmp_path / "run"))
+    begin(tmp_path, longer, shards, allow=True)
+    assert not run_dir.is_finished(str(tmp_path / "run"))
+    begin(tmp_path, longer, shards)  # the same command again, after a kill
+
+
 def test_a_run_belongs_to_one_living_driver(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     parent = {"host": socket.gethostname(), "pid": os.getppid(), "at": time.time()}
