@@ -45,10 +45,12 @@ def prepare_shards(args: argparse.Namespace) -> None:
         jpeg_quality=args.jpeg_quality,
         **({} if args.max_pixels is None else {"max_pixels": args.max_pixels}),
         verify=args.verify,
+        exif=args.exif,
     )
     source = _source(args)
 
     # 2. Write the shards, on Ray.
+    from pipeline.data.doctor.findings import FINDING_KINDS, plural
     from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
     from pipeline.ray_cluster import start_ray
 
@@ -61,6 +63,11 @@ def prepare_shards(args: argparse.Namespace) -> None:
     print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
     print(f"{len(manifest.shards)} shards, {megabytes:.1f} MB, digest {manifest.digest}")
     print(f"rejected: {reasons(rejected)}, see rejected.parquet" if rejected else "rejected: nothing")
+    for notice in manifest.notices:
+        kind = FINDING_KINDS[notice.code]
+        print(
+            f"{kind.severity}: {plural(notice.count, kind.unit)}, such as {notice.example}: {kind.meaning} {kind.advice}"
+        )
 
 
 def _source(args: argparse.Namespace) -> "DatasetSource":
@@ -184,6 +191,12 @@ def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0) -> None:
     parser.add_argument("--jpeg-quality", type=int, default=75, help="quality of images made smaller")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="reject larger files; default: 89 million")
     parser.add_argument("--verify", action=yes_or_no, default=True, help="decode every image to find broken ones")
+    parser.add_argument(
+        "--exif",
+        choices=("upright", "ignore"),
+        default="upright",
+        help="turn images upright by their EXIF orientation, as labelling tools show them, or take the stored pixels",
+    )
     parser.add_argument("--num-cpus", type=int, metavar="N", help="CPUs of a Ray started here; default: all")
     add_log_level(parser)
 

@@ -108,7 +108,14 @@ def examine(shard_sets: Sequence[ShardSet], *, decode: bool = True) -> DoctorRep
     for split in splits:
         tally = Tally()
         tally.merge(split.summary.tally)
-        for check in (_check_repetitions, _check_classes, _check_sizes, _check_statistics, _check_rejected):
+        for check in (
+            _check_repetitions,
+            _check_classes,
+            _check_sizes,
+            _check_statistics,
+            _check_rejected,
+            _check_notices,
+        ):
             for code, examples, count in check(split):
                 tally.add(code, examples, count)
         findings += tally.findings((split.title,))
@@ -262,6 +269,13 @@ def _check_rejected(split: _Split) -> CheckResults:
         detail = f"{kind}, {reason}: {count}, such as {first.file_name or first.image_id}: {first.detail}"
         examples.append(Example(split=split.title, detail=detail, magnitude=count))
     yield "rejected", examples, len(rejected)
+
+
+def _check_notices(split: _Split) -> CheckResults:
+    """Repeat what `dfine prepare` noticed in the source."""
+    for notice in split.shards.manifest.notices:
+        if notice.code in FINDING_KINDS:
+            yield notice.code, [Example(split=split.title, detail=f"such as {notice.example}")], notice.count
 
 
 def _check_categories(splits: Sequence[_Split]) -> CheckResults:

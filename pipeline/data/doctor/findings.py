@@ -13,6 +13,7 @@ QUERIES = 300  # queries of the released models: the largest number of objects t
 EDGE_TOLERANCE_PX = 1.0  # smaller overshoots come from rounding, or from pixels counted from 1
 RARE_BOXES = 10  # a class with fewer boxes is rare
 UNBALANCED_RATIO = 100  # most to least frequent class
+DARK_LEVEL = 15  # of 255: the brightest that 12 bits in 16 become
 TINY_SHARE = 1 / 3  # fraction of all boxes; 0.41 in COCO, by mask area
 
 
@@ -150,6 +151,19 @@ FINDING_KINDS = {
         "rejected.parquet cannot be read, or its number of rows differs from the manifest.",
         AGAIN,
     ),
+    "exif-kept": FindingKind(
+        "warning",
+        "image",
+        "An image is marked as turned (EXIF orientation), but its annotated size is that of the stored pixels. It was not"
+        " turned: viewers and detectors in use show it upright, so its boxes may lie elsewhere.",
+        "Look at the images. If the boxes lie right, --exif ignore says so; if not, annotate the upright image and its size.",
+    ),
+    "image-dark": FindingKind(
+        "warning",
+        "image",
+        f"An image is nearly black: no level is above {DARK_LEVEL} of 255. 10 or 12 bits stored in 16 look like this.",
+        "Scale the levels to the full range of 16 bits, or to 8 bits, and prepare the split again.",
+    ),
     "row-groups-large": FindingKind(
         "warning",
         "shard",
@@ -161,6 +175,18 @@ FINDING_KINDS = {
         "box",
         f"A box extends beyond its image by at most {EDGE_TOLERANCE_PX:g} px, probably from rounding.",
         "No action needed; training clips it.",
+    ),
+    "exif-turned": FindingKind(
+        "note",
+        "image",
+        "An image was turned upright by its EXIF orientation, as its annotated size is that of the upright image.",
+        "No action needed.",
+    ),
+    "exif-undecided": FindingKind(
+        "note",
+        "image",
+        "An image was turned upright by its EXIF orientation, as labelling tools show it; no annotated size could decide.",
+        "Look at such an image. If its boxes were drawn on the stored pixels, prepare the split with --exif ignore.",
     ),
     "class-unbalanced": FindingKind(
         "note",

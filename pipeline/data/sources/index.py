@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.manifest import Category, Notice
 from pipeline.data.shards.records import Rejection
 from pipeline.errors import UserError
 
@@ -80,6 +80,7 @@ class AnnotationIndex:
 
     def __init__(self, *, seed: int = 0, shuffle: bool = True) -> None:
         self._hash_key = seed.to_bytes(8, "little")
+        self._notices: dict[str, Notice] = {}
         self._order = "hash, image_id" if shuffle else "image_id"
         self._db = sqlite3.connect("", isolation_level=None)  # an empty name makes SQLite use a temporary file
         self._db.executescript(
@@ -119,6 +120,16 @@ class AnnotationIndex:
     def reject(self, rejection: Rejection) -> None:
         """Record an image or a box that cannot be used."""
         self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", rejection)
+
+    def notice(self, code: str, example: str) -> None:
+        """Count something that a person should know; the first case of a kind is its example."""
+        count, first = (known.count, known.example) if (known := self._notices.get(code)) else (0, example)
+        self._notices[code] = Notice(code=code, count=count + 1, example=first)
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """Everything that was noticed, by kind."""
+        return tuple(self._notices.values())
 
     def finish(self) -> int:
         """Reject boxes of unknown images, and return the number of images.
