@@ -151,6 +151,9 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
     """
     from pipeline.training import run_dir  # imports PyTorch, which reading a chain does without
 
+    for step in steps:
+        if not step.missing:
+            resolve_data(step.experiment.data)  # a later stage must not fail after hours of the first
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
         chain.storage,

@@ -164,10 +164,17 @@ def merge_notices(notices: Iterable[Notice]) -> tuple[Notice, ...]:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A manifest and its folder."""
+    """A manifest and its folder; `classes.with_classes_of` maps its labels to other categories."""
 
     uri: str
     manifest: Manifest
+    mapped_categories: tuple[Category, ...] | None = None  # None: those of the manifest
+    mapped_labels: tuple[int, ...] | None = None  # by label in the files
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """Categories of the labels as they are read."""
+        return self.manifest.categories if self.mapped_categories is None else self.mapped_categories
 
     def shard_uri(self, index: int) -> str:
         """URI of shard `index`."""

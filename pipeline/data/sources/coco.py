@@ -4,7 +4,6 @@ Labels are the categories by ascending id, counted from 0. Boxes are kept as ann
 crowd regions keep their flag. Images without annotations are kept.
 """
 
-import hashlib
 import posixpath
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -125,15 +124,10 @@ def read_boxes(
 
 def file_sha256(uri: str) -> str:
     """SHA-256 of a file, in hex."""
-    filesystem, path = storage.resolve(uri)
     try:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(READ_BYTES):
-                digest.update(block)
+        return storage.sha256(uri)
     except FileNotFoundError:
         raise SourceError(f"{uri}: no such file") from None
-    return digest.hexdigest()
 
 
 def _items(annotations: str, key: str) -> Iterator[dict[str, Any]]:
