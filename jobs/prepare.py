@@ -52,6 +52,8 @@ def prepare_shards(args: argparse.Namespace) -> None:
     # 2. Write the shards, on Ray.
     from pipeline.data.doctor.findings import FINDING_KINDS, plural
     from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
+    from pipeline.data.shards.classes import repeated_names
+    from pipeline.data.shards.manifest import Notice, merge_notices
     from pipeline.ray_cluster import start_ray
 
     start_ray(args.num_cpus)
@@ -63,7 +65,10 @@ def prepare_shards(args: argparse.Namespace) -> None:
     print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
     print(f"{len(manifest.shards)} shards, {megabytes:.1f} MB, digest {manifest.digest}")
     print(f"rejected: {reasons(rejected)}, see rejected.parquet" if rejected else "rejected: nothing")
-    for notice in manifest.notices:
+    repeated = [
+        Notice(code="class-name-repeated", count=1, example=text) for text in repeated_names(manifest.categories)
+    ]
+    for notice in merge_notices([*manifest.notices, *repeated]):
         kind = FINDING_KINDS[notice.code]
         print(
             f"{kind.severity}: {plural(notice.count, kind.unit)}, such as {notice.example}: {kind.meaning} {kind.advice}"

@@ -486,6 +486,14 @@ def test_names_from_the_data_are_text_on_the_page(shards: ShardSet) -> None:
     assert evil in page.texts
 
 
+def test_a_name_that_several_categories_have_is_found(shards: ShardSet) -> None:
+    def rename(manifest: Row) -> None:
+        manifest["categories"][1]["name"] = manifest["categories"][0]["name"].upper()
+
+    found = only(examine([with_manifest(shards, rename)]), "class-name-repeated")
+    assert (found.severity, found.count, found.examples[0].detail) == ("warning", 1, f"{CLASSES[0]} (0, 1)")
+
+
 def test_twelve_bits_stored_in_sixteen_are_found_as_dark_images(tmp_path: Path) -> None:
     levels = np.random.default_rng(0).integers(0, 4096, (48, 40)).astype(np.uint16)
     records = synthetic_records(ROWS)

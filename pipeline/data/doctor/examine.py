@@ -37,6 +37,7 @@ from pipeline.data.doctor.row_checks import (
 )
 from pipeline.data.doctor.shard_checks import READ_ERRORS, check_shard
 from pipeline.data.prepare.prepare import read_rejected
+from pipeline.data.shards.classes import repeated_names
 from pipeline.data.shards.manifest import FrozenModel, ShardSet, Statistics
 from pipeline.progress import Progress
 
@@ -272,8 +273,11 @@ def _check_rejected(split: _Split) -> CheckResults:
 
 
 def _check_notices(split: _Split) -> CheckResults:
-    """Repeat what `dfine prepare` noticed in the source."""
-    for notice in split.shards.manifest.notices:
+    """Repeat what `dfine prepare` noticed in the source, and what its manifest alone shows."""
+    manifest = split.shards.manifest
+    repeated = repeated_names(manifest.categories)
+    yield "class-name-repeated", [Example(split=split.title, detail=", ".join(repeated))], len(repeated)
+    for notice in manifest.notices:
         if notice.code in FINDING_KINDS:
             yield notice.code, [Example(split=split.title, detail=f"such as {notice.example}")], notice.count
 

@@ -158,6 +158,24 @@ FINDING_KINDS = {
         " turned: viewers and detectors in use show it upright, so its boxes may lie elsewhere.",
         "Look at the images. If the boxes lie right, --exif ignore says so; if not, annotate the upright image and its size.",
     ),
+    "box-rotated": FindingKind(
+        "warning",
+        "box",
+        "An annotation is rotated (CVAT's attributes.rotation); its box is that of the object before it was turned.",
+        "Export such objects as polygons, or annotate them without rotation.",
+    ),
+    "box-fraction": FindingKind(
+        "warning",
+        "box",
+        "A box lies between 0 and 1 pixel of the image's corner: it may be a fraction of the image instead of pixels.",
+        "Multiply such boxes by the width and height of their image, in the source.",
+    ),
+    "class-name-repeated": FindingKind(
+        "warning",
+        "class",
+        "Several categories have one name, apart from case and blanks. Evaluation and transfer of classes go by names.",
+        "Merge the categories in the source, or give each a name of its own.",
+    ),
     "image-dark": FindingKind(
         "warning",
         "image",
@@ -175,6 +193,18 @@ FINDING_KINDS = {
         "box",
         f"A box extends beyond its image by at most {EDGE_TOLERANCE_PX:g} px, probably from rounding.",
         "No action needed; training clips it.",
+    ),
+    "class-placeholder": FindingKind(
+        "note",
+        "class",
+        "A category was left out: number 0, the parent of all others and without boxes, as Roboflow writes it.",
+        "No action needed.",
+    ),
+    "file-names-read": FindingKind(
+        "note",
+        "split",
+        "The file names of the annotations are not those of the folder as they are written; another reading of them is.",
+        "No action needed.",
     ),
     "exif-turned": FindingKind(
         "note",

@@ -5,6 +5,7 @@ decides whether a marked image was annotated upright. Where it fits both ways (h
 without sizes), the image is turned, because labelling tools show it upright.
 """
 
+import errno
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pipeline import storage
 from pipeline.data.sources import synthetic
 from pipeline.errors import UserError
 
+UNREADABLE = frozenset({errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EIO})  # a fault of one local file
 UPRIGHT_QUALITY = 95  # JPEG quality of images that are re-encoded only to rotate them
 
 ExifRule = Literal["upright", "ignore"]  # what annotations refer to: the image as viewers show it, or the stored pixels
@@ -59,7 +61,8 @@ def read_image_file(uri: str) -> bytes:
     """Read the bytes of an image by path or URI; a synthetic image is rendered.
 
     Raises:
-        BadImageError: the file does not exist. Other errors of the storage are not caught.
+        BadImageError: the file does not exist, or its name or rights do not let it be read. Failures of a network are not
+            caught: they must not empty a data set.
     """
     try:
         if uri.startswith(synthetic.SCHEME):
@@ -70,6 +73,12 @@ def read_image_file(uri: str) -> bytes:
         return storage.read_bytes(uri)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise BadImageError("missing file", uri) from None
+    except (storage.StorageError, PermissionError, ValueError) as error:  # ValueError: a NUL, half of a surrogate pair
+        raise BadImageError("unreadable file", f"{error}") from None
+    except OSError as error:
+        if error.errno in UNREADABLE:
+            raise BadImageError("unreadable file", f"{uri}: {error.strerror}") from None
+        raise
 
 
 def checked_image(

@@ -127,7 +127,8 @@ def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOpti
         categories = source.fill(index)
         images = index.finish()
         if images == 0:
-            raise PrepareError(f"the source has no images: {source.description}")
+            first = next((f"; the first of the rejected: {row.reason}: {row.detail}" for row in index.rejected()), "")
+            raise PrepareError(f"the source has no images that can be used{first}: {source.description}")
         sizes, problems = ray.get(_task(_try_images).remote(index.sample(SAMPLE_IMAGES), options))
         if not sizes:
             raise PrepareError(f"none of {len(problems)} sampled images can be used; the first: {problems[0]}")

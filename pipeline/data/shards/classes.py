@@ -69,6 +69,18 @@ def class_lines(shards: ShardSet, use: str) -> list[str]:
     return lines
 
 
+def repeated_names(categories: Sequence[Category]) -> list[str]:
+    """Names that several categories have, apart from case and blanks, each with the ids of all of them."""
+    groups: dict[str, list[Category]] = {}
+    for category in categories:
+        groups.setdefault(" ".join(category.name.casefold().split()), []).append(category)
+    return [
+        f"{alike[0].name} ({', '.join(f'{category.original_id}' for category in alike)})"
+        for alike in groups.values()
+        if len(alike) > 1
+    ]
+
+
 def _listed(names: Sequence[str], counts: dict[str, int] | None = None) -> str:
     texts = [f"{name} ({counts[name]} boxes)" if counts else name for name in names[:MOST_NAMED]]
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
