@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     _add_common(voc)
 
     yolo = sources.add_parser("yolo", help="a data.yaml with images and txt labels")
-    yolo.add_argument("data_yaml", type=local_path)
+    yolo.add_argument("data_yaml", type=local_path, help="the data.yaml, or its folder")
     _add_common(yolo)
 
     synthetic = sources.add_parser("synthetic", help="generated images of shapes, no files needed")

@@ -176,6 +176,12 @@ FINDING_KINDS = {
         "Several categories have one name, apart from case and blanks. Evaluation and transfer of classes go by names.",
         "Merge the categories in the source, or give each a name of its own.",
     ),
+    "row-ambiguous": FindingKind(
+        "warning",
+        "row",
+        "A row of numbers reads as a polygon, and also as a box with keypoints in it. It was read as a polygon.",
+        "If the labels have keypoints, state kpt_shape: [NUMBER, 2 or 3] in the data.yaml and prepare the split again.",
+    ),
     "image-dark": FindingKind(
         "warning",
         "image",
@@ -193,6 +199,18 @@ FINDING_KINDS = {
         "box",
         f"A box extends beyond its image by at most {EDGE_TOLERANCE_PX:g} px, probably from rounding.",
         "No action needed; training clips it.",
+    ),
+    "file-passed-over": FindingKind(
+        "note",
+        "file",
+        "A file beside the images was passed over, because its ending is that of something else.",
+        "No action needed, unless it is an image.",
+    ),
+    "label-file-missing": FindingKind(
+        "note",
+        "image",
+        "An image has no label file. It was taken as an image without objects.",
+        "No action needed if intended: it teaches background.",
     ),
     "class-placeholder": FindingKind(
         "note",

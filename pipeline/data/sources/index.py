@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import JsonValue
@@ -26,18 +25,6 @@ CACHE_MIB = 32  # SQLite's cache, and the size of one run of its sort on disk
 
 class SourceError(UserError, ValueError):
     """A data set that is not in the stated format."""
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        SourceError: the content is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 text: {error}") from None
 
 
 class ImageEntry(NamedTuple):

@@ -16,7 +16,8 @@ from pydantic import JsonValue
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError, read_text
+from pipeline.data.sources.folders import read_text
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 
 
 def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_based: bool = True) -> DatasetSource:
