@@ -9,10 +9,11 @@ from pathlib import Path
 from pipeline.data.sources.index import AnnotationIndex, SourceError
 
 # Files that lie beside images and are none. Everything else is tried as an image, whatever its ending.
-COMPANIONS = frozenset(
+_COMPANIONS = (
     ".txt .xml .json .jsonl .yaml .yml .csv .tsv .md .cache .npy .npz .pkl .zip .gz .tar .db .ini .html .pdf .py .names .data"
-    " .log .lock .mp4 .avi .mov .mkv".split()
+    " .log .lock .mp4 .avi .mov .mkv"
 )
+COMPANIONS = frozenset(_COMPANIONS.split())
 
 
 def read_text(path: Path) -> str:

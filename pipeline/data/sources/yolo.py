@@ -64,7 +64,7 @@ def yolo_source(data: Path, split: str) -> DatasetSource:
                 index.add_boxes(read_rows(text, number, len(categories), keypoints, index, labels[path].name))
             else:
                 index.notice("label-file-missing", name)
-        for path in labels_without_image(images, labels):
+        for path in labels_without_image(labels):
             detail = f"no image of the name {path.stem} is in the folder of the images"
             index.reject(Rejection(None, _display_name(path, root), "file", "label without an image", detail))
         image_files(passed_over, index)

@@ -50,7 +50,7 @@ def find_labels(images: list[Path]) -> dict[Path, Path]:
     return labels
 
 
-def labels_without_image(images: list[Path], labels: dict[Path, Path]) -> list[Path]:
+def labels_without_image(labels: dict[Path, Path]) -> list[Path]:
     """Label files, in the folders that hold labels of these images, beside which no image of any split is."""
     owners: dict[Path, set[Path]] = {}
     for image, label in labels.items():
