@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_common(o365, longest_side=OBJECTS365_LONGEST_SIDE)
 
-    voc = sources.add_parser("voc", help="Annotations/*.xml, ImageSets/Main and JPEGImages")
+    voc = sources.add_parser("voc", help="XML files, in the folders of VOC or beside the images")
     voc.add_argument("root", type=local_path)
     voc.add_argument(
         "--classes",

@@ -164,6 +164,12 @@ FINDING_KINDS = {
         "An annotation is rotated (CVAT's attributes.rotation); its box is that of the object before it was turned.",
         "Export such objects as polygons, or annotate them without rotation.",
     ),
+    "box-from-zero": FindingKind(
+        "warning",
+        "box",
+        "A VOC box begins below 1, while VOC counts pixels from 1: the XML seems to count from 0, which shifts boxes by a pixel.",
+        "Prepare the split with --zero-based.",
+    ),
     "box-fraction": FindingKind(
         "warning",
         "box",

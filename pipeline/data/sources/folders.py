@@ -15,6 +15,17 @@ _COMPANIONS = (
 )
 COMPANIONS = frozenset(_COMPANIONS.split())
 
+# Names of folders, in lower case, and other names of a split.
+IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos"})
+LABEL_FOLDERS = frozenset({"labels", "label"})
+ANNOTATION_FOLDERS = frozenset({"annotations", "annotation", "xmls", "xml", "labels"})
+SPLIT_NAMES = {
+    "val": ("valid", "validation"),
+    "valid": ("val", "validation"),
+    "train": ("training",),
+    "test": ("testing",),
+}
+
 
 def read_text(path: Path) -> str:
     """Read a text file: UTF-8 with or without a byte order mark, or UTF-16 with one.

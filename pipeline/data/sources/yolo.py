@@ -15,16 +15,10 @@ from pydantic import JsonValue
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.folders import files_below, image_files, read_text
+from pipeline.data.sources.folders import SPLIT_NAMES, files_below, image_files, read_text
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, SourceError
 from pipeline.data.sources.yolo_labels import KeypointShape, find_labels, label_folders, labels_without_image, read_rows
 
-SPLIT_NAMES = {
-    "val": ("valid", "validation"),
-    "valid": ("val", "validation"),
-    "train": ("training",),
-    "test": ("testing",),
-}
 CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "predefined_classes.txt")
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.folders import files_by_stem, normal, sub_folders
+from pipeline.data.sources.folders import IMAGE_FOLDERS, LABEL_FOLDERS, files_by_stem, normal, sub_folders
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry
 
-IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos"})
-LABEL_FOLDERS = frozenset({"labels", "label"})
 NO_LABELS = frozenset({"classes", "train", "val", "valid", "test", "readme", "notes", "obj", "names", "labels"})
 
 
