@@ -118,7 +118,7 @@ def released_inputs(image: Annotated) -> tuple[Image.Image, tv_tensors.BoundingB
         format=tv_tensors.BoundingBoxFormat.XYXY,
         canvas_size=(image.height, image.width),
     )
-    return read_image(image.encoded), boxes, torch.from_numpy(image.labels)
+    return read_image(image.encoded, upright=False), boxes, torch.from_numpy(image.labels)
 
 
 def augmented(image: Annotated) -> Sample:

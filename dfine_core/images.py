@@ -1,7 +1,8 @@
 """Images from untrusted sources: the only opener in the project, and the conversion to RGB.
 
-Format and size are checked by the header, before any pixel is decoded. EXIF orientation is not applied, as in training and
-evaluation: boxes are in the pixels as they are stored. Needs NumPy and Pillow alone, so that data tasks start without torch.
+Format and size are checked by the header, before any pixel is decoded. Images are turned upright by their EXIF orientation, as
+every viewer shows them; only those of a shard set are not, because `prepare` has turned them. Needs NumPy and Pillow alone, so
+that data tasks start without torch.
 """
 
 import base64
@@ -17,6 +18,19 @@ from numpy.typing import NDArray
 
 PIXEL_LIMIT = 89_478_485  # per image; 256 MiB as RGB, where Pillow too begins to suspect a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # some of Pillow's other formats start programs
+
+EXIF_ORIENTATION = 0x0112
+SIDES_SWAPPED = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+RANGED_FORMATS = ("PNG", "PPM")  # Pillow's mode I holds 0..65535 for these, and anything for others
 
 # A path, an encoded image or its base64 text, an array [H, W, 3] of uint8 RGB, or an opened image.
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any] | list[Any] | PIL.Image.Image
@@ -65,35 +79,64 @@ def check_pixels(width: int, height: int, max_pixels: int = PIXEL_LIMIT) -> None
         raise TooManyPixelsError(f"an image of {width}x{height} pixels exceeds the limit of {max_pixels}")
 
 
-def to_rgb(image: OpenedImage) -> OpenedImage:
+def orientation(image: OpenedImage) -> int:
+    """EXIF orientation, 1 to 8: how the pixels must be turned to be upright; 1 leaves them as they are.
+
+    An image without the mark, with a damaged one, or in memory has 1. So has a TIFF, which Pillow turns by itself.
+    """
+    if image.format in (None, "TIFF"):
+        return 1
+    try:
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - damaged EXIF raises anything, and viewers then show the pixels as stored
+        return 1
+    return value if value in _TURNS else 1
+
+
+def check_levels(image: OpenedImage) -> None:
+    """Raise ImageError for levels whose range is unknown: 32-bit integers and floats."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in RANGED_FORMATS):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ImageError(f"an image of mode {image.mode}, levels of unknown range ({kind}); convert it to 8 or 16 bits")
+
+
+def to_rgb(image: OpenedImage, *, upright: bool = True) -> OpenedImage:
     """Decode to RGB: 16-bit levels lose their lower byte, an alpha channel is dropped.
+
+    Args:
+        upright: turn by the EXIF orientation; False for images of a shard set, whose boxes are in the pixels as stored.
 
     Raises:
         ImageError: the image is broken, or its levels have no known range.
     """
-    if image.mode in ("I", "F"):
-        raise ImageError(f"an image of mode {image.mode}, levels of unknown range; convert it to 8 or 16 bits")
+    check_levels(image)
     try:
-        if image.mode.startswith("I;16"):
-            return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        # By way of RGBA, because Pillow warns when a palette loses its transparency on the way to RGB.
-        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        image.load()
+        turn = _TURNS.get(orientation(image)) if upright else None
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            rgb = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        else:
+            # By way of RGBA, because Pillow warns when a palette loses its transparency on the way to RGB.
+            rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # each of Pillow's formats raises errors of its own
         raise ImageError(f"a broken {image.format} image: {error}") from error
 
 
-def read_image(value: ImageSource) -> OpenedImage:
+def read_image(value: ImageSource, *, upright: bool = True) -> OpenedImage:
     """Decode one image to RGB.
 
     Args:
-        value: a list is an array as JSON has it, [H][W][3].
+        value: a list is an array as JSON has it, [H][W][3]. Pixels in memory are taken as they are: arrays, and Pillow images
+            that are no opened file.
+        upright: turn a file by its EXIF orientation, see `to_rgb`.
 
     Raises:
         ImageError: it is not an image, is broken or has too many pixels; the message names what was given.
     """
     if isinstance(value, PIL.Image.Image):
         check_pixels(value.width, value.height)
-        return to_rgb(value)
+        return to_rgb(value, upright=upright)
     if isinstance(value, np.ndarray | list):
         return _from_array(np.asarray(value))
     if isinstance(value, str) and not os.path.isfile(value):
@@ -104,7 +147,7 @@ def read_image(value: ImageSource) -> OpenedImage:
     if not isinstance(value, str | os.PathLike | bytes):
         raise ImageError(f"an image is a path, bytes, an array or a Pillow image, not {type(value).__name__}")
     with open_image(value) as image:
-        return to_rgb(image)
+        return to_rgb(image, upright=upright)
 
 
 def as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:

@@ -215,6 +215,15 @@ def add_cluster(parser: argparse.ArgumentParser, help: str = "YAML file, see con
     parser.add_argument("--cluster", type=recipe, metavar="FILE", help=help)
 
 
+def add_verify_data(parser: argparse.ArgumentParser) -> None:
+    """Add `--verify-data`."""
+    parser.add_argument(
+        "--verify-data",
+        action="store_true",
+        help="before the start, read all shards and compare their SHA-256 with the manifest; sizes are always compared",
+    )
+
+
 def recipe(text: str) -> Path:
     """Argument type: YAML file of the user, or one that is shipped with the project."""
     try:

@@ -8,7 +8,6 @@ The metrics are those of pycocotools. --out writes the report with its figures, 
 """
 
 import argparse
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(parser(), argv)
     refuse_missing(args.detector, "detector")
     announce("evaluate", f"{args.detector}: opening the data and the detector …")
+    from pipeline.data.shards.classes import class_lines, with_classes_of
     from pipeline.data.shards.manifest import load_shards
     from pipeline.data.shards.reader import refuse_changed_files
     from pipeline.output_folder import refuse_foreign_folder
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     from pipeline.open_detector import open_detector
 
     loaded = open_detector(args.detector)
-    refuse_other_classes(loaded.names, shards)
+    shards = with_classes_of(shards, loaded.names, f"the detector {args.detector}")
+    for line in class_lines(shards, "the data"):
+        print(line, flush=True)
     print(f"{loaded.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
     evaluate(loaded, shards, args.out, args.batch_size, args.num_images)
 
@@ -67,7 +69,7 @@ def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batc
         on_detections = None
         if out is not None:
             stream = files.enter_context(storage.open_atomic(storage.join(out, "detections.json")))
-            on_detections = files.enter_context(coco_json_writer(stream, shards.manifest.categories))
+            on_detections = files.enter_context(coco_json_writer(stream, shards.categories))
         report = evaluate_detector(
             detector,
             shards,
@@ -88,24 +90,6 @@ def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batc
     for name, content in sample_images(detector, shards, device=device, count=num_images):
         storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), content)
     print(f"report, detections and images: {out}")
-
-
-def refuse_other_classes(names: Sequence[str], shards: "ShardSet") -> None:
-    """Compare the detector's classes with the data's.
-
-    Raises:
-        ConfigError: they differ, or their order does.
-    """
-    from pipeline.config import ConfigError
-
-    theirs = [category.name for category in shards.manifest.categories]
-    if list(names) != theirs:
-        missing, unknown = sorted(set(names) - set(theirs)), sorted(set(theirs) - set(names))
-        raise ConfigError(
-            f"the detector's {len(names)} classes are not the {len(theirs)} of {shards.uri}"
-            f" (only the detector's: {', '.join(missing[:5]) or 'none'}; only the data's: {', '.join(unknown[:5]) or 'none'}):"
-            " evaluate on data that was prepared with the same categories"
-        )
 
 
 def parser() -> argparse.ArgumentParser:

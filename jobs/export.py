@@ -77,14 +77,13 @@ def _resized(model: "LoadedDetector", sides: list[int] | None) -> "LoadedDetecto
 
 
 def _check_set(args: argparse.Namespace, model: "LoadedDetector") -> "CheckSet":
-    from jobs.evaluate import refuse_other_classes
+    from pipeline.data.shards.classes import with_classes_of
     from pipeline.data.shards.manifest import load_shards
     from pipeline.data.shards.reader import refuse_changed_files
     from pipeline.export.check_images import from_files, from_shards, from_synthetic_images
 
     if args.check:
-        shards = load_shards(args.check)
-        refuse_other_classes(model.names, shards)
+        shards = with_classes_of(load_shards(args.check), model.names, "the detector")
         refuse_changed_files(shards)
         return from_shards(shards, args.num_images)
     if args.images_from:

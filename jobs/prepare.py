@@ -45,11 +45,15 @@ def prepare_shards(args: argparse.Namespace) -> None:
         jpeg_quality=args.jpeg_quality,
         **({} if args.max_pixels is None else {"max_pixels": args.max_pixels}),
         verify=args.verify,
+        exif=args.exif,
     )
     source = _source(args)
 
     # 2. Write the shards, on Ray.
+    from pipeline.data.doctor.findings import FINDING_KINDS, plural
     from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
+    from pipeline.data.shards.classes import repeated_names
+    from pipeline.data.shards.manifest import Notice, merge_notices
     from pipeline.ray_cluster import start_ray
 
     start_ray(args.num_cpus)
@@ -61,6 +65,14 @@ def prepare_shards(args: argparse.Namespace) -> None:
     print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
     print(f"{len(manifest.shards)} shards, {megabytes:.1f} MB, digest {manifest.digest}")
     print(f"rejected: {reasons(rejected)}, see rejected.parquet" if rejected else "rejected: nothing")
+    repeated = [
+        Notice(code="class-name-repeated", count=1, example=text) for text in repeated_names(manifest.categories)
+    ]
+    for notice in merge_notices([*manifest.notices, *repeated]):
+        kind = FINDING_KINDS[notice.code]
+        print(
+            f"{kind.severity}: {plural(notice.count, kind.unit)}, such as {notice.example}: {kind.meaning} {kind.advice}"
+        )
 
 
 def _source(args: argparse.Namespace) -> "DatasetSource":
@@ -130,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_common(o365, longest_side=OBJECTS365_LONGEST_SIDE)
 
-    voc = sources.add_parser("voc", help="Annotations/*.xml, ImageSets/Main and JPEGImages")
+    voc = sources.add_parser("voc", help="XML files, in the folders of VOC or beside the images")
     voc.add_argument("root", type=local_path)
     voc.add_argument(
         "--classes",
@@ -143,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     _add_common(voc)
 
     yolo = sources.add_parser("yolo", help="a data.yaml with images and txt labels")
-    yolo.add_argument("data_yaml", type=local_path)
+    yolo.add_argument("data_yaml", type=local_path, help="the data.yaml, or its folder")
     _add_common(yolo)
 
     synthetic = sources.add_parser("synthetic", help="generated images of shapes, no files needed")
@@ -184,6 +196,12 @@ def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0) -> None:
     parser.add_argument("--jpeg-quality", type=int, default=75, help="quality of images made smaller")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="reject larger files; default: 89 million")
     parser.add_argument("--verify", action=yes_or_no, default=True, help="decode every image to find broken ones")
+    parser.add_argument(
+        "--exif",
+        choices=("upright", "ignore"),
+        default="upright",
+        help="turn images upright by their EXIF orientation, as labelling tools show them, or take the stored pixels",
+    )
     parser.add_argument("--num-cpus", type=int, metavar="N", help="CPUs of a Ray started here; default: all")
     add_log_level(parser)
 

@@ -12,7 +12,18 @@ coco/dfine_s.yaml, from any folder.
 
 import argparse
 
-from jobs.command import add_cluster, add_set, announce, command_parser, location, parsed, profile, recipe, user_errors
+from jobs.command import (
+    add_cluster,
+    add_set,
+    add_verify_data,
+    announce,
+    command_parser,
+    location,
+    parsed,
+    profile,
+    recipe,
+    user_errors,
+)
 
 
 @user_errors()
@@ -48,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         resume=args.resume,
         allow_changes=args.allow_changes,
         profile_steps=args.profile,
+        verify_data=args.verify_data,
     )
     print(result.summary())
 
@@ -66,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "--allow-changes", action="store_true", help="continue a run although its experiment has changed"
     )
     arguments.add_argument("--dry-run", action="store_true", help="print the plan, and end")
+    add_verify_data(arguments)
     arguments.add_argument(
         "--profile",
         type=profile,

@@ -12,7 +12,17 @@ interrupted ones resume at their last checkpoint. Ctrl-C ends it cleanly.
 import argparse
 from typing import TYPE_CHECKING
 
-from jobs.command import add_cluster, add_set, announce, command_parser, location, parsed, recipe, user_errors
+from jobs.command import (
+    add_cluster,
+    add_set,
+    add_verify_data,
+    announce,
+    command_parser,
+    location,
+    parsed,
+    recipe,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from pipeline.tuning.sweep import Sweep
@@ -47,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         announce("tune", f"{args.sweep}: starting Ray …")
         from pipeline.tuning.driver import run_sweep
 
-        print(run_sweep(sweep).summary())
+        print(run_sweep(sweep, verify_data=args.verify_data).summary())
 
 
 def plan(sweep: "Sweep") -> str:
@@ -72,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     add_cluster(arguments)
     add_set(arguments, help="values that replace those of the sweep or its experiment")
     arguments.add_argument("--dry-run", action="store_true", help="check the file, print the plan, and end")
+    add_verify_data(arguments)
     arguments.add_argument("--promote", type=location, metavar="FOLDER", help="folder of a finished sweep")
     arguments.add_argument(
         "--registered-model-name", metavar="NAME", help="with --promote: register the model version under this name"

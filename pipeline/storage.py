@@ -3,6 +3,7 @@
 S3 reads the usual environment variables; AWS_ENDPOINT_URL selects a server other than Amazon's.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from pyarrow import fs
 from pipeline.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
+HASH_BLOCK = 4 << 20  # bytes
 S3_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID")
 
 
@@ -85,6 +87,16 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     filesystem, path = resolve(uri)
     with filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
+
+
+def sha256(uri: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file as it is stored, in hex; FileNotFoundError if it does not exist."""
+    filesystem, path = resolve(uri)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while block := stream.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -114,5 +114,5 @@ def read_ground_truth(shards: ShardSet) -> GroundTruth:
         label=flat("labels", np.int32),
         area=flat("areas", np.float32),
         crowd=flat("crowd", np.bool_),
-        categories=shards.manifest.categories,
+        categories=shards.categories,
     )

@@ -181,7 +181,7 @@ def sample_images(
     "images/<image id>" has ground truth and detections, "refinement/<image id>" the box with the highest score, layer by layer.
     """
     config = detector.config
-    names = [category.name for category in shards.manifest.categories]
+    names = [category.name for category in shards.categories]
     for record in _sampled_records(shards, count, seed):
         output = _detect(detector, record, device)
         image = decode_rgb(record.image, record.width, record.height)

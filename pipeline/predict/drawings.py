@@ -11,14 +11,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from dfine_core.images import read_image
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
-from pipeline.data.prepare.image_files import read_image_file
 from pipeline.drawing import draw_boxes, font
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.sample_images import refinement_view
-from pipeline.predict.inputs import IMAGE_SUFFIXES, InputImage, Inputs, read_images
+from pipeline.predict.inputs import IMAGE_SUFFIXES, InputImage, Inputs, decode_input, read_images
 from pipeline.predict.plan import PredictPlan
 from pipeline.predict.predicted_images import read_part
 
@@ -83,7 +81,7 @@ def write_drawings(
     names = [category.name for category in plan.categories]
     drawings: list[tuple[str, Image.Image]] = []
     for index, (source, row) in enumerate(_sample(out, inputs, plan, max(num_images, num_explanations))):
-        image = _open(source)
+        image = decode_input(source)
         title = Path(source.file_name).name
         if index < num_images:
             boxes = np.reshape(row["boxes"], (-1, 4)).tolist()
@@ -139,11 +137,6 @@ def _sample(out: str, inputs: Inputs, plan: PredictPlan, count: int) -> Iterator
         (source,) = read_images(inputs, index, index + 1)
         if row["rejected"] is None and isinstance(source, InputImage):
             yield source, row
-
-
-def _open(source: InputImage) -> Image.Image:
-    content = source.content
-    return read_image(read_image_file(content) if isinstance(content, str) else content)
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -20,12 +20,15 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from dfine_core.images import read_image
 from pipeline import storage
 from pipeline.config import ConfigError
+from pipeline.data.prepare.image_files import read_image_file
 from pipeline.data.shards.manifest import MANIFEST_NAME, ShardSet, load_shards
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups, refuse_changed_files
 
@@ -205,6 +208,17 @@ def _file_source(uri: str, size: int, frame_stride: int) -> InputSource:
 
 
 # Reading
+
+
+def decode_input(source: InputImage) -> PIL.Image.Image:
+    """Read and decode an image to RGB. Files are turned upright; rows of a shard set were, by `dfine prepare`.
+
+    Raises:
+        BadImageError, ImageError: there is no such file, or it is not an image that can be used.
+    """
+    if isinstance(source.content, str):
+        return read_image(read_image_file(source.content))
+    return read_image(source.content, upright=False)
 
 
 def read_images(inputs: Inputs, first: int, stop: int) -> Iterator[InputImage | MissingFrame]:

@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dfine_core.images import read_image
 from dfine_core.inference import LoadedDetector, prepare
 from dfine_core.model import distribution
 from dfine_core.model.postprocess import Detections, best_pairs
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data.prepare.image_files import BadImageError, read_image_file
-from pipeline.predict.inputs import InputImage, Inputs, MissingFrame, read_images
+from pipeline.data.prepare.image_files import BadImageError
+from pipeline.predict.inputs import InputImage, Inputs, MissingFrame, decode_input, read_images
 from pipeline.predict.plan import SCHEMA, PredictPlan, part_uri
 
 BATCHES_AHEAD = 3  # micro-batches decoded in advance
@@ -130,8 +129,7 @@ def _decode(source: InputImage | MissingFrame, input_size: tuple[int, int]) -> _
     if isinstance(source, MissingFrame):
         return _DecodedImage(row | {"rejected": source.detail}, None)
     try:
-        content = read_image_file(source.content) if isinstance(source.content, str) else source.content
-        image = read_image(content)
+        image = decode_input(source)
     except (BadImageError, PermissionError, ValueError) as error:
         return _DecodedImage(row | {"rejected": f"{error}"}, None)
     row |= {"seconds": source.seconds, "width": image.width, "height": image.height}

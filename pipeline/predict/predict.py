@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch
 from dfine_core.inference import DEFAULT_THRESHOLD, LoadedDetector
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.classes import with_classes_of
+from pipeline.data.shards.manifest import Category, ManifestError
 from pipeline.predict.coco_json import DETECTIONS_FILE, DETECTIONS_FOLDER, DETECTIONS_PER_FILE, SMALL_RESULT, write_json
 from pipeline.predict.drawings import DRAWINGS_FOLDER, EXPLAINED_FOLDER, write_drawings
 from pipeline.predict.inputs import Inputs
@@ -137,10 +139,10 @@ def detector_digest(loaded: LoadedDetector) -> str:
 
 
 def output_categories(loaded: LoadedDetector, inputs: Inputs) -> tuple[Category, ...]:
-    """Categories of the shard set if it is the only input and has the detector's classes, else those of the detector."""
-    shards = inputs.shard_set
-    if shards is not None and tuple(category.name for category in shards.manifest.categories) == loaded.names:
-        return shards.manifest.categories
+    """Categories of the shard set if it is the only input and its classes are the detector's, else those of the detector."""
+    if (shards := inputs.shard_set) is not None:
+        with suppress(ManifestError):  # other classes
+            return with_classes_of(shards, loaded.names, "the detector").categories
     pairs = zip(loaded.category_ids, loaded.names, strict=True)
     return tuple(Category(label=label, original_id=original, name=name) for label, (original, name) in enumerate(pairs))
 

@@ -164,6 +164,9 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
     from pipeline.training.run_description import NOTE
     from pipeline.training.sigterm import sigterm_kills
 
+    for step in steps:
+        if not step.missing:
+            resolve_data(step.experiment.data)  # a later stage must not fail after hours of the first
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
         chain.storage,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeline import storage
 from pipeline.config import Data, Experiment
+from pipeline.data.shards.classes import class_lines, with_classes_of
 from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.schedule import Schedule
@@ -32,14 +33,22 @@ class ResolvedData:
         """Manifest digest by use: train, and val if there is one."""
         return {use: shards.manifest.digest for use, shards in (("train", self.train), ("val", self.val)) if shards}
 
+    def class_lines(self) -> list[str]:
+        """Lines about classes of `val` that differ from those of `train`."""
+        return class_lines(self.val, "val") if self.val else []
+
 
 def resolve_data(data: Data) -> ResolvedData:
-    """Open the shard sets of an experiment.
+    """Open the shard sets of an experiment; labels of `val` are mapped by name to those of `train`.
 
     Raises:
-        ManifestError: there is no shard set at one of the paths, or it is damaged.
+        ManifestError: there is no shard set at one of the paths, it is damaged, or the classes of the two disagree.
     """
-    return ResolvedData(load_shards(data.train), load_shards(data.val) if data.val else None)
+    train = load_shards(data.train)
+    if data.val is None:
+        return ResolvedData(train, None)
+    names = [category.name for category in train.manifest.categories]
+    return ResolvedData(train, with_classes_of(load_shards(data.val), names, train.uri))
 
 
 @dataclass(frozen=True)

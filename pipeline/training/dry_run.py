@@ -10,6 +10,7 @@ from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump
 from pipeline.data.shards.manifest import Manifest
+from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.pretrained import describe, is_published
 from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
 from pipeline.training.context import resolve_data
@@ -23,6 +24,8 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         measured: time a training step on this machine, and extrapolate.
     """
     data = resolve_data(experiment.data)
+    for shards in filter(None, (data.train, data.val)):
+        refuse_changed_files(shards)
     train = data.train.manifest
     workers = cluster.workers or max(1, torch.cuda.device_count())
     most = workers[1] if isinstance(workers, tuple) else workers
@@ -34,7 +37,13 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     sections = {
         **({"initial weights": "\n".join(describe(init))} if init and is_published(init) else {}),
         "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
-        "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
+        "data": "\n".join(
+            [
+                *_data_lines(train),
+                *(_data_lines(data.val.manifest) if data.val else ["val: none"]),
+                *data.class_lines(),
+            ]
+        ),
         f"schedule for {most} worker(s), {schedule.micro_batches} micro-batch(es) of"
         f" {schedule.micro_batch_size} images a step": "\n".join(schedule.lines()),
         "parameters": "\n".join(_parameter_lines(config, schedule)),

@@ -64,6 +64,7 @@ def launch(
     resume: str | None = None,
     allow_changes: bool = False,
     profile_steps: int = 0,
+    verify_data: bool = False,
     parent_run_id: str | None = None,
     callbacks: "Sequence[UserCallback]" = (),
 ) -> TrainResult:
@@ -74,6 +75,7 @@ def launch(
         resume: checkpoint of another run that this one continues.
         allow_changes: continue although the experiment or its data have changed since the run started.
         profile_steps: steps that rank 0 records with PyTorch's profiler.
+        verify_data: read all shards before the start, and compare their SHA-256 with the manifest.
         parent_run_id: MLflow run that this one belongs to.
         callbacks: Ray Train callbacks; each evaluation is reported to them.
 
@@ -89,7 +91,7 @@ def launch(
     # 1. Check on this machine everything that could fail later: data, tracking server, initial weights.
     data = resolve_data(experiment.data)
     for shards in filter(None, (data.train, data.val)):
-        refuse_changed_files(shards)
+        refuse_changed_files(shards, contents=verify_data)
     tracking = TrackingSettings.resolve(
         experiment.storage,
         experiment=experiment.tracking.experiment,
@@ -137,7 +139,13 @@ def launch(
             launched_at=launched_at,
         )
         where = "in this process, on the CPU" if request is None else f"{request}"
-        for text in (f"run {experiment.name} in {run}", where, *schedule.lines(), *_warnings(job, request)):
+        for text in (
+            f"run {experiment.name} in {run}",
+            where,
+            *data.class_lines(),
+            *schedule.lines(),
+            *_warnings(job, request),
+        ):
             print(text, flush=True)
         return _train(job, cluster, request, tracking, callbacks)
 

@@ -299,7 +299,7 @@ class RunLog:
                 tracker,
                 config=detector.config,
                 weights=weights,
-                categories=[category.name for category in shards.manifest.categories],
+                categories=[category.name for category in job.data.train.manifest.categories],
                 metrics=report.metrics(final=True) if report else {},
                 example=_first_image(shards),
                 step=state.step,

@@ -100,11 +100,12 @@ class SweepContext:
     max_concurrent_trials: int
 
 
-def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> SweepResult:
+def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial, *, verify_data: bool = False) -> SweepResult:
     """Run a sweep, or continue it: trials that have ended are not repeated.
 
     Args:
         trainable: the work of one trial; simulations pass a shorter one.
+        verify_data: read all shards before the start, and compare their SHA-256 with the manifest.
 
     Raises:
         ConfigError: the sweep cannot run, or its name belongs to another sweep.
@@ -119,7 +120,9 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial) -> Sweep
     )
     data = resolve_data(check(Experiment, sweep.base, source=sweep.experiment).data)
     for shards in _shard_sets(data).values():
-        refuse_changed_files(shards)
+        refuse_changed_files(shards, contents=verify_data)
+    for line in data.class_lines():
+        print(line, flush=True)
 
     # 2. Decide how many trials run at once.
     start_ray(dashboard=True)

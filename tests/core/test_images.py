@@ -1,5 +1,6 @@
 """Opener of images: accepted formats and sizes, and that nothing else in the project opens images."""
 
+import base64
 import io
 import re
 import struct
@@ -20,6 +21,7 @@ from dfine_core.images import (
     TooManyPixelsError,
     UnknownFormatError,
     open_image,
+    orientation,
     read_image,
 )
 from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, image_size
@@ -132,14 +134,108 @@ def test_the_limit_of_pixels_holds_by_the_header(width: int, height: int) -> Non
     assert open_image(png_header(100, 60), max_pixels=6000).size == (100, 60)
 
 
-def test_sixteen_bit_images_made_smaller_for_a_shard_keep_their_upper_byte() -> None:
-    levels = np.full((40, 40), 0x8040, np.uint16)
+# EXIF orientation
+
+
+def turned(kind: str, mark: int, size: tuple[int, int] = (48, 32)) -> tuple[bytes, np.ndarray]:
+    """An encoded image that is marked as turned, and how a viewer shows it: red only in its upper left quarter."""
+    upright = np.full((size[1], size[0], 3), 200, np.uint8)
+    upright[: size[1] // 2, : size[0] // 2] = (250, 10, 10)
+    # The inverse of each turn, written with NumPy: row and column of a stored pixel, by the EXIF standard.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[mark]
+    exif = Image.Exif()
+    exif[0x0112] = mark
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(stored)).save(stream, kind, exif=exif, quality=95, subsampling=0)
+    return stream.getvalue(), upright
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mark", range(1, 9))
+def test_files_are_turned_upright_on_reading(kind: str, mark: int, tmp_path: Path) -> None:
+    data, upright = turned(kind, mark)
+    (tmp_path / "a").write_bytes(data)
+    opened = Image.open(io.BytesIO(data))
+    for source in (data, tmp_path / "a", str(tmp_path / "a"), base64.b64encode(data).decode(), opened):
+        pixels = np.asarray(read_image(source), int)
+        assert pixels.shape == upright.shape
+        assert np.abs(pixels - upright).mean() < 8
+    assert read_image(data, upright=False).size == Image.open(io.BytesIO(data)).size
+
+
+def test_a_tiff_is_turned_once() -> None:
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :24, 0] = 250
+    stream = io.BytesIO()
+    lying = Image.fromarray(np.ascontiguousarray(upright.transpose(1, 0, 2)[::-1]))
+    lying.save(stream, "TIFF", tiffinfo={0x0112: 6})
+    np.testing.assert_array_equal(read_image(stream.getvalue()), upright)
+    np.testing.assert_array_equal(decode_rgb(stream.getvalue(), 48, 32), upright)
+
+
+def test_pixels_in_memory_are_taken_as_they_are() -> None:
+    data, _ = turned("JPEG", 6)
+    in_memory = Image.open(io.BytesIO(data)).convert("RGB")  # keeps the mark, but its owner counts in these pixels
+    assert read_image(in_memory).size == in_memory.size == (32, 48)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01"]
+)
+def test_damaged_exif_turns_nothing(exif: bytes) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(stream, "JPEG", exif=exif)
+    assert orientation(Image.open(io.BytesIO(stream.getvalue()))) == 1
+    assert read_image(stream.getvalue()).size == (48, 32)
+
+
+# Levels of more than 8 bits
+
+
+@pytest.mark.parametrize("longest_side", [None, 8])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("mark", [1, 6])
+def test_sixteen_bits_keep_their_upper_byte_however_they_enter(kind: str, longest_side: int | None, mark: int) -> None:
+    image = Image.fromarray(np.full((40, 40), 0x8040, np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = mark
+    stream = io.BytesIO()
+    image.save(stream, kind, **({} if kind == "PPM" else {"exif": exif}))
+    assert (np.asarray(read_image(stream.getvalue())) == 0x80).all()
     stored = checked_image(
-        encoded(Image.fromarray(levels), "PNG"),
-        (40, 40),
-        longest_side=8,
-        quality=95,
-        max_pixels=PIXEL_LIMIT,
-        verify=True,
+        stream.getvalue(), (40, 40), longest_side=longest_side, quality=95, max_pixels=PIXEL_LIMIT, verify=True
     )
-    assert np.abs(decode_rgb(stored.data, 8, 8).astype(int) - 0x80).max() <= 1
+    side = longest_side or 40
+    assert np.abs(decode_rgb(stored.data, side, side).astype(int) - 0x80).max() <= 1
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("longest_side", [None, 8])
+@pytest.mark.parametrize("levels", [np.float32, np.int32])
+def test_levels_of_unknown_range_are_rejected_before_they_reach_a_shard(
+    levels: type, longest_side: int | None, verify: bool
+) -> None:
+    data = encoded(Image.fromarray(np.ones((16, 16), levels)), "TIFF")
+    with pytest.raises(BadImageError, match=r"undecodable: .*levels of unknown range \((floats|32-bit integers)\)"):
+        checked_image(data, (16, 16), longest_side=longest_side, quality=95, max_pixels=PIXEL_LIMIT, verify=verify)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own limit is lower
+def test_images_larger_than_training_reads_need_a_longest_side() -> None:
+    data = encoded(Image.new("1", (10_000, 9_000)), "PNG")
+    options = {"quality": 75, "max_pixels": 200_000_000, "verify": False}
+    with pytest.raises(
+        BadImageError, match="too many pixels: 10000 x 9000: training reads 89,478,485 at most; take --lon"
+    ):
+        checked_image(data, None, longest_side=None, **options)
+    assert checked_image(data, None, longest_side=100, **options).width == 100

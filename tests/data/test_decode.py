@@ -97,7 +97,7 @@ def test_levels_of_unknown_range_are_refused() -> None:
         decode_rgb(encoded, 5, 4)
 
 
-def test_exif_orientation_is_ignored_and_named_where_it_confuses() -> None:
+def test_exif_orientation_is_ignored_in_shards_and_named_where_it_confuses() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     encoded = encode(Image.fromarray(photograph(40, 30)), "JPEG", exif=exif)

@@ -1,6 +1,7 @@
 """Realistic damage to shards, and the findings of the doctor for each."""
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import ray
 import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from jobs.doctor import main
 from pipeline.data.doctor.examine import DoctorReport, examine, groups_of_equal
@@ -482,6 +484,26 @@ def test_names_from_the_data_are_text_on_the_page(shards: ShardSet) -> None:
     page = Page(doctor_page(examine([shards]), [shards]))
     assert "script" not in {tag for tag, _ in page.tags}
     assert evil in page.texts
+
+
+def test_a_name_that_several_categories_have_is_found(shards: ShardSet) -> None:
+    def rename(manifest: Row) -> None:
+        manifest["categories"][1]["name"] = manifest["categories"][0]["name"].upper()
+
+    found = only(examine([with_manifest(shards, rename)]), "class-name-repeated")
+    assert (found.severity, found.count, found.examples[0].detail) == ("warning", 1, f"{CLASSES[0]} (0, 1)")
+
+
+def test_twelve_bits_stored_in_sixteen_are_found_as_dark_images(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 4096, (48, 40)).astype(np.uint16)
+    records = synthetic_records(ROWS)
+    for k, image in enumerate((levels, levels << 4, np.full((48, 40), 20, np.uint8))):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        records[k] = replace(records[k], image=stream.getvalue(), width=40, height=48)
+    found = only(examine([written(tmp_path / "train", records)]), "image-dark")
+    assert (found.count, found.examples[0].detail) == (1, "its brightest level is 15")
+    assert found.examples[0].image_id == records[0].image_id
 
 
 def test_every_kind_of_finding_has_advice() -> None:

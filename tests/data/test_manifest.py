@@ -166,6 +166,16 @@ def test_the_digest_is_the_hash_of_canonical_json_and_knows_the_shards() -> None
     assert Manifest.model_validate(content).digest != manifest.digest
 
 
+def test_notices_are_no_part_of_the_identity_and_older_manifests_have_none() -> None:
+    older = Manifest.model_validate(manifest_content())
+    assert older.notices == ()
+    notice = {"code": "exif-kept", "count": 2, "example": "a.jpg"}
+    newer = Manifest.model_validate(manifest_content() | {"notices": [notice]})
+    assert newer.digest == older.digest
+    canonical = json.dumps(manifest_content(), sort_keys=True, separators=(",", ":"))
+    assert older.digest == hashlib.sha256(canonical.encode()).hexdigest()
+
+
 @pytest.mark.parametrize("ending", ["", "/", "/manifest.json"])
 def test_shards_are_found_by_folder_or_manifest(tmp_path: Path, ending: str) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest_content()))

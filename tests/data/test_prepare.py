@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jobs.prepare import main as prepare_main
 from pipeline import storage
+from pipeline.data.doctor.examine import examine
 from pipeline.data.prepare.image_files import BadImageError, checked_image
 from pipeline.data.prepare.prepare import PrepareError, prepare, read_rejected
 from pipeline.data.prepare.shard_writer import PrepareOptions
@@ -264,19 +265,77 @@ def check(data: bytes, size: tuple[int, int] | None, **options: Any) -> Any:
     return checked_image(data, size, **settings)
 
 
-@pytest.mark.parametrize("annotated", [(20, 30), None])
-def test_an_image_annotated_upright_is_turned_upright(annotated: tuple[int, int] | None) -> None:
+def marked(size: tuple[int, int], mark: int) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to see it upright
-    lying = jpeg((30, 20), exif=exif)
+    exif[0x0112] = mark
+    return jpeg(size, exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("stored", "mark", "annotated", "notice"),
+    [
+        ((30, 20), 6, (20, 30), "exif-turned"),
+        ((30, 20), 8, None, "exif-undecided"),
+        ((30, 20), 3, (30, 20), "exif-undecided"),
+        ((30, 20), 2, (30, 20), "exif-undecided"),
+        ((30, 20), 4, None, "exif-undecided"),
+        ((24, 24), 6, (24, 24), "exif-undecided"),
+    ],
+)
+def test_an_image_annotated_upright_is_turned_upright(
+    stored: tuple[int, int], mark: int, annotated: tuple[int, int] | None, notice: str
+) -> None:
+    lying = marked(stored, mark)
     image = check(lying, annotated)
     upright = Image.open(io.BytesIO(image.data))
-    assert upright.size == (image.width, image.height) == (20, 30)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(lying)))
+    assert upright.size == (image.width, image.height) == expected.size
     assert upright.getexif().get(0x0112, 1) == 1
-    expected = np.rot90(np.asarray(Image.open(io.BytesIO(lying)), int), k=-1)
-    assert np.abs(np.asarray(upright, int) - expected).max() < 8
-    # Annotated as it is stored, it stays as it is: COCO's boxes are like that.
-    assert check(lying, (30, 20)).data == lying
+    assert np.abs(np.asarray(upright, int) - np.asarray(expected, int)).max() < 8
+    assert image.exif == notice
+
+
+def test_an_image_annotated_in_the_stored_size_stays_and_is_noticed() -> None:
+    lying = marked((30, 20), 6)
+    image = check(lying, (30, 20))
+    assert (image.data, image.exif) == (lying, "exif-kept")
+    assert check(lying, (30, 20), longest_side=15).exif == "exif-kept"
+    with pytest.raises(BadImageError, match=r"size mismatch: annotated as \(31, 20\)"):
+        check(lying, (31, 20))
+
+
+@pytest.mark.parametrize(("stored", "mark"), [((30, 20), 6), ((30, 20), 3), ((24, 24), 6)])
+def test_the_mark_can_be_ignored(stored: tuple[int, int], mark: int) -> None:
+    lying = marked(stored, mark)
+    for annotated in (stored, None):
+        image = check(lying, annotated, exif="ignore")
+        assert (image.data, image.exif) == (lying, None)
+    smaller = check(lying, stored, exif="ignore", longest_side=12)
+    expected = Image.open(io.BytesIO(lying)).resize((smaller.width, smaller.height))
+    assert np.abs(np.asarray(Image.open(io.BytesIO(smaller.data)), int) - np.asarray(expected, int)).mean() < 8
+
+
+def test_marked_images_are_counted_printed_and_found_by_the_doctor(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes, marks = [(30, 20), (20, 30), (24, 24), (30, 20)], [6, 6, 6, 1]
+    images = [{"id": k, "file_name": f"{k}.jpg", "width": w, "height": h} for k, (w, h) in enumerate(sizes, start=1)]
+    (tmp_path / "images").mkdir()
+    for image, mark in zip(images, marks, strict=True):
+        size = (30, 20) if image["width"] != 24 else (24, 24)
+        (tmp_path / "images" / image["file_name"]).write_bytes(marked(size, mark))
+    content = {"images": images, "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    command = ["coco", "--images", str(tmp_path / "images"), "--annotations", str(tmp_path / "a.json")]
+    command += ["--split", "train", "--out", str(tmp_path / "out")]
+    prepare_main(command)
+    shards = load_shards(tmp_path / "out")
+    counted = {notice.code: (notice.count, notice.example) for notice in shards.manifest.notices}
+    assert counted == {"exif-kept": (1, "1.jpg"), "exif-turned": (1, "2.jpg"), "exif-undecided": (1, "3.jpg")}
+    assert "warning: 1 image, such as 1.jpg: An image is marked as turned" in capsys.readouterr().out
+    found = {finding.code: finding for finding in examine([shards]).findings}
+    assert found["exif-kept"].severity == "warning"
+    assert found["exif-kept"].count == found["exif-turned"].count == found["exif-undecided"].count == 1
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L"])

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.data.shards import reader
-from pipeline.data.shards.reader import ShardError, locate_row_groups, read_row_groups
+from pipeline.data.shards.reader import ShardError, locate_row_groups, read_row_groups, refuse_changed_files
 from tests.support.synthetic_shards import stored_rows, synthetic_records, write_shards
 
 
@@ -45,3 +45,26 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ShardError, match=f"{path.name}: damaged"):
         read_row_groups(source, range(len(source.rows)))
+
+
+def test_a_shard_of_the_same_size_and_other_content_is_found_by_its_hash(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "train", synthetic_records(16), shard_rows=8)
+    refuse_changed_files(shards, contents=True)
+    path = Path(shards.shard_uri(1))
+    content = path.read_bytes()
+    path.write_bytes(content[:400] + bytes([content[400] ^ 1]) + content[401:])
+    refuse_changed_files(shards)
+    with pytest.raises(ShardError, match=f"{path.name} has another SHA-256 than the manifest: copy them again"):
+        refuse_changed_files(shards, contents=True)
+
+
+def test_missing_and_truncated_shards_are_named_before_any_is_read(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "train", synthetic_records(24), shard_rows=8)
+    Path(shards.shard_uri(0)).unlink()
+    path = Path(shards.shard_uri(2))
+    path.write_bytes(path.read_bytes()[:-20])
+    for contents in (False, True):
+        with pytest.raises(
+            ShardError, match=r"part-00000.parquet is missing, part-00016.parquet has [\d,]+ bytes instead"
+        ):
+            refuse_changed_files(shards, contents=contents)

@@ -171,10 +171,7 @@ def test_coco_annotations_that_cannot_be_used_are_listed(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("key", "item", "message"),
     [
-        ("images", {"id": 1, "file_name": "../../etc/passwd", "width": 1, "height": 1}, "not a path inside the folder"),
-        ("images", {"id": 1, "file_name": "/etc/passwd", "width": 1, "height": 1}, "not a path inside the folder"),
         ("images", {"id": "one", "file_name": "a.jpg", "width": 1, "height": 1}, "id is 'one'"),
-        ("images", {"id": 1, "file_name": "a.jpg", "height": 1}, "width is None"),
         ("images", {"id": 10, "file_name": "a.jpg", "width": 1, "height": 1}, "image id 10 occurs twice"),
         ("categories", {"id": 3, "name": "bus"}, "category id 3 occurs twice"),
         ("annotations", {"id": 4, "image_id": 20, "category_id": 3, "bbox": [0, 0, 1, 1]}, "annotation id 4 occurs 2"),

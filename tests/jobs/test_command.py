@@ -204,10 +204,12 @@ def test_train_hands_its_flags_to_the_launch(
     monkeypatch.setattr(pipeline.training.launch, "launch", launch)
     monkeypatch.setattr(pipeline.training.context, "resolve_data", lambda data: None)
     words = "demo.yaml --cluster clusters/laptop.yaml --name other --profile steps=3 --resume /a --allow-changes"
-    train.main(words.split())
-    assert launched == [{"name": "other", "workers": 2, "resume": "/a", "allow_changes": True, "profile_steps": 3}]
+    flags = {"resume": "/a", "allow_changes": True, "profile_steps": 3, "verify_data": True}
+    train.main([*words.split(), "--verify-data"])
+    assert launched == [{"name": "other", "workers": 2, **flags}]
     train.main(["demo.yaml"])
-    assert launched[1] == {"name": "demo", "workers": None, "resume": None, "allow_changes": False, "profile_steps": 0}
+    flags = {"resume": None, "allow_changes": False, "profile_steps": 0, "verify_data": False}
+    assert launched[1] == {"name": "demo", "workers": None, **flags}
     assert capsys.readouterr().out == "done\ndone\n"
 
 

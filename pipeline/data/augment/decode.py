@@ -3,8 +3,8 @@
 JPEG goes through simplejpeg, whose pixels equal Pillow's; all other formats, and every check, are those of
 `dfine_core.images`. Where far fewer pixels are needed, an image is decoded at 1/2, 1/4 or 1/8 of its size.
 
-EXIF orientation is ignored, as in COCO: width, height and boxes of an annotation refer to the stored pixels. An image whose
-stored size differs from the annotated one is an error, as its boxes would lie elsewhere.
+Images of a shard set are read as they are stored, whatever their EXIF orientation: `prepare` has turned upright what was
+annotated upright. An image whose stored size differs from that of its row is an error, as its boxes would lie elsewhere.
 """
 
 import cv2
@@ -57,7 +57,7 @@ def decode_rgb(encoded: bytes, width: int, height: int, divisor: int = 1) -> NDA
     """
     stored = image_size(encoded)
     if stored != (width, height):
-        hint = " (EXIF orientation is not applied)" if stored == (height, width) else ""
+        hint = " (EXIF orientation is applied by `dfine prepare` alone)" if stored == (height, width) else ""
         raise UndecodableImageError(f"stored as {stored[0]}x{stored[1]} but annotated as {width}x{height}{hint}")
     if _jpeg_size(encoded):
         try:
@@ -135,6 +135,6 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 def _decoded_by_pillow(encoded: bytes, divisor: int) -> NDArray[np.uint8]:
     try:
         with open_image(encoded) as image:
-            return np.asarray(to_rgb(image).reduce(divisor))
+            return np.asarray(to_rgb(image, upright=False).reduce(divisor))
     except ImageError as error:
         raise UndecodableImageError(f"{error}") from None

@@ -37,6 +37,7 @@ from pipeline.data.doctor.row_checks import (
 )
 from pipeline.data.doctor.shard_checks import READ_ERRORS, check_shard
 from pipeline.data.prepare.prepare import read_rejected
+from pipeline.data.shards.classes import repeated_names
 from pipeline.data.shards.manifest import FrozenModel, ShardSet, Statistics
 from pipeline.progress import Progress
 
@@ -108,7 +109,14 @@ def examine(shard_sets: Sequence[ShardSet], *, decode: bool = True) -> DoctorRep
     for split in splits:
         tally = Tally()
         tally.merge(split.summary.tally)
-        for check in (_check_repetitions, _check_classes, _check_sizes, _check_statistics, _check_rejected):
+        for check in (
+            _check_repetitions,
+            _check_classes,
+            _check_sizes,
+            _check_statistics,
+            _check_rejected,
+            _check_notices,
+        ):
             for code, examples, count in check(split):
                 tally.add(code, examples, count)
         findings += tally.findings((split.title,))
@@ -262,6 +270,16 @@ def _check_rejected(split: _Split) -> CheckResults:
         detail = f"{kind}, {reason}: {count}, such as {first.file_name or first.image_id}: {first.detail}"
         examples.append(Example(split=split.title, detail=detail, magnitude=count))
     yield "rejected", examples, len(rejected)
+
+
+def _check_notices(split: _Split) -> CheckResults:
+    """Repeat what `dfine prepare` noticed in the source, and what its manifest alone shows."""
+    manifest = split.shards.manifest
+    repeated = repeated_names(manifest.categories)
+    yield "class-name-repeated", [Example(split=split.title, detail=", ".join(repeated))], len(repeated)
+    for notice in manifest.notices:
+        if notice.code in FINDING_KINDS:
+            yield notice.code, [Example(split=split.title, detail=f"such as {notice.example}")], notice.count
 
 
 def _check_categories(splits: Sequence[_Split]) -> CheckResults:

@@ -13,6 +13,7 @@ QUERIES = 300  # queries of the released models: the largest number of objects t
 EDGE_TOLERANCE_PX = 1.0  # smaller overshoots come from rounding, or from pixels counted from 1
 RARE_BOXES = 10  # a class with fewer boxes is rare
 UNBALANCED_RATIO = 100  # most to least frequent class
+DARK_LEVEL = 15  # of 255: the brightest that 12 bits in 16 become
 TINY_SHARE = 1 / 3  # fraction of all boxes; 0.41 in COCO, by mask area
 
 
@@ -150,6 +151,49 @@ FINDING_KINDS = {
         "rejected.parquet cannot be read, or its number of rows differs from the manifest.",
         AGAIN,
     ),
+    "exif-kept": FindingKind(
+        "warning",
+        "image",
+        "An image is marked as turned (EXIF orientation), but its annotated size is that of the stored pixels. It was not"
+        " turned: viewers and detectors in use show it upright, so its boxes may lie elsewhere.",
+        "Look at the images. If the boxes lie right, --exif ignore says so; if not, annotate the upright image and its size.",
+    ),
+    "box-rotated": FindingKind(
+        "warning",
+        "box",
+        "An annotation is rotated (CVAT's attributes.rotation); its box is that of the object before it was turned.",
+        "Export such objects as polygons, or annotate them without rotation.",
+    ),
+    "box-from-zero": FindingKind(
+        "warning",
+        "box",
+        "A VOC box begins below 1, while VOC counts pixels from 1: the XML seems to count from 0, which shifts boxes by a pixel.",
+        "Prepare the split with --zero-based.",
+    ),
+    "box-fraction": FindingKind(
+        "warning",
+        "box",
+        "A box lies between 0 and 1 pixel of the image's corner: it may be a fraction of the image instead of pixels.",
+        "Multiply such boxes by the width and height of their image, in the source.",
+    ),
+    "class-name-repeated": FindingKind(
+        "warning",
+        "class",
+        "Several categories have one name, apart from case and blanks. Evaluation and transfer of classes go by names.",
+        "Merge the categories in the source, or give each a name of its own.",
+    ),
+    "row-ambiguous": FindingKind(
+        "warning",
+        "row",
+        "A row of numbers reads as a polygon, and also as a box with keypoints in it. It was read as a polygon.",
+        "If the labels have keypoints, state kpt_shape: [NUMBER, 2 or 3] in the data.yaml and prepare the split again.",
+    ),
+    "image-dark": FindingKind(
+        "warning",
+        "image",
+        f"An image is nearly black: no level is above {DARK_LEVEL} of 255. 10 or 12 bits stored in 16 look like this.",
+        "Scale the levels to the full range of 16 bits, or to 8 bits, and prepare the split again.",
+    ),
     "row-groups-large": FindingKind(
         "warning",
         "shard",
@@ -161,6 +205,42 @@ FINDING_KINDS = {
         "box",
         f"A box extends beyond its image by at most {EDGE_TOLERANCE_PX:g} px, probably from rounding.",
         "No action needed; training clips it.",
+    ),
+    "file-passed-over": FindingKind(
+        "note",
+        "file",
+        "A file beside the images was passed over, because its ending is that of something else.",
+        "No action needed, unless it is an image.",
+    ),
+    "label-file-missing": FindingKind(
+        "note",
+        "image",
+        "An image has no label file. It was taken as an image without objects.",
+        "No action needed if intended: it teaches background.",
+    ),
+    "class-placeholder": FindingKind(
+        "note",
+        "class",
+        "A category was left out: number 0, the parent of all others and without boxes, as Roboflow writes it.",
+        "No action needed.",
+    ),
+    "file-names-read": FindingKind(
+        "note",
+        "split",
+        "The file names of the annotations are not those of the folder as they are written; another reading of them is.",
+        "No action needed.",
+    ),
+    "exif-turned": FindingKind(
+        "note",
+        "image",
+        "An image was turned upright by its EXIF orientation, as its annotated size is that of the upright image.",
+        "No action needed.",
+    ),
+    "exif-undecided": FindingKind(
+        "note",
+        "image",
+        "An image was turned upright by its EXIF orientation, as labelling tools show it; no annotated size could decide.",
+        "Look at such an image. If its boxes were drawn on the stored pixels, prepare the split with --exif ignore.",
     ),
     "class-unbalanced": FindingKind(
         "note",

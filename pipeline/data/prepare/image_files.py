@@ -1,24 +1,37 @@
-"""Read and check image files for a shard; resize or rotate them where that is asked for.
+"""Read and check image files for a shard; resize them, or turn them upright by their EXIF orientation.
 
-The bytes stay unchanged unless an image is resized, or its annotation refers to the EXIF-rotated image. Readers of shards
-therefore ignore EXIF.
+The bytes stay unchanged unless an image is resized or turned. Readers of shards therefore ignore EXIF. The annotated size
+decides whether a marked image was annotated upright. Where it fits both ways (half turns, mirrored and square images, sources
+without sizes), the image is turned, because labelling tools show it upright.
 """
 
+import errno
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dfine_core.images import TooManyPixelsError, open_image, to_rgb
+from dfine_core.images import (
+    PIXEL_LIMIT,
+    SIDES_SWAPPED,
+    TooManyPixelsError,
+    check_levels,
+    open_image,
+    orientation,
+    to_rgb,
+)
 from pipeline import storage
 from pipeline.data.sources import synthetic
 from pipeline.errors import UserError
 
-EXIF_ORIENTATION = 0x0112
+UNREADABLE = frozenset({errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EIO})  # a fault of one local file
 UPRIGHT_QUALITY = 95  # JPEG quality of images that are re-encoded only to rotate them
+
+ExifRule = Literal["upright", "ignore"]  # what annotations refer to: the image as viewers show it, or the stored pixels
+ExifNotice = Literal["exif-turned", "exif-undecided", "exif-kept"]
 
 T = TypeVar("T")
 
@@ -41,13 +54,15 @@ class EncodedImage:
     height: int
     annotated_width: int
     annotated_height: int
+    exif: ExifNotice | None = None  # handling of an image that is marked as turned
 
 
 def read_image_file(uri: str) -> bytes:
     """Read the bytes of an image by path or URI; a synthetic image is rendered.
 
     Raises:
-        BadImageError: the file does not exist. Other errors of the storage are not caught.
+        BadImageError: the file does not exist, or its name or rights do not let it be read. Failures of a network are not
+            caught: they must not empty a data set.
     """
     try:
         if uri.startswith(synthetic.SCHEME):
@@ -58,6 +73,12 @@ def read_image_file(uri: str) -> bytes:
         return storage.read_bytes(uri)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise BadImageError("missing file", uri) from None
+    except (storage.StorageError, PermissionError, ValueError) as error:  # ValueError: a NUL, half of a surrogate pair
+        raise BadImageError("unreadable file", f"{error}") from None
+    except OSError as error:
+        if error.errno in UNREADABLE:
+            raise BadImageError("unreadable file", f"{uri}: {error.strerror}") from None
+        raise
 
 
 def checked_image(
@@ -68,6 +89,7 @@ def checked_image(
     quality: int,
     max_pixels: int,
     verify: bool,
+    exif: ExifRule = "upright",
 ) -> EncodedImage:
     """Check an image, as far as possible without decoding it, and return what to store.
 
@@ -77,26 +99,42 @@ def checked_image(
         quality: JPEG quality of resized images.
         max_pixels: larger images are rejected by their header, before anything is decoded.
         verify: decode every image, to find truncated ones.
+        exif: "ignore" turns no image.
 
     Raises:
-        BadImageError: not an image, too large, damaged, or not of the annotated size.
+        BadImageError: not an image, too large, damaged, not of the annotated size, or of a kind that training cannot read.
     """
-    width, height = _header_size(data)
-    if width * height > max_pixels:
-        raise BadImageError("too many pixels", f"{width} x {height} are more than {max_pixels}")
-    turned = annotated_size in (None, (height, width)) and annotated_size != (width, height) and _exif_swaps_sides(data)
-    upright_size = (height, width) if turned else (width, height)
-    if annotated_size not in (None, upright_size):
-        raise BadImageError(
-            "size mismatch", f"annotated as {annotated_size}, the file is {(width, height)} (width, height)"
-        )
-    if longest_side is not None and max(upright_size) > longest_side:
-        return _reencode(data, upright_size, turned, longest_side, quality)
-    if turned:
-        return _reencode(data, upright_size, turned, max(upright_size), UPRIGHT_QUALITY)
-    if verify:
-        _verify(data)
-    return EncodedImage(data, width, height, width, height)
+    stored = _header_size(data)
+    if stored[0] * stored[1] > max_pixels:
+        raise BadImageError("too many pixels", f"{stored[0]} x {stored[1]} are more than {max_pixels}")
+    mark = _orientation(data) if exif == "upright" else 1
+    upright_size = stored[::-1] if mark in SIDES_SWAPPED else stored
+    notice = _exif_notice(mark, stored, upright_size, annotated_size)
+    turned = notice in ("exif-turned", "exif-undecided")
+    size = upright_size if turned else stored
+    if annotated_size not in (None, size):
+        raise BadImageError("size mismatch", f"annotated as {annotated_size}, the file is {stored} (width, height)")
+    side = min(max(size), longest_side or max(size))
+    if side < max(size) or turned:
+        image = _reencode(data, size, turned, side, quality if side < max(size) else UPRIGHT_QUALITY, notice)
+    else:
+        _check(data, verify)
+        image = EncodedImage(data, *size, *size, notice)
+    if image.width * image.height > PIXEL_LIMIT:
+        detail = f"{image.width} x {image.height}: training reads {PIXEL_LIMIT:,} at most; take --longest-side too"
+        raise BadImageError("too many pixels", detail)
+    return image
+
+
+def _exif_notice(
+    mark: int, stored: tuple[int, int], upright: tuple[int, int], annotated: tuple[int, int] | None
+) -> ExifNotice | None:
+    """Decide by the annotated size whether an image with an orientation mark was annotated upright."""
+    if mark == 1:
+        return None
+    if annotated is None or upright == stored:
+        return "exif-undecided"
+    return "exif-kept" if annotated == stored else "exif-turned"
 
 
 def _is_jpeg(data: bytes) -> bool:
@@ -114,38 +152,37 @@ def _header_size(data: bytes) -> tuple[int, int]:
     return _with_pillow(data, lambda image: image.size)
 
 
-def _exif_swaps_sides(data: bytes) -> bool:
-    """True if the EXIF orientation exchanges width and height."""
-    return _with_pillow(data, lambda image: image.getexif().get(EXIF_ORIENTATION, 1)) in (5, 6, 7, 8)
+def _orientation(data: bytes) -> int:
+    return _with_pillow(data, orientation)
 
 
-def _verify(data: bytes) -> None:
-    """Decode the whole file, without keeping the pixels."""
+def _check(data: bytes, verify: bool) -> None:
+    """Check that training can read the image, by its header alone or by decoding the whole file."""
     if _is_jpeg(data):
         try:
             # Grey at an eighth of the size still reads the whole file, in less than half the time.
-            simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
+            if verify:
+                simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
             return
         except ValueError:
             pass  # strict mode rejects harmless bytes too; Pillow decides: it only requires that no pixel is missing
-    _with_pillow(data, lambda image: image.load())
+    _with_pillow(data, lambda image: to_rgb(image) if verify else check_levels(image))
 
 
 def _reencode(
-    data: bytes, upright_size: tuple[int, int], turned: bool, longest_side: int, quality: int
+    data: bytes, size: tuple[int, int], upright: bool, longest_side: int, quality: int, notice: ExifNotice | None
 ) -> EncodedImage:
     # Sizes are rounded down, as in the data that the released models were trained on.
-    width, height = (max(1, side * longest_side // max(upright_size)) for side in upright_size)
+    width, height = (max(1, side * longest_side // max(size)) for side in size)
 
     def write(image: Image.Image) -> bytes:
-        upright = ImageOps.exif_transpose(image) if turned else image
-        rgb = to_rgb(upright)
+        rgb = to_rgb(image, upright=upright)
         resized = rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         resized.save(buffer, "JPEG", quality=quality)
         return buffer.getvalue()
 
-    return EncodedImage(_with_pillow(data, write), width, height, *upright_size)
+    return EncodedImage(_with_pillow(data, write), width, height, *size, notice)
 
 
 def _with_pillow(data: bytes, use: Callable[[Image.Image], T]) -> T:

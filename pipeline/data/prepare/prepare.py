@@ -33,7 +33,16 @@ from pipeline.data.prepare.shard_writer import (
     work_table,
     write_shard,
 )
-from pipeline.data.shards.manifest import MANIFEST_NAME, Category, FrozenModel, Manifest, ShardSet, load_shards
+from pipeline.data.shards.manifest import (
+    MANIFEST_NAME,
+    Category,
+    FrozenModel,
+    Manifest,
+    Notice,
+    ShardSet,
+    load_shards,
+    merge_notices,
+)
 from pipeline.data.shards.records import REJECTED_SCHEMA, Rejection
 from pipeline.data.shards.set_statistics import add_up
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry
@@ -60,6 +69,7 @@ class WorkPlan(FrozenModel):
     categories: tuple[Category, ...]
     images: PositiveInt
     shards: PositiveInt
+    notices: tuple[Notice, ...] = ()  # of the source
 
 
 def prepare(source: DatasetSource, out: str, *, split: str, options: PrepareOptions, strict: bool = False) -> ShardSet:
@@ -117,7 +127,8 @@ def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOpti
         categories = source.fill(index)
         images = index.finish()
         if images == 0:
-            raise PrepareError(f"the source has no images: {source.description}")
+            first = next((f"; the first of the rejected: {row.reason}: {row.detail}" for row in index.rejected()), "")
+            raise PrepareError(f"the source has no images that can be used{first}: {source.description}")
         sizes, problems = ray.get(_task(_try_images).remote(index.sample(SAMPLE_IMAGES), options))
         if not sizes:
             raise PrepareError(f"none of {len(problems)} sampled images can be used; the first: {problems[0]}")
@@ -125,6 +136,7 @@ def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOpti
         rows = ceil(images / shards / options.row_group_rows) * options.row_group_rows  # per shard, except the last
         write_work_list(index, storage.join(out, WORK_LIST), images=images, rows_per_shard=rows)
         _write_rejected(storage.join(out, REJECTED_BY_SOURCE), list(index.rejected()))
+        notices = index.notices
     plan = WorkPlan(
         split=split,
         source=source.description,
@@ -132,6 +144,7 @@ def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOpti
         categories=categories,
         images=images,
         shards=ceil(images / rows),
+        notices=notices,
     )
     storage.write_atomic(storage.join(out, WORK_PLAN), plan.model_dump_json(indent=1).encode())
 
@@ -224,6 +237,7 @@ def _finish(out: str, plan: WorkPlan, receipts: Sequence[Receipt], strict: bool)
         statistics=statistics,
         source=plan.source,
         options=plan.options.model_dump(mode="json"),
+        notices=merge_notices([*plan.notices, *(notice for receipt in receipts for notice in receipt.notices)]),
     )
     storage.write_atomic(storage.join(out, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     storage.remove_folder(storage.join(out, WORK_FOLDER))

@@ -18,8 +18,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dfine_core.images import PIXEL_LIMIT
 from pipeline import storage
-from pipeline.data.prepare.image_files import BadImageError, EncodedImage, checked_image, read_image_file
-from pipeline.data.shards.manifest import FrozenModel, Shard, Statistics
+from pipeline.data.prepare.image_files import BadImageError, EncodedImage, ExifRule, checked_image, read_image_file
+from pipeline.data.shards.manifest import FrozenModel, Notice, Shard, Statistics, merge_notices
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, Rejection, table_from_records
 from pipeline.data.shards.set_statistics import count_rows
 from pipeline.data.sources.index import BoxEntry, ImageEntry
@@ -54,6 +54,7 @@ class PrepareOptions(FrozenModel):
     jpeg_quality: int = Field(default=75, ge=1, le=95)  # for resized images; 75 as in the data of the released models
     max_pixels: PositiveInt = PIXEL_LIMIT  # per file
     verify: bool = True  # decode every image once, to find truncated files: about 2 ms per 150 kB
+    exif: ExifRule = "upright"  # what annotations refer to: the image as viewers show it, or the pixels as stored
 
 
 class Receipt(FrozenModel):
@@ -63,6 +64,7 @@ class Receipt(FrozenModel):
     statistics: Statistics | None
     rejected: tuple[Rejection, ...]
     images: NonNegativeInt  # in the work list, including rejected ones
+    notices: tuple[Notice, ...] = ()
 
 
 def shard_uri(out: str, index: int) -> str:
@@ -96,12 +98,19 @@ def write_shard(out: str, index: int, options: PrepareOptions, num_classes: int)
     with filesystem.open_input_file(path) as file:
         work = pq.ParquetFile(file).read_row_group(index)
     rejected: list[Rejection] = []
-    groups = _groups(_records(work, options, rejected), options.row_group_rows)
+    notices: list[Notice] = []
+    groups = _groups(_records(work, options, rejected, notices), options.row_group_rows)
     shard, statistics = None, None
     if (first := next(groups, None)) is not None:
         shard, rows = _write_parquet(shard_uri(out, index), first, groups)
         statistics = count_rows(rows, num_classes)
-    receipt = Receipt(shard=shard, statistics=statistics, rejected=tuple(rejected), images=work.num_rows)
+    receipt = Receipt(
+        shard=shard,
+        statistics=statistics,
+        rejected=tuple(rejected),
+        images=work.num_rows,
+        notices=merge_notices(notices),
+    )
     storage.write_atomic(receipt_uri(out, index), receipt.model_dump_json().encode())
     return receipt
 
@@ -116,10 +125,13 @@ def encoded_image(entry: ImageEntry, data: bytes, options: PrepareOptions) -> En
         quality=options.jpeg_quality,
         max_pixels=options.max_pixels,
         verify=options.verify,
+        exif=options.exif,
     )
 
 
-def _records(work: pa.Table, options: PrepareOptions, rejected: list[Rejection]) -> Iterator[ImageRecord]:
+def _records(
+    work: pa.Table, options: PrepareOptions, rejected: list[Rejection], notices: list[Notice]
+) -> Iterator[ImageRecord]:
     """Yield the usable images; the others, and unusable boxes, are added to `rejected`."""
     rows = work.to_pylist()
     for row, file in zip(rows, _read_ahead(row["uri"] for row in rows), strict=True):
@@ -129,6 +141,8 @@ def _records(work: pa.Table, options: PrepareOptions, rejected: list[Rejection])
         except BadImageError as bad:
             rejected.append(Rejection(entry.image_id, entry.file_name, "image", bad.reason, bad.detail))
             continue
+        if image.exif is not None:
+            notices.append(Notice(code=image.exif, count=1, example=entry.file_name))
         yield _record(entry, row, image, rejected)
 
 

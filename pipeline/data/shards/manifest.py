@@ -7,6 +7,7 @@ the SHA-256 of every shard, so two folders with equal digests hold the same imag
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Final, Literal, Self
@@ -105,6 +106,14 @@ class Statistics(FrozenModel):
     most_crowded: CrowdedImage
 
 
+class Notice(FrozenModel):
+    """Something that `prepare` met in the source and a person should know, by its kind among the doctor's findings."""
+
+    code: str
+    count: PositiveInt
+    example: str
+
+
 class Manifest(FrozenModel):
     """Contents of a shard set; validated for consistency when it is read."""
 
@@ -118,6 +127,7 @@ class Manifest(FrozenModel):
     statistics: Statistics
     source: dict[str, JsonValue]
     options: dict[str, JsonValue]
+    notices: tuple[Notice, ...] = ()  # remarks on the source; no part of the identity
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -137,17 +147,34 @@ class Manifest(FrozenModel):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the manifest in canonical JSON: the identity of the data set, in hex."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the manifest without its notices, in canonical JSON: the identity of the data set, in hex."""
+        content = self.model_dump(mode="json", exclude={"notices"})
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def merge_notices(notices: Iterable[Notice]) -> tuple[Notice, ...]:
+    """Add up the notices of each kind, in the order of their first ones."""
+    merged: dict[str, Notice] = {}
+    for notice in notices:
+        known = merged.get(notice.code)
+        merged[notice.code] = known.model_copy(update={"count": known.count + notice.count}) if known else notice
+    return tuple(merged.values())
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A manifest and its folder."""
+    """A manifest and its folder; `classes.with_classes_of` maps its labels to other categories."""
 
     uri: str
     manifest: Manifest
+    mapped_categories: tuple[Category, ...] | None = None  # None: those of the manifest
+    mapped_labels: tuple[int, ...] | None = None  # by label in the files
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """Categories of the labels as they are read."""
+        return self.manifest.categories if self.mapped_categories is None else self.mapped_categories
 
     def shard_uri(self, index: int) -> str:
         """URI of shard `index`."""

@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import SHARD_SCHEMA
 from pipeline.errors import UserError
+from pipeline.progress import Progress
 
 ROW_TYPE = pa.struct(list(SHARD_SCHEMA))
 ANNOTATION_COLUMNS = tuple(name for name in SHARD_SCHEMA.names if name != "image")
@@ -52,6 +53,7 @@ class RowGroups:
     index: NDArray[np.int32]  # [G] row group within its shard
     rows: NDArray[np.int64]  # [G]
     row_bytes: float  # average
+    labels: NDArray[np.int32] | None = None  # [K] label that each one of the files becomes; None: as in the files
 
 
 def locate_row_groups(shards: ShardSet) -> RowGroups:
@@ -67,14 +69,18 @@ def locate_row_groups(shards: ShardSet) -> RowGroups:
         index=np.array([i for shard in described for i in range(len(shard.row_groups))], np.int32),
         rows=np.array([rows for shard in described for rows in shard.row_groups], np.int64),
         row_bytes=sum(shard.bytes for shard in described) / sum(shard.rows for shard in described),
+        labels=None if shards.mapped_labels is None else np.array(shards.mapped_labels, np.int32),
     )
 
 
-def refuse_changed_files(shards: ShardSet) -> None:
+def refuse_changed_files(shards: ShardSet, *, contents: bool = False) -> None:
     """Compare the shard files with the manifest, by one listing of the folder.
 
+    Args:
+        contents: also read all files and compare their SHA-256.
+
     Raises:
-        ShardError: files are missing or of another size.
+        ShardError: files are missing, of another size, or of other content.
     """
     sizes = storage.sizes(shards.uri)
     wrong = [
@@ -84,11 +90,29 @@ def refuse_changed_files(shards: ShardSet) -> None:
         for shard in shards.manifest.shards
         if sizes.get(shard.file) != shard.bytes
     ]
+    if contents and not wrong:
+        wrong = [f"{name} has another SHA-256 than the manifest" for name in _files_of_other_content(shards)]
     if wrong:
         more = f" and {len(wrong) - MAX_LISTED_FILES} more" if len(wrong) > MAX_LISTED_FILES else ""
         raise ShardError(
             f"{shards.uri}: {', '.join(wrong[:MAX_LISTED_FILES])}{more}: copy them again, or prepare the set again"
         )
+
+
+def _files_of_other_content(shards: ShardSet) -> list[str]:
+    described = shards.manifest.shards
+    uris = [shards.shard_uri(index) for index in range(len(described))]
+    total = sum(shard.bytes for shard in described)
+    different = []
+    with (
+        ThreadPoolExecutor(PARALLEL_READS) as pool,
+        Progress(f"verifying {shards.manifest.split}", total=total, unit="B", delay=5) as progress,
+    ):
+        for shard, digest in zip(described, pool.map(storage.sha256, uris), strict=True):
+            progress.advance(shard.bytes)
+            if digest != shard.sha256:
+                different.append(shard.file)
+    return different
 
 
 def read_row_groups(
@@ -114,13 +138,30 @@ def read_row_groups(
                         f"{path}: row group {index} does not have the {source.rows[group]} rows of the manifest: the file"
                         " changed after the manifest was written; prepare the shard set again"
                     )
-                return parquet.read_row_group(index, columns=list(columns), use_threads=False)
+                table = parquet.read_row_group(index, columns=list(columns), use_threads=False)
+                return table if source.labels is None else _with_labels(table, source.labels)
         except pa.ArrowInvalid as error:
             raise ShardError(f"{path}: damaged: {error}; prepare the shard set again") from None
 
     numbers = [int(group) for group in groups]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         return dict(zip(numbers, pool.map(read, numbers), strict=True))
+
+
+def _with_labels(table: pa.Table, labels: NDArray[np.int32]) -> pa.Table:
+    """Replace each label of the file by that of the set."""
+    if "labels" not in table.column_names:
+        return table
+    column = table["labels"].combine_chunks()
+    given = column.flatten().to_numpy()
+    if len(given) and not 0 <= given.min() <= given.max() < len(labels):
+        raise ShardError(
+            f"a label is not in 0..{len(labels) - 1}: `dfine doctor` names its image; prepare the set again"
+        )
+    mapped = pa.array(labels[given], pa.int32())
+    offsets = np.append(0, np.cumsum(column.value_lengths().to_numpy())).astype(np.int32)
+    lists = pa.ListArray.from_arrays(pa.array(offsets), mapped)
+    return table.set_column(table.column_names.index("labels"), SHARD_SCHEMA.field("labels"), lists)
 
 
 @lru_cache(maxsize=8)

@@ -83,11 +83,11 @@ def records_from_table(table: pa.Table) -> Iterator[ImageRecord]:
 
 
 class Rejection(NamedTuple):
-    """An image or a box that was left out of the shards; a row of `rejected.parquet`."""
+    """An image, a box or a label file that was left out of the shards; a row of `rejected.parquet`."""
 
     image_id: int | None
     file_name: str | None
-    kind: Literal["image", "box"]  # the image of a rejected box stays
+    kind: Literal["image", "box", "file"]  # the image of a rejected box stays; a file is none of the source's images
     reason: str  # short, the same for all cases of a kind
     detail: str
 

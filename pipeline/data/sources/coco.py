@@ -1,26 +1,33 @@
 """COCO source: a folder of images and an instances JSON, read as a stream.
 
 Labels are the categories by ascending id, counted from 0. Boxes are kept as annotated, even beyond the edge of the image;
-crowd regions keep their flag. Images without annotations are kept.
+crowd regions keep their flag. Images without annotations are kept. An entry that cannot be used is listed; a file whose arrays
+or categories are not COCO's is refused.
 """
 
-import hashlib
 import posixpath
 from collections.abc import Callable, Iterator
-from functools import partial
+from math import isfinite
 from typing import Any
 
 import ijson
+import pyarrow as pa
 from pyarrow import NativeFile
 from pydantic import JsonValue
 
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
+from pipeline.data.sources.file_names import locator
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 from pipeline.progress import Progress
 
 READ_BYTES = 1 << 20
+LARGEST_SIDE = 2**31 - 1  # px, of the shards' columns
+FLAGS = {None: False, 0: False, 1: True, "": False, "0": False, "1": True, "false": False, "true": True}
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+Reject = Callable[[Rejection], None]
 
 
 def coco_source(images: str, annotations: str) -> DatasetSource:
@@ -28,10 +35,12 @@ def coco_source(images: str, annotations: str) -> DatasetSource:
     images, annotations = storage.absolute(images), storage.absolute(annotations)
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
-        categories = read_categories(annotations)
-        index.add_images(read_image_entries(annotations, partial(storage.join, images)))
+        items = list(_items(annotations, "categories"))
+        categories = _categories(items, annotations)
+        locate = locator(images, image_names(annotations), index)
+        index.add_images(read_image_entries(annotations, locate, reject=index.reject))
         index.add_boxes(read_boxes(annotations, categories, index))
-        return categories
+        return _without_placeholder(items, categories, index)
 
     description: dict[str, JsonValue] = {
         "kind": "coco",
@@ -43,42 +52,65 @@ def coco_source(images: str, annotations: str) -> DatasetSource:
 
 
 def read_categories(annotations: str) -> tuple[Category, ...]:
-    """Read the categories by ascending id, with stripped names."""
-    names = {}
-    for item in _items(annotations, "categories"):
-        number = _integer(item, "id", annotations)
+    """Read the categories by ascending id, with stripped names.
+
+    Raises:
+        SourceError: there are none, or one lacks its id or name, or an id occurs twice.
+    """
+    return _categories(list(_items(annotations, "categories")), annotations)
+
+
+def _categories(items: list[Any], annotations: str) -> tuple[Category, ...]:
+    names: dict[int, str] = {}
+    for item in items:
+        number = as_integer(item.get("id")) if isinstance(item, dict) else None
+        if number is None:
+            raise SourceError(f"{annotations}: categories: {shown(item)}: expected an object with an integer `id`")
         if number in names:
             raise SourceError(f"{annotations}: category id {number} occurs twice")
-        names[number] = str(item.get("name", number)).strip()
+        name = item.get("name", number)
+        if not isinstance(name, str | int | float) or isinstance(name, bool) or not str(name).strip():
+            raise SourceError(f"{annotations}: category {number} has the name {shown(name)}; give it a name")
+        names[number] = str(name).strip()
     if not names:
         raise SourceError(f"{annotations}: no `categories`; is it a COCO instances file?")
     return tuple(Category(label=k, original_id=number, name=names[number]) for k, number in enumerate(sorted(names)))
 
 
-def read_image_entries(annotations: str, locate: Callable[[str], str], id_offset: int = 0) -> Iterator[ImageEntry]:
-    """Read the entries of `images`, in file order.
+def image_names(annotations: str) -> Iterator[str]:
+    """File names of the images, in file order, as they are written."""
+    for item in _items(annotations, "images"):
+        if isinstance(item, dict) and isinstance(item.get("file_name"), str):
+            yield item["file_name"]
+
+
+def read_image_entries(
+    annotations: str, locate: Callable[[str], str | None], id_offset: int = 0, *, reject: Reject = lambda _: None
+) -> Iterator[ImageEntry]:
+    """Read the entries of `images`, in file order; unusable ones are rejected.
 
     Args:
-        locate: maps a `file_name` to the path or URI of the image.
+        locate: maps a `file_name` to the path or URI of the image; None if it names no file of the folder.
         id_offset: added to every image id.
 
     Raises:
-        SourceError: an entry lacks its id, name or size, or its name leads outside the folder.
+        SourceError: an entry has no integer id, so that its annotations cannot be found.
     """
     for item in _items(annotations, "images"):
-        image_id = _integer(item, "id", annotations)
-        file_name = item.get("file_name")
-        if not isinstance(file_name, str) or not storage.stays_inside(file_name):
-            raise SourceError(
-                f"{annotations}: image {image_id}: file_name {file_name!r} is not a path inside the folder"
-            )
-        yield ImageEntry(
-            image_id + id_offset,
-            locate(file_name),
-            file_name,
-            _integer(item, "width", annotations),
-            _integer(item, "height", annotations),
-        )
+        image_id = as_integer(item.get("id")) if isinstance(item, dict) else None
+        if image_id is None:
+            number = f"id is {shown(item.get('id'))} in " if isinstance(item, dict) else ""
+            raise SourceError(f"{annotations}: images: {number}{shown(item)}; expected an object with an integer `id`")
+        name, width, height = item.get("file_name"), _side(item.get("width")), _side(item.get("height"))
+        shown_name = name if isinstance(name, str) and name.isprintable() else shown(name)
+        if not isinstance(name, str) or (uri := locate(name)) is None:
+            detail = f"file_name {shown(name)} is not a path inside the folder"
+            reject(Rejection(image_id + id_offset, shown_name, "image", "unusable file name", detail))
+        elif width is None or height is None:
+            detail = f"width is {shown(item.get('width'))}, height {shown(item.get('height'))}"
+            reject(Rejection(image_id + id_offset, shown_name, "image", "unusable size", detail))
+        else:
+            yield ImageEntry(image_id + id_offset, uri, name, width, height)
 
 
 def read_boxes(
@@ -96,77 +128,189 @@ def read_boxes(
         id_offset: added to every image id and annotation id.
     """
     labels = {category.original_id: category.label for category in categories}
-    for item in _items(annotations, "annotations"):
-        image_id = _integer(item, "image_id", annotations)
-        if not selects(image_id):
-            continue
-        number, box, label = item.get("id"), item.get("bbox"), labels.get(item.get("category_id", -1))
-        if label is None:
-            detail = f"annotation {number}: category_id {item.get('category_id')}"
-            index.reject(Rejection(image_id + id_offset, None, "box", "unknown category", detail))
-        elif not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
-            detail = f"annotation {number}: bbox {box}"
-            index.reject(Rejection(image_id + id_offset, None, "box", "malformed box", detail))
-        else:
-            x, y, width, height = box
-            area = item.get("area")
-            yield BoxEntry(
-                image_id + id_offset,
-                x,
-                y,
-                x + width,
-                y + height,
-                label,
-                width * height if area is None else area,
-                bool(item.get("iscrowd")),
-                None if number is None else number + id_offset,
+    for position, item in enumerate(_items(annotations, "annotations"), start=1):
+        if not isinstance(item, dict):
+            index.reject(
+                Rejection(None, None, "box", "malformed entry", f"annotation number {position}: {shown(item)}")
             )
+            continue
+        image_id, number = as_integer(item.get("image_id")), item.get("id")
+        if image_id is None:
+            detail = f"annotation {shown(number)}: image_id {shown(item.get('image_id'))}"
+            index.reject(Rejection(None, None, "box", "unknown image", detail))
+        elif selects(image_id):
+            box = _box(item, labels)
+            if isinstance(box, BoxEntry):
+                yield box._replace(image_id=image_id + id_offset, annotation_id=_annotation_id(number, id_offset))
+                if _is_rotated(item):
+                    index.notice("box-rotated", f"annotation {shown(number)} of image {image_id}")
+            else:
+                reason, detail = box
+                detail = f"annotation {shown(number)}: {detail}"
+                index.reject(Rejection(image_id + id_offset, None, "box", reason, detail))
+
+
+def _box(item: dict[str, Any], labels: dict[int, int]) -> BoxEntry | tuple[str, str]:
+    """The box of an annotation, or why it cannot be used: reason and detail."""
+    category_id, corners, crowd = as_integer(item.get("category_id")), _numbers(item.get("bbox")), item.get("iscrowd")
+    if category_id is None or category_id not in labels:
+        return "unknown category", f"category_id {shown(item.get('category_id'))}"
+    if corners is None or len(corners) != 4:
+        return "malformed box", f"bbox {shown(item.get('bbox'))}"
+    if not isinstance(crowd, str | int | float | None) or (flag := FLAGS.get(_lower(crowd))) is None:
+        return "malformed iscrowd", f"iscrowd {shown(crowd)}"
+    x, y, width, height = corners
+    area = _numbers([item.get("area")])
+    area_px2 = width * height if area is None else area[0]  # of the box, where there is none that is a number
+    return BoxEntry(0, x, y, x + width, y + height, labels[category_id], area_px2, flag)
+
+
+def _side(value: Any) -> int | None:
+    side = as_integer(value)
+    return side if side is not None and 0 < side <= LARGEST_SIDE else None
+
+
+def _lower(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _numbers(values: Any) -> list[float] | None:
+    """Finite numbers of a list; None if it holds anything else."""
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        return None
+    try:
+        numbers = [float(value) for value in values]
+    except OverflowError:
+        return None
+    return numbers if all(map(isfinite, numbers)) else None
+
+
+def _annotation_id(number: Any, id_offset: int) -> int | str | None:
+    """Id that only needs to differ from others: as a number where it is one, else as text."""
+    if number is None:
+        return None
+    if type(number) is int and abs(number) < 2**62:
+        return number + id_offset
+    return f"{id_offset}: {shown(number)}"
+
+
+def _is_rotated(item: dict[str, Any]) -> bool:
+    """True if CVAT has stored the unturned box of a turned object."""
+    attributes = item.get("attributes")
+    angle = _numbers([attributes.get("rotation")]) if isinstance(attributes, dict) else None
+    return angle is not None and angle[0] % 360 != 0
+
+
+def _without_placeholder(
+    items: list[Any], categories: tuple[Category, ...], index: AnnotationIndex
+) -> tuple[Category, ...]:
+    """Leave out Roboflow's category 0: the project's name, parent of all others, and without boxes."""
+    first, *others = categories
+    parents = {as_integer(item["id"]): item.get("supercategory") for item in items}
+    placeholder = (
+        first.original_id == 0
+        and bool(others)
+        and parents[0] in (None, "", "none")
+        and all(parents[category.original_id] == first.name for category in others)
+    )
+    if not placeholder or not index.drop_label(0):
+        return categories
+    index.notice("class-placeholder", f"{first.name} (category 0)")
+    return tuple(category.model_copy(update={"label": label}) for label, category in enumerate(others))
 
 
 def file_sha256(uri: str) -> str:
     """SHA-256 of a file, in hex."""
-    filesystem, path = storage.resolve(uri)
     try:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(READ_BYTES):
-                digest.update(block)
+        return storage.sha256(uri)
     except FileNotFoundError:
         raise SourceError(f"{uri}: no such file") from None
-    return digest.hexdigest()
+    except OSError as error:
+        raise SourceError(f"{uri}: cannot be read: {error}") from None
 
 
-def _items(annotations: str, key: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of the array under `key`, wherever it is in the file. One pass reads about 40 MB/s."""
+def _items(annotations: str, key: str) -> Iterator[Any]:
+    """Yield the values of the array under `key`, wherever it is in the file. One pass reads about 40 MB/s.
+
+    Raises:
+        SourceError: the file is not JSON, or has no such array.
+    """
     filesystem, path = storage.resolve(annotations)
     size = filesystem.get_file_info(path).size
+    found = False
     try:
         with (
             filesystem.open_input_stream(path) as stream,
             Progress(f"{key} of {posixpath.basename(path)}", total=size, unit="B", delay=5) as progress,
         ):
-            watched = _WatchedStream(stream, progress)
-            yield from ijson.items(watched, f"{key}.item", use_float=True, buf_size=READ_BYTES)
+            watched = _WatchedStream(stream, progress, annotations)
+            for item in ijson.items(watched, f"{key}.item", use_float=True, buf_size=READ_BYTES):
+                found = True
+                yield item
+        if not found:
+            with filesystem.open_input_stream(path) as stream:
+                _refuse_without_array(annotations, key, _WatchedStream(stream, None, annotations))
     except ijson.JSONError as error:
-        raise SourceError(f"{annotations}: not valid JSON: {error}") from None
+        raise SourceError(f"{annotations}: not valid JSON: {_in_one_line(error)}") from None
+    except FileNotFoundError:
+        raise SourceError(f"{annotations}: no such file") from None
+    except (OSError, pa.ArrowException, UnicodeError) as error:
+        raise SourceError(f"{annotations}: cannot be read: {error}") from None
+
+
+def _refuse_without_array(annotations: str, key: str, stream: "_WatchedStream") -> None:
+    """Raise SourceError unless there is an array under `key`, which may be empty."""
+    keys: list[str] = []
+    for prefix, event, value in ijson.parse(stream, buf_size=READ_BYTES):
+        if prefix == "" and event == "map_key":
+            keys.append(value)
+        elif prefix == key and event == "start_array":
+            return
+        elif prefix == key and event != "map_key":
+            raise SourceError(f"{annotations}: `{key}` is not an array; is it a COCO instances file?")
+    there = f"its keys are {', '.join(keys[:10])}" if keys else "it is no object with keys"
+    raise SourceError(f"{annotations}: no `{key}`: {there}; is it a COCO instances file?")
 
 
 class _WatchedStream:
-    """A stream that advances a progress bar by the bytes read."""
+    """A stream that skips a byte order mark and advances a progress bar by the bytes read."""
 
-    def __init__(self, stream: NativeFile, progress: Progress) -> None:
-        self._stream, self._progress = stream, progress
+    def __init__(self, stream: NativeFile, progress: Progress | None, uri: str) -> None:
+        self._stream, self._progress, self._uri = stream, progress, uri
+        self._begun = False
 
     def read(self, num_bytes: int) -> bytes:
         data = bytes(self._stream.read(num_bytes))
-        self._progress.advance(len(data))
+        if self._progress is not None:
+            self._progress.advance(len(data))
+        if not self._begun and num_bytes:
+            self._begun = True
+            for mark, encoding in BYTE_ORDER_MARKS.items():
+                if data.startswith(mark) and encoding != "UTF-8":
+                    raise SourceError(f"{self._uri}: it is {encoding} text; save it as UTF-8")
+            data = data.removeprefix(b"\xef\xbb\xbf")
         return data
 
 
-def _integer(item: dict[str, Any], key: str, annotations: str) -> int:
-    value = item.get(key)
-    if isinstance(value, float) and value.is_integer():
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).replace("(right here) ------^", "").split())
+
+
+def as_integer(value: Any) -> int | None:
+    """Integer of 63 bits that a JSON value stands for, also as text or as a float without fraction; None for others."""
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() and len(value) < 20:
+        try:
+            value = int(value)
+        except ValueError:  # two signs
+            return None
+    elif isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, int):
-        raise SourceError(f"{annotations}: {key} is {value!r} in {str(item)[:200]}; expected an integer")
-    return value
+    return value if type(value) is int and abs(value) < 2**62 else None
+
+
+def shown(value: Any) -> str:
+    """A JSON value in a message: short, and whatever it holds."""
+    try:
+        return repr(value)[:200]
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"

@@ -11,32 +11,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from pipeline.data.shards.manifest import Category
+from pipeline.data.shards.manifest import Category, Notice
 from pipeline.data.shards.records import Rejection
 from pipeline.errors import UserError
 
+FRACTIONS_ABOVE_PX = 8  # in smaller images a box of less than a pixel is no evidence
 CACHE_MIB = 32  # SQLite's cache, and the size of one run of its sort on disk
 
 
 class SourceError(UserError, ValueError):
     """A data set that is not in the stated format."""
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        SourceError: the content is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 text: {error}") from None
 
 
 class ImageEntry(NamedTuple):
@@ -63,7 +51,7 @@ class BoxEntry(NamedTuple):
     label: int
     area: float
     crowd: bool
-    annotation_id: int | None = None
+    annotation_id: int | str | None = None
 
 
 class AnnotationIndex:
@@ -80,6 +68,7 @@ class AnnotationIndex:
 
     def __init__(self, *, seed: int = 0, shuffle: bool = True) -> None:
         self._hash_key = seed.to_bytes(8, "little")
+        self._notices: dict[str, Notice] = {}
         self._order = "hash, image_id" if shuffle else "image_id"
         self._db = sqlite3.connect("", isolation_level=None)  # an empty name makes SQLite use a temporary file
         self._db.executescript(
@@ -120,11 +109,29 @@ class AnnotationIndex:
         """Record an image or a box that cannot be used."""
         self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", rejection)
 
+    def notice(self, code: str, example: str, count: int = 1) -> None:
+        """Count something that a person should know; the first case of a kind is its example."""
+        before, first = (known.count, known.example) if (known := self._notices.get(code)) else (0, example)
+        self._notices[code] = Notice(code=code, count=before + count, example=first)
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """Everything that was noticed, by kind."""
+        return tuple(self._notices.values())
+
+    def drop_label(self, label: int) -> bool:
+        """Remove a label without boxes and lower those above it; False if it has boxes."""
+        if self._db.execute("SELECT 1 FROM boxes WHERE label = ? LIMIT 1", (label,)).fetchone() is not None:
+            return False
+        self._db.execute("UPDATE boxes SET label = label - 1 WHERE label > ?", (label,))
+        return True
+
     def finish(self) -> int:
         """Reject boxes of unknown images, and return the number of images.
 
         Raises:
-            SourceError: two annotations have the same id, as in a file that was merged from several.
+            SourceError: two annotations have the same id, as in a file that was merged from several, or all boxes are
+                fractions where pixels are expected.
         """
         twice = "SELECT annotation_id, COUNT(*) FROM boxes WHERE annotation_id NOT NULL GROUP BY 1 HAVING COUNT(*) > 1"
         if (repeated := self._db.execute(f"{twice} LIMIT 1").fetchone()) is not None:
@@ -136,9 +143,29 @@ class AnnotationIndex:
             INSERT INTO rejected
             SELECT image_id, NULL, 'box', 'unknown image', 'annotation ' || IFNULL(annotation_id, '?') FROM boxes
             WHERE image_id NOT IN (SELECT image_id FROM images)
+            AND image_id NOT IN (SELECT image_id FROM rejected WHERE kind = 'image' AND image_id NOT NULL)
             """
         )
+        self._refuse_fractions()
         return int(self._db.execute("SELECT COUNT(*) FROM images").fetchone()[0])
+
+    def _refuse_fractions(self) -> None:
+        """Find boxes that are fractions of their image, where its size says that boxes are pixels."""
+        inside = "MIN(x1, y1) >= -1 AND MAX(x2, y2) <= 1"
+        fraction = f"({inside} AND (x1 <> ROUND(x1) OR y1 <> ROUND(y1) OR x2 <> ROUND(x2) OR y2 <> ROUND(y2)))"
+        boxes, fractions, first = self._db.execute(
+            f"""
+            SELECT COUNT(*), TOTAL({fraction}), MIN(CASE WHEN {fraction} THEN file_name END)
+            FROM boxes JOIN images USING (image_id) WHERE MIN(width, height) > {FRACTIONS_ABOVE_PX}
+            """
+        ).fetchone()
+        if fractions and boxes == fractions:
+            raise SourceError(
+                f"all {boxes} boxes lie between 0 and 1 pixel, such as in {first}: they seem to be fractions of the image;"
+                " multiply them by its width and height"
+            )
+        if fractions:
+            self.notice("box-fraction", f"{first}", int(fractions))
 
     def rejected(self) -> Iterator[Rejection]:
         """Yield what was rejected, with the file name wherever the image is known."""

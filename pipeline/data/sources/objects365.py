@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
-from pipeline.data.sources.coco import file_sha256, read_boxes, read_categories, read_image_entries
+from pipeline.data.sources.coco import Reject, file_sha256, image_names, read_boxes, read_categories, read_image_entries
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, SourceError
 
 VAL_IMAGES = 5000
@@ -57,7 +57,7 @@ def objects365_source(
         categories = read_categories(files["val"])
         validation = {entry.image_id for entry in islice(_image_entries(root, "val", files["val"]), val_images)}
         first, last = (0, val_images) if split == "val" else (val_images, None)
-        index.add_images(islice(_image_entries(root, "val", files["val"]), first, last))
+        index.add_images(islice(_image_entries(root, "val", files["val"], index.reject), first, last))
         index.add_boxes(
             read_boxes(
                 files["val"],
@@ -70,7 +70,7 @@ def objects365_source(
         if split == "train":
             if read_categories(files["train"]) != categories:
                 raise SourceError(f"{files['train']} and {files['val']} have different categories")
-            index.add_images(_image_entries(root, "train", files["train"]))
+            index.add_images(_image_entries(root, "train", files["train"], index.reject))
             index.add_boxes(read_boxes(files["train"], categories, index))
         return categories
 
@@ -83,22 +83,22 @@ def objects365_source(
     return DatasetSource(description, fill)
 
 
-def _image_entries(root: str, part: str, annotations: str) -> Iterator[ImageEntry]:
+def _image_entries(root: str, part: str, annotations: str, reject: Reject = lambda _: None) -> Iterator[ImageEntry]:
     """Read the images of a released file, with their final ids and paths."""
     offset = VAL_ID_OFFSET if part == "val" else 0
-    for entry in read_image_entries(annotations, _locator(root, part, annotations), offset):
+    for entry in read_image_entries(annotations, _locator(root, part, annotations), offset, reject=reject):
         if not offset <= entry.image_id < offset + VAL_ID_OFFSET:
             raise SourceError(f"{annotations}: image id {entry.image_id - offset} is not in 0..{VAL_ID_OFFSET - 1}")
         yield entry
 
 
-def _locator(root: str, part: str, annotations: str) -> Callable[[str], str]:
+def _locator(root: str, part: str, annotations: str) -> Callable[[str], str | None]:
     """Return the function from file name to path that finds most of the first images.
 
     Raises:
         SourceError: no known layout finds any.
     """
-    names = [entry.file_name for entry in islice(read_image_entries(annotations, str), PROBES)]
+    names = list(islice(image_names(annotations), PROBES))
 
     def hits(layout: str) -> int:
         return sum(storage.exists(_path(root, part, layout, name)) for name in names)
@@ -107,7 +107,11 @@ def _locator(root: str, part: str, annotations: str) -> Callable[[str], str]:
     if names and not hits(best):
         tried = "".join(f"\n  {_path(root, part, layout, names[0])}" for layout in LAYOUTS)
         raise SourceError(f"{annotations}: none of its first {len(names)} images exists; tried{tried}")
-    return partial(_path, root, part, best)
+    return partial(_located, root, part, best)
+
+
+def _located(root: str, part: str, layout: str, file_name: str) -> str | None:
+    return _path(root, part, layout, file_name) if storage.stays_inside(file_name) else None
 
 
 def _path(root: str, part: str, layout: str, file_name: str) -> str:

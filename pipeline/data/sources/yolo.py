@@ -1,13 +1,12 @@
-"""YOLO source: a data.yaml and one label file per image.
+"""YOLO source: a data.yaml, or its folder, and one label file per image.
 
 `train`, `val` and `test` of the YAML file name a folder of images, a file that lists images, or several of them, relative to
-its `path`. The label file of an image is found by replacing `images` in its path by `labels`; an image without a label file has
-no objects. A line is `class cx cy width height` in fractions of the image, or a class and the corners of a polygon, which is
-converted to its bounding box.
+its `path`. Every file of such a folder is taken as an image unless its ending says otherwise, so that none is left out in
+silence. A row is `class cx cy width height` in fractions of the image; a class and the corners of a polygon, which is converted
+to its bounding box; or, if the YAML has `kpt_shape`, a box and its keypoints. An image without a label file has no objects.
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,110 +15,173 @@ from pydantic import JsonValue
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError, read_text
+from pipeline.data.sources.folders import SPLIT_NAMES, files_below, image_files, read_text
+from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, SourceError
+from pipeline.data.sources.yolo_labels import KeypointShape, find_labels, label_folders, labels_without_image, read_rows
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "predefined_classes.txt")
 
 
-def yolo_source(data_yaml: Path, split: str) -> DatasetSource:
-    """Source of one split of a data.yaml, such as "train"."""
-    try:
-        content = yaml.safe_load(read_text(data_yaml))
-    except FileNotFoundError:
-        raise SourceError(f"{data_yaml}: no such file") from None
-    except yaml.YAMLError as error:
-        raise SourceError(f"{data_yaml}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise SourceError(f"{data_yaml}: expected keys such as `names` and `{split}`")
-    categories = _yolo_categories(data_yaml, content.get("names"))
-    root = (data_yaml.absolute().parent / str(content.get("path") or ".")).resolve()
-    images = _image_files(data_yaml, root, content, split)
+def yolo_source(data: Path, split: str) -> DatasetSource:
+    """Source of one split, such as "train".
+
+    Args:
+        data: the data.yaml, or the folder that holds it; without one, the folder has its class names in classes.txt.
+    """
+    source, content = _read_data(data, split)
+    categories = _yolo_categories(source, content.get("names"))
+    keypoints = _keypoint_shape(source, content.get("kpt_shape"))
+    root = (source.absolute().parent / str(content.get("path") or ".")).resolve()
+    images, passed_over = _image_files(source, root, content, split)
+    labels = find_labels(images)
+    if not labels:
+        places = ", ".join(str(place) for place in label_folders(images[0].parent))
+        raise SourceError(
+            f"{source}: {split}: not one of {len(images)} images has a label file; for {images[0].name}, {images[0].stem}.txt"
+            f" was looked for in {places}. If no image has objects, give each an empty label file"
+        )
     digest = hashlib.sha256()
     for path in images:
-        digest.update(f"{_display_name(path, root)}\n".encode())
-        digest.update(_label_text(path).encode())
+        digest.update(f"{_display_name(path, root)}\n".encode(errors="replace"))
+        digest.update(labels[path].read_bytes() if path in labels else b"")
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         for number, path in enumerate(images, start=1):
-            index.add_images([ImageEntry(number, str(path), _display_name(path, root), None, None)])
-            index.add_boxes(_yolo_boxes(_label_text(path), number, len(categories), index))
+            name = _display_name(path, root)
+            try:
+                text = read_text(labels[path]) if path in labels else ""
+            except SourceError as error:
+                index.reject(Rejection(number, name, "image", "unreadable labels", str(error)))
+                continue
+            index.add_images([ImageEntry(number, str(path), name, None, None)])
+            if path in labels:
+                index.add_boxes(read_rows(text, number, len(categories), keypoints, index, labels[path].name))
+            else:
+                index.notice("label-file-missing", name)
+        for path in labels_without_image(labels):
+            detail = f"no image of the name {path.stem} is in the folder of the images"
+            index.reject(Rejection(None, _display_name(path, root), "file", "label without an image", detail))
+        image_files(passed_over, index)
         return categories
 
     description: dict[str, JsonValue] = {
         "kind": "yolo",
         "split": split,
-        "data": data_yaml.name,
+        "data": data.name,
         "labels_sha256": digest.hexdigest(),
     }
     return DatasetSource(description, fill)
 
 
+def _read_data(data: Path, split: str) -> tuple[Path, dict[str, Any]]:
+    """The YAML file and its content; for a folder without one, what its layout says."""
+    if not data.is_dir():
+        return data, _read_yaml(data)
+    files = sorted(path for suffix in ("*.yaml", "*.yml") for path in data.glob(suffix))
+    contents = {path: _read_yaml(path) for path in files}
+    with_names = [path for path, content in contents.items() if "names" in content]
+    chosen = next((path for path in with_names if path.stem in ("data", "dataset")), None) or next(
+        iter(with_names), None
+    )
+    if chosen is not None and (len(with_names) == 1 or chosen.stem in ("data", "dataset")):
+        return chosen, contents[chosen]
+    if with_names:
+        raise SourceError(
+            f"{data}: {', '.join(path.name for path in with_names)} have `names`; name one of these files"
+        )
+    for name in CLASS_FILES:
+        if (path := data / name).is_file():
+            names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            places = [f"images/{split}", f"{split}/images", split, "images", "."]
+            place = next(place for place in places if (data / place).is_dir())
+            return data / "data.yaml", {"names": names, split: place}
+    raise SourceError(f"{data}: no YAML file with `names`, and no classes.txt")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: expected keys such as `names` and `train`")
+    return content
+
+
 def _yolo_categories(data_yaml: Path, names: Any) -> tuple[Category, ...]:
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or not all(isinstance(key, int) for key in names):
-        raise SourceError(f"{data_yaml}: names is {names!r}; expected a list, or a mapping from class number to name")
+    if isinstance(names, dict):
+        names = {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}
+    if not isinstance(names, dict) or not names or not all(type(key) is int for key in names):
+        raise SourceError(
+            f"{data_yaml}: names is {str(names)[:200]}; expected a list, or a mapping from class number to name"
+        )
     if sorted(names) != list(range(len(names))):
         raise SourceError(f"{data_yaml}: names has class numbers {sorted(names)}; expected 0..{len(names) - 1}")
+    for key, name in names.items():
+        if not isinstance(name, str | int | float | bool) or not str(name).strip():
+            raise SourceError(f"{data_yaml}: names: class {key} has the name {str(name)[:200]!r}; give it a name")
     return tuple(Category(label=k, original_id=k, name=str(names[k]).strip()) for k in range(len(names)))
 
 
-def _image_files(data_yaml: Path, root: Path, content: dict[str, Any], split: str) -> list[Path]:
-    """All images of the split, sorted, each once."""
-    entries = content.get(split)
+def _keypoint_shape(data_yaml: Path, shape: Any) -> KeypointShape | None:
+    if shape is None:
+        return None
+    valid = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 10_000 for n in shape)
+    if not valid or shape[1] not in (2, 3):
+        raise SourceError(f"{data_yaml}: kpt_shape is {str(shape)[:200]}; expected [keypoints, 2 or 3]")
+    return KeypointShape(*shape)
+
+
+def _image_files(data_yaml: Path, root: Path, content: dict[str, Any], split: str) -> tuple[list[Path], list[Path]]:
+    """All images of the split, sorted, each once; and the other files of its folders."""
+    names = (split, *SPLIT_NAMES.get(split, ()))
+    entries = next((content[name] for name in names if content.get(name)), None)
     if not entries:
-        known = ", ".join(key for key in ("train", "val", "test") if content.get(key)) or "none"
+        known = ", ".join(key for key in ("train", "val", "valid", "test") if content.get(key)) or "none"
         raise SourceError(f"{data_yaml}: no split {split!r}; available: {known}")
     images: set[Path] = set()
-    for entry in [entries] if isinstance(entries, str) else entries:
-        path = root / entry
-        # Exported sets often have ../train/images and mean train/images.
-        path = path if path.exists() else root / str(entry).removeprefix("../")
-        if path.is_dir():
-            images.update(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.is_file():
-            listed = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-            images.update(path.parent / line if line.startswith("./") else root / line for line in listed)
-        else:
+    others: list[Path] = []
+    for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else [None]:
+        if not isinstance(entry, str):
+            raise SourceError(f"{data_yaml}: {split} is {str(entries)[:200]}; expected a path, or a list of paths")
+        path = _place(entry, root, data_yaml)
+        if path is None:
             raise SourceError(f"{data_yaml}: {split}: {root / entry} does not exist")
+        if path.is_dir():
+            files = files_below(path)
+            images.update(image_files(files))
+            others += files
+        else:
+            images.update(_listed(line.strip(), path, root) for line in read_text(path).splitlines() if line.strip())
     if not images:
         raise SourceError(f"{data_yaml}: {split}: no images in {entries}")
-    return sorted(images)
+    return sorted(images), [path for path in others if path not in images]
+
+
+def _place(entry: str, root: Path, data_yaml: Path) -> Path | None:
+    """The folder or file that a split names. Exported sets often have ../train/images and mean train/images."""
+    here = data_yaml.absolute().parent
+    written = entry.replace("\\", "/")
+    for base in (root, here):
+        for name in (entry, written, written.removeprefix("../"), written.lstrip("./")):
+            try:
+                if (base / name).exists():
+                    return base / name
+            except (OSError, ValueError):  # a name that is too long
+                continue
+    return None
+
+
+def _listed(line: str, listing: Path, root: Path) -> Path:
+    """An image that a list names, relative to the list or to the root."""
+    base = listing.parent if line.startswith("./") else root
+    places = [base / line, base / line.replace("\\", "/"), listing.parent / line, root / line]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def _display_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-
-
-def _label_text(image: Path) -> str:
-    """Content of the label file of an image; empty if there is none."""
-    parts = list(image.parts[:-1])
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = (
-            "labels"  # the last one: a parent folder may have the same name
-        )
-    path = Path(*parts, f"{image.stem}.txt")
-    return read_text(path) if path.is_file() else ""
-
-
-def _yolo_boxes(text: str, number: int, classes: int, index: AnnotationIndex) -> Iterator[BoxEntry]:
-    """Yield boxes and areas in fractions of the image; lines that cannot be used go to `index.reject`."""
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        try:
-            label, *values = (float(value) for value in line.split())
-        except ValueError:
-            label, values = -1.0, []
-        if label not in range(classes) and values:
-            index.reject(Rejection(number, None, "box", "unknown category", line[:200]))
-        elif len(values) == 4:
-            cx, cy, width, height = values
-            x1, y1, x2, y2 = cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2
-            yield BoxEntry(number, x1, y1, x2, y2, int(label), width * height, False)
-        elif len(values) >= 6 and len(values) % 2 == 0:
-            xs, ys = values[::2], values[1::2]
-            x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
-            yield BoxEntry(number, x1, y1, x2, y2, int(label), (x2 - x1) * (y2 - y1), False)
-        else:
-            index.reject(Rejection(number, None, "box", "malformed box", line[:200]))
