@@ -151,6 +151,7 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
     """
     from pipeline.training import run_dir  # imports PyTorch, which reading a chain does without
     from pipeline.training.run_description import NOTE
+    from pipeline.training.stop_request import status_after
 
     folder = storage.join(chain.storage, chain.name)
     settings = TrackingSettings.resolve(
@@ -170,7 +171,7 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
             try:
                 numbers = _run_stage(step, prepare, parent_run_id)
             except BaseException as error:
-                tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+                tracker.finish(status_after(error))
                 raise
             lines.append(
                 f"{step.stage.name}: {_summary_of(numbers)}, {storage.join(chain.storage, step.experiment.name or '')}"

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.progress import Progress, StepProgress
+from pipeline.training.stop_request import StopRequest
 
 POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
+STOP_POLL_SECONDS = 0.25  # `ray job stop` leaves three seconds
 HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat in this time
 WAITING_SECONDS = 30.0  # between two lines about a start that waits for nodes
 NAMED_WORKERS = 8  # of those without a heartbeat, in one line
@@ -52,6 +54,15 @@ class ProgressBoard:
         self._step: int | None = None
         self._note = ""
         self._heartbeats: dict[int, Heartbeat] = {}
+        self._stop_requested = False
+
+    def request_stop(self) -> None:
+        """Ask the workers to save after their step and end."""
+        self._stop_requested = True
+
+    def stop_requested(self) -> bool:
+        """Whether the driver has asked for a stop."""
+        return self._stop_requested
 
     def heartbeat(self, rank: int, step: int, activity: str) -> None:
         """Store the latest heartbeat of a rank."""
@@ -92,6 +103,20 @@ def last_heartbeat_before_restart(board: Any) -> float | None:
     except RayError:
         return None
     return at
+
+
+def watch_stop_request(board: Any) -> StopRequest:
+    """Stop request of rank 0: a thread asks the board for it until it is made."""
+    request = StopRequest()
+
+    def watch() -> None:
+        while not request.made:
+            with suppress(RayError):  # the board's process is starting again
+                request.made = ray.get(board.stop_requested.remote(), timeout=REPLY_SECONDS)
+            time.sleep(STOP_POLL_SECONDS)
+
+    threading.Thread(target=watch, daemon=True, name="stop request").start()
+    return request
 
 
 class WorkerConsole:
@@ -165,6 +190,13 @@ class ProgressMonitor:
     def step(self) -> int:
         """Steps that the run has reached."""
         return self._progress.step
+
+    def request_stop(self) -> bool:
+        """Ask the workers to save after their step and end; False if they have not begun, and would not see it for long."""
+        if not self._started:
+            return False
+        self._board.request_stop.remote()
+        return True
 
     def __enter__(self) -> "ProgressMonitor":
         self._thread.start()

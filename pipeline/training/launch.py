@@ -25,6 +25,7 @@ from pipeline.training.context import ResolvedData, TrainJob, resolve_data
 from pipeline.training.in_process import is_enough, train_in_process
 from pipeline.training.init_weights import materialize_init, refuse_unreadable_weights
 from pipeline.training.schedule import Schedule, derive
+from pipeline.training.stop_request import TrainingStoppedError, status_after
 
 if TYPE_CHECKING:  # a training in this process does without Ray
     from ray.train import UserCallback
@@ -77,6 +78,7 @@ def launch(
 
     Raises:
         UserError: the run cannot start, with every problem found; also an error that a worker met.
+        TrainingStoppedError: a stop signal ended it after a step, with a checkpoint.
         ray.train.TrainingFailedError: the workers failed more often than the cluster file allows.
     """
     launched_at = time.time()
@@ -217,8 +219,12 @@ def _train(
                 from pipeline.training.on_ray import train_on_ray
 
                 value = train_on_ray(job, cluster, request, callbacks)
+            if saved := value.get("stopped"):
+                raise TrainingStoppedError(
+                    f"stopped at step {value['step']}, saved in {saved}; to continue: {job.command}"
+                )
         except BaseException as error:
-            _finish_tracking(job, tracking, "FAILED" if isinstance(error, Exception) else "KILLED")
+            _finish_tracking(job, tracking, status_after(error))
             raise
     return TrainResult(
         run=job.run,
@@ -242,7 +248,7 @@ def _finish_tracking(job: TrainJob, tracking: TrackingSettings, status: Any) -> 
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Turn SIGTERM, which `ray job stop` sends, into KeyboardInterrupt; Ray Train answers it by stopping the workers."""
+    """Turn SIGTERM into KeyboardInterrupt, where the training does not handle it: see `stop_signals`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
