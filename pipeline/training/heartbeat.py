@@ -180,6 +180,7 @@ class ProgressMonitor:
     ) -> None:
         self._board, self._timeout_s, self._waits_for = board, timeout_s, waits_for
         self._started = False
+        self._training = False  # a worker sent a heartbeat lately
         self._quiet_since = time.monotonic()  # without heartbeats, or since the last line about a start
         self._progress = StepProgress(name, total=steps)
         self._named: dict[int, Heartbeat] = {}
@@ -192,8 +193,8 @@ class ProgressMonitor:
         return self._progress.step
 
     def request_stop(self) -> bool:
-        """Ask the workers to save after their step and end; False if they have not begun, and would not see it for long."""
-        if not self._started:
+        """Ask the workers to save after their step and end; False if none is training, so that none would see it for long."""
+        if not self._training:
             return False
         self._board.request_stop.remote()
         return True
@@ -229,7 +230,8 @@ class ProgressMonitor:
         self._show_waiting(update)
 
     def _show_waiting(self, update: ProgressUpdate) -> None:
-        if any(update.now - beat.at < WAITING_SECONDS for beat in update.heartbeats.values()):
+        self._training = any(update.now - beat.at < WAITING_SECONDS for beat in update.heartbeats.values())
+        if self._training:
             self._started, self._quiet_since = True, time.monotonic()
         elif time.monotonic() - self._quiet_since >= WAITING_SECONDS:
             self._quiet_since = time.monotonic()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.training import checkpoint, in_process
+from tests.support.processes import wait_for
 from tests.support.training_runs import experiment, shard_folders
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,57 @@ def test_a_killed_training_in_one_process_continues_bitwise_and_needs_no_ray(fol
     assert killed.wait() == -signal.SIGKILL, (folder / "killed.log").read_text()[-4000:]
     assert "continuing at step" in finish(folder, "killed")
     assert_equal_runs(folder, "undisturbed", "killed")
+
+
+def start_and_wait_for_a_checkpoint(folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
+    process = start(folder, name, *flags)
+    checkpoints = str(folder / "runs" / name / "checkpoints")
+    wait_for(lambda: bool(checkpoint.steps_in(checkpoints)), process, folder / f"{name}.log")
+    return process
+
+
+def status_of(folder: Path, name: str) -> list[tuple[str]]:
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        return database.execute("select status from runs where name = ?", (name,)).fetchall()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stop_signal_saves_after_the_step_and_the_printed_command_continues_bitwise(
+    folder: Path, number: signal.Signals
+) -> None:
+    if not (folder / "runs" / "undisturbed").exists():
+        finish(folder, "undisturbed")
+    name = number.name
+    process = start_and_wait_for_a_checkpoint(folder, name)
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    lines = (folder / f"{name}.log").read_text().splitlines()
+    assert code == 130, lines
+    saved = checkpoint.steps_in(str(folder / "runs" / name / "checkpoints"))[-1]
+    assert lines[-1].startswith(f"stopped at step {saved}, saved in {folder}/runs/{name}/checkpoints/")
+    assert lines[-1].endswith(f"to continue: -c {folder}/run.yaml --name {name}")
+    assert not [line for line in lines if "Traceback" in line]
+    assert status_of(folder, name) == [("KILLED",)]
+    assert f"continuing at step {saved} " in finish(folder, name)
+    assert_equal_runs(folder, "undisturbed", name)
+
+
+def test_a_second_stop_signal_ends_at_once(folder: Path) -> None:
+    settings = [
+        "schedule.steps=400",
+        "schedule.global_batch_size=48",
+        "schedule.micro_batch_size=1",
+    ]  # steps of seconds
+    process = start_and_wait_for_a_checkpoint(folder, "twice", "--set", *settings, "checkpoints.every_steps=1")
+    log = folder / "twice.log"
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: "a second Ctrl-C ends at once" in log.read_text(), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    lines = log.read_text().splitlines()
+    assert lines[-1] == "interrupted"
+    assert not [line for line in lines if "Traceback" in line]
+    assert status_of(folder, "twice") == [("KILLED",)]
 
 
 @pytest.mark.slow
