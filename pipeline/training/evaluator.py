@@ -127,9 +127,18 @@ class Evaluator:
     def resubmit(self, state: TrainState, checkpoints: CheckpointManager) -> None:
         """Submit again what was in flight when the run was interrupted."""
         step = state.history.pending_step
-        if step is not None and self._val is not None and self._context.rank == 0:
+        if step is None or self._val is None:
+            return
+        problem: str | None = None
+        if self._context.rank == 0:
             uri = checkpoints.uri(step)
-            self._submit(state, checkpoint.read_file(uri, "ema", checkpoint.read_metadata(uri)))
+            try:
+                self._submit(state, checkpoint.read_file(uri, "ema", checkpoint.read_metadata(uri)))
+            except checkpoint.CheckpointError as error:
+                problem = f"WARNING: {error}; the run continues without the evaluation of step {step}"
+                self._context.print(problem)
+        if self._context.broadcast(problem) is not None:
+            state.history = replace(state.history, pending_step=None)
 
     def _submit(self, state: TrainState, weights: bytes) -> None:
         assert self._val is not None

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 STEPS = 6
 # The command, and the packages that it must do without.
 TRAIN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 from jobs.train import main
 main(sys.argv[1:])
 print("imported:", *sorted({"ray", "optuna", "transformers"} & set(sys.modules)))
