@@ -216,6 +216,22 @@ def read_metadata(uri: str) -> Metadata:
         raise CheckpointError(f"{storage.join(uri, METADATA)}: cannot be read: {error}") from None
 
 
+def read_experiment(uri: str) -> dict[str, Any]:
+    """Read the values of the experiment that a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = storage.join(uri, EXPERIMENT)
+    try:
+        content = yaml.safe_load(storage.read_bytes(path))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: cannot be read: it holds no keys with values")
+    return content
+
+
 def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
     """Read the tensors of one file of a checkpoint; arguments and errors as in `read_file`."""
     content = read_file(uri, file, metadata)

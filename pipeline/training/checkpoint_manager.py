@@ -140,8 +140,9 @@ class CheckpointManager:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints that are not known to be damaged, ascending, as rank 0 sees them."""
-        found: list[int] = self._context.broadcast(checkpoint.steps_in(self._job.checkpoints))
-        return [step for step in found if step not in self._damaged]
+        intact = [step for step in checkpoint.steps_in(self._job.checkpoints) if step not in self._damaged]
+        found: list[int] = self._context.broadcast(intact)
+        return found
 
     def uri(self, step: int) -> str:
         """Path or URI of the checkpoint of a step."""

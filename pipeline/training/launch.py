@@ -22,6 +22,7 @@ from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
 from pipeline.training.context import ResolvedData, TrainJob, resolve_data
+from pipeline.training.driver_lock import driver_lock
 from pipeline.training.in_process import is_enough, train_in_process
 from pipeline.training.init_weights import materialize_init, refuse_unreadable_weights
 from pipeline.training.schedule import Schedule, derive
@@ -100,11 +101,14 @@ def launch(
     # 2. This process, or workers of Ray.
     request = None if cluster is None and is_enough(experiment) else _request(cluster or Cluster(), experiment)
     cluster = cluster or Cluster()
-    with run_dir.driver_lock(run):
+    with driver_lock(run):
         # 3. A new run, or an unfinished one with the same settings and data.
         start = run_dir.begin_or_continue(
             run, experiment, data, tracking_key=uuid.uuid4().hex, allow_changes=allow_changes
         )
+
+        if start.notice:
+            print(start.notice, flush=True)
 
         # 4. Derive the schedule, and check the nodes.
         schedule = _schedule(experiment, data, request, start)
