@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, missing or in the way of others: named, passed over, and not counted among those that are kept."""
+"""Checkpoints that are damaged, missing or in the way of others: named, passed over, and not counted."""
 
 import json
 import shutil

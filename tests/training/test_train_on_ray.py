@@ -44,12 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, name: str, *, workers: int = 2) -> subprocess.Popen[str]:
+def start(folder: Path, name: str, *, workers: int = 2, experiment: str = "run.yaml") -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
         "jobs.train",
-        folder / "run.yaml",
+        folder / experiment,
         "--cluster",
         folder / f"{workers}.yaml",
         "--name",
@@ -141,6 +141,25 @@ def test_killed_worker_and_killed_driver_give_the_same_bits(folder: Path) -> Non
     again = start(folder, "whole")
     assert again.wait(timeout=120) == 1
     assert "run 'whole' is finished" in (folder / "whole.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stop_signal_saves_on_all_workers_and_ends(folder: Path, number: signal.Signals) -> None:
+    (folder / "long.yaml").write_text((folder / "run.yaml").read_text().replace(f"steps: {STEPS}", "steps: 2000"))
+    driver = start(folder, number.name, experiment="long.yaml")
+    wait_for_step(folder, number.name, 2, driver)
+    driver.send_signal(number)
+    code = driver.wait(timeout=100)
+    lines = (folder / f"{number.name}.log").read_text().splitlines()
+    assert code == 130, lines
+    saved = checkpoint.steps_in(str(folder / "runs" / number.name / "checkpoints"))[-1]
+    (line,) = [line for line in lines if line.startswith("stopped at step")]
+    assert line.startswith(f"stopped at step {saved}, saved in {folder}/runs/{number.name}/checkpoints/")
+    assert line.endswith(f"--name {number.name}")
+    assert not [line for line in lines if "Traceback" in line]
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        assert database.execute("select status from runs where name = ?", (number.name,)).fetchall() == [("KILLED",)]
 
 
 @pytest.mark.slow
