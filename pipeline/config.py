@@ -248,6 +248,7 @@ class Checkpoints(Config):
     """Checkpoints in addition to those at evaluations, and how many are kept."""
 
     every_steps: PositiveInt | None = None  # in addition to every evaluation
+    every_minutes: PositiveFloat | None = 10  # since the last checkpoint; null: never by the clock
     keep: PositiveInt = 2  # latest checkpoints; the best ones are kept in addition
 
 

@@ -17,6 +17,7 @@
     ├── StorageError              a path or URI that cannot be resolved, or a damaged file
     ├── SweepInterruptedError     a sweep stopped by Ctrl-C or SIGTERM; its folder is whole
     ├── TrackingError             a tracking server or database that is not named, or cannot be used
+    ├── TrainingStoppedError      a training stopped by Ctrl-C or SIGTERM, with a checkpoint
     ├── UiError                   a server for MLflow's pages that does not start
     ├── UndecodableImageError     an image that training or evaluation cannot decode
     └── UndeliveredError          events of a run that MLflow still does not have

@@ -106,6 +106,12 @@ def drop_placement_group_cleaner(trainer: Any) -> None:
     ]
 
 
+def keep_signal_handlers(trainer: Any) -> None:
+    """Keep a Ray Train trainer from handling Ctrl-C: it would end the workers at once, and leave its handler behind."""
+    assert callable(trainer._register_sigint_handler)
+    trainer._register_sigint_handler = lambda controller: None  # noqa: ARG005 - Ray's signature
+
+
 def silence_train_loggers() -> None:
     """Drop two kinds of log lines from Ray Train's workers: one for each report, one for each broadcast above 1 kB."""
     # Imported here: data tasks must not wait for Ray Train.

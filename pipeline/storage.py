@@ -118,7 +118,7 @@ def read_json(uri: str | os.PathLike[str], *keys: str) -> Any:
     """
     try:
         content = json.loads(read_bytes(uri))
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or nested too deeply
         raise StorageError(f"{os.fspath(uri)}: damaged, not JSON: {error}") from None
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:

@@ -88,7 +88,10 @@ def step_folder(step: int) -> str:
 def complete_steps(checkpoints: str, files: FileReader = ON_DISK) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending; none if there is no such folder."""
     matches = [match for name in _names_in(checkpoints, files) if (match := _STEP_FOLDER.fullmatch(name))]
-    return sorted(int(match[1]) for match in matches if METADATA in _names_in(f"{checkpoints}/{match[0]}", files))
+    steps = [
+        int(match[1]) for match in matches if match[0] == step_folder(int(match[1]))
+    ]  # not a copy under another name
+    return sorted(step for step in steps if METADATA in _names_in(f"{checkpoints}/{step_folder(step)}", files))
 
 
 def best_checkpoint(checkpoints: str, files: FileReader = ON_DISK) -> str | None:
@@ -111,7 +114,7 @@ def read_metadata(folder: str, files: FileReader = ON_DISK) -> dict[str, Any]:
         content = json.loads(files.read(f"{folder}/{METADATA}"))
     except FileNotFoundError:
         raise LoadError(f"{folder}: not a checkpoint, it has no {METADATA}") from None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:  # not JSON; a folder, or no permission; nested too deeply
         raise LoadError(f"{folder}/{METADATA}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise LoadError(f"{folder}/{METADATA}: cannot be read: it is not a JSON object")
@@ -132,6 +135,8 @@ def read_tensor_file(folder: str, file: str, sha256: str | None, files: FileRead
         content = files.read(path)
     except FileNotFoundError:
         raise LoadError(f"{path}: is missing") from None
+    except OSError as error:  # a folder in its place, no permission, a disk that fails
+        raise LoadError(f"{path}: cannot be read: {error}") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise LoadError(f"{path}: is damaged: not what was written (SHA-256)")
     return content
@@ -188,7 +193,7 @@ def parse_description(description: bytes, origin: str) -> tuple[ModelConfig, lis
         config, names = ModelConfig.from_plain(content["config"]), content["categories"]
         ids = content.get("category_ids") or range(len(names))
         return config, [(int(number), str(name)) for number, name in zip(ids, names, strict=True)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"{origin}: its {DESCRIPTION} cannot be read: {error!r}") from None
 
 

@@ -163,6 +163,7 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
     from pipeline.training import run_dir  # imports PyTorch, which reading a chain does without
     from pipeline.training.run_description import NOTE
     from pipeline.training.sigterm import sigterm_kills
+    from pipeline.training.stop_request import status_after
 
     for step in steps:
         if not step.missing:
@@ -186,7 +187,7 @@ def run_chain(chain: Chain, steps: Sequence[ResolvedStage], prepare: Callable[[l
                 with sigterm_kills(tracker):
                     numbers = _run_stage(step, prepare, settings.uri, parent_run_id)
             except BaseException as error:
-                tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+                tracker.finish(status_after(error))
                 raise
             lines.append(
                 f"{step.stage.name}: {_summary_of(numbers)}, {storage.join(chain.storage, step.experiment.name or '')}"

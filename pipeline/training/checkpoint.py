@@ -14,7 +14,8 @@ any number of workers.
 import hashlib
 import queue
 import threading
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -174,6 +175,8 @@ def write(snapshot: Snapshot, folder: str) -> str:
     target = storage.join(folder, step_folder(snapshot.metadata.step))
     on_disk = isinstance(filesystem, fs.LocalFileSystem)
     aside = storage.join(folder, f".{step_folder(snapshot.metadata.step)}.partial") if on_disk else target
+    if on_disk:
+        _set_stray_file_aside(aside)
     # Tensors first, then the experiment; the metadata with their hashes completes the checkpoint.
     hashes = {}
     for file, tensors in snapshot.tensors.items():
@@ -185,10 +188,18 @@ def write(snapshot: Snapshot, folder: str) -> str:
     storage.write_atomic(storage.join(aside, METADATA), metadata.model_dump_json(indent=1).encode())
     # On a disk the whole folder appears at once.
     if on_disk:
+        _set_stray_file_aside(target)
         if storage.exists(target):  # the run was rewound to an earlier step since
             storage.remove_folder(target)
         Path(storage.resolve(aside)[1]).rename(storage.resolve(target)[1])
     return target
+
+
+def _set_stray_file_aside(folder: str) -> None:
+    """Rename a file that lies where a checkpoint's folder goes; nothing of others is deleted."""
+    path = Path(storage.resolve(folder)[1])
+    if path.is_file():
+        path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.stray"))
 
 
 def read_metadata(uri: str) -> Metadata:
@@ -203,6 +214,22 @@ def read_metadata(uri: str) -> Metadata:
         raise CheckpointError(f"{error}") from None
     except ValidationError as error:
         raise CheckpointError(f"{storage.join(uri, METADATA)}: cannot be read: {error}") from None
+
+
+def read_experiment(uri: str) -> dict[str, Any]:
+    """Read the values of the experiment that a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = storage.join(uri, EXPERIMENT)
+    try:
+        content = yaml.safe_load(storage.read_bytes(path))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: cannot be read: it holds no keys with values")
+    return content
 
 
 def read_tensors(uri: str, file: str, metadata: Metadata) -> dict[str, Tensor]:
@@ -234,10 +261,28 @@ def steps_in(folder: str) -> list[int]:
     return checkpoint_folder.complete_steps(folder, STORED)
 
 
-def remove_superseded(folder: str, *, keep: int, history: EvaluationHistory) -> None:
-    """Keep the last `keep` checkpoints, the best ones of both stages, and the one under evaluation; remove the rest."""
-    steps = steps_in(folder)
-    kept = {*steps[-keep:], history.best_step, history.stage_one_step, history.pending_step}
+def problem_of(uri: str) -> str | None:
+    """Why a checkpoint cannot be restored; None if all its files are as they were written."""
+    try:
+        metadata = read_metadata(uri)
+        for file in FILES:
+            read_file(uri, file, metadata)
+    except CheckpointError as error:
+        return f"{error}"
+    return None
+
+
+def remove_superseded(folder: str, newest: Metadata, *, keep: int, damaged: Collection[int] = ()) -> None:
+    """Keep the last `keep` checkpoints, the best ones of both stages, and the one under evaluation; remove earlier ones.
+
+    Args:
+        newest: of the checkpoint that was just written. Later ones stay, and do not count: the run could not resume from them.
+        damaged: steps that do not count either.
+    """
+    history = newest.history
+    steps = [step for step in steps_in(folder) if step <= newest.step]
+    intact = [step for step in steps if step not in damaged]
+    kept = {*intact[-keep:], history.best_step, history.stage_one_step, history.pending_step}
     for step in steps:
         if step not in kept:
             storage.remove_folder(storage.join(folder, step_folder(step)))
@@ -248,6 +293,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: str, *, keep: int) -> None:
         self._folder, self._keep = folder, keep
+        self._damaged: set[int] = set()
         self._queue: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)  # bounds memory: a second snapshot waits
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
@@ -257,6 +303,10 @@ class CheckpointWriter:
         """Queue a snapshot; blocks while another one waits."""
         self._raise_failure()
         self._queue.put(snapshot)
+
+    def discount(self, step: int) -> None:
+        """Count the checkpoint of a step no more among those that are kept: it is damaged."""
+        self._damaged.add(step)
 
     def wait(self) -> None:
         """Block until every snapshot is written.
@@ -271,7 +321,8 @@ class CheckpointWriter:
         while (snapshot := self._queue.get()) is not None:
             try:
                 write(snapshot, self._folder)
-                remove_superseded(self._folder, keep=self._keep, history=snapshot.metadata.history)
+                self._damaged.discard(snapshot.metadata.step)
+                remove_superseded(self._folder, snapshot.metadata, keep=self._keep, damaged=self._damaged)
             except BaseException as error:  # noqa: BLE001 - raised again in the training thread
                 self._failure = self._failure or error
             finally:

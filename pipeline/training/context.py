@@ -13,6 +13,7 @@ from pipeline.data.shards.classes import class_lines, with_classes_of
 from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.schedule import Schedule
+from pipeline.training.stop_request import StopRequest
 
 if TYPE_CHECKING:  # the driver and Ray Train's controller import this module too, and need neither torch nor Ray Data
     import torch
@@ -109,6 +110,7 @@ class WorkerContext:
     decode_in: "DecodeIn | None" = None  # where images are decoded; None: where the experiment says
     report: Callable[[dict[str, float]], None] = lambda _: None  # metrics of an evaluation to Ray; collective
     submit_evaluation: "SubmitEvaluation | None" = None  # on rank 0, if evaluations are asynchronous
+    stop: StopRequest = field(default_factory=StopRequest)  # seen on rank 0 alone
 
     def print(self, text: str) -> None:
         """Print on rank 0 alone."""

@@ -33,15 +33,31 @@ class Evaluator:
         self._ground_truth: GroundTruth | None = None
         self._in_flight: Future[EvaluationResult] | None = None  # on rank 0
 
-    def evaluate(self, state: TrainState) -> None:
-        """Evaluate now, or submit an asynchronous evaluation where stage one allows it."""
+    def lacks(self, state: TrainState) -> bool:
+        """Whether the evaluation of this step is due and was not begun: the run was stopped there."""
+        if self._val is None or not self._job.schedule.evaluates_after(state.step):
+            return False
+        return state.step not in (state.history.pending_step, *(step for step, _ in state.history.evaluated))
+
+    def evaluate(self, state: TrainState) -> bool:
+        """Evaluate now, or submit an asynchronous evaluation where stage one allows it; False if a stop request ended it."""
         if self._val is None:
-            return
+            return True
         if self._settings.asynchronous and self._job.schedule.is_strong(state.step - 1):
             self.submit(state)
-        else:
+            return True
+        try:
             ap, report = self._evaluate_inline(state, title=f"step {state.step}")
-            self._record(state, ap, state.step, report)
+        except _EvaluationStoppedError:
+            return False
+        self._record(state, ap, state.step, report)
+        return True
+
+    def _stop_if_asked(self, _: object) -> None:
+        """End the evaluation of the only worker where the loop will heed the request; several would wait for each other."""
+        context = self._context
+        if context.world_size == 1 and context.stop.heeded and context.stop.made:
+            raise _EvaluationStoppedError
 
     def evaluate_initial(self, state: TrainState) -> None:
         """Evaluate the weights that training starts from; the history does not count them."""
@@ -83,6 +99,7 @@ class Evaluator:
                 micro_batch_size=self._micro_batch,
                 decode_in="inline" if few else context.decode_in or self._job.experiment.data.decode_in,
                 final=final,
+                on_detections=self._stop_if_asked,
             )
             if report is not None:
                 count = self._settings.num_images
@@ -110,9 +127,18 @@ class Evaluator:
     def resubmit(self, state: TrainState, checkpoints: CheckpointManager) -> None:
         """Submit again what was in flight when the run was interrupted."""
         step = state.history.pending_step
-        if step is not None and self._val is not None and self._context.rank == 0:
+        if step is None or self._val is None:
+            return
+        problem: str | None = None
+        if self._context.rank == 0:
             uri = checkpoints.uri(step)
-            self._submit(state, checkpoint.read_file(uri, "ema", checkpoint.read_metadata(uri)))
+            try:
+                self._submit(state, checkpoint.read_file(uri, "ema", checkpoint.read_metadata(uri)))
+            except checkpoint.CheckpointError as error:
+                problem = f"WARNING: {error}; the run continues without the evaluation of step {step}"
+                self._context.print(problem)
+        if self._context.broadcast(problem) is not None:
+            state.history = replace(state.history, pending_step=None)
 
     def _submit(self, state: TrainState, weights: bytes) -> None:
         assert self._val is not None
@@ -155,6 +181,10 @@ class Evaluator:
         if result is not None:
             self._log.evaluation(result.report, result.images, step=step, title=f"step {step}, asynchronous")
         self._record(state, outcome.ap, step, result.report if result is not None else None)
+
+
+class _EvaluationStoppedError(Exception):
+    """A stop request came during an evaluation."""
 
 
 @dataclass(frozen=True)

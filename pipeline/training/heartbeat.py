@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.progress import Progress, StepProgress
+from pipeline.training.stop_request import StopRequest
 
 POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
+STOP_POLL_SECONDS = 0.25  # `ray job stop` leaves three seconds
 HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat in this time
 WAITING_SECONDS = 30.0  # between two lines about a start that waits for nodes
 NAMED_WORKERS = 8  # of those without a heartbeat, in one line
@@ -52,6 +54,15 @@ class ProgressBoard:
         self._step: int | None = None
         self._note = ""
         self._heartbeats: dict[int, Heartbeat] = {}
+        self._stop_requested = False
+
+    def request_stop(self) -> None:
+        """Ask the workers to save after their step and end."""
+        self._stop_requested = True
+
+    def stop_requested(self) -> bool:
+        """Whether the driver has asked for a stop."""
+        return self._stop_requested
 
     def heartbeat(self, rank: int, step: int, activity: str) -> None:
         """Store the latest heartbeat of a rank."""
@@ -92,6 +103,20 @@ def last_heartbeat_before_restart(board: Any) -> float | None:
     except RayError:
         return None
     return at
+
+
+def watch_stop_request(board: Any) -> StopRequest:
+    """Stop request of rank 0: a thread asks the board for it until it is made."""
+    request = StopRequest()
+
+    def watch() -> None:
+        while not request.made:
+            with suppress(RayError):  # the board's process is starting again
+                request.made = ray.get(board.stop_requested.remote(), timeout=REPLY_SECONDS)
+            time.sleep(STOP_POLL_SECONDS)
+
+    threading.Thread(target=watch, daemon=True, name="stop request").start()
+    return request
 
 
 class WorkerConsole:
@@ -155,6 +180,7 @@ class ProgressMonitor:
     ) -> None:
         self._board, self._timeout_s, self._waits_for = board, timeout_s, waits_for
         self._started = False
+        self._training = False  # a worker sent a heartbeat lately
         self._quiet_since = time.monotonic()  # without heartbeats, or since the last line about a start
         self._progress = StepProgress(name, total=steps)
         self._named: dict[int, Heartbeat] = {}
@@ -165,6 +191,13 @@ class ProgressMonitor:
     def step(self) -> int:
         """Steps that the run has reached."""
         return self._progress.step
+
+    def request_stop(self) -> bool:
+        """Ask the workers to save after their step and end; False if none is training, so that none would see it for long."""
+        if not self._training:
+            return False
+        self._board.request_stop.remote()
+        return True
 
     def __enter__(self) -> "ProgressMonitor":
         self._thread.start()
@@ -197,7 +230,8 @@ class ProgressMonitor:
         self._show_waiting(update)
 
     def _show_waiting(self, update: ProgressUpdate) -> None:
-        if any(update.now - beat.at < WAITING_SECONDS for beat in update.heartbeats.values()):
+        self._training = any(update.now - beat.at < WAITING_SECONDS for beat in update.heartbeats.values())
+        if self._training:
             self._started, self._quiet_since = True, time.monotonic()
         elif time.monotonic() - self._quiet_since >= WAITING_SECONDS:
             self._quiet_since = time.monotonic()

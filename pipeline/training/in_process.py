@@ -10,6 +10,7 @@ from pipeline.progress import Progress, StepProgress
 from pipeline.ray_job import cluster_to_join
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.loop import train
+from pipeline.training.stop_request import StopRequest, stop_signals
 
 
 def is_enough(experiment: Experiment) -> bool:
@@ -22,8 +23,14 @@ def is_enough(experiment: Experiment) -> bool:
 
 
 def train_in_process(job: TrainJob) -> dict[str, Any]:
-    """Train to the end, and return the result of the run; errors as those of `loop.train`."""
-    with StepProgress(job.experiment.name or "training", total=job.schedule.steps) as progress:
+    """Train to the end or to a stop signal, and return the result of the run; errors as those of `loop.train`."""
+    stop = StopRequest()
+
+    def ask() -> bool:
+        stop.made = stop.heeded  # before the first step and after the last there is nothing to save
+        return stop.made
+
+    with StepProgress(job.experiment.name or "training", total=job.schedule.steps) as progress, stop_signals(ask):
         context = WorkerContext(
             rank=0,
             world_size=1,
@@ -31,6 +38,7 @@ def train_in_process(job: TrainJob) -> dict[str, Any]:
             broadcast=lambda value: value,
             console=ProcessConsole(progress),
             decode_in="inline",
+            stop=stop,
         )
         return train(job, context)
 

@@ -21,11 +21,13 @@ from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import PATIENCE_AFTER_ERROR_S, Tracker
 from pipeline.training import run_dir
 from pipeline.training.context import ResolvedData, TrainJob, resolve_data
+from pipeline.training.driver_lock import driver_lock
 from pipeline.training.in_process import is_enough, train_in_process
 from pipeline.training.init_weights import materialize_init, refuse_unreadable_weights
 from pipeline.training.recording import deliver_run
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.sigterm import sigterm_kills
+from pipeline.training.stop_request import TrainingStoppedError, status_after
 
 if TYPE_CHECKING:  # a training in this process does without Ray
     from ray.train import UserCallback
@@ -81,6 +83,7 @@ def launch(
 
     Raises:
         UserError: the run cannot start, with every problem found; also an error that a worker met.
+        TrainingStoppedError: a stop signal ended it after a step, with a checkpoint.
         RunFinishedError: the run is finished, and MLflow has everything.
         UndeliveredError: it is finished, and MLflow does not have everything.
         ray.train.TrainingFailedError: the workers failed more often than the cluster file allows.
@@ -104,7 +107,7 @@ def launch(
     # 2. This process, or workers of Ray.
     request = None if cluster is None and is_enough(experiment) else _request(cluster or Cluster(), experiment)
     cluster = cluster or Cluster()
-    with run_dir.driver_lock(run):
+    with driver_lock(run):
         # 3. A new run, or an unfinished one with the same settings and data.
         try:
             start = run_dir.begin_or_continue(
@@ -112,6 +115,9 @@ def launch(
             )
         except run_dir.RunFinishedError as finished:
             return _deliver_rest(run, tracking, finished)
+
+        if start.notice:
+            print(start.notice, flush=True)
 
         # 4. Derive the schedule, and check the nodes.
         schedule = _schedule(experiment, data, request, start)
@@ -235,6 +241,10 @@ def _train(
                 from pipeline.training.on_ray import train_on_ray
 
                 value = train_on_ray(job, cluster, request, callbacks)
+            if saved := value.get("stopped"):
+                raise TrainingStoppedError(
+                    f"stopped at step {value['step']}, saved in {saved}; to continue: {job.command}"
+                )
     except BaseException as error:
         _record_end(tracker, job.run, error)
         if isinstance(error, SystemExit):  # Ray Train exits with 0 after Ctrl-C
@@ -255,11 +265,12 @@ def _train(
 
 def _record_end(tracker: Tracker, run: str, error: BaseException) -> None:
     """Set the status in MLflow; if the run is started again, it continues in the same MLflow run."""
-    failed = isinstance(error, Exception)
+    status = status_after(error)
     try:
         if not run_dir.is_finished(run):
-            tracker.finish("FAILED" if failed else "KILLED")
-        left = tracker.deliver(PATIENCE_AFTER_ERROR_S, limit=math.inf if failed else PATIENCE_AFTER_ERROR_S)
+            tracker.finish(status)
+        limit = math.inf if status == "FAILED" else PATIENCE_AFTER_ERROR_S
+        left = tracker.deliver(PATIENCE_AFTER_ERROR_S, limit=limit)
         if text := missing_from_mlflow(left, [], run):
             print(text, flush=True)
     except (OSError, ValueError) as problem:

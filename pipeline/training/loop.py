@@ -6,7 +6,7 @@ one process.
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from pipeline.data.stream.stream import StreamSettings, training_stream
 from pipeline.training import stage_two
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
+from pipeline.training.directives import Directive, Directives
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.multiscale import multiscale_side, multiscale_sides
 from pipeline.training.nonfinite import NonFiniteGuard
@@ -36,7 +37,7 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
 
     Returns:
         The result for the driver: step, skipped_steps, best_ap, run_id, what MLflow lacks, and on rank 0 the COCO numbers of
-        the best weights.
+        the best weights. After a stop request "stopped" is the checkpoint that was written for it.
 
     Raises:
         NonFiniteError: losses or gradients stay non-finite.
@@ -51,6 +52,7 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
         checkpoints = CheckpointManager(job, context, tracking_key=log.run_key)
         evaluator = Evaluator(job, context, log)
         guard = NonFiniteGuard(job, context)
+        directives = Directives(job, context)
 
         # 1. The start: this run's newest checkpoint, the one to resume, the weights of `init`, or random weights.
         checkpoints.restore_or_init(state)
@@ -58,8 +60,12 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
         log.begin(state.parent)
         if state.step == 0 and experiment.evaluation.before_training:
             evaluator.evaluate_initial(state)
+        if evaluator.lacks(state):
+            evaluator.evaluate(state)
+            checkpoints.save(state)
         log.ready()
         batches = open_stream(job, context, state)
+        directives.begin_steps()
 
         # 2. Step after step.
         while state.step < schedule.steps:
@@ -69,7 +75,8 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
             if stage_two.restarts(state.history, state.step, schedule.stage_two_step):
                 checkpoints.load_best_of_stage_one(state)
 
-            run_step(job, context, state, batches, guard, log)
+            result = run_step(job, context, state, batches, guard, log, directives.decide)
+            directive = directives.after(result)
             profiler.step()
 
             if log.due(state.step):
@@ -77,8 +84,9 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
                 evaluator.poll(state, wait=False)
 
             # The host learns of a non-finite step one step late; before weights are kept or judged it waits to know.
-            evaluates = schedule.evaluates_after(state.step)
-            saves = evaluates or saves_after(job, state.step)
+            stops = directive is Directive.STOP
+            evaluates = schedule.evaluates_after(state.step) and not stops  # a stopped run evaluates when it continues
+            saves = evaluates or directive > Directive.GO_ON or saves_after(job, state.step)
             if saves or guard.limit_reached:
                 guard.check_previous(state)
                 if guard.limit_reached:
@@ -90,11 +98,16 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
                     continue
 
             if evaluates:
-                evaluator.evaluate(state)
+                stops = not evaluator.evaluate(state)
             if saves:
                 checkpoints.save(state)
+                directives.saved()
+            if stops:
+                checkpoints.wait()
+                return {"step": state.step, "stopped": checkpoints.uri(state.step)}
 
         # 3. The end: the best weights, evaluated once more by pycocotools.
+        directives.end_steps()
         evaluator.poll(state, wait=True)
         checkpoints.load_best(state)
         report = evaluator.evaluate_best(state)
@@ -122,8 +135,9 @@ def run_step(
     batches: Iterator[Batch],
     guard: NonFiniteGuard,
     log: RunLog,
+    decide: Callable[[], int] = lambda: 0,
 ) -> StepResult:
-    """Take this worker's micro-batches of the next step, and train on them."""
+    """Take this worker's micro-batches of the next step, and train on them; for `decide` see `train_step`."""
     context.console.heartbeat(state.step, "waiting for data")
     asked_at = time.perf_counter()
     taken = [next(batches) for _ in range(job.schedule.micro_batches_of(context.rank, context.world_size))]
@@ -135,7 +149,8 @@ def run_step(
     state.set_learning_rate(job.schedule.learning_rate_factor(state.step))
     size = step_size(job, state)
     micro_batches = [to_micro_batch(batch, state, size=size, seed=job.experiment.seed) for batch in taken]
-    result = train_step(state, micro_batches, share=job.schedule.micro_batches / context.world_size)
+    share = job.schedule.micro_batches / context.world_size
+    result = train_step(state, micro_batches, share=share, decide=decide)
 
     guard.watch(state, taken, result)
     state.step += 1

@@ -14,7 +14,7 @@ from pipeline.data.stream.batch import Batch
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
-from pipeline.training.numerics import HostFlag
+from pipeline.training.numerics import HostScalar
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
 
@@ -33,7 +33,7 @@ class PendingStep:
     step: int
     batches: Sequence[Batch]
     result: StepResult
-    finite: HostFlag
+    finite: HostScalar
 
 
 class NonFiniteGuard:
@@ -54,7 +54,7 @@ class NonFiniteGuard:
 
     def watch(self, state: TrainState, batches: Sequence[Batch], result: StepResult) -> None:
         """Note the step that was just launched, and check the one before while the device works."""
-        launched = PendingStep(state.step, batches, result, HostFlag(result.finite))
+        launched = PendingStep(state.step, batches, result, HostScalar(result.finite))
         self.check_previous(state)
         self._pending = launched
 

@@ -1,4 +1,4 @@
-"""Device-side bookkeeping of a step: running statistics, loss scale, and flags that reach the host without a stall."""
+"""Device-side bookkeeping of a step: running statistics, loss scale, and scalars that reach the host without a stall."""
 
 from typing import cast
 
@@ -6,21 +6,27 @@ import torch
 from torch import Tensor, nn
 
 
-class HostFlag:
-    """A device flag copied to the host asynchronously: reading it waits for the step that set it, not for later work."""
+class HostScalar:
+    """A device scalar copied to the host asynchronously: reading it waits for the step that set it, not for later work."""
 
-    def __init__(self, flag: Tensor) -> None:
-        self._value, self._arrived = flag, None
-        if flag.is_cuda:
-            self._value = torch.empty_like(flag, device="cpu", pin_memory=True)
-            self._value.copy_(flag, non_blocking=True)
+    def __init__(self, scalar: Tensor) -> None:
+        self._value, self._arrived = scalar, None
+        if scalar.is_cuda:
+            self._value = torch.empty_like(scalar, device="cpu", pin_memory=True)
+            self._value.copy_(scalar, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def __bool__(self) -> bool:
+        return bool(self._read())
+
+    def __int__(self) -> int:
+        return int(self._read())
+
+    def _read(self) -> Tensor:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._value)
+        return self._value
 
 
 class RunningStatistics:

@@ -21,10 +21,11 @@ from pipeline import storage
 from pipeline.config import Cluster
 from pipeline.errors import UserError
 from pipeline.ray_cluster import lacks_dashboard
-from pipeline.ray_internals import drop_placement_group_cleaner
+from pipeline.ray_internals import drop_placement_group_cleaner, keep_signal_handlers
 from pipeline.training.context import TrainJob
 from pipeline.training.heartbeat import ProgressMonitor, start_progress_board
 from pipeline.training.preflight import Request, waits_for
+from pipeline.training.stop_request import stop_signals
 from pipeline.training.worker import train_worker
 
 FAILED_STARTS = 3  # starts of the workers that are repeated without a step in between; the next failure ends the run
@@ -34,7 +35,7 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray Train's controll
 def train_on_ray(
     job: TrainJob, cluster: Cluster, request: Request, callbacks: Sequence[UserCallback]
 ) -> dict[str, Any]:
-    """Train on workers, and return the result of rank 0.
+    """Train on workers to the end or to a stop signal, and return the result of rank 0.
 
     Raises:
         UserError: one that a worker met.
@@ -44,13 +45,16 @@ def train_on_ray(
     board = start_progress_board()
     os.environ[START_TIMEOUT] = str(cluster.start_timeout_s)
     name = job.experiment.name or "training"
-    with ProgressMonitor(
-        board,
-        name=name,
-        steps=job.schedule.steps,
-        timeout_s=cluster.heartbeat_timeout_s,
-        waits_for=lambda started: waits_for(request, started=started),
-    ) as monitor:
+    with (
+        ProgressMonitor(
+            board,
+            name=name,
+            steps=job.schedule.steps,
+            timeout_s=cluster.heartbeat_timeout_s,
+            waits_for=lambda started: waits_for(request, started=started),
+        ) as monitor,
+        stop_signals(monitor.request_stop),
+    ):
         try:
             result = fit_with_restarts(lambda: _trainer(job, cluster, request, board, callbacks), lambda: monitor.step)
         except WorkerGroupError as error:
@@ -89,6 +93,7 @@ def _trainer(
             logging_config=LoggingConfig(log_level="ERROR"),  # `ProgressMonitor` names a worker that hangs
         ),
     )
+    keep_signal_handlers(trainer)
     if lacks_dashboard():
         drop_placement_group_cleaner(trainer)
     return trainer

@@ -1,8 +1,8 @@
-"""The folder of a run: its files, the lock of its driver, and whether a start may continue it.
+"""The folder of a run: its files, and whether a start may continue it.
 
 <storage>/<name>/
     run.json        experiment and data digests at the first start
-    driver.json     host, process and heartbeat of the driver
+    driver.json     host, process and heartbeat of the driver, see `driver_lock`
     checkpoints/    evaluation/    non_finite/    tracking/    ray/
     exchange/       files between the workers of an evaluation, while it lasts
     unrecorded.json machine and folder of the outbox, from the end of the run until MLflow has everything
@@ -12,11 +12,8 @@
 import json
 import os
 import socket
-import threading
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,8 @@ from pipeline.training.context import ResolvedData
 
 RUN_START = "run.json"
 SWEEP_START = "sweep.json"  # in the folder of a sweep
-DRIVER = "driver.json"
 RESULT = "result.json"
 UNRECORDED = "unrecorded.json"
-HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0  # a driver on another host without a heartbeat for so long is gone
 # Settings that do not change the result.
 NEUTRAL = (
     "storage",
@@ -64,6 +58,7 @@ class RunStart:
 
     tracking_key: str  # finds the MLflow run
     micro_batch_size: int | None  # as in the newest checkpoint; None at the first start
+    notice: str | None = None  # run.json was damaged
 
 
 def begin_or_continue(
@@ -82,11 +77,11 @@ def begin_or_continue(
     """
     now = _start_of(experiment, data)
     path = storage.join(run, RUN_START)
-    if not storage.exists(path):
+    if not storage.exists(path) and not checkpoint.steps_in(storage.join(run, "checkpoints")):
         storage.write_atomic(path, json.dumps({**now, "tracking_key": tracking_key}, indent=1).encode())
         return RunStart(tracking_key, micro_batch_size=None)
     # An existing run continues only with the settings and data that it was started with.
-    before = storage.read_json(path, "experiment", "data", "tracking_key")
+    before, notice = _read_start(run, now)
     changes = differences(before, now)
     name = experiment.name
     if changes and not allow_changes:
@@ -104,7 +99,7 @@ def begin_or_continue(
     if changes:
         storage.remove_file(storage.join(run, RESULT))  # it belongs to the shorter run
         storage.write_atomic(path, json.dumps({**now, "tracking_key": before["tracking_key"]}, indent=1).encode())
-    return RunStart(before["tracking_key"], micro_batch_size=_last_micro_batch(run))
+    return RunStart(before["tracking_key"], micro_batch_size=_last_micro_batch(run), notice=notice)
 
 
 def result_of(run: str, experiment: Experiment, data: ResolvedData) -> dict[str, Any] | None:
@@ -147,6 +142,50 @@ def waits_elsewhere(run: str) -> str | None:
         return None
     noted = storage.read_json(path, "host", "outbox")
     return f"{noted['outbox']} on {noted['host']}"
+
+
+def _read_start(run: str, now: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Content of run.json, and a notice where it was lost or damaged: it is written again.
+
+    It comes from the newest checkpoint whose experiment can be read. Without one the run starts with `now`.
+    """
+    path = storage.join(run, RUN_START)
+    try:
+        start: dict[str, Any] = storage.read_json(path, "experiment", "data", "tracking_key")
+        if all(isinstance(start[part], dict) for part in ("experiment", "data")):
+            return start, None
+        problem = f"{path}: damaged, it holds no experiment"
+    except storage.StorageError as error:
+        problem = f"{error}"
+    except FileNotFoundError:
+        problem = f"{path}: is missing"
+    saved = _start_in_checkpoint(run, now)
+    source = "there is no checkpoint to lose" if saved is None else "it is taken from the newest checkpoint"
+    key = (saved or {}).get("tracking_key") or _key_in(path) or uuid.uuid4().hex
+    start = {**(saved or now), "tracking_key": key}
+    storage.write_atomic(path, json.dumps(start, indent=1).encode())
+    return start, f"{problem}; {source}"
+
+
+def _start_in_checkpoint(run: str, now: dict[str, Any]) -> dict[str, Any] | None:
+    """Start of a run as its newest intact checkpoint has it; its `init` is a copy, so the present one counts."""
+    folder = storage.join(run, "checkpoints")
+    for step in reversed(checkpoint.steps_in(folder)):
+        uri = storage.join(folder, checkpoint.step_folder(step))
+        try:
+            metadata, experiment = checkpoint.read_metadata(uri), checkpoint.read_experiment(uri)
+        except checkpoint.CheckpointError:
+            continue
+        experiment["init"] = now["experiment"].get("init")
+        return {"experiment": experiment, "data": {"val": None, **metadata.data}, "tracking_key": metadata.tracking_key}
+    return None
+
+
+def _key_in(path: str) -> str | None:
+    """Tracking key of a run.json that has nothing else; None if that is damaged too."""
+    with suppress(storage.StorageError, FileNotFoundError):
+        return str(storage.read_json(path, "tracking_key")["tracking_key"])
+    return None
 
 
 def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:
@@ -201,48 +240,3 @@ def _last_micro_batch(run: str) -> int | None:
         except checkpoint.CheckpointError:
             continue
     return None
-
-
-@contextmanager
-def driver_lock(run: str) -> Iterator[None]:
-    """Hold the run for this process while the block runs.
-
-    Raises:
-        ConfigError: another live process holds it.
-    """
-    path = storage.join(run, DRIVER)
-    me = {"host": socket.gethostname(), "pid": os.getpid()}
-    if storage.exists(path):
-        other = storage.read_json(path, "host", "pid", "at")
-        if _is_alive(other, me):
-            raise ConfigError(
-                f"{run} is being trained by process {other['pid']} on {other['host']}: wait for it, stop it, or give"
-                " another --name"
-            )
-    # A thread renews the lock; a driver that dies leaves one that goes stale.
-    ended = threading.Event()
-
-    def write(at: float) -> None:
-        storage.write_atomic(path, json.dumps({**me, "at": at}).encode())
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # the storage is out of reach for a while; the next heartbeat has the same content
-                write(time.time())
-
-    write(time.time())
-    thread = threading.Thread(target=beat, daemon=True, name="driver lock")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        write(0)
-
-
-def _is_alive(other: dict[str, Any], me: dict[str, Any]) -> bool:
-    if time.time() - other["at"] > STALE_SECONDS:
-        return False
-    same_host = other["host"] == me["host"]
-    return not same_host or (other["pid"] != me["pid"] and os.path.exists(f"/proc/{other['pid']}"))

@@ -27,11 +27,15 @@ def sigterm_kills(tracker: Tracker) -> Iterator[None]:
         _open.remove(tracker)
 
 
-def _interrupt(*_: object) -> NoReturn:
-    # In a thread, because the signal may have interrupted the main thread in the middle of a transaction of the outbox.
+def note_killed() -> threading.Thread:
+    """Mark the open runs as KILLED, in a thread: a signal may have come in the middle of a transaction of the outbox."""
     ending = threading.Thread(target=_end_runs, daemon=True, name="SIGTERM")
     ending.start()
-    ending.join(LIMIT_AFTER_INTERRUPT_S)
+    return ending
+
+
+def _interrupt(*_: object) -> NoReturn:
+    note_killed().join(LIMIT_AFTER_INTERRUPT_S)
     raise KeyboardInterrupt
 
 

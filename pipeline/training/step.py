@@ -8,7 +8,7 @@ A step never waits for the device, except in matching (`dfine_core.loss.matching
 which gates the optimiser, the EMA and the running statistics; the host reads the flag one step later.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -45,6 +45,7 @@ class StepResult:
     loss: Tensor  # sum of the terms
     grad_norm: Tensor  # before clipping
     finite: Tensor  # [] bool; False: nothing was changed
+    directive: Tensor  # [] rank 0's number from `decide`
 
 
 def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], seed: int) -> MicroBatch:
@@ -67,12 +68,19 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     return MicroBatch(images, targets, sample_queries_for(config, targets, generator))
 
 
-def train_step(state: TrainState, micro_batches: Sequence[MicroBatch], *, share: float | None = None) -> StepResult:
+def train_step(
+    state: TrainState,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    share: float | None = None,
+    decide: Callable[[], int] = lambda: 0,
+) -> StepResult:
     """Run one step on this worker's micro-batches. Collective: all ranks must call it.
 
     Args:
         share: micro-batches of the whole step divided by the number of workers. Gradients are averaged over workers, so a worker
             with more or fewer of them weights each by this number; default: its own number, where all have equally many.
+        decide: returns a small number that reaches all ranks with the result; called late in the step, 0 on all but rank 0.
     """
     share = share or len(micro_batches)
     state.statistics.begin_step()
@@ -91,7 +99,7 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch], *, share:
         for name, term in terms.items():
             summed[name] = summed.get(name, 0) + term.detach() / share
 
-    return _update(state, summed, share)
+    return _update(state, summed, share, decide())
 
 
 def _match_ahead(
@@ -129,29 +137,31 @@ def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def _update(state: TrainState, terms: Mapping[str, Tensor], share: float) -> StepResult:
+def _update(state: TrainState, terms: Mapping[str, Tensor], share: float, directive: int) -> StepResult:
     """Unscale, check, clip, step and average; or leave everything as it was."""
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     torch._foreach_div_(gradients, state.loss_scale.scale)
     grad_norm = nn.utils.clip_grad_norm_(state.detector.parameters(), state.max_grad_norm, foreach=True)
 
-    # One reduction carries the loss terms, the running statistics, and whether any worker saw a non-finite value.
+    # One reduction carries the loss terms, the running statistics, whether any worker saw a non-finite value, and the directive.
     values, statistics = torch.stack(list(terms.values())), state.statistics.mean(share)
     everything = torch.cat([values.float(), statistics])
     broken = (~everything.isfinite()).any().float().unsqueeze(0)
-    shared = torch.cat([everything, broken])
-    if dist.is_available() and dist.is_initialized():
+    workers = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    shared = torch.cat([everything, broken, broken.new_full((1,), directive * workers)])
+    if workers > 1:
         dist.all_reduce(shared)
-        shared /= dist.get_world_size()
-    finite = (shared[-1] == 0) & grad_norm.isfinite()
+        shared /= workers
+    finite = (shared[-2] == 0) & grad_norm.isfinite()
 
     # The fused optimiser takes the flag meant for loss scaling: where set, it neither moves weights nor counts the step.
     state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     state.optimizer.grad_scale = None  # type: ignore[attr-defined]
     state.optimizer.step()
-    state.statistics.commit(shared[len(values) : -1], finite)
+    state.statistics.commit(shared[len(values) : -2], finite)
     state.ema.update(state.detector, finite)
     state.loss_scale.update(finite)
 
     averaged = dict(zip(terms, shared[: len(values)].unbind(), strict=True))
-    return StepResult(terms=averaged, loss=shared[: len(values)].sum(), grad_norm=grad_norm, finite=finite)
+    loss = shared[: len(values)].sum()
+    return StepResult(terms=averaged, loss=loss, grad_norm=grad_norm, finite=finite, directive=shared[-1])

@@ -9,7 +9,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from pipeline.ray_internals import silence_train_loggers
 from pipeline.training.context import TrainJob, WorkerContext
-from pipeline.training.heartbeat import WorkerConsole, last_heartbeat_before_restart
+from pipeline.training.heartbeat import WorkerConsole, last_heartbeat_before_restart, watch_stop_request
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     # Imported here: Ray Train's controller imports this module too, and needs neither.
     from pipeline.training.evaluation_task import on_ray
     from pipeline.training.loop import train
+    from pipeline.training.stop_request import StopRequest
 
     silence_train_loggers()
     job: TrainJob = config["job"]
@@ -37,5 +38,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         console=WorkerConsole(config["board"], rank),
         report=ray.train.report,
         submit_evaluation=on_ray(job.evaluation_resources) if asynchronous else None,
+        stop=watch_stop_request(config["board"]) if rank == 0 else StopRequest(),
     )
     return train(job, context)

@@ -36,6 +36,7 @@ from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
 from pipeline.training.context import ResolvedData, resolve_data
+from pipeline.training.driver_lock import driver_lock
 from pipeline.training.init_weights import materialize_init
 from pipeline.training.preflight import DECODING_CPUS
 from pipeline.training.run_description import NOTE, dataset_input
@@ -130,7 +131,7 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial, *, verif
 
     # 3. Begin or continue, under the lock of the sweep's folder.
     folder = storage.join(sweep.storage, sweep.name or "sweep")
-    with run_dir.driver_lock(folder):
+    with driver_lock(folder):
         key = _begin_or_continue(folder, sweep, data)
         tracking = replace(tracking, run_key=key)
         with Tracker(run_dir.outbox_folder(folder, key), tracking) as tracker:

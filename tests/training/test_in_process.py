@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 STEPS = 6
 # The command, and the packages that it must do without.
 TRAIN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 from jobs.train import main
 main(sys.argv[1:])
 print("imported:", *sorted({"ray", "optuna", "transformers"} & set(sys.modules)))
@@ -136,23 +137,6 @@ def test_a_killed_training_in_one_process_continues_bitwise_and_needs_no_ray(fol
     assert_equal_runs(folder, "undisturbed", "killed")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
-def test_a_training_that_is_stopped_is_killed_in_mlflow(folder: Path, name: str) -> None:
-    stopped = start(folder, name, "--set", "schedule.steps=400")
-    wait_for(
-        lambda: bool(checkpoint.steps_in(str(folder / "runs" / name / "checkpoints"))), stopped, folder / f"{name}.log"
-    )
-    stopped.send_signal(getattr(signal, name))
-    assert stopped.wait(timeout=60) == 130
-    said = (folder / f"{name}.log").read_text()
-    assert said.splitlines()[-1] == "interrupted"
-    assert "not in MLflow yet" not in said
-    assert "could not be recorded" not in said
-    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
-        rows = database.execute("select status, end_time > start_time from runs where name = ?", (name,)).fetchall()
-    assert rows == [("KILLED", 1)]
-
-
 def test_a_run_killed_once_its_result_is_there_is_recorded_by_the_same_command(folder: Path) -> None:
     killed = start(folder, "at-the-end")
     result = folder / "runs" / "at-the-end" / "result.json"
@@ -165,6 +149,57 @@ def test_a_run_killed_once_its_result_is_there_is_recorded_by_the_same_command(f
     metrics_of(folder, "at-the-end")
     assert start(folder, "at-the-end").wait(timeout=100) == 1
     assert "run 'at-the-end' is finished" in (folder / "at-the-end.log").read_text()
+
+
+def start_and_wait_for_a_checkpoint(folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
+    process = start(folder, name, *flags)
+    checkpoints = str(folder / "runs" / name / "checkpoints")
+    wait_for(lambda: bool(checkpoint.steps_in(checkpoints)), process, folder / f"{name}.log")
+    return process
+
+
+def status_of(folder: Path, name: str) -> list[tuple[str]]:
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        return database.execute("select status from runs where name = ?", (name,)).fetchall()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stop_signal_saves_after_the_step_and_the_printed_command_continues_bitwise(
+    folder: Path, number: signal.Signals
+) -> None:
+    if not (folder / "runs" / "undisturbed").exists():
+        finish(folder, "undisturbed")
+    name = number.name
+    process = start_and_wait_for_a_checkpoint(folder, name)
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    lines = (folder / f"{name}.log").read_text().splitlines()
+    assert code == 130, lines
+    saved = checkpoint.steps_in(str(folder / "runs" / name / "checkpoints"))[-1]
+    assert lines[-1].startswith(f"stopped at step {saved}, saved in {folder}/runs/{name}/checkpoints/")
+    assert lines[-1].endswith(f"to continue: -c {folder}/run.yaml --name {name}")
+    assert not [line for line in lines if "Traceback" in line]
+    assert status_of(folder, name) == [("KILLED",)]
+    assert f"continuing at step {saved} " in finish(folder, name)
+    assert_equal_runs(folder, "undisturbed", name)
+
+
+def test_a_second_stop_signal_ends_at_once(folder: Path) -> None:
+    settings = [
+        "schedule.steps=400",
+        "schedule.global_batch_size=48",
+        "schedule.micro_batch_size=1",
+    ]  # steps of seconds
+    process = start_and_wait_for_a_checkpoint(folder, "twice", "--set", *settings, "checkpoints.every_steps=1")
+    log = folder / "twice.log"
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: "a second Ctrl-C ends at once" in log.read_text(), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    lines = log.read_text().splitlines()
+    assert lines[-1] == "interrupted"
+    assert not [line for line in lines if "Traceback" in line]
+    assert status_of(folder, "twice") == [("KILLED",)]
 
 
 @pytest.mark.slow

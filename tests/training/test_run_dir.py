@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ from pipeline.config import ConfigError, Experiment
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
+from pipeline.training.driver_lock import DRIVER, driver_lock
 from pipeline.training.heartbeat import Heartbeat, ProgressBoard, WorkerConsole, silent_workers
 from pipeline.training.preflight import Request, leaves_cpu, name_problem, refuse_what_never_fits, waiting_line
-from pipeline.training.run_dir import begin_or_continue, driver_lock
+from pipeline.training.run_dir import begin_or_continue
 from tests.support.processes import wait_until
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import experiment
@@ -90,7 +92,7 @@ def test_a_run_belongs_to_one_living_driver(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     parent = {"host": socket.gethostname(), "pid": os.getppid(), "at": time.time()}
     (tmp_path / "run").mkdir()
-    path = tmp_path / "run" / run_dir.DRIVER
+    path = tmp_path / "run" / DRIVER
     path.write_text(json.dumps(parent))
     with pytest.raises(ConfigError, match=f"is being trained by process {os.getppid()}"), driver_lock(run):
         pass
@@ -101,6 +103,31 @@ def test_a_run_belongs_to_one_living_driver(tmp_path: Path) -> None:
     path.write_text(json.dumps({**parent, "host": "elsewhere"}))
     with pytest.raises(ConfigError, match="on elsewhere"), driver_lock(run):
         pass
+
+
+@pytest.mark.parametrize("content", [b"", b'{"host": ', b"null", b"[" * 200_000, b'{"host": 1, "pid": 2, "at": "x"}'])
+def test_a_damaged_driver_file_does_not_hold_the_run(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run" / DRIVER
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with driver_lock(str(path.parent)):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"experiment": {"na', b"[" * 200_000, b'{"tracking_key": "first"}', None])
+def test_a_damaged_run_file_without_a_checkpoint_begins_again(
+    shards: ShardSet, tmp_path: Path, content: bytes | None
+) -> None:
+    setting = experiment(tmp_path, {"train": shards.uri})
+    path = tmp_path / "run" / run_dir.RUN_START
+    path.parent.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    start = begin(tmp_path, setting, shards)
+    assert (start.notice is None) == (content is None)
+    if content == b'{"tracking_key": "first"}':
+        assert start.tracking_key == "first"
+    assert replace(begin(tmp_path, setting, shards), notice=start.notice) == start
 
 
 def test_requests_that_never_fit_are_refused_with_every_reason() -> None:

@@ -165,6 +165,25 @@ def test_ctrl_c_ends_the_run_as_killed(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stop_signal_saves_on_all_workers_and_ends(folder: Path, number: signal.Signals) -> None:
+    (folder / "long.yaml").write_text((folder / "run.yaml").read_text().replace(f"steps: {STEPS}", "steps: 2000"))
+    driver = start(folder, number.name, experiment="long.yaml")
+    wait_for_step(folder, number.name, 2, driver)
+    driver.send_signal(number)
+    code = driver.wait(timeout=100)
+    lines = (folder / f"{number.name}.log").read_text().splitlines()
+    assert code == 130, lines
+    saved = checkpoint.steps_in(str(folder / "runs" / number.name / "checkpoints"))[-1]
+    (line,) = [line for line in lines if line.startswith("stopped at step")]
+    assert line.startswith(f"stopped at step {saved}, saved in {folder}/runs/{number.name}/checkpoints/")
+    assert line.endswith(f"--name {number.name}")
+    assert not [line for line in lines if "Traceback" in line]
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        assert database.execute("select status from runs where name = ?", (number.name,)).fetchall() == [("KILLED",)]
+
+
+@pytest.mark.slow
 def test_two_workers_then_one_then_two_make_the_same_run(folder: Path) -> None:
     if not (folder / "runs" / "whole").exists():
         finish(folder, "whole")

@@ -4,7 +4,8 @@ import json
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from pipeline.training.loop import new_state, train
 from pipeline.training.nonfinite import NonFiniteError
 from pipeline.training.run_log import MetricMeter, RunLog
 from pipeline.training.step import StepResult
+from pipeline.training.stop_request import StopRequest
 from tests.support.training_runs import RecordingConsole, SteppedRun, alone, experiment, job, shard_folders
 
 
@@ -75,6 +77,54 @@ def test_a_run_that_is_killed_and_continued_equals_one_that_was_not(data: dict[s
     assert expected.keys() == found.keys()
     different = [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])]
     assert not different
+
+
+@dataclass
+class StoppingConsole(RecordingConsole):
+    """Makes a stop request as soon as the run is at this step, with this activity."""
+
+    stop: StopRequest = field(default_factory=StopRequest)
+    stop_at: tuple[int, str] = (0, "")
+
+    def heartbeat(self, step: int, activity: str) -> None:
+        self.stop.made = self.stop.made or (step, activity) == self.stop_at
+
+    def working(self, step: int, activity: str) -> AbstractContextManager[None]:
+        self.heartbeat(step, activity)
+        return nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "saved"), [((2, "training"), 3), ((3, "training"), 4), ((4, "evaluating"), 4), ((5, "training"), 6)]
+)
+def test_a_run_that_is_stopped_and_continued_equals_one_that_was_not(
+    data: dict[str, str], tmp_path: Path, stop_at: tuple[int, str], saved: int
+) -> None:
+    """Stopped in a step, in a step that an evaluation follows, in that evaluation, and in the last step."""
+    whole = experiment(tmp_path, data, name="whole", evaluation={"every_steps": 2}, ema={"decay": 0.9})
+    train(job(whole), alone())
+    cut = whole.model_copy(update={"name": "cut"})
+    stopping = StoppingConsole(stop_at=stop_at)
+    result = train(job(cut), alone(stopping, stop=stopping.stop))
+    folder = f"{tmp_path}/runs/cut/checkpoints"
+    assert result == {"step": saved, "stopped": f"{folder}/{checkpoint.step_folder(saved)}"}
+    history = checkpoint.read_metadata(result["stopped"]).history
+    assert [step for step, _ in history.evaluated] == ([2] if saved < 6 else [2, 4])
+
+    console = RecordingConsole()
+    train(job(cut), alone(console))
+    assert console.about(f"continuing at step {saved} ")
+    assert result_of(tmp_path, "cut") == result_of(tmp_path, "whole")
+    expected, found = (tensors_of(f"{tmp_path}/runs/{name}/checkpoints", 6) for name in ("whole", "cut"))
+    assert len(found) > 1000
+    assert [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])] == []
+
+
+def test_minutes_between_checkpoints_are_counted_from_the_last_one(data: dict[str, str], tmp_path: Path) -> None:
+    for name, minutes, saved in (("often", 1e-9, [1, 2, 3, 4, 5, 6]), ("rarely", 60, [3, 6]), ("never", None, [3, 6])):
+        kept = {"every_minutes": minutes, "keep": 9, "every_steps": 3}
+        train(job(experiment(tmp_path, data, name=name, checkpoints=kept)), alone())
+        assert checkpoint.steps_in(f"{tmp_path}/runs/{name}/checkpoints") == saved
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(data: dict[str, str], tmp_path: Path) -> None:
@@ -241,7 +291,11 @@ def test_a_meter_gives_means_of_finite_steps_and_starts_anew() -> None:
     meter = MetricMeter()
     for value, finite in ((1.0, True), (torch.nan, False), (3.0, True)):
         result = StepResult(
-            {"loss_vfl": torch.tensor(value)}, torch.tensor(value), torch.tensor(2.0), torch.tensor(finite)
+            {"loss_vfl": torch.tensor(value)},
+            torch.tensor(value),
+            torch.tensor(2.0),
+            torch.tensor(finite),
+            directive=torch.tensor(0.0),
         )
         meter.add(result, waited_s=0.0)
     values = meter.read(images_per_step=8)
@@ -268,7 +322,7 @@ def test_reports_are_thinned_in_mlflow(data: dict[str, str], tmp_path: Path, age
     terms = ("loss_vfl", "loss_vfl_aux_0", "loss_vfl_enc_0", "loss_bbox_dn_2", "loss_bbox_pre")
     one = torch.tensor(1.0)
     for step in range(1, 25):
-        log.step(StepResult(dict.fromkeys(terms, one), one, one, torch.tensor(True)), waited_s=0.0)
+        log.step(StepResult(dict.fromkeys(terms, one), one, one, torch.tensor(True), directive=one), waited_s=0.0)
         state.step = step
         log.report(state)
 
