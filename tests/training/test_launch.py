@@ -34,6 +34,8 @@ class RecordedTrainer:
     def __init__(self, loop: Any, **settings: Any) -> None:
         RecordedTrainer.settings = settings
 
+    def _register_sigint_handler(self, controller: Any) -> None: ...
+
     def fit(self) -> Any:
         RecordedTrainer.variables = get_env_vars_to_propagate()
         RecordedTrainer.message = str(WorkerGroupStartupTimeoutError(num_workers=2))
