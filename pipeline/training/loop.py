@@ -98,7 +98,8 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
                     continue
 
             if evaluates:
-                stops = not evaluator.evaluate(state)
+                ended = evaluator.evaluate(state)
+                stops = not ended or context.broadcast(directives.decide()) is Directive.STOP  # asked for meanwhile
             if saves:
                 checkpoints.save(state)
                 directives.saved()
