@@ -379,7 +379,8 @@ def test_every_exception_of_pipeline_and_jobs_is_a_user_error() -> None:
     exceptions = {
         name: bases
         for name, bases in _classes().items()
-        if any(base.endswith(("Error", "Exception")) for base in bases) and not name.startswith("_")  # never leaves its module
+        if any(base.endswith(("Error", "Exception")) for base in bases)
+        and not name.startswith("_")  # never leaves its module
     }
     assert all(name.endswith("Error") for name in exceptions)
     assert len(exceptions) > 10
