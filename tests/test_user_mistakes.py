@@ -209,7 +209,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("benchmark detector --threads -2", ("--threads", "-2"), {}),
     ("benchmark {folder}/detector --json out/speed.json", ("--json", "$PWD/out/speed.json"), JOB),
     # ui, lineage, compare, record, replay
-    ("record nowhere", ("nowhere", "no such file or folder"), {}),
+    ("record nowhere", ("nowhere", "no run"), {}),
     ("ui nowhere", ("nowhere", "MLFLOW_TRACKING_URI"), {}),
     ("ui brokenrun", ("brokenrun",), {}),
     ("lineage nowhere", ("nowhere", "MLFLOW_TRACKING_URI"), {}),
