@@ -30,7 +30,7 @@ from pipeline.data.shards.records import ImageRecord
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import contact_sheet, draw_detections
-from pipeline.predict.inputs import InputImage, list_inputs, read_images
+from pipeline.predict.inputs import InputImage, decode_input, list_inputs, read_images
 from pipeline.predict.on_ray import cpus_per_worker
 from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
 from tests.support.small_detectors import small_detector
@@ -135,6 +135,19 @@ def test_every_frame_of_a_video_is_found_from_anywhere(stride: int, first: int, 
         assert image.image_id == number + 1
         assert image.frame == number * stride
         assert image.seconds == pytest.approx(number * stride / 10)
+
+
+def test_files_are_turned_upright_and_rows_of_a_shard_set_are_not(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos/a.jpg", exif=exif)
+    lying = replace(synthetic_records(1)[0], image=(tmp_path / "photos/a.jpg").read_bytes(), width=40, height=30)
+    shards = write_shards(tmp_path / "shards", [lying])
+    for given, size in ((str(tmp_path / "photos"), (30, 40)), (shards.uri, (40, 30))):
+        (source,) = read_images(list_inputs([given]), 0, 1)
+        assert isinstance(source, InputImage)
+        assert decode_input(source).size == size
 
 
 @pytest.mark.parametrize(
