@@ -79,7 +79,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     shared = [key for key in expected if key in given]
     reshaped = [key for key in shared if given[key].shape != expected[key].shape]
     constants = [key for key in shared if key.rsplit(".", 1)[-1] in CONSTANT_LEAVES and key not in reshaped]
-    changed = [key for key in constants if not torch.equal(given[key].to(expected[key]), expected[key])]
+    changed = [key for key in constants if not _is_rounded(given[key], expected[key])]
     broken = [key for key in shared if not given[key].isfinite().all()]
     problems = [
         _listing("missing from the checkpoint", missing),
@@ -95,7 +95,13 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if any(problems):
         lines = ["the checkpoint does not fit the model", *filter(None, problems), *_ways_out(given, expected, changed)]
         raise ValueError("\n  ".join(lines))
-    module.load_state_dict(given)
+    module.load_state_dict(given | {key: expected[key] for key in constants})
+
+
+def _is_rounded(given: Tensor, expected: Tensor) -> bool:
+    """True if a constant is the expected one in the precision of its file, such as a third in half precision."""
+    narrower = given.is_floating_point() and given.element_size() < expected.element_size()
+    return torch.equal(given, expected.to(given)) if narrower else torch.equal(given.to(expected), expected)
 
 
 def save_released(state_dict: Mapping[str, Tensor], config: ModelConfig, path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 from dfine_core import ImageDetections, LoadedDetector
 from dfine_core.drawing import label_colour
+from dfine_core.images import SUFFIXES
 from dfine_core.inference import prepare
 from dfine_core.model import distribution
 from dfine_core.model.postprocess import best_pairs, postprocess
@@ -86,6 +87,14 @@ def test_folders_are_read_with_subfolders_and_other_files_are_skipped(photos: Pa
     assert [Path(source.uri).name for source in inputs.sources] == [*(f"{n}.jpg" for n in range(8)), "8.jpg", "9.jpg"]
     assert inputs.skipped_files == 1
     assert str(inputs) == "10 images (10 image files; 1 other file skipped)"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_every_ending_are_taken_from_folders(suffix: str, tmp_path: Path) -> None:
+    for name in (f"a{suffix}", f"B{suffix.upper()}"):
+        (tmp_path / name).write_bytes(synthetic_records(1)[0].image)
+    inputs = list_inputs([str(tmp_path)])
+    assert (inputs.num_images, inputs.skipped_files) == (2, 0)
 
 
 @pytest.mark.parametrize(
