@@ -19,6 +19,11 @@ from numpy.typing import NDArray
 PIXEL_LIMIT = 89_478_485  # per image; 256 MiB as RGB, where Pillow too begins to suspect a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # some of Pillow's other formats start programs
 
+# Endings of files in these formats, for whoever lists folders; the opener itself looks at the content.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 EXIF_ORIENTATION = 0x0112
 SIDES_SWAPPED = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
 _TURNS = {

@@ -5,19 +5,24 @@
     dfine prepare objects365 /data/objects365 --split train --out /shards/objects365/train
     dfine prepare voc /data/VOC2012 --split train --out /shards/voc/train
     dfine prepare yolo /data/mine/data.yaml --split train --out /shards/mine/train
+    dfine prepare auto /data/export --out /shards/mine
+    dfine prepare auto /data/export --split train --split-off val=0.2 --out /shards/mine
     dfine prepare synthetic --images 2000 --split train --out /tmp/shapes/train
 
-One command writes one split into one folder. The same command again resumes an interrupted preparation. Rejected images and
-boxes are listed with the reason in rejected.parquet. Paths must be readable from every node of the cluster; without
-RAY_ADDRESS the command starts Ray on this machine, and a submitted job uses its cluster.
+One command writes one split into one folder; `auto` and --split-off write one folder for each split. The same
+command again resumes an interrupted preparation. Rejected images and boxes are listed with the reason in rejected.parquet.
+Paths must be readable from every node of the cluster; without RAY_ADDRESS the command starts Ray on this machine, and a
+submitted job uses its cluster.
 """
 
 import argparse
 from typing import TYPE_CHECKING
 
 from jobs.command import add_log_level, announce, command_parser, local_path, location, parsed, user_errors
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.data.prepare.shard_writer import PrepareOptions
     from pipeline.data.sources.index import DatasetSource
 
 OBJECTS365_VAL_IMAGES = 5000
@@ -31,11 +36,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare_shards(args: argparse.Namespace) -> None:
-    """Write the shard set that the arguments describe."""
+    """Write the shard sets that the arguments describe."""
     announce("prepare", f"{args.source}: reading the annotations …")
     from pipeline.data.prepare.shard_writer import PrepareOptions
+    from pipeline.ray_cluster import start_ray
 
-    # 1. Check the options, and read the source.
+    # 1. Check the options, and find the sources.
     options = PrepareOptions(
         shard_mib=args.shard_mib,
         row_group_rows=args.row_group_rows,
@@ -47,19 +53,48 @@ def prepare_shards(args: argparse.Namespace) -> None:
         verify=args.verify,
         exif=args.exif,
     )
-    source = _source(args)
+    parts = _parts(args)
 
     # 2. Write the shards, on Ray.
+    start_ray(args.num_cpus)
+    for split, source, out in parts:
+        _prepare_one(split, source, out, options, strict=args.strict)
+
+
+def _parts(args: argparse.Namespace) -> "list[tuple[str, DatasetSource, str]]":
+    """Every shard set to write: its split, its source and its folder."""
+    if args.source == "auto":
+        from pipeline.data.sources.detect import find_source
+
+        found = find_source(args.root)
+        print(f"{args.root} is {found.text}; splits: {', '.join(found.splits)}", flush=True)
+        if args.split is not None and args.split not in found.splits:
+            raise UserError(f"--split {args.split}: the splits are {', '.join(found.splits)}")
+        sources = {name: make() for name, make in found.splits.items() if args.split in (None, name)}
+        parts = [(name, source, args.out if args.split else f"{args.out}/{name}") for name, source in sources.items()]
+    else:
+        parts = [(args.split, _source(args), args.out)]
+    if args.split_off is None:
+        return parts
+    from pipeline.data.prepare.split_off import SplitOff, split_off
+
+    if len(parts) > 1:
+        raise UserError(
+            f"--split-off: there are {', '.join(name for name, *_ in parts)} already; name one with --split"
+        )
+    ((split, source, _),) = parts
+    part = SplitOff.parse(args.split_off)
+    rest, taken = split_off(source, part, split=split, seed=args.seed)
+    return [(split, rest, f"{args.out}/{split}"), (part.name, taken, f"{args.out}/{part.name}")]
+
+
+def _prepare_one(split: str, source: "DatasetSource", out: str, options: "PrepareOptions", *, strict: bool) -> None:
     from pipeline.data.doctor.findings import FINDING_KINDS, plural
     from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
     from pipeline.data.shards.classes import repeated_names
     from pipeline.data.shards.manifest import Notice, merge_notices
-    from pipeline.ray_cluster import start_ray
 
-    start_ray(args.num_cpus)
-    shards = prepare(source, args.out, split=args.split, options=options, strict=args.strict)
-
-    # 3. Report.
+    shards = prepare(source, out, split=split, options=options, strict=strict)
     manifest, rejected = shards.manifest, read_rejected(shards)
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
@@ -78,6 +113,7 @@ def prepare_shards(args: argparse.Namespace) -> None:
 def _source(args: argparse.Namespace) -> "DatasetSource":
     from pipeline.data.sources import objects365
     from pipeline.data.sources.coco import coco_source
+    from pipeline.data.sources.detect import coco_in_folder
     from pipeline.data.sources.index import SourceError
     from pipeline.data.sources.synthetic import synthetic_source
     from pipeline.data.sources.voc import voc_source
@@ -87,6 +123,8 @@ def _source(args: argparse.Namespace) -> "DatasetSource":
         case "coco":
             if args.root is None and (args.images is None or args.annotations is None):
                 raise SourceError("coco needs its folder, or both --images and --annotations")
+            if args.images is None and args.annotations is None:
+                return coco_in_folder(args.root, args.split)
             return coco_source(
                 args.images or f"{args.root}/{args.split}",
                 args.annotations or f"{args.root}/annotations/instances_{args.split}.json",
@@ -118,6 +156,12 @@ def parser() -> argparse.ArgumentParser:
     """Parser of the arguments."""
     arguments = command_parser("prepare", __doc__)
     sources = arguments.add_subparsers(dest="source", required=True, metavar="SOURCE")
+
+    auto = sources.add_parser(
+        "auto", help="a folder whose format is recognised: COCO, YOLO or VOC, as tools write them"
+    )
+    auto.add_argument("root", type=local_path)
+    _add_common(auto, split_required=False)
 
     coco = sources.add_parser("coco", help="a folder of images and an instances json")
     coco.add_argument("root", nargs="?", type=location, help="folder with SPLIT/ and annotations/instances_SPLIT.json")
@@ -176,13 +220,23 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0) -> None:
+def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0, *, split_required: bool = True) -> None:
     """Options of every source; not a parent parser, since subparsers would share its defaults."""
     yes_or_no = argparse.BooleanOptionalAction
     parser.add_argument(
         "--out", type=location, required=True, metavar="DIR", help="folder of the shards: path, s3:// or gs://"
     )
-    parser.add_argument("--split", required=True, help="split to prepare, by the source's name for it")
+    parser.add_argument(
+        "--split",
+        required=split_required,
+        help="split to prepare, by the source's name for it"
+        + ("" if split_required else "; default: all, each into DIR/SPLIT"),
+    )
+    parser.add_argument(
+        "--split-off",
+        metavar="NAME=SHARE",
+        help="split a share of the images off, such as val=0.2, near-duplicates together; writes DIR/SPLIT and DIR/NAME",
+    )
     parser.add_argument("--strict", action="store_true", help="fail if anything is rejected")
     parser.add_argument("--shard-mib", type=float, default=128.0, metavar="MIB")
     parser.add_argument("--row-group-rows", type=int, default=32, metavar="N")

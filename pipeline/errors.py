@@ -14,6 +14,7 @@
     ├── RunLookupError            a run or a model that MLflow does not know, or knows several of
     ├── ShardError                shard files that differ from their manifest
     ├── SourceError               a data set that is not in the stated format
+    ├── SplitOffError             a share of a split that cannot be split off
     ├── StorageError              a path or URI that cannot be resolved, or a damaged file
     ├── SweepInterruptedError     a sweep stopped by Ctrl-C or SIGTERM; its folder is whole
     ├── TrackingError             a tracking server or database that is not named, or cannot be used

@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from dfine_core.images import read_image
+from dfine_core.images import SUFFIXES, read_image
 from dfine_core.inference import image_sizes, prepare
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet
@@ -18,7 +18,6 @@ from pipeline.data.stream.stream import evaluation_stream
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
 
 BATCH_SIZE = 3  # the first batch is split, because a file may accept one batch size only
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +67,7 @@ def from_files(paths: Sequence[Path], images: int) -> CheckSet:
     """
     files = [file for path in paths for file in (_image_files(path) if path.is_dir() else [path])][:images]
     if not files:
-        raise ConfigError(f"--images-from: no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, paths))}")
+        raise ConfigError(f"--images-from: no images ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
 
     def batches(input_size: tuple[int, int]) -> Iterator[CheckBatch]:
         return _read_batches([(str(file), file.read_bytes) for file in files], input_size)
@@ -111,4 +110,4 @@ def _read(name: str, content: bytes) -> PIL.Image.Image:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)

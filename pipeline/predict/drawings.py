@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from dfine_core.images import SUFFIXES
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
 from pipeline.drawing import draw_boxes, font
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.sample_images import refinement_view
-from pipeline.predict.inputs import IMAGE_SUFFIXES, InputImage, Inputs, decode_input, read_images
+from pipeline.predict.inputs import InputImage, Inputs, decode_input, read_images
 from pipeline.predict.plan import PredictPlan
 from pipeline.predict.predicted_images import read_part
 
@@ -102,7 +103,7 @@ def drawing_name(source: InputImage) -> str:
     in paths, and shortened to what file systems accept.
     """
     name = source.file_name.replace("\\", "/").rpartition("/")[2]
-    stem = name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name
+    stem = name.rpartition(".")[0] if name.lower().endswith(SUFFIXES) else name
     plain = re.sub(r"[^\w.-]+", "_", stem).encode()[:NAME_BYTES].decode(errors="ignore")
     return f"{source.image_id}_{plain}"
 

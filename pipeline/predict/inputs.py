@@ -25,14 +25,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from dfine_core.images import read_image
+from dfine_core.images import SUFFIXES, read_image
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.prepare.image_files import read_image_file
 from pipeline.data.shards.manifest import MANIFEST_NAME, ShardSet, load_shards
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups, refuse_changed_files
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 SHARD_COLUMNS = ("image_id", "file_name", "image")
 
@@ -127,7 +126,7 @@ def list_inputs(given: Sequence[str], *, frame_stride: int = 1, leave_out: str |
     if not unique:
         raise ConfigError(
             f"no images or videos in {', '.join(given)}; supported are"
-            f" {', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}, and shard sets"
+            f" {', '.join(SUFFIXES + VIDEO_SUFFIXES)}, and shard sets"
         )
     return Inputs(tuple(unique.values()), frame_stride, skipped_files)
 
@@ -157,7 +156,7 @@ def _expand(uri: str, frame_stride: int, leave_out: str | None) -> tuple[list[In
 
     # 3. A file, which is tried as an image whatever its suffix, or a folder.
     if info.type == fs.FileType.File:
-        known = uri.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+        known = uri.lower().endswith(SUFFIXES + VIDEO_SUFFIXES)
         source = _file_source(uri, info.size, frame_stride) if known else InputSource("image", uri, 1, f"{info.size}")
         return [source], 0
     return _file_sources(uri, _files_below(uri, leave_out), frame_stride)
@@ -165,7 +164,7 @@ def _expand(uri: str, frame_stride: int, leave_out: str | None) -> tuple[list[In
 
 def _file_sources(uri: str, infos: Sequence[fs.FileInfo], frame_stride: int) -> tuple[list[InputSource], int]:
     scheme = f"{uri.split('://', 1)[0]}://" if "://" in uri and not uri.startswith("file://") else ""
-    taken = [info for info in infos if info.path.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
+    taken = [info for info in infos if info.path.lower().endswith(SUFFIXES + VIDEO_SUFFIXES)]
     sources = [_file_source(scheme + info.path, info.size, frame_stride) for info in taken]
     return sources, len(infos) - len(taken)
 

@@ -160,6 +160,20 @@ def test_another_number_of_bins_is_sent_to_rebinning(detector: Detector) -> None
         load_weights(detector, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_constants_that_a_file_rounds_are_still_the_same(dtype: torch.dtype, detector: Detector) -> None:
+    state = detector.state_dict()
+    constants = [key for key in state if key.endswith("num_points_scale")]
+    assert any((state[key].half().float() != state[key]).any() for key in constants)
+    other = Detector(SMALL)
+    load_weights(other, {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()})
+    for key in constants:
+        assert torch.equal(other.state_dict()[key], state[key])  # the exact value, not the rounded one
+    changed = {key: value.half() * 1.01 if key in constants else value for key, value in state.items()}
+    with pytest.raises(ValueError, match="of another value"):
+        load_weights(other, changed)
+
+
 @pytest.mark.parametrize("setting", [{"reg_scale": 8.0}, {"up": 0.25}], ids=str)
 def test_other_bins_of_the_same_number_are_noticed(setting: dict[str, float], detector: Detector) -> None:
     """All shapes fit, and every box would be wrong."""

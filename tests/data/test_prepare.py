@@ -192,6 +192,34 @@ def test_the_command_prepares_synthetic_images_and_prints_a_summary(
     assert [record.image for record in stored(load_shards(tmp_path))] != []
 
 
+def test_a_recognised_folder_is_prepared_split_by_split(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = rendered(12)
+    for split, part in (("train", records[:8]), ("valid", records[8:])):
+        written = write_coco(tmp_path / split, part)
+        for path in (written / "images").iterdir():
+            path.rename(written / path.name)
+        (written / "instances.json").rename(written / "_annotations.coco.json")
+    prepare_main(["auto", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "splits: train, val" in capsys.readouterr().out
+    sets = [load_shards(tmp_path / "out" / split).manifest for split in ("train", "val")]
+    assert [(manifest.split, manifest.images) for manifest in sets] == [("train", 8), ("val", 4)]
+    with pytest.raises(SystemExit, match="--split test: the splits are train, val"):
+        prepare_main(["auto", str(tmp_path), "--split", "test", "--out", str(tmp_path / "other")])
+
+
+def test_a_share_is_split_off_into_a_set_of_its_own(cluster: str, tmp_path: Path) -> None:
+    folder = write_coco(tmp_path / "in", rendered(24))
+    command = ["coco", "--images", str(folder / "images"), "--annotations", str(folder / "instances.json")]
+    command += ["--split", "train", "--split-off", "val=0.25", "--out", str(tmp_path / "out")]
+    for _ in range(2):  # the second finds both finished
+        prepare_main(command)
+    train, val = (stored(load_shards(tmp_path / "out" / name)) for name in ("train", "val"))
+    assert sorted(record.image_id for record in train + val) == list(range(1, 25))
+    assert 3 <= len(val) <= 9
+
+
 # What is refused
 
 

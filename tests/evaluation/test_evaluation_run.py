@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dfine_core import Detector, DetectorOutput, ModelConfig
 from dfine_core.structures import QueryPredictions
+from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.data.shards.records import ImageRecord
 from pipeline.data.sources.synthetic import CLASSES
@@ -85,6 +86,24 @@ def test_a_detector_that_returns_the_ground_truth_scores_one(records: list[Image
     assert metrics["val/AR_100"] == pytest.approx(1)
     assert metrics["val/evaluators_differ_by"] < 1e-9
     assert report.evaluator == "pycocotools"
+
+
+def test_a_shard_set_with_classes_in_another_order_scores_the_same(records: list[ImageRecord], tmp_path: Path) -> None:
+    order = list(reversed(CLASSES))
+    last = len(CLASSES) - 1
+    reversed_labels = [replace(record, labels=(last - record.labels).astype(np.int32)) for record in records]
+    val = write_shards(tmp_path / "val", reversed_labels)
+    categories = tuple(
+        category.model_copy(update={"name": name}) for category, name in zip(val.categories, order, strict=True)
+    )
+    val = replace(val, manifest=val.manifest.model_copy(update={"categories": categories}))
+    mapped = with_classes_of(val, list(CLASSES), "the detector")
+    report = evaluate(Oracle(records), mapped, device=CPU, micro_batch_size=4, decode_in="inline", final=True)
+    assert report is not None
+    assert report.metrics()["val/AP"] == pytest.approx(1)
+    unmapped = evaluate(Oracle(records), val, device=CPU, micro_batch_size=4, decode_in="inline", final=True)
+    assert unmapped is not None
+    assert unmapped.metrics()["val/AP"] < 0.2
 
 
 def _evaluate_on_rank(rank: int, world_size: int, folder: str, uri: str) -> None:

@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 from dfine_core import ImageDetections, LoadedDetector
 from dfine_core.drawing import label_colour
+from dfine_core.images import SUFFIXES
 from dfine_core.inference import prepare
 from dfine_core.model import distribution
 from dfine_core.model.postprocess import best_pairs, postprocess
@@ -30,7 +31,7 @@ from pipeline.data.shards.records import ImageRecord
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import contact_sheet, draw_detections
-from pipeline.predict.inputs import InputImage, list_inputs, read_images
+from pipeline.predict.inputs import InputImage, decode_input, list_inputs, read_images
 from pipeline.predict.on_ray import cpus_per_worker
 from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
 from tests.support.small_detectors import small_detector
@@ -88,6 +89,14 @@ def test_folders_are_read_with_subfolders_and_other_files_are_skipped(photos: Pa
     assert str(inputs) == "10 images (10 image files; 1 other file skipped)"
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_every_ending_are_taken_from_folders(suffix: str, tmp_path: Path) -> None:
+    for name in (f"a{suffix}", f"B{suffix.upper()}"):
+        (tmp_path / name).write_bytes(synthetic_records(1)[0].image)
+    inputs = list_inputs([str(tmp_path)])
+    assert (inputs.num_images, inputs.skipped_files) == (2, 0)
+
+
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [("?.jpg", "01234567"), ("**/*.jpg", "0123456789"), ("below/*", "89"), ("[12].jpg", ""), ("b*/8.j*", "8")],
@@ -135,6 +144,19 @@ def test_every_frame_of_a_video_is_found_from_anywhere(stride: int, first: int, 
         assert image.image_id == number + 1
         assert image.frame == number * stride
         assert image.seconds == pytest.approx(number * stride / 10)
+
+
+def test_files_are_turned_upright_and_rows_of_a_shard_set_are_not(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos/a.jpg", exif=exif)
+    lying = replace(synthetic_records(1)[0], image=(tmp_path / "photos/a.jpg").read_bytes(), width=40, height=30)
+    shards = write_shards(tmp_path / "shards", [lying])
+    for given, size in ((str(tmp_path / "photos"), (30, 40)), (shards.uri, (40, 30))):
+        (source,) = read_images(list_inputs([given]), 0, 1)
+        assert isinstance(source, InputImage)
+        assert decode_input(source).size == size
 
 
 @pytest.mark.parametrize(

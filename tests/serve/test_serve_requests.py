@@ -186,6 +186,15 @@ def test_images_are_decoded_unchanged() -> None:
         assert np.array_equal(image, PIL.Image.open(io.BytesIO(source.content)).convert("RGB"))
 
 
+def test_images_marked_as_turned_are_upright() -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (40, 30)).save(stream, "JPEG", exif=exif)
+    (image,) = decode_images([EncodedImage("a", stream.getvalue())], 10_000)
+    assert image.size == (30, 40)
+
+
 def test_pixels_are_counted_before_any_is_decoded() -> None:
     # The header of the second image claims 60,000 x 50,000 pixels; there is no such data to decode.
     header = bytearray(encoded_image())

@@ -6,7 +6,7 @@ the names is chosen for the whole file, by the first names, so that two images c
 
 import posixpath
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from urllib.parse import unquote, urlsplit
@@ -24,19 +24,28 @@ def locator(folder: str, names: Iterable[str], index: AnnotationIndex) -> Callab
         A function from name to path or URI; None for a name that is no path inside the folder.
     """
     first = list(islice(names, PROBES))
-
-    def hits(reading: str) -> int:
-        return sum(uri is not None and _is_there(uri) for uri in (_locate(folder, reading, name) for name in first))
-
-    best = "as written"
-    most = hits(best)
-    if most < len(first):
-        for reading in READINGS:
-            if (count := hits(reading)) > most:
-                best, most = reading, count
+    best, _ = _best_reading(folder, first)
     if best != "as written":
         index.notice("file-names-read", f"{first[0]}, {best}")
     return partial(_locate, folder, best)
+
+
+def most_hits(folder: str, names: Sequence[str]) -> int:
+    """Number of names that are files of the folder, under the best reading of them."""
+    return _best_reading(folder, names)[1]
+
+
+def _best_reading(folder: str, names: Sequence[str]) -> tuple[str, int]:
+    """Reading under which most names are files, the first of equals, and their number."""
+    best, most = "as written", -1
+    for reading in READINGS:
+        uris = (_locate(folder, reading, name) for name in names)
+        hits = sum(uri is not None and _is_there(uri) for uri in uris)
+        if hits > most:
+            best, most = reading, hits
+        if most == len(names):
+            break
+    return best, most
 
 
 def _own_folder(name: str, folder: str) -> str:

@@ -119,6 +119,19 @@ class AnnotationIndex:
         """Everything that was noticed, by kind."""
         return tuple(self._notices.values())
 
+    def entries(self) -> list[ImageEntry]:
+        """All images, by id."""
+        query = "SELECT image_id, uri, file_name, width, height FROM images ORDER BY image_id"
+        return [ImageEntry(*row) for row in self._db.execute(query)]
+
+    def keep_images(self, ids: Iterable[int]) -> None:
+        """Remove all other images, with their boxes and what was rejected of them."""
+        self._db.execute("CREATE TEMP TABLE kept (image_id INTEGER PRIMARY KEY)")
+        self._db.executemany("INSERT INTO kept VALUES (?)", ((number,) for number in ids))
+        others = "image_id IN (SELECT image_id FROM images WHERE image_id NOT IN (SELECT image_id FROM kept))"
+        for table in ("boxes", "rejected", "images"):
+            self._db.execute(f"DELETE FROM {table} WHERE {others}")
+
     def drop_label(self, label: int) -> bool:
         """Remove a label without boxes and lower those above it; False if it has boxes."""
         if self._db.execute("SELECT 1 FROM boxes WHERE label = ? LIMIT 1", (label,)).fetchone() is not None:

@@ -28,7 +28,7 @@ def yolo_source(data: Path, split: str) -> DatasetSource:
     Args:
         data: the data.yaml, or the folder that holds it; without one, the folder has its class names in classes.txt.
     """
-    source, content = _read_data(data, split)
+    source, content = read_data(data, split)
     categories = _yolo_categories(source, content.get("names"))
     keypoints = _keypoint_shape(source, content.get("kpt_shape"))
     root = (source.absolute().parent / str(content.get("path") or ".")).resolve()
@@ -73,8 +73,12 @@ def yolo_source(data: Path, split: str) -> DatasetSource:
     return DatasetSource(description, fill)
 
 
-def _read_data(data: Path, split: str) -> tuple[Path, dict[str, Any]]:
-    """The YAML file and its content; for a folder without one, what its layout says."""
+def read_data(data: Path, split: str) -> tuple[Path, dict[str, Any]]:
+    """Read the YAML file, or that of a folder; for a folder without one, state what its layout says.
+
+    Raises:
+        SourceError: there is none, or several.
+    """
     if not data.is_dir():
         return data, _read_yaml(data)
     files = sorted(path for suffix in ("*.yaml", "*.yml") for path in data.glob(suffix))
