@@ -1,7 +1,8 @@
 """Checkpoints of one run: where it starts, what it keeps, and where it returns to."""
 
 from pipeline import provenance, storage
-from pipeline.config_files import dump
+from pipeline.config_files import dump_shareable
+from pipeline.redaction import redact_values
 from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.init_weights import load_initial
@@ -44,7 +45,7 @@ class CheckpointManager:
         names = [category.name for category in self._job.data.train.manifest.categories]
         origin = load_initial(state.detector, source, names)
         state.ema.module.load_state_dict(state.detector.state_dict())
-        state.parent = origin.parent
+        state.parent = redact_values(origin.parent)
         for line in origin.lines:
             self._context.print(line)
 
@@ -52,7 +53,9 @@ class CheckpointManager:
         """Copy the state now; a thread of rank 0 writes it while training continues."""
         if self._writer is not None:
             self._context.console.heartbeat(state.step, "saving")
-            self._writer.write(checkpoint.take_snapshot(state, self._metadata(state), dump(self._job.experiment)))
+            self._writer.write(
+                checkpoint.take_snapshot(state, self._metadata(state), dump_shareable(self._job.experiment))
+            )
 
     def load_best_of_stage_one(self, state: TrainState) -> None:
         """Continue from the best weights of stage one; the step count and the history go on."""

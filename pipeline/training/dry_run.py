@@ -8,7 +8,7 @@ import yaml
 from dfine_core import Detector, ModelConfig
 from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment
-from pipeline.config_files import dump
+from pipeline.config_files import dump_shareable
 from pipeline.data.shards.manifest import Manifest
 from pipeline.pretrained import describe, is_published
 from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
@@ -33,7 +33,9 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     init = experiment.init
     sections = {
         **({"initial weights": "\n".join(describe(init))} if init and is_published(init) else {}),
-        "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
+        "experiment, resolved": yaml.safe_dump(
+            dump_shareable(experiment), sort_keys=False, default_flow_style=None, width=120
+        ),
         "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
         f"schedule for {most} worker(s), {schedule.micro_batches} micro-batch(es) of"
         f" {schedule.micro_batch_size} images a step": "\n".join(schedule.lines()),
