@@ -129,6 +129,8 @@ def test_options_have_defaults_and_the_body_takes_precedence_over_the_query() ->
         ("application/json", as_json(images=["http://a.b/c.png"]), {}, 422, "images[0]", "URLs are not opened"),
         ("application/json", as_json(images=["data:image/png;base64,eA=="]), {}, 422, "images[0]", "up to the comma"),
         ("application/json", as_json(images=["eA=="] * 4), {}, 413, None, "4 images exceed the limit of 3"),
+        ("application/json", as_json(images=["/"] * 4), {}, 413, None, "4 images exceed the limit of 3"),
+        ("application/json", as_json(images=[""] * 20_000), {}, 413, None, "more than 3 images"),
         ("application/json", as_json(images=["eA=="], url="x"), {}, 422, "url", "known: .*images"),
         (FORM, form(*[("image", b"x", "a")] * 4), {}, 413, None, "4 images exceed the limit of 3"),
         (FORM, form(*[("image", b"x", "a")] * 9), {}, 413, None, "more than 3 images"),
