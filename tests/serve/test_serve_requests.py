@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import random
+import subprocess
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -326,6 +328,15 @@ def test_metrics_are_summed_over_replicas_including_stopped_ones() -> None:
     metrics.update("b", Counter({("detect_images_total", ""): 4}))
     assert metrics.update("a", Counter({("detect_images_total", ""): 5})) == {("detect_images_total", ""): 9}
     assert metrics.update("c", Counter()) == {("detect_images_total", ""): 9}
+
+
+def test_the_process_that_adds_up_the_metrics_imports_no_torch() -> None:
+    script = (
+        "import pickle, sys; from pipeline.serve.metrics import MetricsAggregator as kind;"
+        " assert pickle.loads(pickle.dumps(kind)) is kind; print(*{'torch', 'ray', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_the_proxy_stops_reading_a_body_that_is_too_long() -> None:
