@@ -8,6 +8,7 @@ that data tasks start without torch.
 import base64
 import io
 import os
+import re
 import struct
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 PIXEL_LIMIT = 89_478_485  # per image; 256 MiB as RGB, where Pillow too begins to suspect a decompression bomb
+SCAN_LIMIT = 100  # of one JPEG stream; encoders write about ten
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # some of Pillow's other formats start programs
 
 # Endings of files in these formats, for whoever lists folders; the opener itself looks at the content.
@@ -46,6 +48,10 @@ class ImageError(ValueError):
     """Reason why an image cannot be used."""
 
 
+class TooManyScansError(ImageError):
+    """Error of a JPEG stream whose decoder would go over all pixels hundreds of times."""
+
+
 class UnknownFormatError(ImageError):
     """Error of bytes that are not an image, or one of a format outside `FORMATS`."""
 
@@ -61,7 +67,7 @@ def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None
         max_pixels: None leaves the check to the caller; Pillow refuses twice `PIXEL_LIMIT` in any case.
 
     Raises:
-        UnknownFormatError, TooManyPixelsError, ImageError: with the reason.
+        UnknownFormatError, TooManyPixelsError, TooManyScansError, ImageError: with the reason.
     """
     try:
         image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
@@ -73,8 +79,16 @@ def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None
         raise TooManyPixelsError(f"an image cannot be opened: {error}") from None
     except Exception as error:  # each of Pillow's formats raises errors of its own
         raise ImageError(f"an image cannot be opened: {error}") from error
-    if max_pixels is not None:
-        check_pixels(image.width, image.height, max_pixels)
+    try:
+        if max_pixels is not None:
+            check_pixels(image.width, image.height, max_pixels)
+        check_decoding_work(image)
+    except ImageError:
+        image.close()
+        raise
+    except Exception as error:  # a TIFF's tags may hold anything
+        image.close()
+        raise ImageError(f"an image cannot be opened: {error}") from error
     return image
 
 
@@ -82,6 +96,27 @@ def check_pixels(width: int, height: int, max_pixels: int = PIXEL_LIMIT) -> None
     """Raise TooManyPixelsError for an image that is too large to decode."""
     if width * height > max_pixels:
         raise TooManyPixelsError(f"an image of {width}x{height} pixels exceeds the limit of {max_pixels}")
+
+
+def check_decoding_work(image: OpenedImage) -> None:
+    """Refuse an opened image that takes far more work or memory to decode than its pixels, before any is decoded.
+
+    Each scan of a JPEG stream passes over the whole image, and a few bytes make one. A tile of a TIFF may be larger than the
+    image. The other formats decode each pixel once: an interlaced PNG in seven parts, an animation's first frame alone.
+
+    Raises:
+        TooManyScansError, TooManyPixelsError: with the reason.
+    """
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(_content(image))
+    elif image.format == "TIFF":
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        check_pixels(int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_LENGTH, 0)))
+        if tags.get(_COMPRESSION) in (6, 7):  # JPEG, a stream in each strip or tile
+            content = _content(image)
+            for offsets, lengths in (_STRIPS, _TILES):
+                for start, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False):
+                    _check_scans(content[start : start + length])
 
 
 def orientation(image: OpenedImage) -> int:
@@ -171,6 +206,37 @@ def stretch_image(image: OpenedImage, input_size: tuple[int, int]) -> NDArray[np
     """
     height, width = input_size
     return np.array(image.resize((width, height), PIL.Image.Resampling.BILINEAR))
+
+
+# Numbers of TIFF's tags.
+_COMPRESSION, _TILE_WIDTH, _TILE_LENGTH = 259, 322, 323
+_STRIPS, _TILES = (273, 279), (324, 325)  # offsets, lengths
+# In coded data 0xFF stands before a zero or a restart marker; any other byte makes it the next segment's marker.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+_SCAN, _END = 0xDA, 0xD9
+
+
+def _content(image: OpenedImage) -> bytes:
+    file: Any = image.fp  # type: ignore[attr-defined]
+    position = file.tell()
+    file.seek(0)
+    content: bytes = file.read()
+    file.seek(position)
+    return content
+
+
+def _check_scans(stream: bytes) -> None:
+    """Raise TooManyScansError for a JPEG stream of more than `SCAN_LIMIT` scans."""
+    if stream.count(b"\xff\xda") <= SCAN_LIMIT:  # by far the most; those in thumbnails and behind the end count too
+        return
+    scans, position = 0, 0
+    while (marker := _MARKER.search(stream, position)) and marker[1][0] != _END:
+        scans += marker[1][0] == _SCAN
+        if scans > SCAN_LIMIT:
+            raise TooManyScansError(
+                f"a JPEG image of more than {SCAN_LIMIT} scans, each of which decodes the whole image again; save it anew"
+            )
+        position = marker.end() + int.from_bytes(stream[marker.end() : marker.end() + 2], "big")
 
 
 def _from_array(pixels: NDArray[Any]) -> OpenedImage:

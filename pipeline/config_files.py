@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Cluster, Config, ConfigError, Experiment, key_prefix, plain_message, unknown_key
+from pipeline.redaction import redact_values
 
 C = TypeVar("C", bound=Config)
 
@@ -51,6 +52,12 @@ def check(kind: type[C], content: Mapping[str, Any], *, source: str) -> C:
 def dump(config: Config) -> dict[str, Any]:
     """Every value as plain data, defaults included; the inverse of `check`."""
     return config.model_dump(mode="json")
+
+
+def dump_shareable(config: Config) -> dict[str, Any]:
+    """Every value as plain data, secrets hidden: for files that others may read."""
+    values: dict[str, Any] = redact_values(dump(config))
+    return values
 
 
 def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, str | int | float | bool | None]:

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from pipeline.config import ConfigError
 from pipeline.ray_cluster import start_ray
 from pipeline.serve.body_limit import proxy_environment
-from pipeline.serve.metrics import Metrics, ReplicaMetrics, prometheus_text
+from pipeline.serve.metrics import MetricsAggregator, prometheus_text
 from pipeline.serve.page import read_page
 from pipeline.serve.replica import (
     NOSNIFF,
@@ -51,17 +51,6 @@ async def _no_such_route(_: Request, error: HTTPException) -> Response:
     return error_response(
         RequestError(error.status_code, f"{error.detail}: POST /detect, GET /health, /metrics, /model or /")
     )
-
-
-class MetricsAggregator:
-    """Deployment that sums the metrics of all replicas."""
-
-    def __init__(self) -> None:
-        self.by_replica = ReplicaMetrics()
-
-    async def update(self, replica: str, metrics: Metrics) -> Metrics:
-        """Store the metrics of a replica and return the sum over all replicas."""
-        return self.by_replica.update(replica, metrics)
 
 
 @serve.ingress(app)

@@ -65,3 +65,14 @@ class ReplicaMetrics:
         for each in self._by_replica.values():
             total.update(each)
         return total
+
+
+class MetricsAggregator:
+    """Deployment that sums the metrics of all replicas; here, because its process then imports no torch."""
+
+    def __init__(self) -> None:
+        self.by_replica = ReplicaMetrics()
+
+    async def update(self, replica: str, metrics: Metrics) -> Metrics:
+        """Store the metrics of a replica and return the sum over all replicas."""
+        return self.by_replica.update(replica, metrics)

@@ -3,6 +3,7 @@
 The body of a request is a form, JSON, or a single image. Nothing in it is ever used as a path or URL.
 """
 
+import asyncio
 import base64
 from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from dfine_core.images import FORMATS, ImageError, TooManyPixelsError, open_image, read_image
+from dfine_core.images import FORMATS, ImageError, TooManyPixelsError, TooManyScansError, open_image, read_image
 from dfine_core.model.postprocess import MAX_DETECTIONS
 from pipeline.errors import UserError
 
@@ -109,7 +110,8 @@ async def parse_request(
     kind = parse_options_header(content_type)[0].decode("latin-1").lower()
     options: Mapping[str, Any] = query
     if kind == "application/json":
-        images, in_body = _from_json(body)
+        # In a thread: the event loop answers other requests meanwhile.
+        images, in_body = await asyncio.to_thread(_from_json, body, limits.max_images)
         options = {**query, **in_body}
     elif kind == "multipart/form-data":
         images, in_body = await _from_form(content_type, body, limits.max_images)
@@ -122,10 +124,7 @@ async def parse_request(
         )
     if not images:
         raise RequestError(422, f"the request contains no image: send {BODY_FORMATS}", field="image")
-    if len(images) > limits.max_images:
-        raise RequestError(
-            413, f"{len(images)} images exceed the limit of {limits.max_images} per request: send several requests"
-        )
+    _refuse_too_many(len(images), limits.max_images)
     valid = _validated(_Options, options)
     threshold = default_threshold if valid.threshold is None else valid.threshold
     return DetectRequest(images, threshold, valid.max_detections)
@@ -157,6 +156,8 @@ def _size(image: EncodedImage) -> tuple[int, int]:
             return opened.size
     except TooManyPixelsError:
         raise RequestError(413, "far too many pixels: scale it down", field=image.field) from None
+    except TooManyScansError as error:
+        raise RequestError(413, f"{error}", field=image.field) from None
     except ImageError:
         known = ", ".join(FORMATS)
         raise RequestError(415, f"not an image in a known format: send one of {known}", field=image.field) from None
@@ -169,8 +170,17 @@ def _decoded(image: EncodedImage) -> PIL.Image.Image:
         raise RequestError(422, f"{error}: save it again", field=image.field) from None
 
 
-def _from_json(body: bytes) -> tuple[tuple[EncodedImage, ...], dict[str, Any]]:
+def _refuse_too_many(images: int, limit: int) -> None:
+    if images > limit:
+        raise RequestError(413, f"{images} images exceed the limit of {limit} per request: send several requests")
+
+
+def _from_json(body: bytes, max_images: int) -> tuple[tuple[EncodedImage, ...], dict[str, Any]]:
+    # Values are counted before they become objects, images before they are decoded. A data: URL has a comma of its own.
+    if body.count(b",") > 2 * max_images + len(OPTIONS):
+        raise RequestError(413, f"more than {max_images} images per request: send several requests")
     valid = _validated(_Body, body)
+    _refuse_too_many(len(valid.images), max_images)
     images = tuple(_from_base64(f"images[{n}]", text) for n, text in enumerate(valid.images))
     return images, valid.model_dump(include=set(OPTIONS), exclude_unset=True)
 

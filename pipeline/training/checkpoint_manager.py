@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from pipeline import provenance, storage
-from pipeline.config_files import dump
+from pipeline.config_files import dump_shareable
+from pipeline.redaction import redact_values
 from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.init_weights import load_initial
@@ -84,7 +85,7 @@ class CheckpointManager:
         names = [category.name for category in self._job.data.train.manifest.categories]
         origin = load_initial(state.detector, source, names)
         state.ema.module.load_state_dict(state.detector.state_dict())
-        state.parent = origin.parent
+        state.parent = redact_values(origin.parent)
         for line in origin.lines:
             self._context.print(line)
 
@@ -93,7 +94,9 @@ class CheckpointManager:
         if self._writer is not None:
             self._damaged.discard(state.step)
             self._context.console.heartbeat(state.step, "saving")
-            self._writer.write(checkpoint.take_snapshot(state, self._metadata(state), dump(self._job.experiment)))
+            self._writer.write(
+                checkpoint.take_snapshot(state, self._metadata(state), dump_shareable(self._job.experiment))
+            )
 
     def load_best_of_stage_one(self, state: TrainState) -> None:
         """Continue from the best weights of stage one; the step count and the history go on."""

@@ -8,7 +8,7 @@ import yaml
 from dfine_core import Detector, ModelConfig
 from dfine_core.optim import parameter_groups
 from pipeline.config import Cluster, Experiment
-from pipeline.config_files import dump
+from pipeline.config_files import dump_shareable
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.pretrained import describe, is_published
@@ -36,7 +36,9 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     init = experiment.init
     sections = {
         **({"initial weights": "\n".join(describe(init))} if init and is_published(init) else {}),
-        "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
+        "experiment, resolved": yaml.safe_dump(
+            dump_shareable(experiment), sort_keys=False, default_flow_style=None, width=120
+        ),
         "data": "\n".join(
             [
                 *_data_lines(train),

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline import provenance
 from pipeline.config import Experiment
-from pipeline.config_files import check, dump, flatten
+from pipeline.config_files import check, dump, dump_shareable, flatten
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.tracking.settings import Scalar
 from pipeline.tracking.tracker import DatasetInput
@@ -33,7 +33,7 @@ NO_PARAMETERS = ("name", "storage", "data.train", "data.val", "tracking.", "chec
 def chosen_params(job: TrainJob) -> dict[str, Scalar]:
     """Parameters that a person chose or would compare, about thirty; the schedule's as derived."""
     experiment, schedule = job.experiment, job.schedule
-    given = flatten(dump(experiment))
+    given = flatten(dump_shareable(experiment))
     least = {"data": {"train": "any"}, "model": {"variant": experiment.model.variant}, "schedule": {"epochs": 1}}
     defaults = flatten(dump(check(Experiment, least, source="defaults")))
     params = {

@@ -20,7 +20,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import ConfigError, Experiment
-from pipeline.config_files import dump, flatten
+from pipeline.config_files import dump_shareable, flatten
+from pipeline.redaction import redact_values
 from pipeline.training import checkpoint
 from pipeline.training.context import ResolvedData
 
@@ -189,7 +190,7 @@ def _key_in(path: str) -> str | None:
 
 
 def _start_of(experiment: Experiment, data: ResolvedData) -> dict[str, Any]:
-    return {"experiment": dump(experiment), "data": {"val": None, **data.digests()}}
+    return {"experiment": dump_shareable(experiment), "data": {"val": None, **data.digests()}}
 
 
 def get_or_make_key(folder: str) -> str:
@@ -218,7 +219,8 @@ def key_of(run: str) -> str | None:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Compare two starts: one line for each setting or data set whose change alters the result."""
-    old, new = flatten(before["experiment"]), flatten(now["experiment"])
+    # Secrets are hidden in what is stored, so they are left out of the comparison.
+    old, new = (flatten(redact_values(start["experiment"])) for start in (before, now))
     lines = [
         f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfine_core.images import open_image
 from pipeline import storage
-from pipeline.config_files import dump
+from pipeline.config_files import dump_shareable
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.mlflow_access import FINAL, VAL
@@ -149,7 +149,7 @@ class RunLog:
             datasets.append(dataset_input(job.data.val, "validation"))
         tags = {**run_tags(job, parent), NOTE: run_note(job)}
         self._tracker.begin(chosen_params(job), tags, datasets, SOURCE, parent)
-        self._tracker.text(yaml.safe_dump(dump(job.experiment), sort_keys=False), EXPERIMENT_FILE)
+        self._tracker.text(yaml.safe_dump(dump_shareable(job.experiment), sort_keys=False), EXPERIMENT_FILE)
 
     def ready(self) -> None:
         """Note that the state is built and training begins."""

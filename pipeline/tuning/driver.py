@@ -24,7 +24,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
-from pipeline.config_files import check, dump, flatten, load_cluster
+from pipeline.config_files import check, dump, dump_shareable, flatten, load_cluster
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.errors import UserError
@@ -32,6 +32,7 @@ from pipeline.evaluation.figures import png
 from pipeline.open_detector import open_detector
 from pipeline.ray_cluster import start_ray
 from pipeline.ray_job import submitted_job
+from pipeline.redaction import redact_values
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir
@@ -271,14 +272,14 @@ def _begin_or_continue(folder: str, sweep: Sweep, data: ResolvedData) -> str:
     Raises:
         ConfigError: the name belongs to another sweep.
     """
-    now = {"sweep": dump(sweep), "data": data.digests()}
+    now = {"sweep": dump_shareable(sweep), "data": data.digests()}
     path = storage.join(folder, run_dir.SWEEP_START)
     if not storage.exists(path):
         key = uuid.uuid4().hex
         storage.write_atomic(path, json.dumps({**now, "tracking_key": key, "began_at": time.time()}, indent=1).encode())
         return key
     start = storage.read_json(path, "sweep", "data", "tracking_key")
-    before, after = (flatten(content["sweep"]) | flatten(content["data"]) for content in (start, now))
+    before, after = (flatten(redact_values(content["sweep"])) | flatten(content["data"]) for content in (start, now))
     paths = tuple(f"base.data.{use}" for use in now["data"])  # data are compared by their digests
     changes = [
         f"{name}: {before.get(name)!r} before, {after.get(name)!r} now"

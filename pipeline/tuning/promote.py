@@ -3,6 +3,7 @@
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.config_files import as_yaml, check
+from pipeline.redaction import HIDDEN
 from pipeline.tracking.model_registry import register
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.run_dir import SWEEP_START
@@ -46,12 +47,14 @@ def promote(folder: str, registered_model_name: str | None = None) -> str:
         f"{point_text(best.point)}: {sweep.metric} {best.mean:.4f} over {best.runs} run(s), {best.effect:+.4f} compared with"
         f" the default ({best.low:+.4f} to {best.high:+.4f}): {best.verdict}"
     )
-    tracking = TrackingSettings.resolve(
-        folder.rpartition("/")[0], experiment="", run_name="", uri=tracking_of(sweep).uri
-    )
+    uri = tracking_of(sweep).uri
+    uri = None if uri and HIDDEN in uri else uri  # its password is not stored: MLFLOW_TRACKING_URI has it
+    tracking = TrackingSettings.resolve(folder.rpartition("/")[0], experiment="", run_name="", uri=uri)
     target = storage.join(folder, PROMOTED)
     content = experiment_of(sweep_for_trials(sweep, folder, tracking.uri), best.point, 0)
     content |= {"name": f"{sweep.name}-promoted"}
+    if content.get("tracking"):
+        content["tracking"] = {**content["tracking"], "uri": uri}
     del content["seed"]
     head = f"# Promoted from sweep {sweep.name}: {summary}.\n#     dfine train {target}\n"
     storage.write_atomic(target, (head + as_yaml(content)).encode())

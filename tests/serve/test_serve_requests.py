@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import random
+import subprocess
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -129,6 +131,8 @@ def test_options_have_defaults_and_the_body_takes_precedence_over_the_query() ->
         ("application/json", as_json(images=["http://a.b/c.png"]), {}, 422, "images[0]", "URLs are not opened"),
         ("application/json", as_json(images=["data:image/png;base64,eA=="]), {}, 422, "images[0]", "up to the comma"),
         ("application/json", as_json(images=["eA=="] * 4), {}, 413, None, "4 images exceed the limit of 3"),
+        ("application/json", as_json(images=["/"] * 4), {}, 413, None, "4 images exceed the limit of 3"),
+        ("application/json", as_json(images=[""] * 20_000), {}, 413, None, "more than 3 images"),
         ("application/json", as_json(images=["eA=="], url="x"), {}, 422, "url", "known: .*images"),
         (FORM, form(*[("image", b"x", "a")] * 4), {}, 413, None, "4 images exceed the limit of 3"),
         (FORM, form(*[("image", b"x", "a")] * 9), {}, 413, None, "more than 3 images"),
@@ -333,6 +337,15 @@ def test_metrics_are_summed_over_replicas_including_stopped_ones() -> None:
     metrics.update("b", Counter({("detect_images_total", ""): 4}))
     assert metrics.update("a", Counter({("detect_images_total", ""): 5})) == {("detect_images_total", ""): 9}
     assert metrics.update("c", Counter()) == {("detect_images_total", ""): 9}
+
+
+def test_the_process_that_adds_up_the_metrics_imports_no_torch() -> None:
+    script = (
+        "import pickle, sys; from pipeline.serve.metrics import MetricsAggregator as kind;"
+        " assert pickle.loads(pickle.dumps(kind)) is kind; print(*{'torch', 'ray', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_the_proxy_stops_reading_a_body_that_is_too_long() -> None:

@@ -15,7 +15,6 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 from pipeline import mlflow_access
 from pipeline.config import Tracking
 from pipeline.config_files import flatten
-from pipeline.redaction import redact
 from pipeline.tracking.client import PARENT_RUN, RunLookupError, Runs, connect, find_run, find_run_by_key, resolve
 from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model_registry import register
@@ -67,21 +66,6 @@ def test_remote_storage_needs_a_server() -> None:
 def test_an_unusable_tracking_uri_is_refused(tmp_path: Path, uri: str) -> None:
     with pytest.raises(ValueError, match="name a server"):
         TrackingSettings.resolve(tmp_path, experiment="e", run_name="r", uri=uri)
-
-
-@pytest.mark.parametrize(
-    ("text", "redacted"),
-    [
-        ("http://user:word@host:5000/path", "http://***@host:5000/path"),
-        ("failed: https://u:p@ss@host/x and more", "failed: https://***@host/x and more"),
-        ("postgresql://u:word@db/mlflow", "postgresql://***@db/mlflow"),
-        ("http://token@host/x", "http://***@host/x"),
-        ("http://host/x?at=a@b:c", "http://host/x?at=a@b:c"),
-        ("mail me@home", "mail me@home"),
-    ],
-)
-def test_passwords_are_removed(text: str, redacted: str) -> None:
-    assert redact(text) == redacted
 
 
 # Names

@@ -68,6 +68,35 @@ def test_what_does_not_change_the_result_may_change(shards: ShardSet, tmp_path: 
     assert begin(tmp_path, setting, moved) == first
 
 
+def test_secrets_are_not_stored_and_a_run_with_them_continues(shards: ShardSet, tmp_path: Path) -> None:
+    def setting(password: str, tag: str) -> Experiment:
+        uri = f"postgresql://me:{password}@db/mlflow?sslpassword={password}"
+        init = f"s3://KEY:{password}@bucket/weights.pth"
+        tracking = {"uri": uri, "tags": {"source": f"https://host/x?token={password}", "kind": tag}}
+        return experiment(tmp_path, {"train": shards.uri}, tracking=tracking, init=init)
+
+    first = begin(tmp_path, setting("hunter2", "a"), shards)
+    stored = (tmp_path / "run" / "run.json").read_text()
+    assert "hunter2" not in stored
+    assert "postgresql://***@db/mlflow" in stored
+    assert begin(tmp_path, setting("hunter2", "a"), shards) == first
+    assert begin(tmp_path, setting("changed", "b"), shards) == first  # the password of the same place
+    other = setting("hunter2", "a").model_copy(update={"init": "s3://KEY:hunter2@bucket/other.pth"})
+    with pytest.raises(ConfigError, match=r"init: 's3://\*\*\*@bucket/weights.pth' before") as raised:
+        begin(tmp_path, other, shards)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_a_run_whose_start_was_stored_with_a_password_continues(shards: ShardSet, tmp_path: Path) -> None:
+    setting = experiment(tmp_path, {"train": shards.uri}, init="s3://KEY:word@bucket/weights.pth")
+    first = begin(tmp_path, setting, shards)
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    content["experiment"]["init"] = setting.init
+    path.write_text(json.dumps(content))
+    assert begin(tmp_path, setting, shards) == first
+
+
 def test_a_finished_run_is_refused(shards: ShardSet, tmp_path: Path) -> None:
     setting = experiment(tmp_path, {"train": shards.uri})
     begin(tmp_path, setting, shards)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dfine_core import Criterion
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, run_dir
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluation_task import EvaluationResult, SubmitEvaluation, run_evaluation
 from pipeline.training.loop import new_state, train
@@ -125,6 +125,19 @@ def test_minutes_between_checkpoints_are_counted_from_the_last_one(data: dict[st
         kept = {"every_minutes": minutes, "keep": 9, "every_steps": 3}
         train(job(experiment(tmp_path, data, name=name, checkpoints=kept)), alone())
         assert checkpoint.steps_in(f"{tmp_path}/runs/{name}/checkpoints") == saved
+
+
+def test_no_file_of_a_run_holds_a_secret_of_its_settings(data: dict[str, str], tmp_path: Path) -> None:
+    tracking = {
+        "uri": "postgresql://me:hunter2@db/mlflow?sslpassword=hunter2",
+        "tags": {"image": "https://h/x?token=hunter2"},
+    }
+    run = job(experiment(tmp_path, data, tracking=tracking, checkpoints={"every_steps": 3}))
+    run_dir.begin_or_continue(run.run, run.experiment, run.data, tracking_key="key", allow_changes=False)
+    train(run, alone())
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"run.json", "experiment.yaml", "metadata.json"} <= {path.name for path in files}
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(data: dict[str, str], tmp_path: Path) -> None:

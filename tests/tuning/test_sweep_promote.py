@@ -92,6 +92,18 @@ def test_without_a_model_the_experiment_is_still_written(tmp_path: Path) -> None
     assert load_experiment(found.folder / PROMOTED).model.reg_max == 16
 
 
+def test_a_server_whose_password_is_not_stored_is_named_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = ended(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    start = {"sweep": dump(result.sweep)}
+    start["sweep"]["tracking"]["uri"] = "postgresql://***@db/mlflow"  # as stored
+    (result.folder / SWEEP_START).write_text(json.dumps(start))
+    assert "models:/shapes/1" in promote(str(result.folder), registered_model_name="shapes")
+    assert load_experiment(result.folder / PROMOTED).tracking.uri is None
+
+
 def test_without_a_confirmed_point_nothing_is_promoted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the folder of a sweep"):
         promote(str(tmp_path))
