@@ -39,7 +39,6 @@ def prepare_shards(args: argparse.Namespace) -> None:
     """Write the shard sets that the arguments describe."""
     announce("prepare", f"{args.source}: reading the annotations …")
     from pipeline.data.prepare.shard_writer import PrepareOptions
-    from pipeline.ray_cluster import start_ray
 
     # 1. Check the options, and find the sources.
     options = PrepareOptions(
@@ -56,6 +55,8 @@ def prepare_shards(args: argparse.Namespace) -> None:
     parts = _parts(args)
 
     # 2. Write the shards, on Ray.
+    from pipeline.ray_cluster import start_ray
+
     start_ray(args.num_cpus)
     for split, source, out in parts:
         _prepare_one(split, source, out, options, strict=args.strict)
@@ -160,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     auto = sources.add_parser(
         "auto", help="a folder whose format is recognised: COCO, YOLO or VOC, as tools write them"
     )
-    auto.add_argument("root", type=local_path)
+    auto.add_argument("root", type=local_path, help="folder of an export; its layout is recognised")
     _add_common(auto, split_required=False)
 
     coco = sources.add_parser("coco", help="a folder of images and an instances json")
