@@ -51,6 +51,7 @@ def prepare_shards(args: argparse.Namespace) -> None:
     # 2. Write the shards, on Ray.
     from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
     from pipeline.ray_cluster import start_ray
+    from pipeline.wording import plural
 
     start_ray(args.num_cpus)
     shards = prepare(source, args.out, split=args.split, options=options, strict=args.strict)
@@ -58,8 +59,9 @@ def prepare_shards(args: argparse.Namespace) -> None:
     # 3. Report.
     manifest, rejected = shards.manifest, read_rejected(shards)
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
-    print(f"{len(manifest.shards)} shards, {megabytes:.1f} MB, digest {manifest.digest}")
+    images, boxes = plural(manifest.images, "image"), plural(manifest.boxes, "box")
+    print(f"{shards.uri}: {images}, {boxes} of {plural(len(manifest.categories), 'class')}")
+    print(f"{plural(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, digest {manifest.digest}")
     print(f"rejected: {reasons(rejected)}, see rejected.parquet" if rejected else "rejected: nothing")
 
 

@@ -29,6 +29,7 @@ from pipeline.training.init_weights import load_initial, materialize_init
 from pipeline.training.loop import train
 from pipeline.training.run_dir import begin_or_continue
 from pipeline.training.schedule import derive
+from pipeline.wording import plural
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
@@ -146,8 +147,8 @@ def test_a_dry_run_prints_the_whole_plan(
         "24 images",
         "60 steps of 4 images",
         "from epoch 8, step 48",
-        "2 worker(s), 2 micro-batch(es) of 2 images a step",
-        "estimated for a step on GPUs: 2 image(s) each in 1 micro-batch(es)",
+        "2 workers, 2 micro-batches of 2 images a step",
+        "estimated for a step on GPUs: 2 images each in 1 micro-batch",
         "backbone ",
         "GiB weights",
     ):
@@ -187,7 +188,7 @@ def test_one_image_a_gpu_is_warned_about(data: dict[str, str], tmp_path: Path, b
     setting = experiment(tmp_path, data, schedule=schedule)
     config = ModelConfig.variant("s", num_classes=80)
     estimate, warning = launch_cost(config, derive(setting, images=118_287, workers=64), workers=64, boxes=7)
-    assert estimate.startswith(f"estimated for a step on GPUs: {batch // 64} image(s) each in 1 micro-batch(es)")
+    assert estimate.startswith(f"estimated for a step on GPUs: {plural(batch // 64, 'image')} each in 1 micro-batch;")
     assert (warning is not None) == warned
     if warning is not None:
         images = int(warning.split("from ")[1].split()[0])

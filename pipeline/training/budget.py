@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfine_core import Criterion, Detector, ModelConfig, Targets
 from dfine_core.model.denoising import sample_queries_for
 from pipeline.training.schedule import Schedule
+from pipeline.wording import plural
 
 BACKWARD = 2  # backward / forward arithmetic: one pass for the weights, one for the inputs
 STATE_VALUES = 5  # per parameter: value, gradient, two moments, EMA
@@ -45,7 +46,7 @@ def budget_lines(config: ModelConfig, images: int, workers: int, *, boxes: int, 
             f" so {_hours(images * seconds)} with one such worker"
         )
     hours = (f"{_hours(images * flops / workers / rate / 1e12)} at {rate} TFLOP/s" for rate in SUSTAINED_TFLOPS)
-    yield f"extrapolated for {workers} worker(s), without evaluations: {', '.join(hours)} sustained by each"
+    yield f"extrapolated for {plural(workers, 'worker')}, without evaluations: {', '.join(hours)} sustained by each"
 
 
 def launch_cost(config: ModelConfig, schedule: Schedule, workers: int, *, boxes: int) -> tuple[str, str | None]:
@@ -66,9 +67,9 @@ def launch_cost(config: ModelConfig, schedule: Schedule, workers: int, *, boxes:
     computing_one = flops_per_image(config, boxes) / LAUNCH_TFLOPS / 1e12
     computing = images * computing_one
     estimate = (
-        f"estimated for a step on GPUs: {images} image(s) each in {micro_batches} micro-batch(es); {launching * 1e3:.0f} ms to"
-        f" launch {micro_batches * kernels:,} kernels or more at {LAUNCH_SECONDS * 1e6:.0f} us, {computing * 1e3:.0f} ms to"
-        f" compute at {LAUNCH_TFLOPS} TFLOP/s"
+        f"estimated for a step on GPUs: {plural(images, 'image')} each in {plural(micro_batches, 'micro-batch')};"
+        f" {launching * 1e3:.0f} ms to launch {micro_batches * kernels:,} kernels or more at {LAUNCH_SECONDS * 1e6:.0f} us,"
+        f" {computing * 1e3:.0f} ms to compute at {LAUNCH_TFLOPS} TFLOP/s"
     )
     if launching <= computing:
         return estimate, None

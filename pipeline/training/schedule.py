@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
 from pipeline.config import ConfigError, Experiment
+from pipeline.wording import plural
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
 NO_AUG_SHARE = 0.09  # last share of the epochs; 0.075 to 0.17 in the published recipes
@@ -179,7 +180,8 @@ def shared_micro_batch(global_batch_size: int, micro_batch_size: int | None, wor
         )
     if micro_batch_size not in fitting:
         raise ConfigError(
-            f"schedule.micro_batch_size ({micro_batch_size}) makes {global_batch_size // micro_batch_size} micro-batch(es) of a"
-            f" step, fewer than the {workers} workers: take {fitting[-1]} or less"
+            f"schedule.micro_batch_size ({micro_batch_size}) makes"
+            f" {plural(global_batch_size // micro_batch_size, 'micro-batch')} of a step,"
+            f" fewer than the {workers} workers: take {fitting[-1]} or less"
         )
     return micro_batch_size

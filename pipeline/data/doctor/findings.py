@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from pipeline.data.shards.manifest import FrozenModel
+from pipeline.wording import plural
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -250,9 +251,3 @@ class Tally:
             )
             for code, count in self.counts.items()
         ]
-
-
-def plural(count: int, unit: str) -> str:
-    """Count and noun, such as `1 box` or `1,204 images`."""
-    ending = "" if count == 1 else "es" if unit.endswith(("x", "s")) else "s"
-    return f"{count:,} {unit}{ending}"

@@ -13,10 +13,11 @@ from matplotlib.ticker import PercentFormatter
 
 from pipeline import html_pages
 from pipeline.data.doctor.examine import DoctorReport, SplitReport
-from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding, plural
+from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding
 from pipeline.data.doctor.row_checks import SIDE_EDGES, TINY_SIDE
 from pipeline.data.doctor.thumbnails import Thumbnail, sample_rows, thumbnail
 from pipeline.data.shards.manifest import ShardSet
+from pipeline.wording import plural
 
 SHEET_IMAGES = 24
 IMAGES_PER_FINDING = 4
@@ -43,7 +44,7 @@ def _split_text(split: SplitReport) -> str:
 def split_facts(split: SplitReport) -> list[str]:
     """Contents of a split, one fact per line."""
     facts = [
-        f"{plural(split.images, 'image')}, {plural(split.boxes, 'box')} of {len(split.categories)} classes in"
+        f"{plural(split.images, 'image')}, {plural(split.boxes, 'box')} of {plural(len(split.categories), 'class')} in"
         f" {plural(split.shards, 'shard')} of {split.bytes / 1e6:,.1f} MB; {split.rejected} rejected"
     ]
     if (counted := split.statistics) is not None:
