@@ -14,6 +14,7 @@ from pipeline.pretrained import describe, is_published
 from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
 from pipeline.training.context import resolve_data
 from pipeline.training.schedule import Schedule, derive
+from pipeline.training.start_checks import refuse_failing_start
 from pipeline.wording import plural
 
 
@@ -21,7 +22,10 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     """Describe the resolved experiment, data, schedule, parameters, memory and time.
 
     Args:
-        measured: time a training step on this machine, and extrapolate.
+        measured: time training steps on this machine, and extrapolate.
+
+    Raises:
+        UserError: the start would fail.
     """
     data = resolve_data(experiment.data)
     train = data.train.manifest
@@ -32,14 +36,18 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     boxes = round(train.statistics.boxes_per_image.mean)
     seen = schedule.steps * schedule.global_batch_size
     init = experiment.init
+    start = refuse_failing_start(experiment, data, config)
     sections = {
         **({"initial weights": "\n".join(describe(init))} if init and is_published(init) else {}),
         "experiment, resolved": yaml.safe_dump(dump(experiment), sort_keys=False, default_flow_style=None, width=120),
         "data": "\n".join(_data_lines(train) + (_data_lines(data.val.manifest) if data.val else ["val: none"])),
         f"schedule for {plural(most, 'worker')}, {plural(schedule.micro_batches, 'micro-batch')} of"
-        f" {plural(schedule.micro_batch_size, 'image')} a step": "\n".join(schedule.lines()),
+        f" {plural(schedule.micro_batch_size, 'image')} a step": "\n".join(
+            schedule.lines(evaluates=data.val is not None)
+        ),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
         "memory of a worker": "\n".join(_memory_lines(config, schedule, train)),
+        "disk": "\n".join(start),
         "time": "\n".join(
             [
                 *budget_lines(config, seen, most, boxes=boxes, measured=measured),

@@ -137,7 +137,12 @@ def launch(
             launched_at=launched_at,
         )
         where = "in this process, on the CPU" if request is None else f"{request}"
-        for text in (f"run {experiment.name} in {run}", where, *schedule.lines(), *_warnings(job, request)):
+        for text in (
+            f"run {experiment.name} in {run}",
+            where,
+            *schedule.lines(evaluates=data.val is not None),
+            *_warnings(job, request),
+        ):
             print(text, flush=True)
         return _train(job, cluster, request, tracking, callbacks)
 

@@ -68,8 +68,13 @@ class Schedule:
         """Number of evaluations of the whole run."""
         return _evaluations(self.steps, self.evaluation_steps)
 
-    def lines(self) -> list[str]:
-        """Describe the schedule, one fact per line."""
+    def lines(self, *, evaluates: bool) -> list[str]:
+        """Describe the schedule, one fact per line.
+
+        Args:
+            evaluates: there is a data.val.
+        """
+        evaluations = f"every {self.evaluation_steps} steps, {self.evaluations} in all"
         stage_two = (
             "none" if self.stage_two_step is None else f"from epoch {self.strong_epochs}, step {self.stage_two_step}"
         )
@@ -82,7 +87,7 @@ class Schedule:
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
-            f"evaluations: every {self.evaluation_steps} steps, {self.evaluations} in all",
+            f"evaluations: {evaluations if evaluates else 'none, as there is no data.val'}",
         ]
 
 
