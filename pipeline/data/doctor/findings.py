@@ -191,6 +191,7 @@ class Example(FrozenModel):
     file_name: str | None = None
     box: int | None = None  # within the image
     detail: str = ""
+    same_as: "Example | None" = None  # the image that this one repeats
     magnitude: float = 0.0  # the largest ones are kept as examples
 
     @property
