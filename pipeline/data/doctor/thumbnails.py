@@ -143,15 +143,15 @@ def _placed(
     """Place names in `grown` beside the visible part of boxes, and return whether one covers its box."""
     left, top, areas, result, covers = grown[0], grown[1], list[Rectangle](), list[BoxOverlay](), False
     for box in boxes:
-        if not (named or box.marked):
-            result.append(box)
-            continue
         visible = (
             max(box.left, view[0]) - left,
             max(box.top, view[1]) - top,
             min(box.left + box.width, view[0] + view[2]) - left,
             min(box.top + box.height, view[1] + view[3]) - top,
         )
+        if not (named or box.marked) or visible[0] >= visible[2] or visible[1] >= visible[3]:
+            result.append(box)  # a box beyond the view has no name in it
+            continue
         text_width = min(font(FONT_SIZE).getlength(box.name) * text_size / FONT_SIZE, view[2])
         area = place_caption(visible, (text_width, LINE * text_size), grown[2:], areas)
         areas.append(area)
