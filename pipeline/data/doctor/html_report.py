@@ -231,8 +231,9 @@ def _plot_image_sizes(axes: Axes, report: DoctorReport) -> None:
         area = 10 + 500 * images / max(1, images.sum())
         across, down = [cell.width for cell in sizes], [cell.height for cell in sizes]
         axes.scatter(across, down, s=area, color=colour, alpha=0.45, lw=0, clip_on=False)
+    axes.margins(0.12)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_aspect("equal", adjustable="box")
-    axes.set_xlabel("width, px")
-    axes.set_ylabel("height, px (larger dots: more images)")
+    axes.set_xlabel("width, px (larger dots: more images)")
+    axes.set_ylabel("height, px")
