@@ -63,7 +63,7 @@ def draw_boxes(
 
 
 def place_caption(
-    box: Rectangle, size: tuple[float, float], canvas: tuple[int, int], placed: Sequence[Rectangle]
+    box: Rectangle, size: tuple[float, float], canvas: tuple[float, float], placed: Sequence[Rectangle]
 ) -> Rectangle:
     """Choose the position of a caption: outside of its box if the canvas has room there, clear of other captions if possible.
 
@@ -80,7 +80,7 @@ def place_caption(
     return min(outside or inside, key=lambda area: sum(_overlap(area, other) for other in placed))
 
 
-def _corners(box: Rectangle, size: tuple[float, float], canvas: tuple[int, int]) -> Iterator[tuple[float, float]]:
+def _corners(box: Rectangle, size: tuple[float, float], canvas: tuple[float, float]) -> Iterator[tuple[float, float]]:
     """Upper left corners of a caption at the sides of a box, the usual ones first."""
     left, top, right, bottom = box
     width, height = size
@@ -94,7 +94,7 @@ def _rectangle(corner: tuple[float, float], size: tuple[float, float]) -> Rectan
     return corner[0], corner[1], corner[0] + size[0], corner[1] + size[1]
 
 
-def _fits(area: Rectangle, canvas: tuple[int, int]) -> bool:
+def _fits(area: Rectangle, canvas: tuple[float, float]) -> bool:
     return area[0] >= 0 and area[1] >= 0 and area[2] <= canvas[0] and area[3] <= canvas[1]
 
 

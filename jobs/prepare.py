@@ -98,8 +98,9 @@ def _prepare_one(split: str, source: "DatasetSource", out: str, options: "Prepar
     shards = prepare(source, out, split=split, options=options, strict=strict)
     manifest, rejected = shards.manifest, read_rejected(shards)
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(f"{shards.uri}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes")
-    print(f"{len(manifest.shards)} shards, {megabytes:.1f} MB, digest {manifest.digest}")
+    images, boxes = plural(manifest.images, "image"), plural(manifest.boxes, "box")
+    print(f"{shards.uri}: {images}, {boxes} of {plural(len(manifest.categories), 'class')}")
+    print(f"{plural(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, digest {manifest.digest}")
     print(f"rejected: {reasons(rejected)}, see rejected.parquet" if rejected else "rejected: nothing")
     repeated = [
         Notice(code="class-name-repeated", count=1, example=text) for text in repeated_names(manifest.categories)

@@ -46,11 +46,12 @@ def main(argv: list[str] | None = None) -> None:
 
     from pipeline.open_detector import open_detector
     from pipeline.pretrained import pinned
+    from pipeline.wording import plural
 
     settings = settings_of(args)
     settings = settings.model_copy(update={"source": pinned(settings.source)})  # for replicas that start later
     loaded = open_detector(settings.source)  # fails before anything starts if it is no detector
-    print(f"{loaded.origin}: {len(loaded.names)} classes, starting", flush=True)
+    print(f"{loaded.origin}: {plural(len(loaded.names), 'class')}, starting", flush=True)
     del loaded
     serve(settings, args.host, args.port, detach=args.detach)
 

@@ -63,13 +63,14 @@ def main(argv: list[str] | None = None) -> None:
 def plan(sweep: "Sweep") -> str:
     """Trials of the sweep in words."""
     from pipeline.tuning.sweep import evaluations_per_trial, rungs
+    from pipeline.wording import plural
 
     total = evaluations_per_trial(sweep)
     halts = rungs(sweep, total) if total else ()
     budget = f"{sweep.trials} points" if sweep.trials else f"{sweep.hours:g} hours" if sweep.hours else "the whole grid"
     stops = f", bad ones stopped after evaluation {', '.join(map(str, halts))} of {total}" if halts else ""
     return (
-        f"sweep {sweep.name}: {budget} of {', '.join(sweep.space)}, {sweep.seeds_per_point} seed(s) each{stops};\n"
+        f"sweep {sweep.name}: {budget} of {', '.join(sweep.space)}, {plural(sweep.seeds_per_point, 'seed')} each{stops};\n"
         f"then {sweep.replicates} replicates of the default and the top {sweep.confirm.top} points with {sweep.confirm.seeds}"
         f" fresh seeds each, at full length"
     )

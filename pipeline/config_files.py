@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Cluster, Config, ConfigError, Experiment, key_prefix, plain_message, unknown_key
 from pipeline.redaction import redact_values
+from pipeline.wording import plural
 
 C = TypeVar("C", bound=Config)
 
@@ -46,7 +47,7 @@ def check(kind: type[C], content: Mapping[str, Any], *, source: str) -> C:
         return kind.model_validate(content)
     except ValidationError as error:
         problems = [_problem(kind, e) for e in error.errors()]
-        raise ConfigError("\n  ".join([f"{source}: {len(problems)} problem(s)", *problems])) from None
+        raise ConfigError("\n  ".join([f"{source}: {plural(len(problems), 'problem')}", *problems])) from None
 
 
 def dump(config: Config) -> dict[str, Any]:

@@ -32,17 +32,29 @@ def draw_boxes(
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Arrange titled images of one height in a row."""
+    """Arrange titled images of one height in a row; a panel is at least as wide as its title."""
     gap, title_font = 8, font(max(13, max(panels[0][1].size) // 50))
     line = 2 * title_font.size
-    width = sum(image.width for _, image in panels) + gap * (len(panels) + 1)
-    row = Image.new("RGB", (width, round(line) + panels[0][1].height + gap), "white")
+    widths = [max(image.width, round(title_font.getlength(title))) for title, image in panels]
+    row = Image.new("RGB", (sum(widths) + gap * (len(panels) + 1), round(line) + panels[0][1].height + gap), "white")
     pen, x = ImageDraw.Draw(row), gap
-    for title, image in panels:
-        pen.text((x + image.width / 2, line / 2), title, fill="black", font=title_font, anchor="mm")
-        row.paste(image, (x, round(line)))
-        x += image.width + gap
+    for (title, image), width in zip(panels, widths, strict=True):
+        pen.text((x + width / 2, line / 2), title, fill="black", font=title_font, anchor="mm")
+        row.paste(image, (x + (width - image.width) // 2, round(line)))
+        x += width + gap
     return row
+
+
+def shortened(text: str, width: float, text_font: ImageFont.FreeTypeFont) -> str:
+    """Shorten a text to a width in px; the start and the longer end stay, because names of one folder differ at their end."""
+    if text_font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 0, -1):
+        start = kept // 4
+        short = f"{text[:start]}…{text[len(text) - kept + start :]}"
+        if text_font.getlength(short) <= width:
+            return short
+    return "…"
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -8,6 +8,7 @@ from typing import Self
 from tqdm import tqdm
 
 LOG_SECONDS = 10.0  # interval between two lines in a log
+TRAINING_LOG_SECONDS = 30.0  # of a training, which takes hours
 
 
 class Progress:
@@ -16,13 +17,24 @@ class Progress:
     Args:
         initial: items that existed before; they count as done, but not towards the rate.
         delay: seconds before anything is shown, so that short work stays silent.
+        log_seconds: interval between two lines in a log.
     """
 
-    def __init__(self, name: str, *, total: int, unit: str, initial: int = 0, delay: float = 0.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        total: int,
+        unit: str,
+        initial: int = 0,
+        delay: float = 0.0,
+        log_seconds: float = LOG_SECONDS,
+    ) -> None:
         self._name, self._total, self._unit, self._initial = name, total, unit, initial
         self._done, self._note = initial, ""
         self._started_at = time.monotonic()
-        self._next_line_at = self._started_at + max(delay, LOG_SECONDS)
+        self._log_seconds = log_seconds
+        self._next_line_at = self._started_at + max(delay, log_seconds)
         self._silent = delay > 0  # until the first line
         self._bar = tqdm(
             desc=name,
@@ -48,6 +60,13 @@ class Progress:
         if self._bar.disable and time.monotonic() >= self._next_line_at:
             self._print_line()
 
+    def begin(self, note: str) -> None:
+        """Show the first line at once: its work has begun before."""
+        self._note = note
+        self._bar.set_postfix_str(note)
+        if self._bar.disable:
+            self._print_line()
+
     @staticmethod
     def write(text: str) -> None:
         """Print a line without disturbing the bar."""
@@ -64,7 +83,7 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        self._next_line_at = time.monotonic() + LOG_SECONDS
+        self._next_line_at = time.monotonic() + self._log_seconds
         self._silent = False
         line = tqdm.format_meter(
             self._done,
@@ -96,7 +115,10 @@ class StepProgress:
     def show(self, step: int, note: str) -> None:
         """Show that `step` steps are done; nothing is drawn before the first call."""
         if self._bar is None or step < self.step:
-            self._bar = Progress(self._name, total=self._total, unit="step", initial=step)
+            self._bar = Progress(
+                self._name, total=self._total, unit="step", initial=step, log_seconds=TRAINING_LOG_SECONDS
+            )
+            self._bar.begin(note)
         else:
             self._bar.advance(step - self.step, note)
         self.step = step

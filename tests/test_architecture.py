@@ -28,6 +28,7 @@ FOUNDATION = (
     "errors",
     "drawing",
     "redaction",
+    "wording",
     "progress",
     "provenance",
     "mlflow_access",

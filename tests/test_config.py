@@ -31,7 +31,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         load_experiment(written(tmp_path, wrong), {"numerics.compile": "maybe"})
     text = str(raised.value)
     for part in (
-        "7 problem(s)",
+        "7 problems",
         "data: unknown key 'vall'; did you mean val?",
         "did you mean encoder_dim",
         "reg_max (17) must be an even number",

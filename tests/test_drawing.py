@@ -9,7 +9,7 @@ from torch import tensor
 from torchvision.ops import box_iou
 
 from dfine_core.drawing import label_colour, place_caption
-from pipeline.drawing import MAX_BOXES, css_colour, draw_boxes, side_by_side
+from pipeline.drawing import MAX_BOXES, css_colour, draw_boxes, font, shortened, side_by_side
 
 CANVAS, LABEL = (640, 480), (80, 16)
 
@@ -75,3 +75,23 @@ def test_panels_keep_their_pixels_side_by_side() -> None:
     assert row.height > 100
     colours = {pixel: count for count, pixel in row.getcolors(row.width * row.height) or []}
     assert colours[(255, 0, 0)] == colours[(0, 0, 255)] == 200 * 100
+
+
+def test_a_title_that_is_wider_than_its_image_is_whole() -> None:
+    title = "detections with a score of 0.4 or more: 12"
+    row = side_by_side([(title, Image.new("RGB", (60, 300), "red")), ("other", Image.new("RGB", (60, 300), "blue"))])
+    assert row.width > font(13).getlength(title) + 60
+    columns = np.flatnonzero((np.asarray(row)[:20].sum(-1) < 600).any(0))
+    assert columns.min() > 0
+    assert columns.max() < row.width - 1
+
+
+@pytest.mark.parametrize("letter", "iW")
+def test_a_name_is_shortened_to_its_width_and_keeps_its_end(letter: str) -> None:
+    name = f"{60 * letter}_camera_2_frame_000123.jpg: 4"
+    short = shortened(name, 320, font(12))
+    assert 250 < font(12).getlength(short) <= 320
+    assert short.endswith("frame_000123.jpg: 4")
+    assert "…" in short
+    assert shortened("a.jpg", 320, font(12)) == "a.jpg"
+    assert shortened(name, 1, font(12)) == "…"

@@ -1,6 +1,7 @@
 """Use of a trained run: opening its detector, the evaluate, replay and lineage commands, a dry run."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from pipeline.training.init_weights import load_initial, materialize_init
 from pipeline.training.loop import train
 from pipeline.training.run_dir import begin_or_continue
 from pipeline.training.schedule import derive
+from pipeline.training.start_checks import checkpoint_bytes
+from pipeline.wording import plural
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import SteppedRun, alone, experiment, job, shard_folders
 
@@ -146,8 +149,8 @@ def test_a_dry_run_prints_the_whole_plan(
         "24 images",
         "60 steps of 4 images",
         "from epoch 8, step 48",
-        "2 worker(s), 2 micro-batch(es) of 2 images a step",
-        "estimated for a step on GPUs: 2 image(s) each in 1 micro-batch(es)",
+        "2 workers, 2 micro-batches of 2 images a step",
+        "estimated for a step on GPUs: 2 images each in 1 micro-batch",
         "backbone ",
         "GiB weights",
     ):
@@ -155,6 +158,46 @@ def test_a_dry_run_prints_the_whole_plan(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(dump(setting)))
     train_job.main([str(tmp_path / "run.yaml"), "--dry-run"])
     assert "60 steps of 4 images" in capsys.readouterr().out
+
+
+def test_a_dry_run_finds_all_that_would_fail_the_start_and_writes_nothing(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    weights = tmp_path / "weights.safetensors"
+    save_file({"other.weight": torch.zeros(2)}, weights)
+    storage = tmp_path / "no" / "folder"
+    setting = experiment(tmp_path, data, init=str(weights), storage=str(storage), tracking={"uri": "/plain/folder"})
+    with pytest.raises(ConfigError, match="the start would fail") as caught:
+        preview(setting, Cluster(), measured=False)
+    assert f"init: {weights}: " in f"{caught.value}"
+    assert "tracking URI '/plain/folder'" in f"{caught.value}"
+    assert not storage.parent.exists()
+
+    (tmp_path / "file").write_text("no folder")
+    under_file = experiment(tmp_path, data, storage=str(tmp_path / "file" / "runs"))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        preview(under_file, Cluster(), measured=False)
+    missing = experiment(tmp_path, data, init=str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match=r"init: .*gone does not exist"):
+        preview(missing, Cluster(), measured=False)
+
+
+def test_a_dry_run_counts_the_disk_space_of_checkpoints(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(tmp_path, data).model.config(8, experiment(tmp_path, data).loss)
+    parameters = sum(p.numel() for p in Detector(config).parameters())
+    assert checkpoint_bytes(config, keep=2) == 5 * 16 * parameters  # two latest, two best, one being written
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    with pytest.raises(ConfigError, match="has 1 MB left, the checkpoints take"):
+        preview(experiment(tmp_path, data), Cluster(), measured=False)
+
+
+def test_without_validation_data_there_are_no_evaluations(data: dict[str, str], tmp_path: Path) -> None:
+    setting = experiment(tmp_path, {"train": data["train"]})
+    assert "evaluations: none, as there is no data.val" in preview(setting, Cluster(), measured=False)
 
 
 def test_the_estimated_memory_is_what_the_forward_pass_keeps(data: dict[str, str], tmp_path: Path) -> None:
@@ -187,7 +230,7 @@ def test_one_image_a_gpu_is_warned_about(data: dict[str, str], tmp_path: Path, b
     setting = experiment(tmp_path, data, schedule=schedule)
     config = ModelConfig.variant("s", num_classes=80)
     estimate, warning = launch_cost(config, derive(setting, images=118_287, workers=64), workers=64, boxes=7)
-    assert estimate.startswith(f"estimated for a step on GPUs: {batch // 64} image(s) each in 1 micro-batch(es)")
+    assert estimate.startswith(f"estimated for a step on GPUs: {plural(batch // 64, 'image')} each in 1 micro-batch;")
     assert (warning is not None) == warned
     if warning is not None:
         images = int(warning.split("from ")[1].split()[0])

@@ -9,6 +9,9 @@
     huggingface/mine/                       layout of Transformers, written by it or by exports
         config.json                         with class names; the input size is in preprocessor_config.json
         model.safetensors
+    exported/                               `--out` of an export: one entry per accepted format
+        export.json
+        safetensors/, huggingface/          one of the two layouts above; the first that is there is read
 
 The folder of a run stands for its best checkpoint, that of an MLflow model for its artifacts. No code from a file is run.
 safetensors is imported with the first file that needs it.
@@ -40,6 +43,8 @@ WEIGHTS = "model.safetensors"
 AVERAGED = "ema"  # tensor file of a checkpoint that is evaluated and shipped
 CHECKPOINTS = "checkpoints"  # below the folder of a run
 TRANSFORMERS_CONFIG, TRANSFORMERS_PROCESSOR = "config.json", "preprocessor_config.json"
+EXPORT_REPORT = "export.json"
+EXPORTED_FOLDERS = ("safetensors", "huggingface")  # of an export, exact weights first
 PUBLISHED_SIZE = (640, 640)  # input of a folder of Transformers that does not name one
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _EXPECTED = (
@@ -165,6 +170,8 @@ def read_detector(folder: str, files: FileReader = ON_DISK) -> StoredDetector:
         return _from_transformers(folder, names, files)
     if "MLmodel" in names and "artifacts" in names:
         return read_detector(f"{folder}/artifacts", files)
+    if EXPORT_REPORT in names:
+        return _from_export(folder, names, files)
     if CHECKPOINTS in names and (best := best_checkpoint(f"{folder}/{CHECKPOINTS}", files)):
         return _from_checkpoint(best, files)
     content = f"it holds {', '.join(sorted(names)[:6])}" if names else "it is empty"
@@ -240,6 +247,16 @@ def _from_checkpoint(folder: str, files: FileReader) -> StoredDetector:
     path = f"{folder}/{AVERAGED}.safetensors"
     weights = tensors_from_bytes(read_tensor_file(folder, AVERAGED, sha256, files), path)
     return StoredDetector(config, weights, categories, folder, path, sha256, metadata)
+
+
+def _from_export(folder: str, names: Collection[str], files: FileReader) -> StoredDetector:
+    for name in EXPORTED_FOLDERS:
+        if name in names:
+            return read_detector(f"{folder}/{name}", files)
+    released = [f"{folder}/{name}" for name in sorted(names) if name.endswith(".pth")]
+    way_out = f"give {released[0]}" if released else "export the detector with --to safetensors as well"
+    others = ", ".join(sorted(set(names) - {EXPORT_REPORT})[:6]) or "no accepted file"
+    raise LoadError(f"{folder}: an export that holds no folder of weights ({others}): {way_out}")
 
 
 def _from_exported(folder: str, weights: Sequence[str], files: FileReader) -> StoredDetector:

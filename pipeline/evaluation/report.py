@@ -18,6 +18,7 @@ from pipeline.evaluation.decoder_layers import by_layer
 from pipeline.evaluation.error_types import Errors
 from pipeline.evaluation.figures import format_number
 from pipeline.mlflow_access import ACCURACY, FINAL, VAL
+from pipeline.wording import plural
 
 LOWEST_CLASSES = 5  # classes in the console table
 REPORT = "report.json"
@@ -68,7 +69,7 @@ class EvaluationReport:
         n = {name: format_number(value) for name, value in self.numbers.items()}
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         lines = [
-            f"{self.images:,} images, {self.boxes:,} boxes, scored by {self.evaluator} ({times})",
+            f"{plural(self.images, 'image')}, {plural(self.boxes, 'box')}, scored by {self.evaluator} ({times})",
             f"  AP      {n['AP']}   AP50  {n['AP50']}   AP75   {n['AP75']}"
             f"   small {n['AP_small']}  medium {n['AP_medium']}  large {n['AP_large']}",
             f"  AR@100  {n['AR_100']}   AR@1  {n['AR_1']}   AR@10  {n['AR_10']}"
@@ -82,7 +83,7 @@ class EvaluationReport:
         worst = sorted((c for c in self.per_class if not math.isnan(c.ap)), key=lambda c: c.ap)[:LOWEST_CLASSES]
         if len(self.per_class) > 1 and worst:
             lines.append(
-                "  lowest AP  " + ", ".join(f"{c.name} {format_number(c.ap)} ({c.boxes:,} boxes)" for c in worst)
+                "  lowest AP  " + ", ".join(f"{c.name} {format_number(c.ap)} ({plural(c.boxes, 'box')})" for c in worst)
             )
         if self.agreement is not None:
             verdict = "agree" if self.agreement <= EQUAL else "DISAGREE: see the log"

@@ -23,12 +23,13 @@ from pipeline.data.augment.samples import plain_sample, without_crowd
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import ImageRecord, records_from_table
-from pipeline.drawing import MAX_BOXES, draw_boxes, png_bytes, side_by_side
+from pipeline.drawing import MAX_BOXES, draw_boxes, font, png_bytes, shortened, side_by_side
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.evaluate import evaluation_mode
 from pipeline.evaluation.figures import png
 
 PANEL_SIDES = 640, 800  # px, limits of the longer side of an image next to another
+TITLE_WIDTH = 440  # points, width of the left half of a refinement
 EDGES = ("left", "top", "right", "bottom")
 
 
@@ -112,7 +113,7 @@ def refinement_view(
     grid = figure.add_gridspec(2, 4)
     shades = colormaps["plasma"](np.linspace(0.05, 0.85, len(boxes)))
     steps = figure.add_subplot(grid[:, :2])
-    steps.set_title(title, fontsize=10, parse_math=False)
+    steps.set_title(shortened(title, TITLE_WIDTH, font(10)), fontsize=10, parse_math=False)
     _draw_steps(steps, image, boxes, shades, true_box)
     _draw_bands(steps, cxcywh_to_xyxy(boxes[-1]).numpy() * np.tile(image.shape[1::-1], 2), pixels, shades[-1])
     for edge, name in enumerate(EDGES):

@@ -1,11 +1,11 @@
 """Images on which exported files are compared with their detector, with ground truth if it is known."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import PIL.Image
 import torch
 from torch import Tensor
 
@@ -16,8 +16,11 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.sources.synthetic import synthetic_image
 from pipeline.data.stream.stream import evaluation_stream
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
+from pipeline.wording import plural
 
 BATCH_SIZE = 3  # the first batch is split, because a file may accept one batch size only
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +63,34 @@ def from_shards(shards: ShardSet, images: int) -> CheckSet:
 
 
 def from_files(paths: Sequence[Path], images: int) -> CheckSet:
-    """First `images` of the given image files and folders.
+    """First `images` readable ones of the given image files and folders; broken ones are left out with a warning.
 
     Raises:
-        ConfigError: there is no image.
+        ConfigError: there is no image, or none that can be read.
     """
-    files = [file for path in paths for file in (_image_files(path) if path.is_dir() else [path])][:images]
+    files = [file for path in paths for file in (_image_files(path) if path.is_dir() else [path])]
     if not files:
         raise ConfigError(f"--images-from: no images ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
+    readable: list[Path] = []
+    problems: list[str] = []
+    for file in files:
+        if len(readable) == images:
+            break
+        try:
+            read_image(file)
+        except ValueError as error:
+            problems.append(f"{file}: {error}")
+            log.warning("--images-from: left out: %s", problems[-1])
+        else:
+            readable.append(file)
+    if not readable:
+        raise ConfigError(f"--images-from: none of {plural(len(problems), 'image')} can be read, such as {problems[0]}")
 
     def batches(input_size: tuple[int, int]) -> Iterator[CheckBatch]:
-        return _read_batches([(str(file), file.read_bytes) for file in files], input_size)
+        return _read_batches([file.read_bytes for file in readable], input_size)
 
-    return CheckSet(f"{len(files)} given images", len(files), batches)
+    left_out = f", {plural(len(problems), 'broken one')} left out" if problems else ""
+    return CheckSet(f"{plural(len(readable), 'given image')}{left_out}", len(readable), batches)
 
 
 def from_synthetic_images(images: int, longest_side: int) -> CheckSet:
@@ -82,9 +100,9 @@ def from_synthetic_images(images: int, longest_side: int) -> CheckSet:
         return lambda: synthetic_image(index, longest_side=longest_side).image
 
     def batches(input_size: tuple[int, int]) -> Iterator[CheckBatch]:
-        return _read_batches([(f"generated image {index}", encoded(index)) for index in range(images)], input_size)
+        return _read_batches([encoded(index) for index in range(images)], input_size)
 
-    return CheckSet(f"{images} generated images", images, batches)
+    return CheckSet(f"{plural(images, 'generated image')}", images, batches)
 
 
 def split_first_batch(batches: Iterator[CheckBatch]) -> Iterator[CheckBatch]:
@@ -94,19 +112,10 @@ def split_first_batch(batches: Iterator[CheckBatch]) -> Iterator[CheckBatch]:
         yield from (piece for piece in pieces if len(piece.image_id))
 
 
-def _read_batches(
-    readers: Sequence[tuple[str, Callable[[], bytes]]], input_size: tuple[int, int]
-) -> Iterator[CheckBatch]:
+def _read_batches(readers: Sequence[Callable[[], bytes]], input_size: tuple[int, int]) -> Iterator[CheckBatch]:
     for start in range(0, len(readers), BATCH_SIZE):
-        images = [_read(name, read()) for name, read in readers[start : start + BATCH_SIZE]]
+        images = [read_image(read()) for read in readers[start : start + BATCH_SIZE]]
         yield CheckBatch(prepare(images, input_size), image_sizes(images), torch.arange(start, start + len(images)))
-
-
-def _read(name: str, content: bytes) -> PIL.Image.Image:
-    try:
-        return read_image(content)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from dfine_core.images import SUFFIXES
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
-from pipeline.drawing import draw_boxes, font
+from pipeline.drawing import draw_boxes, font, shortened
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.sample_images import refinement_view
 from pipeline.predict.inputs import InputImage, Inputs, decode_input, read_images
@@ -56,8 +56,7 @@ def contact_sheet(drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image:
         small = drawing.copy()
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (x + (CELL - small.width) // 2, y + (CELL - small.height) // 2))
-        short_title = title if len(title) <= 44 else f"…{title[-43:]}"
-        pen.text((x, y + CELL + 2), short_title, fill="black", font=font(12))
+        pen.text((x, y + CELL + 2), shortened(title, CELL, font(12)), fill="black", font=font(12))
     return sheet
 
 
@@ -77,7 +76,8 @@ def write_drawings(
 
     Args:
         num_images: images to draw.
-        num_explanations: images for which the refinement of the best box is drawn; `loaded` must not be deployed then.
+        num_explanations: images for which the refinement of the best box is drawn, if its score reaches the threshold;
+            `loaded` must not be deployed then.
     """
     names = [category.name for category in plan.categories]
     drawings: list[tuple[str, Image.Image]] = []
@@ -89,7 +89,7 @@ def write_drawings(
             drawing = draw_detections(image, boxes, row["labels"], row["scores"], names)
             drawings.append((f"{title}: {len(row['labels'])}", drawing))
             storage.write_atomic(storage.join(out, DRAWINGS_FOLDER, f"{drawing_name(source)}.jpg"), _jpeg(drawing))
-        if index < num_explanations:
+        if index < num_explanations and row["labels"]:
             content = explanation(loaded, image, names, title)
             storage.write_atomic(storage.join(out, EXPLAINED_FOLDER, f"{drawing_name(source)}.png"), content)
     if drawings:

@@ -34,6 +34,7 @@ from pipeline.serve.replica import (
     json_response,
 )
 from pipeline.serve.request_parsing import RequestError
+from pipeline.wording import plural
 
 APPLICATION = "detector"  # name on Ray Serve
 OTHER_REQUESTS = 8  # requests to other routes that a replica accepts while it is full
@@ -184,7 +185,7 @@ def _refuse_too_small(settings: ServeSettings) -> None:
         needed = settings.replicas * each
         if needed > available.get(kind, 0):
             raise ConfigError(
-                f"{settings.replicas} replica(s) with {each:g} {kind} need {needed:g}, the cluster has"
+                f"{plural(settings.replicas, 'replica')} with {each:g} {kind}: {needed:g} in all, the cluster has"
                 f" {available.get(kind, 0):g}: reduce --replicas, or --cpus and --gpus per replica"
             )
 

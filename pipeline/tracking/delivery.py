@@ -9,6 +9,7 @@ from pipeline.progress import Progress
 from pipeline.tracking.outbox import DATABASE, Event, Outbox, Pending
 from pipeline.tracking.settings import TrackingError, TrackingSettings
 from pipeline.tracking.tracker import PATIENCE_S, Tracker
+from pipeline.wording import plural
 
 NAMED_REJECTIONS = 3
 HIDDEN = "***"  # stands for a password in a noted URI
@@ -38,7 +39,7 @@ def missing_from_mlflow(left: Pending, rejected: list[tuple[Event, str]], run: s
         lines.append(f"not in MLflow yet: {left}; `dfine record {run}` delivers the rest")
     if rejected:
         named = "; ".join(f"{event.get('kind')}: {reason}" for event, reason in rejected[:NAMED_REJECTIONS])
-        lines.append(f"refused by MLflow: {len(rejected)} event(s), {named}")
+        lines.append(f"refused by MLflow: {plural(len(rejected), 'event')}, {named}")
     return "\n".join(lines) or None
 
 

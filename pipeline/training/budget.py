@@ -1,9 +1,10 @@
-"""Cost of a training: arithmetic counted, one step timed on this machine, hours on other machines extrapolated."""
+"""Cost of a training: arithmetic counted, steps timed on this machine, hours on other machines extrapolated."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfine_core import Criterion, Detector, ModelConfig, Targets
 from dfine_core.model.denoising import sample_queries_for
 from pipeline.training.schedule import Schedule
+from pipeline.wording import plural
 
 BACKWARD = 2  # backward / forward arithmetic: one pass for the weights, one for the inputs
 STATE_VALUES = 5  # per parameter: value, gradient, two moments, EMA
@@ -23,6 +25,7 @@ FLOAT_BYTES = 4
 SUSTAINED_TFLOPS = (10, 30, 100)  # assumed for one GPU in bf16; the first epoch shows the real value
 LAUNCH_SECONDS = 5e-6  # assumed for the host to launch one GPU kernel
 LAUNCH_TFLOPS = 30  # assumed where launching is compared with computing
+TIMED_PASSES, MAX_TIMED_PASSES, TIMED_SECONDS = 3, 20, 3.0  # of a training step on this machine
 LARGEST_ADVISED = 64  # images of a micro-batch; small images would need more than makes sense
 
 
@@ -45,7 +48,7 @@ def budget_lines(config: ModelConfig, images: int, workers: int, *, boxes: int, 
             f" so {_hours(images * seconds)} with one such worker"
         )
     hours = (f"{_hours(images * flops / workers / rate / 1e12)} at {rate} TFLOP/s" for rate in SUSTAINED_TFLOPS)
-    yield f"extrapolated for {workers} worker(s), without evaluations: {', '.join(hours)} sustained by each"
+    yield f"extrapolated for {plural(workers, 'worker')}, without evaluations: {', '.join(hours)} sustained by each"
 
 
 def launch_cost(config: ModelConfig, schedule: Schedule, workers: int, *, boxes: int) -> tuple[str, str | None]:
@@ -66,9 +69,9 @@ def launch_cost(config: ModelConfig, schedule: Schedule, workers: int, *, boxes:
     computing_one = flops_per_image(config, boxes) / LAUNCH_TFLOPS / 1e12
     computing = images * computing_one
     estimate = (
-        f"estimated for a step on GPUs: {images} image(s) each in {micro_batches} micro-batch(es); {launching * 1e3:.0f} ms to"
-        f" launch {micro_batches * kernels:,} kernels or more at {LAUNCH_SECONDS * 1e6:.0f} us, {computing * 1e3:.0f} ms to"
-        f" compute at {LAUNCH_TFLOPS} TFLOP/s"
+        f"estimated for a step on GPUs: {plural(images, 'image')} each in {plural(micro_batches, 'micro-batch')};"
+        f" {launching * 1e3:.0f} ms to launch {micro_batches * kernels:,} kernels or more at {LAUNCH_SECONDS * 1e6:.0f} us,"
+        f" {computing * 1e3:.0f} ms to compute at {LAUNCH_TFLOPS} TFLOP/s"
     )
     if launching <= computing:
         return estimate, None
@@ -155,19 +158,22 @@ def _fake_forward(
 
 
 def seconds_per_image(config: ModelConfig, boxes: int, device: torch.device) -> float:
-    """Seconds of a forward and backward pass of one image in fp32; the second of two passes."""
+    """Seconds of a forward and backward pass of one image in fp32: the median of several, after one that warms up.
+
+    At least `TIMED_PASSES`, and more as long as they are short: one pass alone is off by several times on a busy machine.
+    """
     detector, criterion = Detector(config).train().to(device), Criterion(config)
     images = torch.rand(1, 3, *config.input_size, device=device)
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
-    seconds = 0.0
-    for _ in range(2):
+    seconds: list[float] = []
+    while len(seconds) <= TIMED_PASSES or (sum(seconds) < TIMED_SECONDS and len(seconds) <= MAX_TIMED_PASSES):
         started_at = time.perf_counter()
         losses = criterion(detector(images, [target]), [target])
         torch.stack(list(losses.values())).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started_at
-    return seconds
+        seconds.append(time.perf_counter() - started_at)
+    return median(seconds[1:])
 
 
 def _hours(seconds: float) -> str:

@@ -31,6 +31,7 @@ from pipeline.tracking.delivery import UndeliveredError
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.context import resolve_data
+from pipeline.wording import plural
 
 SOURCE = "jobs/pretrain_finetune.py"
 RUN_ID_TIMEOUT_S = 30.0  # for MLflow to create the parent run, whose id the stages record
@@ -106,7 +107,7 @@ def load_chain(
         except ConfigError as error:
             problems.append(f"{stage.name}: {error}")
     if problems:
-        raise ConfigError("\n".join([f"{path}: {len(problems)} problem(s)", *problems]))
+        raise ConfigError("\n".join([f"{path}: {plural(len(problems), 'problem')}", *problems]))
     return chain, steps
 
 

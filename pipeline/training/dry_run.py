@@ -15,13 +15,18 @@ from pipeline.pretrained import describe, is_published
 from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
 from pipeline.training.context import resolve_data
 from pipeline.training.schedule import Schedule, derive
+from pipeline.training.start_checks import refuse_failing_start
+from pipeline.wording import plural
 
 
 def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) -> str:
     """Describe the resolved experiment, data, schedule, parameters, memory and time.
 
     Args:
-        measured: time a training step on this machine, and extrapolate.
+        measured: time training steps on this machine, and extrapolate.
+
+    Raises:
+        UserError: the start would fail.
     """
     data = resolve_data(experiment.data)
     for shards in filter(None, (data.train, data.val)):
@@ -34,6 +39,7 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     boxes = round(train.statistics.boxes_per_image.mean)
     seen = schedule.steps * schedule.global_batch_size
     init = experiment.init
+    start = refuse_failing_start(experiment, data, config)
     sections = {
         **({"initial weights": "\n".join(describe(init))} if init and is_published(init) else {}),
         "experiment, resolved": yaml.safe_dump(
@@ -46,10 +52,13 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
                 *data.class_lines(),
             ]
         ),
-        f"schedule for {most} worker(s), {schedule.micro_batches} micro-batch(es) of"
-        f" {schedule.micro_batch_size} images a step": "\n".join(schedule.lines()),
+        f"schedule for {plural(most, 'worker')}, {plural(schedule.micro_batches, 'micro-batch')} of"
+        f" {plural(schedule.micro_batch_size, 'image')} a step": "\n".join(
+            schedule.lines(evaluates=data.val is not None)
+        ),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
         "memory of a worker": "\n".join(_memory_lines(config, schedule, train)),
+        "disk": "\n".join(start),
         "time": "\n".join(
             [
                 *budget_lines(config, seen, most, boxes=boxes, measured=measured),
@@ -66,10 +75,10 @@ def _data_lines(manifest: Manifest) -> list[str]:
     rare = sorted(zip(statistics.class_counts, (c.name for c in manifest.categories), strict=True))[:3]
     crowded = statistics.most_crowded
     return [
-        f"{manifest.split}: {manifest.images} images, {manifest.boxes} boxes of {len(manifest.categories)} classes,"
-        f" digest {manifest.digest[:12]}",
-        f"  {statistics.boxes_per_image.mean:.1f} boxes an image, {statistics.images_without_boxes} images without, most crowded:"
-        f" {crowded.boxes} in {crowded.file_name}",
+        f"{manifest.split}: {plural(manifest.images, 'image')}, {plural(manifest.boxes, 'box')} of"
+        f" {plural(len(manifest.categories), 'class')}, digest {manifest.digest[:12]}",
+        f"  {statistics.boxes_per_image.mean:.1f} boxes an image, {plural(statistics.images_without_boxes, 'image')} without,"
+        f" most crowded: {crowded.boxes} in {crowded.file_name}",
         f"  {sizes.small} small, {sizes.medium} medium, {sizes.large} large boxes; rarest classes:"
         f" {', '.join(f'{name} ({count})' for count, name in rare)}",
     ]
@@ -89,7 +98,7 @@ def _memory_lines(config: ModelConfig, schedule: Schedule, manifest: Manifest) -
     state, kept = estimated_bytes(config, schedule.micro_batch_size, crowded)
     return [
         f"{(state + kept) / 2**30:.1f} GiB in fp32, if all {schedule.micro_batch_size} images are as crowded as the most"
-        f" crowded one ({crowded} boxes):",
+        f" crowded one ({plural(crowded, 'box')}):",
         f"  {state / 2**30:.2f} GiB weights, gradients, moments and averaged weights",
         f"  {kept / 2**30:.2f} GiB kept from the forward pass for the backward pass; about 0.6 of it in bf16",
         "  besides: PyTorch and its libraries, batches that wait, what the losses need",

@@ -149,7 +149,7 @@ def launch(
             f"run {experiment.name} in {run}",
             where,
             *data.class_lines(),
-            *schedule.lines(),
+            *schedule.lines(evaluates=data.val is not None),
             *_warnings(job, request),
         ):
             print(text, flush=True)

@@ -155,7 +155,7 @@ def run_step(
 
     guard.watch(state, taken, result)
     state.step += 1
-    log.step(result, waited_s)
+    log.step(result, waited_s, step=state.step)
     return result
 
 

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError
 from pipeline.data.shards.manifest import ManifestError, load_shards
+from pipeline.wording import plural
 
 DECODING_CPUS = 1.0  # minimum left for data tasks
 
@@ -30,9 +31,11 @@ class Request:
     spread: bool = False  # workers are spread over the nodes, not packed
 
     def __str__(self) -> str:
-        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        count = plural(self.most, "worker")
+        if self.least < self.most:
+            count = f"{self.least} to {count}"
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.per_worker.items())
-        return f"{count} worker(s), each with {each}"
+        return f"{count}, each with {each}"
 
 
 def request_for(cluster: Cluster, *, decodes: bool, asynchronous_evaluation: bool = False) -> Request:
@@ -152,7 +155,7 @@ def waiting_line(
     if started and room >= request.least:
         return None
     amounts = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in request.per_worker)
-    return f"waiting for {request}: {len(nodes)} node(s) are alive, with room for {room}; free now: {amounts}"
+    return f"waiting for {request}: {plural(len(nodes), 'live node')}, with room for {room}; free now: {amounts}"
 
 
 def problems_on_nodes(request: Request, run: str, manifests: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.tracking.settings import Scalar
 from pipeline.tracking.tracker import DatasetInput
 from pipeline.training.context import TrainJob
+from pipeline.wording import plural
 
 NOTE = "mlflow.note.content"  # tag: MLflow renders it as Markdown on the page of the run
 # Parameters of every run; any other is logged where it differs from its default. The file experiment.yaml has all of them.
@@ -88,11 +89,11 @@ def run_note(job: TrainJob, numbers: dict[str, float] | None = None) -> str:
     side = " x ".join(map(str, experiment.model.config(1, experiment.loss).input_size))
     lines = [
         f"D-FINE-{experiment.model.variant.upper()} at {side}: {schedule.epochs:.4g} epochs,"
-        f" {schedule.steps:,} steps of {schedule.global_batch_size} images"
+        f" {schedule.steps:,} steps of {plural(schedule.global_batch_size, 'image')}"
         + (f", from `{experiment.init}`" if experiment.init else ", from random weights"),
         *(
-            f"{use}: {dataset_name(shards)}, {shards.manifest.images:,} images with {shards.manifest.boxes:,} boxes"
-            f" of {len(shards.manifest.categories)} class(es), `{shards.uri}`"
+            f"{use}: {dataset_name(shards)}, {plural(shards.manifest.images, 'image')}"
+            f" with {plural(shards.manifest.boxes, 'box')} of {plural(len(shards.manifest.categories), 'class')}, `{shards.uri}`"
             for use, shards in (("Training", job.data.train), ("Validation", job.data.val))
             if shards is not None
         ),

@@ -1,6 +1,7 @@
 """The log of a run: metrics on console and in MLflow, evaluation reports and the result in the run's folder."""
 
 import json
+import math
 import re
 import tempfile
 import time
@@ -45,6 +46,7 @@ LAYER_TERMS = "train/terms_by_layer/"
 LAYER_TERMS_EVERY = 10  # reports
 FULL_RATE_S = 3600.0  # every report is logged this long after the start,
 THINNED_S = 60.0  # then one in this time
+SHOWN_S = 2.0  # least time between two updates of the progress line; each waits for the device
 
 
 @dataclass
@@ -70,19 +72,23 @@ class MetricMeter:
 
     def read(self, images_per_step: int) -> dict[str, float]:
         """Return the means since the last call, and start again. Waits for the device."""
+        values = self.means(images_per_step)
+        self.sums, self.finite_steps, self.steps, self.waited_s = {}, None, 0, 0.0
+        self.started_at = time.perf_counter()
+        return values
+
+    def means(self, images_per_step: int) -> dict[str, float]:
+        """Return the means since the last `read`, and go on. Waits for the device."""
         if self.finite_steps is None:
             return {}
         *sums, finite_steps = torch.stack([*self.sums.values(), self.finite_steps]).tolist()
         seconds = time.perf_counter() - self.started_at
         values = {metric_name(name): total / max(finite_steps, 1) for name, total in zip(self.sums, sums, strict=True)}
-        values |= {
+        return values | {
             "train/speed/images_per_s": self.steps * images_per_step / seconds,
             "train/speed/step_s": seconds / self.steps,
             "train/speed/data_wait_share": self.waited_s / seconds,
         }
-        self.sums, self.finite_steps, self.steps, self.waited_s = {}, None, 0, 0.0
-        self.started_at = time.perf_counter()
-        return values
 
 
 def metric_name(name: str) -> str:
@@ -108,6 +114,7 @@ class RunLog:
         self._meter = MetricMeter()
         self._entered_at = self._ready_at = time.time()
         self._tracked_at = 0.0
+        self._shown_at = -math.inf  # time.monotonic
         self._first_step_reported = False
 
     def __enter__(self) -> Self:
@@ -157,12 +164,27 @@ class RunLog:
 
     # Steps
 
-    def step(self, result: StepResult, waited_s: float) -> None:
-        """Add a step to the meter; report after the first one what the start took."""
+    def step(self, result: StepResult, waited_s: float, *, step: int) -> None:
+        """Add a step to the meter; report after the first one what the start took, and show the progress.
+
+        Args:
+            step: steps that are done.
+        """
         self._meter.add(result, waited_s)
         if not self._first_step_reported:
             self._first_step_reported = True
             self._report_start(waited_s)
+        if self._context.rank == 0 and not self.due(step) and time.monotonic() - self._shown_at >= SHOWN_S:
+            self._show(step, self._meter.means(self._job.schedule.global_batch_size))
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        self._shown_at = time.monotonic()
+        memory = memory_metrics(self._context.device)["system/memory_gib"]
+        note = (
+            f"loss {values['train/loss']:.2f}, {values['train/speed/images_per_s']:.1f} images/s,"
+            f" data wait {values['train/speed/data_wait_share']:.1%}, {memory:.1f} GiB"
+        )
+        self._context.console.progress(step, note)
 
     def _report_start(self, waited_s: float) -> None:
         now, job = time.time(), self._job
@@ -193,11 +215,7 @@ class RunLog:
         values |= memory_metrics(self._context.device)
         if self._context.rank != 0:
             return
-        note = (
-            f"loss {values['train/loss']:.2f}, {values['train/speed/images_per_s']:.1f} images/s,"
-            f" data wait {values['train/speed/data_wait_share']:.1%}, {values['system/memory_gib']:.1f} GiB"
-        )
-        self._context.console.progress(state.step, note)
+        self._show(state.step, values)
         if self._tracker is not None:
             self._track(self._tracker, values | system_metrics(), state.step)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
 from pipeline.config import ConfigError, Experiment
+from pipeline.wording import plural
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
 NO_AUG_SHARE = 0.09  # last share of the epochs; 0.075 to 0.17 in the published recipes
@@ -67,8 +68,13 @@ class Schedule:
         """Number of evaluations of the whole run."""
         return _evaluations(self.steps, self.evaluation_steps)
 
-    def lines(self) -> list[str]:
-        """Describe the schedule, one fact per line."""
+    def lines(self, *, evaluates: bool) -> list[str]:
+        """Describe the schedule, one fact per line.
+
+        Args:
+            evaluates: there is a data.val.
+        """
+        evaluations = f"every {self.evaluation_steps} steps, {self.evaluations} in all"
         stage_two = (
             "none" if self.stage_two_step is None else f"from epoch {self.strong_epochs}, step {self.stage_two_step}"
         )
@@ -81,7 +87,7 @@ class Schedule:
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
-            f"evaluations: every {self.evaluation_steps} steps, {self.evaluations} in all",
+            f"evaluations: {evaluations if evaluates else 'none, as there is no data.val'}",
         ]
 
 
@@ -179,7 +185,8 @@ def shared_micro_batch(global_batch_size: int, micro_batch_size: int | None, wor
         )
     if micro_batch_size not in fitting:
         raise ConfigError(
-            f"schedule.micro_batch_size ({micro_batch_size}) makes {global_batch_size // micro_batch_size} micro-batch(es) of a"
-            f" step, fewer than the {workers} workers: take {fitting[-1]} or less"
+            f"schedule.micro_batch_size ({micro_batch_size}) makes"
+            f" {plural(global_batch_size // micro_batch_size, 'micro-batch')} of a step,"
+            f" fewer than the {workers} workers: take {fitting[-1]} or less"
         )
     return micro_batch_size

@@ -19,6 +19,7 @@ from pipeline.tuning.trial_files import TrialSettings, runs_folder
 from pipeline.tuning.trial_log import log_uri
 from pipeline.tuning.trial_records import ENDED, STATUSES, TrialRecord
 from pipeline.tuning.trial_store import TrialStore
+from pipeline.wording import plural
 
 LOG_INTERVAL_S = 30.0  # between two lines of a job's log
 RETRY_S = 5.0  # between two attempts for a trial whose last process is still ending
@@ -60,7 +61,8 @@ class TrialStatusReporter:
             left = len(self._pending)
         if left:
             logger.warning(
-                "the final status of %d trial(s) is not in MLflow yet; the next start of the sweep writes it", left
+                "the final status of %s is not in MLflow yet; the next start of the sweep writes it",
+                plural(left, "trial"),
             )
         return left
 

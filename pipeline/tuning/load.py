@@ -18,6 +18,7 @@ from pipeline.tuning.space import (
     sampling_order,
 )
 from pipeline.tuning.sweep import Sweep, experiment_of
+from pipeline.wording import plural
 
 MAX_GRID_POINTS = 10_000
 MAX_POINTS_CHECKED = 100  # whole points that are checked, besides each value on its own
@@ -177,7 +178,7 @@ def _length_problems(sweep: Sweep, base: Experiment) -> list[str]:
     total, grace = evaluations_without_data(base), sweep.scheduler.grace
     if total is not None and sweep.scheduler.kind != "none" and grace >= total:
         problems.append(
-            f"scheduler.grace ({grace}) leaves nothing to stop: a trial has {total} evaluation(s); lower it, evaluate"
+            f"scheduler.grace ({grace}) leaves nothing to stop: a trial has {plural(total, 'evaluation')}; lower it, evaluate"
             " more often (set evaluation.every_epochs or every_steps), or use scheduler.kind none"
         )
     own = {"space": ("name", "storage", "init", "seed"), "set": ("name", "storage", "init")}
@@ -194,4 +195,4 @@ def _problem_lines(error: ConfigError) -> list[str]:
 
 
 def _error(path: str | Path, problems: Sequence[str]) -> ConfigError:
-    return ConfigError("\n  ".join([f"{path}: {len(problems)} problem(s)", *problems]))
+    return ConfigError("\n  ".join([f"{path}: {plural(len(problems), 'problem')}", *problems]))

@@ -15,6 +15,7 @@ from pipeline.tuning.space import canonical_text
 from pipeline.tuning.sweep import Sweep, experiment_of, tracking_of
 from pipeline.tuning.trial_records import TrialRecord, read_records
 from pipeline.tuning.trial_store import RECORDS
+from pipeline.wording import plural
 
 PROMOTED = "promoted.yaml"
 
@@ -44,8 +45,8 @@ def promote(folder: str, registered_model_name: str | None = None) -> str:
 
     # 2. Write its experiment, with the initial weights that the trials started from.
     summary = (
-        f"{point_text(best.point)}: {sweep.metric} {best.mean:.4f} over {best.runs} run(s), {best.effect:+.4f} compared with"
-        f" the default ({best.low:+.4f} to {best.high:+.4f}): {best.verdict}"
+        f"{point_text(best.point)}: {sweep.metric} {best.mean:.4f} over {plural(best.runs, 'run')}, {best.effect:+.4f}"
+        f" compared with the default ({best.low:+.4f} to {best.high:+.4f}): {best.verdict}"
     )
     uri = tracking_of(sweep).uri
     uri = None if uri and HIDDEN in uri else uri  # its password is not stored: MLFLOW_TRACKING_URI has it

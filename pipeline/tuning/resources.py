@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.config import Cluster, ConfigError
 from pipeline.tuning.sweep import Sweep
+from pipeline.wording import plural
 
 Resources = Mapping[str, float]
 ROUNDING = 1e-6  # sums of fractional CPUs are inexact
@@ -65,7 +66,7 @@ def place_trials(
     # 3. An error or a message names the request and what the cluster has.
     each = ", ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
     needs = (
-        f"a trial needs {sweep.workers_per_trial} worker(s) with {each}, and {driver['CPU']:g} CPU with"
+        f"a trial needs {plural(sweep.workers_per_trial, 'worker')} with {each}, and {driver['CPU']:g} CPU with"
         f" {driver['memory'] / 2**30:g} GiB for its driver"
     )
     has = ", ".join(f"{total.get(name, 0):g} {name}" for name in sorted({"CPU", *per_worker}))
@@ -73,7 +74,7 @@ def place_trials(
     decoding = f"; {decoding_cpus:g} CPU is reserved for decoding" if decoding_cpus else ""
     if most < 1 and not cluster.autoscaling:
         raise ConfigError(
-            f"no trial would ever start: {needs}; the cluster has {has} on {len(nodes)} node(s){decoding}:"
+            f"no trial would ever start: {needs}; the cluster has {has} on {plural(len(nodes), 'node')}{decoding}:"
             " lower workers_per_trial, cpus_per_worker or gpus_per_worker, or add nodes"
         )
     if cluster.autoscaling:
@@ -82,7 +83,8 @@ def place_trials(
     count = min(most, sweep.max_concurrent_trials or most, runs)
     reduced = sweep.max_concurrent_trials is not None and count < sweep.max_concurrent_trials and count == most
     message = (
-        f"{count} trial(s) at once instead of {sweep.max_concurrent_trials}: {needs}; the cluster has {has}{decoding}"
+        f"{plural(count, 'trial')} at once instead of {sweep.max_concurrent_trials}: {needs};"
+        f" the cluster has {has}{decoding}"
     )
     return Placement(count, sweep.workers_per_trial, per_worker, message if reduced else None)
 

@@ -160,9 +160,7 @@ def test_a_lost_node_is_waited_for_and_costs_nothing(nodes: Nodes, trained: str)
     wait_until(lambda: reached("node-lost", 8), 300)
     assert not reached("node-lost", STEPS)
     nodes.kill(2)
-    job.wait_for(
-        "waiting for 2 worker(s), each with 2 CPU: 2 node(s) are alive, with room for 1"
-    )  # the head is the second
+    job.wait_for("waiting for 2 workers, each with 2 CPU: 2 live nodes, with room for 1")  # the head is the second
     nodes.join(3)
     wait_until(lambda: nodes.with_process("RayTrainWorker") == {1, 3}, 200)
     assert job.process.wait(timeout=400) == 0, job.output()[-6000:]

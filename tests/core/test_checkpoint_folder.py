@@ -81,3 +81,20 @@ def test_a_missing_folder_a_file_and_an_empty_run_have_messages_of_their_own() -
     ):
         with pytest.raises(LoadError, match=message):
             read_detector(source, files)
+
+
+def test_the_folder_of_an_export_stands_for_its_exact_weights() -> None:
+    damaged = {"out/safetensors/detector.json": b"{", "out/safetensors/model.safetensors": b""}
+    other = {"out/huggingface/config.json": b"{", "out/huggingface/model.safetensors": b"", "out/export.json": b"{}"}
+    with pytest.raises(LoadError, match=r"^out/safetensors: its detector"):
+        read_detector("out", reader(damaged | other))
+    with pytest.raises(LoadError, match=r"^out/huggingface"):
+        read_detector("out", reader(other))
+
+
+def test_an_export_without_a_folder_of_weights_names_what_opens() -> None:
+    files = {"out/export.json": b"{}", "out/detector.onnx": b""}
+    with pytest.raises(LoadError, match=r"\(detector\.onnx\): export the detector with --to safetensors as well"):
+        read_detector("out", reader(files))
+    with pytest.raises(LoadError, match=r"give out/detector\.pth"):
+        read_detector("out", reader({**files, "out/detector.pth": b""}))

@@ -59,6 +59,14 @@ def test_exported_files_are_accepted_on_images(exported: ExportResult, folder: P
         assert result.verdict.measured["detections"] == NUM_IMAGES * 20
 
 
+def test_the_folder_of_an_export_opens_as_it_is(model: LoadedDetector, tmp_path: Path) -> None:
+    export(model, ["safetensors"], tmp_path, from_synthetic_images(1, longest_side=96))
+    opened = load(tmp_path)
+    assert opened.path == str(tmp_path / "safetensors" / "model.safetensors")
+    for name, tensor in opened.detector.state_dict().items():
+        assert torch.equal(tensor, model.detector.state_dict()[name]), name
+
+
 @traced
 @pytest.mark.usefixtures("exported")
 def test_the_report_names_source_versions_differences_and_digests(folder: Path, model: LoadedDetector) -> None:

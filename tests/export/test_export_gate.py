@@ -104,6 +104,25 @@ def test_image_files_are_read_as_everywhere(tmp_path: Path) -> None:
         from_files([tmp_path / "empty"], 10)
 
 
+def test_broken_images_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = synthetic_records(3, longest_side=64)
+    (tmp_path / "a.jpg").write_bytes(records[0].image)
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    (tmp_path / "c.jpg").write_bytes(records[1].image[:100])
+    (tmp_path / "d.jpg").write_bytes(records[2].image)
+    check_set = from_files([tmp_path, tmp_path / "gone.jpg"], 10)
+    assert check_set.description == "2 given images, 3 broken ones left out"
+    (batch,) = check_set.batches((64, 64))
+    expected = prepare([read_image(records[0].image), read_image(records[2].image)], (64, 64))
+    assert check_set.images == len(batch.pixels) == 2
+    assert torch.equal(batch.pixels, expected)
+    for name in ("b.jpg", "c.jpg", "gone.jpg"):
+        assert f"left out: {tmp_path / name}: " in caplog.text
+    assert from_files([tmp_path], 1).description == "1 given image"
+    with pytest.raises(ValueError, match=r"none of 1 image can be read, such as .*b\.jpg: "):
+        from_files([tmp_path / "b.jpg"], 10)
+
+
 MODEL = loaded(small())
 
 

@@ -396,6 +396,14 @@ def test_boxes_are_drawn_where_they_are_in_the_colour_of_their_class() -> None:
     assert draw_detections(image.resize((3200, 2400)), [[-5, -5, 9e3, 9e3]], [0], [1.0], ["a"]).size == (1600, 1200)
 
 
+def test_an_image_without_detections_is_not_explained(loaded: LoadedDetector, photos: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, num_explanations=1, threshold=1.0)
+    predict(loaded, list_inputs([str(photos / "0.jpg")]), str(tmp_path / "out"), options)
+    (row,) = rows_of(tmp_path / "out")
+    assert row["labels"] == []
+    assert not (tmp_path / "out/explained").exists()
+
+
 def test_images_are_sampled_evenly_and_shown_on_one_contact_sheet(
     loaded: LoadedDetector, photos: Path, tmp_path: Path
 ) -> None:

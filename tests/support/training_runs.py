@@ -28,6 +28,7 @@ class RecordingConsole:
 
     printed: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    notes: list[tuple[int, str]] = field(default_factory=list)  # by step
     at: int = 0  # step of the last heartbeat
 
     def heartbeat(self, step: int, activity: str) -> None:
@@ -41,6 +42,7 @@ class RecordingConsole:
 
     def progress(self, step: int, note: str) -> None:
         self.steps.append(step)
+        self.notes.append((step, note))
 
     def about(self, part: str) -> list[str]:
         return [text for text in self.printed if part in text]

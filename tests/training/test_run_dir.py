@@ -200,7 +200,7 @@ def test_a_start_that_waits_for_nodes_is_explained() -> None:
     nodes = [{"CPU": 0.0}, {"CPU": 8.0, "GPU": 1.0}]
     line = waiting_line(request, nodes, {"CPU": 6.0}, started=True)
     assert line == (
-        "waiting for 2 to 3 worker(s), each with 2 CPU, 1 GPU: 2 node(s) are alive, with room for 1; free now: 6 CPU, 0 GPU"
+        "waiting for 2 to 3 workers, each with 2 CPU, 1 GPU: 2 live nodes, with room for 1; free now: 6 CPU, 0 GPU"
     )
     roomy = [*nodes, {"CPU": 4.0, "GPU": 4.0}]
     assert waiting_line(request, roomy, {}, started=True) is None  # they start

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dfine_core import Criterion
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import checkpoint, run_dir
+from pipeline.training import checkpoint, run_dir, run_log
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluation_task import EvaluationResult, SubmitEvaluation, run_evaluation
 from pipeline.training.loop import new_state, train
@@ -335,7 +335,9 @@ def test_reports_are_thinned_in_mlflow(data: dict[str, str], tmp_path: Path, age
     terms = ("loss_vfl", "loss_vfl_aux_0", "loss_vfl_enc_0", "loss_bbox_dn_2", "loss_bbox_pre")
     one = torch.tensor(1.0)
     for step in range(1, 25):
-        log.step(StepResult(dict.fromkeys(terms, one), one, one, torch.tensor(True), directive=one), waited_s=0.0)
+        log.step(
+            StepResult(dict.fromkeys(terms, one), one, one, torch.tensor(True), directive=one), waited_s=0.0, step=step
+        )
         state.step = step
         log.report(state)
 
@@ -349,6 +351,25 @@ def test_reports_are_thinned_in_mlflow(data: dict[str, str], tmp_path: Path, age
             if f"train/terms_by_layer/{term.removeprefix('loss_')}" in values
         ]
         assert with_term == [step for step in logged if step in (1, 11, 21, 24)], term
+
+
+def test_the_first_step_shows_its_loss_and_later_ones_a_mean_without_an_end_of_the_report(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = RecordingConsole()
+    given = job(experiment(tmp_path, data, schedule={"steps": 24}, tracking={"every_steps": 20}))
+    log = RunLog(given, alone(console))
+
+    def step(number: int, loss: float) -> None:
+        value = torch.tensor(loss)
+        log.step(StepResult({"loss_vfl": value}, value, value, torch.tensor(True)), waited_s=0.0, step=number)
+
+    step(1, 4.0)
+    step(2, 6.0)  # too soon after the first
+    monkeypatch.setattr(run_log, "SHOWN_S", 0.0)
+    step(3, 8.0)
+    assert [(step, note.split(",")[0]) for step, note in console.notes] == [(1, "loss 4.00"), (3, "loss 6.00")]
+    assert log._meter.steps == 3, "the report of step 20 is over all 20 steps"
 
 
 # Asynchronous evaluation

@@ -50,7 +50,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         load_sweep(path)
     text = str(raised.value)
     for part in (
-        "10 problem(s)",
+        "10 problems",
         "none.yaml: there is no such file",
         "space.model.reg_mx: model: unknown key 'reg_mx'; did you mean reg_max",
         "space.model.reg_max: 17 is invalid: model: reg_max (17) must be an even number",
@@ -59,7 +59,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         "space.loss.fgl.when: loss.dff is not searched",
         "1 is invalid: schedule.global_batch_size (1) is too small for 2 workers",
         "grid needs searcher.kind grid; use choice with optuna",
-        "scheduler.grace (9) leaves nothing to stop: a trial has 9 evaluation(s)",
+        "scheduler.grace (9) leaves nothing to stop: a trial has 9 evaluations",
     ):
         assert part in text, f"{part}\n{text}"
 
@@ -287,7 +287,7 @@ def test_two_trials_share_a_laptop_and_more_are_reduced_with_a_message(tmp_path:
     assert (placement(asked, [LAPTOP]).max_concurrent_trials, placement(asked, [LAPTOP]).message) == (2, None)
     more = placement(asked.model_copy(update={"max_concurrent_trials": 6}), [LAPTOP])
     assert more.max_concurrent_trials == 2
-    assert "2 trial(s) at once instead of 6" in more.message
+    assert "2 trials at once instead of 6" in more.message
     assert "1 CPU is reserved for decoding" in more.message
 
 

@@ -68,7 +68,7 @@ def run_with_model(client: MlflowClient, experiment: str) -> str:
 def test_the_best_point_becomes_an_experiment_and_its_median_run_a_model_version(tmp_path: Path) -> None:
     found = ended(tmp_path, set={"schedule.steps": 500})
     summary = promote(f"{found.folder}/", registered_model_name="cells")
-    assert "AP 0.4367 over 3 run(s)" in summary
+    assert "AP 0.4367 over 3 runs" in summary
     assert "better" in summary.splitlines()[0]
 
     experiment = load_experiment(found.folder / PROMOTED)

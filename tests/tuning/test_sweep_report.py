@@ -158,7 +158,7 @@ def test_the_facts_include_the_cost_and_the_status_of_trials(report: SweepReport
     assert values["cost"].startswith(f"{hours:.2f} GPU-hours")
     assert "1 failed, 1 running" in values["trials"]
     assert values["scheduler"] == "asha at evaluations 1, 3"
-    assert "3 point(s) confirmed" in headline(report)
+    assert "3 points confirmed" in headline(report)
 
 
 def test_a_report_can_be_made_at_any_time(sweep: Sweep, records: list[TrialRecord]) -> None:

@@ -164,7 +164,7 @@ def _check_repetitions(split: _Split) -> CheckResults:
             if len(examples) < EXAMPLES:
                 first, *others = (_example(split, n) for n in alike[: EXAMPLES + 1].tolist())
                 also = "; ".join(other.location for other in others)
-                examples.append(first.model_copy(update={"detail": f"the same in {also}"}))
+                examples.append(first.model_copy(update={"detail": f"the same in {also}", "same_as": others[0]}))
         yield code, examples, surplus
 
 
@@ -179,7 +179,8 @@ def _check_overlap(splits: Sequence[_Split]) -> CheckResults:
         count += 1
         if len(examples) < EXAMPLES:
             first, last = (_example(splits[number[n]], int(n - start[number[n]])) for n in (alike[0], alike[-1]))
-            examples.append(first.model_copy(update={"detail": f"also in {last.split}: {last.location}"}))
+            detail = f"also in {last.split}: {last.location}"
+            examples.append(first.model_copy(update={"detail": detail, "same_as": last}))
     yield "image-in-splits", examples, count
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from pipeline.data.shards.manifest import FrozenModel
+from pipeline.wording import plural
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -270,6 +271,7 @@ class Example(FrozenModel):
     file_name: str | None = None
     box: int | None = None  # within the image
     detail: str = ""
+    same_as: "Example | None" = None  # the image that this one repeats
     magnitude: float = 0.0  # the largest ones are kept as examples
 
     @property
@@ -330,9 +332,3 @@ class Tally:
             )
             for code, count in self.counts.items()
         ]
-
-
-def plural(count: int, unit: str) -> str:
-    """Count and noun, such as `1 box` or `1,204 images`."""
-    ending = "" if count == 1 else "es" if unit.endswith(("x", "s")) else "s"
-    return f"{count:,} {unit}{ending}"

@@ -9,18 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline import html_pages
 from pipeline.data.doctor.examine import DoctorReport, SplitReport
-from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding, plural
+from pipeline.data.doctor.findings import QUERIES, SEVERITIES, Finding
 from pipeline.data.doctor.row_checks import SIDE_EDGES, TINY_SIDE
 from pipeline.data.doctor.thumbnails import Thumbnail, sample_rows, thumbnail
 from pipeline.data.shards.manifest import ShardSet
+from pipeline.drawing import font, shortened
+from pipeline.wording import plural
 
 SHEET_IMAGES = 24
 IMAGES_PER_FINDING = 4
 MOST_CLASS_NAMES = 100  # more do not fit below a plot
+LEAST_BARS = 6  # a plot of fewer has room for as many
+NAME_WIDTH, ROW_WIDTH = 110, 650  # points of a name below its bar, and of all names in one row
 COLOURS = ("#2f6fb5", "#e07b28", "#3b9b5a", "#b04a8f", "#7a6a58")  # one per split
 
 
@@ -43,7 +48,7 @@ def _split_text(split: SplitReport) -> str:
 def split_facts(split: SplitReport) -> list[str]:
     """Contents of a split, one fact per line."""
     facts = [
-        f"{plural(split.images, 'image')}, {plural(split.boxes, 'box')} of {len(split.categories)} classes in"
+        f"{plural(split.images, 'image')}, {plural(split.boxes, 'box')} of {plural(len(split.categories), 'class')} in"
         f" {plural(split.shards, 'shard')} of {split.bytes / 1e6:,.1f} MB; {split.rejected} rejected"
     ]
     if (counted := split.statistics) is not None:
@@ -117,8 +122,9 @@ def _thumbnails_of(finding: Finding, report: DoctorReport, shard_sets: Sequence[
         return []  # there is nothing to see
     marks: dict[tuple[str, str | None, int], list[int | None]] = {}
     for example in finding.examples:
-        if example.row is not None:
-            marks.setdefault((example.split, example.shard, example.row), []).append(example.box)
+        for image in (example, example.same_as):
+            if image is not None and image.row is not None:
+                marks.setdefault((image.split, image.shard, image.row), []).append(image.box)
     thumbnails = []
     for (title, file, row), boxes in list(marks.items())[:IMAGES_PER_FINDING]:
         shards = next(s for split, s in zip(report.splits, shard_sets, strict=True) if split.title == title)
@@ -158,8 +164,10 @@ def _plot(title: str, report: DoctorReport, plot: Callable[[Axes, DoctorReport],
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     plot(axes, report)
-    if len(report.splits) > 1:
-        axes.legend(frameon=False, fontsize=8)
+    if len(report.splits) > 1:  # above the axes, and as squares: a dot or a line would look like data
+        titles = [split.title for split in report.splits]
+        handles = [Patch(color=colour, label=title) for title, colour in zip(titles, _colours(report), strict=True)]
+        figure.legend(handles=handles, loc="outside upper right", ncols=4, frameon=False, fontsize=8, handlelength=1)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
     return Plot(title, "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(), wide)
@@ -169,16 +177,19 @@ def _plot_classes(axes: Axes, report: DoctorReport) -> None:
     table = _class_table(report)
     position = np.arange(len(table))
     width = 0.85 / len(report.splits)
-    for n, (split, colour) in enumerate(zip(report.splits, _colours(report), strict=True)):
+    for n, colour in enumerate(_colours(report)):
         boxes = [counts[n] or 0 for _, counts in table]
-        axes.bar(position + (n - (len(report.splits) - 1) / 2) * width, boxes, width, color=colour, label=split.title)
+        axes.bar(position + (n - (len(report.splits) - 1) / 2) * width, boxes, width, color=colour)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)  # a bar of one box stays visible
     axes.set_ylabel("boxes")
-    axes.margins(x=0.01)
+    room = max(0.1, (LEAST_BARS - len(table)) / 2)  # the bar of a single class does not fill the plot
+    axes.set_xlim(-0.5 - room, len(table) - 0.5 + room)
     if len(table) <= MOST_CLASS_NAMES:
-        angle, size = (0, 9) if len(table) <= 12 else (90, 9 if len(table) < 50 else 6.5)
-        axes.set_xticks(position, [name for name, _ in table], rotation=angle, fontsize=size)
+        size = 9 if len(table) < 50 else 6.5
+        names = [shortened(name, NAME_WIDTH, font(9)) for name, _ in table]
+        fits = sum(font(9).getlength(name) + 10 for name in names) < ROW_WIDTH
+        axes.set_xticks(position, names, rotation=0 if fits else 90, fontsize=size, parse_math=False)
     else:
         axes.set_xlabel("classes, the most frequent first")
 
@@ -186,7 +197,7 @@ def _plot_classes(axes: Axes, report: DoctorReport) -> None:
 def _plot_box_sizes(axes: Axes, report: DoctorReport) -> None:
     for split, colour in zip(report.splits, _colours(report), strict=True):
         share = np.array(split.scaled_sides) / max(1, sum(split.scaled_sides))
-        axes.stairs(share, SIDE_EDGES, color=colour, fill=len(report.splits) == 1, lw=1.5, label=split.title)
+        axes.stairs(share, SIDE_EDGES, color=colour, fill=len(report.splits) == 1, lw=1.5)
     axes.axvline(TINY_SIDE, color="grey", lw=1, ls=":")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -204,9 +215,10 @@ def _plot_boxes_per_image(axes: Axes, report: DoctorReport) -> None:
             edges = np.arange(len(histogram) + 1) - 0.5
             largest = max(largest, len(histogram) - 1)
             share = histogram / histogram.sum()
-            axes.stairs(share, edges, color=colour, fill=len(report.splits) == 1, lw=1.5, label=split.title)
+            axes.stairs(share, edges, color=colour, fill=len(report.splits) == 1, lw=1.5)
     if largest > QUERIES / 2:
         axes.axvline(QUERIES, color="grey", lw=1, ls=":")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("boxes")
     axes.set_ylabel("share of images")
@@ -218,9 +230,10 @@ def _plot_image_sizes(axes: Axes, report: DoctorReport) -> None:
         images = np.array([cell.images for cell in sizes])
         area = 10 + 500 * images / max(1, images.sum())
         across, down = [cell.width for cell in sizes], [cell.height for cell in sizes]
-        axes.scatter(across, down, s=area, color=colour, alpha=0.45, lw=0, label=split.title)
+        axes.scatter(across, down, s=area, color=colour, alpha=0.45, lw=0, clip_on=False)
+    axes.margins(0.12)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_aspect("equal", adjustable="box")
-    axes.set_xlabel("width, px")
-    axes.set_ylabel("height, px (larger dots: more images)")
+    axes.set_xlabel("width, px (larger dots: more images)")
+    axes.set_ylabel("height, px")

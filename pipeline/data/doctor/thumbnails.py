@@ -4,24 +4,29 @@ import base64
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from dfine_core.drawing import Rectangle, place_caption
 from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, image_size
 from pipeline.data.doctor.shard_checks import READ_ERRORS
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.records import ImageRecord, records_from_table
-from pipeline.drawing import css_colour
+from pipeline.drawing import css_colour, font
 
-THUMBNAIL_SIDE = 400  # px, longer side
+THUMBNAIL_SIDE = 720  # px, longer side
 THUMBNAIL_QUALITY = 80
+FONT_SIZE = 20  # px, of which widths are measured
 MOST_NAMES = 12  # with more boxes the names would cover the thumbnail
+TEXT_SHARE, LINE, BASELINE = 0.042, 1.25, 0.95  # size of names, of the view; height and baseline of a line, of the size
 MARGIN = 0.15  # fraction of the image; boxes beyond its edge are visible up to here
+
+View = tuple[float, float, float, float]  # left, top, width, height in image pixels
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class BoxOverlay:
     colour: str  # CSS
     crowd: bool
     marked: bool
+    # Name, in image pixels: left, baseline and width; 0 where it is left out.
+    text_x: float = 0.0
+    text_y: float = 0.0
+    text_width: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,9 @@ class Thumbnail:
     source: str | None  # a data URI, None if the image cannot be decoded
     width: int  # image pixels
     height: int
-    view: tuple[float, float, float, float]  # left, top, width, height of the visible area, which may exceed the image
+    view: View  # the visible area, which may exceed the image
     boxes: tuple[BoxOverlay, ...]
+    text_size: float  # image pixels
     named: bool  # few enough boxes to write their names
     contents: str  # number of boxes per class
 
@@ -94,16 +104,62 @@ def thumbnail(shards: ShardSet, shard: int, row: int, marked: Iterable[int | Non
         source = _data_uri(decode_rgb(record.image, width, height))
     except UndecodableImageError:
         width, height, source = max(1, record.width), max(1, record.height), None
+    view = _view(record.boxes, width, height)
+    text_size = max(view[2], 1.2 * view[3]) * TEXT_SHARE
+    named = len(overlays) <= MOST_NAMES
+    overlays, view = place_names(overlays, view, text_size, named=named)
     return Thumbnail(
         caption=f"{shards.manifest.split} {record.image_id}: {record.file_name}, {width} x {height}",
         source=source,
         width=width,
         height=height,
-        view=_view(record.boxes, width, height),
+        view=view,
         boxes=overlays,
-        named=len(overlays) <= MOST_NAMES,
+        text_size=text_size,
+        named=named,
         contents=", ".join(f"{count} {name}" for name, count in Counter(box.name for box in overlays).most_common()),
     )
+
+
+def place_names(
+    boxes: Sequence[BoxOverlay], view: View, text_size: float, *, named: bool
+) -> tuple[tuple[BoxOverlay, ...], View]:
+    """Place names where they cover no part of their own boxes; the view grows upwards where a box fills it.
+
+    Args:
+        named: name every box, not the marked ones alone.
+    """
+    placed, covers = _placed(boxes, view, view, text_size, named)
+    if not covers:
+        return placed, view
+    line = 1.1 * LINE * text_size
+    grown = view[0], view[1] - line, view[2], view[3] + line
+    return _placed(boxes, view, grown, text_size, named)[0], grown
+
+
+def _placed(
+    boxes: Sequence[BoxOverlay], view: View, grown: View, text_size: float, named: bool
+) -> tuple[tuple[BoxOverlay, ...], bool]:
+    """Place names in `grown` beside the visible part of boxes, and return whether one covers its box."""
+    left, top, areas, result, covers = grown[0], grown[1], list[Rectangle](), list[BoxOverlay](), False
+    for box in boxes:
+        visible = (
+            max(box.left, view[0]) - left,
+            max(box.top, view[1]) - top,
+            min(box.left + box.width, view[0] + view[2]) - left,
+            min(box.top + box.height, view[1] + view[3]) - top,
+        )
+        if not (named or box.marked) or visible[0] >= visible[2] or visible[1] >= visible[3]:
+            result.append(box)  # a box beyond the view has no name in it
+            continue
+        text_width = min(font(FONT_SIZE).getlength(box.name) * text_size / FONT_SIZE, view[2])
+        area = place_caption(visible, (text_width, LINE * text_size), grown[2:], areas)
+        areas.append(area)
+        across, down = (min(area[n + 2], visible[n + 2]) - max(area[n], visible[n]) for n in (0, 1))
+        covers = covers or (across > 0 and down > 0)
+        x, y = left + area[0], top + area[1] + BASELINE * text_size
+        result.append(replace(box, text_x=x, text_y=y, text_width=text_width))
+    return tuple(result), covers
 
 
 def _read_record(shards: ShardSet, shard: int, row: int) -> ImageRecord | None:
@@ -120,7 +176,7 @@ def _read_record(shards: ShardSet, shard: int, row: int) -> ImageRecord | None:
     return record
 
 
-def _view(boxes: NDArray[np.float32], width: int, height: int) -> tuple[float, float, float, float]:
+def _view(boxes: NDArray[np.float32], width: int, height: int) -> View:
     corners = boxes[np.isfinite(boxes).all(1)].reshape(-1, 2)
     size = np.array([width, height])
     low = np.minimum(corners.min(0, initial=0), 0).clip(-MARGIN * size)

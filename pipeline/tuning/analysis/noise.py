@@ -9,6 +9,7 @@ from scipy import stats
 
 from pipeline.tuning.space import Point, canonical_text
 from pipeline.tuning.trial_records import TrialRecord
+from pipeline.wording import plural
 
 ALPHA = 0.05
 
@@ -49,8 +50,9 @@ class Noise:
             return "unknown: no point was trained with more than one seed"
         low, high = self.sd_interval()
         return (
-            f"one run has a standard deviation of {self.sd:.4f} (95 %: {low:.4f} to {high:.4f}; {self.runs} runs of {self.groups}"
-            f" point(s), {self.df} degrees of freedom); two single runs differ by up to {self.band():.4f} by chance"
+            f"one run has a standard deviation of {self.sd:.4f} (95 %: {low:.4f} to {high:.4f}; {self.runs} runs of"
+            f" {plural(self.groups, 'point')}, {plural(self.df, 'degree')} of freedom);"
+            f" two single runs differ by up to {self.band():.4f} by chance"
         )
 
 

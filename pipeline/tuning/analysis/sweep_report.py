@@ -17,6 +17,7 @@ from pipeline.tuning.analysis.verdict import SweepVerdict, judge_sweep
 from pipeline.tuning.space import Point, canonical_text
 from pipeline.tuning.sweep import Sweep, default_point, evaluations_per_trial, rungs, value_at
 from pipeline.tuning.trial_records import STATUSES, TrialRecord
+from pipeline.wording import plural
 
 Cell = str | int | float | bool | None
 BINS = ("reg_max", "reg_scale", "up")  # fields of the model; a trial with other values starts with re-binned heads
@@ -184,7 +185,7 @@ def headline(report: SweepReport) -> str:
     if verdict.points:
         words = [point.verdict for point in verdict.points]
         counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
-        return f"{len(words)} point(s) confirmed with fresh seeds, compared with the default: {counts}."
+        return f"{plural(len(words), 'point')} confirmed with fresh seeds, compared with the default: {counts}."
     return "No point was confirmed yet. The comparison of settings below is from the search alone."
 
 
