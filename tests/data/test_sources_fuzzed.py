@@ -27,6 +27,7 @@ from tests.support.fuzzed_annotations import (
     as_json,
     mutated,
     mutated_bytes,
+    mutated_xml,
 )
 
 QUICK, LONG = 70, 7000  # examples of each format
@@ -59,7 +60,11 @@ def data_set(folder: Path) -> Path:
     for name, text in (("labels/a.txt", YOLO_LABELS), ("labels/b.txt", ""), ("data.yaml", yaml.safe_dump(YOLO_DATA))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    for name, text in (("voc/Annotations/a.xml", VOC), ("voc/ImageSets/Main/train.txt", "a\nb\n")):
+    for name, text in (
+        ("voc/Annotations/a.xml", VOC),
+        ("voc/Annotations/b.xml", VOC),
+        ("voc/ImageSets/Main/train.txt", "a\nb\n"),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     shutil.copytree(folder / "images", folder / "voc/JPEGImages", dirs_exist_ok=True)
@@ -87,7 +92,10 @@ def yolo(folder: Path, draw: st.DataObject) -> str:
 
 
 def voc(folder: Path, draw: st.DataObject) -> str:
-    (folder / "voc/Annotations/a.xml").write_bytes(draw.draw(mutated_bytes(VOC.encode())))
+    broken = draw.draw(st.integers(0, 3)) == 0
+    (folder / "voc/Annotations/a.xml").write_bytes(
+        draw.draw(mutated_bytes(VOC.encode()) if broken else mutated_xml(VOC))
+    )
     listing = b"a\nb\n"
     changed = draw.draw(mutated_bytes(listing)) if draw.draw(st.integers(0, 3)) == 0 else listing
     (folder / "voc/ImageSets/Main/train.txt").write_bytes(changed)

@@ -3,6 +3,7 @@
 import copy
 import json
 from typing import Any
+from xml.etree import ElementTree
 
 from hypothesis import strategies as st
 
@@ -128,6 +129,29 @@ def mutated(draw: st.DrawFn, content: Any) -> Any:
         if not isinstance(content, dict | list):
             break
     return content
+
+
+@st.composite
+def mutated_xml(draw: st.DrawFn, content: str) -> bytes:
+    """The document with one to three of its elements given another text, removed, repeated or renamed."""
+    root = ElementTree.fromstring(content.encode())
+    for _ in range(draw(st.integers(1, 3))):
+        parents = [element for element in root.iter() if len(element)]
+        if not parents:
+            break
+        parent = draw(st.sampled_from(parents))
+        at = draw(st.integers(0, len(parent) - 1))
+        match draw(st.sampled_from(["text", "text", "text", "remove", "repeat", "rename"])):
+            case "text":
+                text = str(draw(SCALARS))[:400]
+                parent[at].text = "".join(sign for sign in text if sign.isprintable() or sign in " \n")
+            case "remove":
+                parent.remove(parent[at])
+            case "repeat":
+                parent.append(copy.deepcopy(parent[at]))
+            case _:
+                parent[at].tag = draw(st.sampled_from(["name", "object", "xmin", "size", "part", "other"]))
+    return ElementTree.tostring(root, encoding="utf-8")
 
 
 @st.composite
