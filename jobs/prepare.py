@@ -90,10 +90,11 @@ def _parts(args: argparse.Namespace) -> "list[tuple[str, DatasetSource, str]]":
 
 
 def _prepare_one(split: str, source: "DatasetSource", out: str, options: "PrepareOptions", *, strict: bool) -> None:
-    from pipeline.data.doctor.findings import FINDING_KINDS, plural
+    from pipeline.data.doctor.findings import FINDING_KINDS
     from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
     from pipeline.data.shards.classes import repeated_names
     from pipeline.data.shards.manifest import Notice, merge_notices
+    from pipeline.wording import plural
 
     shards = prepare(source, out, split=split, options=options, strict=strict)
     manifest, rejected = shards.manifest, read_rejected(shards)
