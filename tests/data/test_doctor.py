@@ -494,6 +494,24 @@ def test_a_name_that_several_categories_have_is_found(shards: ShardSet) -> None:
     assert (found.severity, found.count, found.examples[0].detail) == ("warning", 1, f"{CLASSES[0]} (0, 1)")
 
 
+def test_marks_of_turned_images_are_found_in_sets_that_were_prepared_without_a_rule_for_them(shards: ShardSet) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+
+    def mark(row: Row) -> None:
+        stream = io.BytesIO()
+        Image.new("RGB", (row["width"], row["height"]), "red").save(stream, "JPEG", exif=exif)
+        row["image"] = stream.getvalue()
+
+    marked = with_row(shards, mark)
+    for options, found in (({"seed": 0}, True), ({"seed": 0, "exif": "upright"}, False)):
+        report = examine([with_manifest(marked, lambda manifest, options=options: manifest.update(options=options))])
+        assert ("exif-kept" in serious(report)) == found
+        if found:
+            assert locations(only(report, "exif-kept")) == BROKEN_LOCATION
+            assert only(report, "exif-kept").examples[0].detail == "orientation 3"
+
+
 def test_twelve_bits_stored_in_sixteen_are_found_as_dark_images(tmp_path: Path) -> None:
     levels = np.random.default_rng(0).integers(0, 4096, (48, 40)).astype(np.uint16)
     records = synthetic_records(ROWS)

@@ -13,7 +13,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from dfine_core.images import ImageError, check_pixels, open_image, stretch_image, to_rgb
+from dfine_core.images import ImageError, check_pixels, open_image, orientation, stretch_image, to_rgb
 from pipeline.data.augment.geometry import View
 from pipeline.errors import UserError
 
@@ -37,6 +37,19 @@ def image_size(encoded: bytes) -> tuple[int, int]:
             return size
         with open_image(encoded) as image:
             return image.size
+    except ImageError as error:
+        raise UndecodableImageError(f"{error}") from None
+
+
+def exif_orientation(encoded: bytes) -> int:
+    """EXIF orientation of an image, which reading from a shard ignores; see `dfine_core.images.orientation`.
+
+    Raises:
+        UndecodableImageError: not an image.
+    """
+    try:
+        with open_image(encoded) as image:
+            return orientation(image)
     except ImageError as error:
         raise UndecodableImageError(f"{error}") from None
 

@@ -135,7 +135,15 @@ def _check_shards(shard_sets: Sequence[ShardSet], titles: Sequence[str], decode:
     task: Any = ray.remote(check_shard).options(num_cpus=1, scheduling_strategy="SPREAD")
     parts: list[list[Summary]] = [[empty_summary(Tally())] * (1 + len(shards.manifest.shards)) for shards in shard_sets]
     running = {
-        task.remote(title, storage.absolute(shards.uri), s, shard, len(shards.manifest.categories), decode): (n, s)
+        task.remote(
+            title,
+            storage.absolute(shards.uri),
+            s,
+            shard,
+            len(shards.manifest.categories),
+            decode,
+            bool(shards.manifest.options) and "exif" not in shards.manifest.options,  # prepared before there was a rule
+        ): (n, s)
         for n, (title, shards) in enumerate(zip(titles, shard_sets, strict=True))
         for s, shard in enumerate(shards.manifest.shards)
     }

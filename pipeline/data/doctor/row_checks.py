@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, image_size
+from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, exif_orientation, image_size
 from pipeline.data.doctor.findings import DARK_LEVEL, EDGE_TOLERANCE_PX, EXAMPLES, QUERIES, Example, Tally
 from pipeline.data.shards.manifest import Statistics
 from pipeline.data.shards.records import SHARD_SCHEMA
@@ -87,12 +87,15 @@ def merge_summaries(parts: Sequence[Summary]) -> Summary:
     )
 
 
-def check_rows(rows: pa.Table, location: RowGroupLocation, *, num_classes: int, decode: bool) -> Summary:
+def check_rows(
+    rows: pa.Table, location: RowGroupLocation, *, num_classes: int, decode: bool, marks: bool = False
+) -> Summary:
     """Check the rows of one row group. A row with missing values or unequal lists is not checked further.
 
     Args:
         rows: [I] rows of SHARD_SCHEMA, with unchecked values.
         decode: decode every image; otherwise only headers are read.
+        marks: look for EXIF orientation, in sets that were prepared when it was mostly ignored.
     """
     # Rows whose structure is broken are reported and left out.
     rows = rows.set_column(rows.column_names.index("file_name"), "file_name", _readable(rows["file_name"]))
@@ -110,7 +113,7 @@ def check_rows(rows: pa.Table, location: RowGroupLocation, *, num_classes: int, 
         return empty_summary(findings.tally)
     rows = rows.take(intact).combine_chunks() if len(intact) < len(rows) else rows
     findings = _RowFindings(rows, location, intact, findings.tally)
-    _check_images(rows, findings, decode)
+    _check_images(rows, findings, decode, marks)
     countable = _check_boxes(rows, findings, num_classes)
     return Summary(
         tally=findings.tally,
@@ -195,13 +198,16 @@ def _readable(names: pa.ChunkedArray) -> pa.StringArray:
     return pa.array([name and name.decode(errors="replace") for name in names.cast("binary").to_pylist()], pa.string())
 
 
-def _check_images(rows: pa.Table, findings: _RowFindings, decode: bool) -> None:
-    problems: dict[str, dict[int, str]] = {"image-undecodable": {}, "image-size": {}, "image-dark": {}}
+def _check_images(rows: pa.Table, findings: _RowFindings, decode: bool, marks: bool) -> None:
+    codes = ("image-undecodable", "image-size", "image-dark", "exif-kept")
+    problems: dict[str, dict[int, str]] = {code: {} for code in codes}
     annotated = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
     for i, (image, size) in enumerate(zip(rows["image"], annotated, strict=True)):
         encoded = image.as_py()
         try:
             stored = image_size(encoded)
+            if marks and (mark := exif_orientation(encoded)) != 1:
+                problems["exif-kept"][i] = f"orientation {mark}"
             # An eighth of the size still reads the whole file, in less than half the time.
             if decode and decode_rgb(encoded, *stored, divisor=8).max() <= DARK_LEVEL:
                 brightest = int(decode_rgb(encoded, *stored).max())

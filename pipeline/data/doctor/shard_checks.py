@@ -21,13 +21,16 @@ LARGEST_ROW_GROUP = 64
 READ_ERRORS = (OSError, pa.ArrowException)
 
 
-def check_shard(split: str, folder: str, number: int, shard: Shard, num_classes: int, decode: bool) -> Summary:
+def check_shard(
+    split: str, folder: str, number: int, shard: Shard, num_classes: int, decode: bool, marks: bool = False
+) -> Summary:
     """Check one shard, and summarise it for the checks over all shards.
 
     Args:
         split: name of the split in examples.
         folder: URI of the shard set.
         decode: decode every image; otherwise only headers are read.
+        marks: look for EXIF orientation.
     """
     location = RowGroupLocation(split, number, shard.file)
     problems: list[tuple[str, str]] = []  # (code, detail)
@@ -39,7 +42,7 @@ def check_shard(split: str, folder: str, number: int, shard: Shard, num_classes:
             parquet = pq.ParquetFile(source)
             problems += _check_footer(parquet, shard)
             if "shard-schema" not in dict(problems):
-                parts, unreadable = _check_row_groups(parquet, location, num_classes, decode)
+                parts, unreadable = _check_row_groups(parquet, location, num_classes, decode, marks)
                 problems += unreadable
     except FileNotFoundError:
         problems.append(("shard-missing", ""))
@@ -86,7 +89,7 @@ def _check_footer(parquet: pq.ParquetFile, shard: Shard) -> list[tuple[str, str]
 
 
 def _check_row_groups(
-    parquet: pq.ParquetFile, location: RowGroupLocation, num_classes: int, decode: bool
+    parquet: pq.ParquetFile, location: RowGroupLocation, num_classes: int, decode: bool, marks: bool
 ) -> tuple[list[Summary], list[tuple[str, str]]]:
     """Summarise the row groups that can be read, and report the others."""
     parts, errors = [], []
@@ -98,7 +101,7 @@ def _check_row_groups(
             errors.append(f"row group {group}: {error}")
         else:
             group_location = RowGroupLocation(location.split, location.shard, location.file, first_row)
-            parts.append(check_rows(table, group_location, num_classes=num_classes, decode=decode))
+            parts.append(check_rows(table, group_location, num_classes=num_classes, decode=decode, marks=marks))
     if not errors:
         return parts, []
     return parts, [("shard-unreadable", f"{len(errors)} of {len(rows)} row groups; {errors[0]}")]
