@@ -16,7 +16,8 @@ from mlflow.entities import Metric, Param, RunTag
 
 from pipeline.config import Experiment
 from pipeline.config_files import check, dump, flatten
-from pipeline.tracking.client import COMMIT, DIGEST, PARENT_RUN, VERSION, Runs, connect
+from pipeline.tracking.client import COMMIT, DIGEST, PARENT_RUN, VERSION, connect
+from pipeline.tracking.run_facts import Runs
 from pipeline.tracking.settings import MAX_PARAM, mlflow_value
 
 METRICS = 150  # names of a training of S: losses, layers, speed, system, evaluations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from jobs.command import announce, command_parser, location, parsed, user_errors
 
 if TYPE_CHECKING:
-    from pipeline.tracking.client import RunFacts, Runs
+    from pipeline.tracking.run_facts import RunFacts, Runs
     from pipeline.tuning.analysis.compare_runs import Comparison
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(parser(), argv)
     announce("compare", f"{' '.join(args.runs)}: reading the runs …")
     from pipeline import storage
-    from pipeline.tracking.client import Runs
+    from pipeline.tracking.run_facts import Runs
     from pipeline.tuning.analysis.compare_runs import compare, comparison_page, comparison_text, open_runs
 
     comparison = compare(*open_runs(args.runs, args.noise, tracking=args.tracking, storage_uri=args.storage))

@@ -92,7 +92,7 @@ ENTRANCES = {
             f"pipeline/tracking/{name}.py"
             for name in (
                 *("client", "database", "lineage", "mlflow_writer", "model", "model_registry"),
-                "served_detector",
+                *("run_facts", "served_detector"),
             )
         ),
     ),

@@ -7,7 +7,6 @@
 Errors are reported in one line, without the password that the server's URI may hold.
 """
 
-import gc
 import os
 import re
 import time
@@ -19,12 +18,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.mlflow_access import (
-    ACCURACY,
-    FINAL,
     MODEL_SCHEME,
     RUN_SCHEME,
     TRACKING_URI,
-    VAL,
     configure_mlflow,
     is_mlflow_uri,
 )
@@ -74,18 +70,6 @@ def mlflow_errors(subject: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise RunLookupError(f"{subject}: {redact(error.message)}") from None
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Suspend the search for reference cycles: it takes most of the time while MLflow makes hundreds of thousands of objects."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 # URIs
@@ -176,7 +160,7 @@ def find_run(client: "MlflowClient", named: str) -> "Run":
             return client.get_run(run_id)
         if _RUN_ID.fullmatch(named):
             return client.get_run(named)
-        runs = search_runs(client, f"attributes.run_name = '{_quoted(named)}'")
+        runs = search_runs(client, f"attributes.run_name = '{quoted(named)}'")
         if len(runs) == 1:
             return client.get_run(runs[0].info.run_id)  # a search leaves out a part of the inputs
         ids = ", ".join(run.info.run_id for run in runs[:5])
@@ -198,7 +182,7 @@ def find_run_by_key(
         deleted: find deleted runs too.
     """
     runs = search_runs(
-        client, f"tags.`{RUN_KEY}` = '{_quoted(run_key)}'", experiment_ids=experiment_ids, deleted=deleted
+        client, f"tags.`{RUN_KEY}` = '{quoted(run_key)}'", experiment_ids=experiment_ids, deleted=deleted
     )
     oldest = min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
     return client.get_run(oldest.info.run_id) if oldest is not None else None
@@ -224,7 +208,7 @@ def search_runs(
     return runs
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """
     Raises:
         RunLookupError: the search language cannot hold this text.
@@ -245,105 +229,6 @@ def find_tracked_run(settings: TrackingSettings, named: str, run_key: str | None
     if found is None:
         raise RunLookupError(f"{named}: {settings.shown_uri} does not know this run")
     return client, found
-
-
-# Contents of runs
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """Configuration, data, code and results of one run, whether from MLflow or from its folder."""
-
-    title: str
-    params: dict[str, str]  # by dotted key
-    data: dict[str, str]  # digest by use: train, val
-    commit: str | None
-    versions: dict[str, str]  # by package
-    results: dict[str, float]  # by name: AP, AP50, ...
-    run_id: str | None = None  # MLflow's
-    parent_id: str | None = None  # MLflow's run id of the sweep
-    status: str = ""
-    folder: str | None = None  # maybe on another machine
-    tags: dict[str, str] = field(default_factory=dict)
-
-
-class Runs:
-    """The runs of one server or database.
-
-    Args:
-        storage: holds the database that is used where no server is named.
-
-    Raises:
-        RunLookupError: there is no server and no database.
-    """
-
-    def __init__(self, uri: str | None, storage: str) -> None:
-        try:
-            settings = TrackingSettings.resolve(storage, experiment="any", run_name="any", uri=uri)
-        except ValueError as error:
-            raise RunLookupError(str(error)) from None
-        if settings.uri.startswith("sqlite:") and not Path(settings.uri.split(":///", 1)[1]).exists():
-            raise RunLookupError(
-                f"there is no database {settings.shown_uri}: name the server or database with --tracking or MLFLOW_TRACKING_URI"
-            )
-        self.shown_uri = settings.shown_uri
-        self._client = connect(settings.uri)
-
-    def find(self, named: str) -> RunFacts:
-        """Facts of one run; see `find_run`."""
-        return facts_of(find_run(self._client, named))
-
-    def by_key(self, run_key: str) -> RunFacts | None:
-        """Facts of the run with this key; see `find_run_by_key`."""
-        with mlflow_errors(self.shown_uri):
-            run = find_run_by_key(self._client, run_key)
-        return facts_of(run) if run is not None else None
-
-    def download(self, run_id: str, path: str, folder: str) -> Path | None:
-        """Download the artifact `path` of a run into a folder; None if the run does not have it."""
-        with mlflow_errors(run_id):
-            if path not in {artifact.path for artifact in self._client.list_artifacts(run_id)}:
-                return None
-            return Path(self._client.download_artifacts(run_id, path, folder))
-
-    def children(self, parent_id: str) -> list[RunFacts]:
-        """Facts of all runs of a sweep."""
-        with mlflow_errors(self.shown_uri), no_garbage_collection():
-            runs = search_runs(self._client, f"tags.`{PARENT_RUN}` = '{_quoted(parent_id)}'")
-        return [facts_of(run) for run in runs]
-
-    def log_text(self, run_id: str, text: str, path: str) -> None:
-        """Log a text as the artifact `path` of a run."""
-        with mlflow_errors(f"{path} for run {run_id}"):
-            self._client.log_text(run_id, text, path)
-
-
-def facts_of(run: "Run") -> RunFacts:
-    """Read the facts out of a run of MLflow."""
-    tags: dict[str, str] = dict(run.data.tags)
-    metrics: dict[str, float] = run.data.metrics
-    finished = f"{FINAL}/AP" in metrics  # else the newest evaluation
-    groups = (f"{FINAL}/",) if finished else (f"{ACCURACY}/", f"{VAL}/")
-    results = {
-        name.removeprefix(group): value for group in groups for name, value in metrics.items() if name.startswith(group)
-    }
-    return RunFacts(
-        title=f"{run.info.run_name} ({run.info.run_id[:8]})",
-        params=dict(run.data.params),
-        data=_with_prefix(tags, DIGEST),
-        commit=tags.get(COMMIT),
-        versions=_with_prefix(tags, VERSION),
-        results=results,
-        run_id=run.info.run_id,
-        parent_id=tags.get(PARENT_RUN),
-        status=run.info.status.lower(),
-        folder=tags.get("run_folder"),
-        tags={key: redact(value) for key, value in tags.items()},
-    )
-
-
-def _with_prefix(tags: dict[str, str], prefix: str) -> dict[str, str]:
-    return {key.removeprefix(prefix): value for key, value in sorted(tags.items()) if key.startswith(prefix)}
 
 
 # Files attached to a run after its end

@@ -15,9 +15,10 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 from pipeline import mlflow_access
 from pipeline.config import Tracking
 from pipeline.config_files import flatten
-from pipeline.tracking.client import PARENT_RUN, RunLookupError, Runs, connect, find_run, find_run_by_key, resolve
+from pipeline.tracking.client import PARENT_RUN, RunLookupError, connect, find_run, find_run_by_key, resolve
 from pipeline.tracking.mlflow_writer import MlflowWriter
 from pipeline.tracking.model_registry import register
+from pipeline.tracking.run_facts import Runs
 from pipeline.tracking.settings import RUN_KEY, TrackingError, TrackingSettings, mlflow_key, mlflow_value
 from pipeline.tracking.system import system_metrics
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from jobs import compare as compare_job
 from pipeline.config import ConfigError, Experiment
-from pipeline.tracking.client import RunFacts, RunLookupError, Runs
+from pipeline.tracking.client import RunLookupError
+from pipeline.tracking.run_facts import RunFacts, Runs
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_dir

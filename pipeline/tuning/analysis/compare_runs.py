@@ -11,7 +11,7 @@ from pipeline.config import ConfigError
 from pipeline.config_files import flatten, read_yaml
 from pipeline.evaluation.coco_metrics import NUMBERS
 from pipeline.evaluation.report import REPORT
-from pipeline.tracking.client import RunFacts, Runs
+from pipeline.tracking.run_facts import RunFacts, Runs
 from pipeline.tracking.settings import EXPERIMENT_FILE, MAX_PARAM, RUN_KEY, mlflow_value
 from pipeline.training import checkpoint
 from pipeline.training.run_dir import NEUTRAL, RESULT, RUN_START

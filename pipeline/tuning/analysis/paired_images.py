@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dfine_core.images import open_image
 from pipeline import storage
-from pipeline.tracking.client import RunFacts
+from pipeline.tracking.run_facts import RunFacts
 
 MAX_IMAGES = 8
 WIDTH = 1000  # px, of an image in the page
