@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.shards.manifest import ShardSet
 
 
-REPORT = "report.json"  # of an earlier evaluation
+REPORT = "report.json"  # marks the folder of an evaluation
 
 
 @user_errors()

@@ -50,7 +50,7 @@ class Published:
 
 
 def stated(published: Published, file: str) -> "HfFileMetadata | None":
-    """What the hub states about a file; None where it cannot be reached, or offline mode is on.
+    """Facts that the hub states about a file; None where it cannot be reached, or offline mode is on.
 
     Raises:
         PretrainedError: the hub refuses, or has no such repository or revision.

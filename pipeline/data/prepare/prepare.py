@@ -69,7 +69,7 @@ class WorkPlan(FrozenModel):
     categories: tuple[Category, ...]
     images: PositiveInt
     shards: PositiveInt
-    notices: tuple[Notice, ...] = ()  # of the source
+    notices: tuple[Notice, ...] = ()  # counted facts about the source
 
 
 def prepare(source: DatasetSource, out: str, *, split: str, options: PrepareOptions, strict: bool = False) -> ShardSet:

@@ -56,7 +56,7 @@ def classes_of_its_own(shards: ShardSet, names: Sequence[str]) -> list[str]:
 
 
 def class_lines(shards: ShardSet, use: str) -> list[str]:
-    """What the mapping of classes did, for the person who starts a run; nothing where there was none."""
+    """Describe the mapping of classes for the person who starts a run; empty where there was none."""
     if shards.mapped_categories is None:
         return []
     names = [category.name for category in shards.mapped_categories]

@@ -161,7 +161,7 @@ def _box(item: dict[str, Any], labels: dict[int, int]) -> BoxEntry | tuple[str, 
         return "malformed iscrowd", f"iscrowd {shown(crowd)}"
     x, y, width, height = corners
     area = _numbers([item.get("area")])
-    area_px2 = width * height if area is None else area[0]  # of the box, where there is none that is a number
+    area_px2 = width * height if area is None else area[0]  # area of the box where no number is given
     return BoxEntry(0, x, y, x + width, y + height, labels[category_id], area_px2, flag)
 
 

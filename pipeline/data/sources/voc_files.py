@@ -35,7 +35,7 @@ class VocEntry:
 class VocFiles:
     """Files of a VOC folder."""
 
-    xmls: tuple[Path, ...]  # of all splits
+    xmls: tuple[Path, ...]  # annotation files of all splits
     entries: tuple[VocEntry, ...]  # of one split, in order
 
 
