@@ -100,10 +100,10 @@ def test_a_shard_set_with_classes_in_another_order_scores_the_same(records: list
     mapped = with_classes_of(val, list(CLASSES), "the detector")
     report = evaluate(Oracle(records), mapped, device=CPU, micro_batch_size=4, decode_in="inline", final=True)
     assert report is not None
-    assert report.metrics()["val/AP"] == pytest.approx(1)
+    assert report.metrics()["accuracy/AP"] == pytest.approx(1)
     unmapped = evaluate(Oracle(records), val, device=CPU, micro_batch_size=4, decode_in="inline", final=True)
     assert unmapped is not None
-    assert unmapped.metrics()["val/AP"] < 0.2
+    assert unmapped.metrics()["accuracy/AP"] < 0.2
 
 
 def _evaluate_on_rank(rank: int, world_size: int, folder: str, uri: str) -> None:

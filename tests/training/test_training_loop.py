@@ -362,7 +362,11 @@ def test_the_first_step_shows_its_loss_and_later_ones_a_mean_without_an_end_of_t
 
     def step(number: int, loss: float) -> None:
         value = torch.tensor(loss)
-        log.step(StepResult({"loss_vfl": value}, value, value, torch.tensor(True)), waited_s=0.0, step=number)
+        log.step(
+            StepResult({"loss_vfl": value}, value, value, torch.tensor(True), directive=value),
+            waited_s=0.0,
+            step=number,
+        )
 
     step(1, 4.0)
     step(2, 6.0)  # too soon after the first
