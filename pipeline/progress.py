@@ -8,7 +8,7 @@ from typing import Self
 from tqdm import tqdm
 
 LOG_SECONDS = 10.0  # interval between two lines in a log
-TRAINING_LOG_SECONDS = 30.0  # of a training, which takes hours
+TRAINING_LOG_SECONDS = 30.0  # between two lines of a training's log; a training takes hours
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """MLflow's pages: the address that shows a run, and a server for a database on this machine."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.errors import UserError
+from pipeline.redaction import redact
 
 HOST = "127.0.0.1"
 PORT = 5000  # the next free one from here on
@@ -32,40 +34,36 @@ def run_address(server: str, experiment_id: str, run_id: str) -> str:
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{VIEW}"
 
 
-def experiment_address(server: str, experiment_id: str) -> str:
-    """Address of the table of runs of an experiment."""
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{VIEW}"
-
-
 @contextmanager
 def serve_database(uri: str) -> Iterator[str]:
     """Serve the pages of a database to this machine alone while the block runs; yields the server's address.
 
     Raises:
-        UiError: the server did not start; the message has its last lines.
+        UiError: the server did not start; the message has the command to run by hand.
     """
     port = _free_port()
     address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    command += ["--workers", "1"]
     server = subprocess.Popen(
-        [*command, "--workers", "1"],
+        command,
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # eight processes for language models
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(address, server)
+        _wait_for(address, server, shlex.join(command))
         yield address
     finally:
         server.terminate()
         server.wait()
 
 
-def _wait_for(address: str, server: "subprocess.Popen[bytes]") -> None:
+def _wait_for(address: str, server: "subprocess.Popen[bytes]", command: str) -> None:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if (code := server.poll()) is not None:
-            raise UiError(f"`{' '.join(server.args[1:])}` ended with exit code {code}: run it by hand to see why")  # type: ignore[index, arg-type]
+            raise UiError(f"`{redact(command)}` ended with exit code {code}: run it by hand to see why")
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=2):
                 return
