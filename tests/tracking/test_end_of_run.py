@@ -43,14 +43,6 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Database with MLflow's tables, which take seconds to create."""
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def database(tmp_path: Path, empty_database: Path) -> Path:
     return Path(shutil.copyfile(empty_database, tmp_path / "mlflow.db"))
