@@ -31,7 +31,9 @@ def tracking_of(run: str) -> tuple[TrackingSettings, str | None]:
         key = key_of(run)
         if key is not None and has_outbox(outbox := outbox_folder(run, key)):
             noted = settings_of(outbox)
-            if not noted.uri.startswith(SQLITE) or Path(noted.uri.removeprefix(SQLITE)).exists():  # else the folder has moved
+            if (
+                not noted.uri.startswith(SQLITE) or Path(noted.uri.removeprefix(SQLITE)).exists()
+            ):  # else the folder has moved
                 return noted, key
     if key is None and not os.environ.get(TRACKING_URI):
         raise ConfigError(f"{run} is not the folder of a run: for a run's id or name set MLFLOW_TRACKING_URI")

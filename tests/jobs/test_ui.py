@@ -26,7 +26,9 @@ def test_the_address_asks_for_the_view_of_trainings() -> None:
     assert address == "http://host:5000/#/experiments/3/runs/abc/model-metrics?workflowType=machine_learning"
 
 
-def test_the_database_a_run_was_tracked_in_is_served_until_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_database_a_run_was_tracked_in_is_served_until_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "elsewhere").mkdir()  # as `tracking.uri` of an experiment may name it
     database = f"sqlite:///{tmp_path}/elsewhere/all.db"
