@@ -25,21 +25,26 @@ class ExponentialMovingAverage:
         self.warmup_steps = warmup_steps
         # On the model's device, so that a step which turns out not to count need not be known on the host.
         self.updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        self._averages = _averaged(self.module)  # kept, as is the list of the model: making them takes milliseconds
+        self._model: nn.Module | None = None
+        self._current: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, model: nn.Module, made: Tensor | None = None) -> None:
         """Move the average towards the current weights.
 
         Args:
+            model: always the same one; its tensors may change in place alone.
             made: [] bool, whether the optimiser step was really made; if not, nothing changes.
         """
         counted = torch.ones_like(self.updates) if made is None else made.to(self.updates)
         self.updates += counted
         weight = (counted * (1 - ema_decay(self.updates, self.decay, self.warmup_steps))).float()
-        average, current = _averaged(self.module), _averaged(model)
-        difference = torch._foreach_sub(current, average)
+        if model is not self._model:
+            self._model, self._current = model, _averaged(model)
+        difference = torch._foreach_sub(self._current, self._averages)
         torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(average, difference)
+        torch._foreach_add_(self._averages, difference)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights and the number of updates."""

@@ -11,6 +11,21 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that does not count its batches: one launch less.
+
+    The counter matters to averages over all batches alone; it stays because released state dicts have it, and the training step
+    advances those of all norms at once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise a map [B, C, H, W]."""
+        momentum = cast(float, self.momentum)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
+        )
+
+
 class ConvNorm(nn.Module):
     """Bias-free convolution, batch norm, optional SiLU."""
 
@@ -19,7 +34,7 @@ class ConvNorm(nn.Module):
     ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,11 +50,7 @@ class ConvNorm(nn.Module):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose four vectors are constants, for backbones trained at small batch sizes.
-
-    Unlike torchvision's, gain and shift are cast to the dtype of x: under autocast that one would return float32, and so
-    widen every activation after it.
-    """
+    """Batch norm whose four vectors are constants, for backbones trained at small batch sizes; one launch, in the dtype of x."""
 
     weight: Tensor
     bias: Tensor
@@ -56,9 +67,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise a map [B, C, H, W]."""
-        gain = self.weight * torch.rsqrt(self.running_var + self.eps)
-        shift = self.bias - self.running_mean * gain
-        return x * gain.to(x.dtype).reshape(-1, 1, 1) + shift.to(x.dtype).reshape(-1, 1, 1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)  # backbone files come from ordinary batch norms

@@ -32,7 +32,8 @@ class HostScalar:
 class RunningStatistics:
     """The running means and variances of all batch norms, combined over the micro-batches of a step.
 
-    Every micro-batch starts from the statistics before the step; a step keeps the mean of the results.
+    Every micro-batch starts from the statistics before the step; a step keeps the mean of the results. All statistics become
+    views of one tensor, and all counters of another, so that each of these operations is a single one on the device.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -42,29 +43,24 @@ class RunningStatistics:
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         ]
         # Means and variances are averaged; the counters only count steps.
-        self._buffers = [cast(Tensor, b) for m in norms for b in (m.running_mean, m.running_var)]
-        self._counters = [cast(Tensor, m.num_batches_tracked) for m in norms]
-        self._sizes = [b.numel() for b in self._buffers]
-        self._held: list[Tensor] = []
-        self._held_counters: list[Tensor] = []
-        self._sums: list[Tensor] = []
+        self._values = _merge([cast(Tensor, b) for m in norms for b in (m.running_mean, m.running_var)])
+        self._counters = _merge([cast(Tensor, m.num_batches_tracked) for m in norms])
+        self._held, self._held_counters = self._values, self._counters
+        self._sums = self._values
 
     def begin_step(self) -> None:
         """Copy the state before a step."""
-        self._held = [b.clone() for b in self._buffers]
-        self._held_counters = [c.clone() for c in self._counters]
-        self._sums = [torch.zeros_like(b) for b in self._buffers]
+        self._held, self._held_counters = self._values.clone(), self._counters.clone()
+        self._sums = torch.zeros_like(self._values)
 
     def accumulate(self) -> None:
         """Add the result of a micro-batch, and return to the state before the step."""
-        if self._buffers:
-            torch._foreach_add_(self._sums, self._buffers)
+        self._sums += self._values
         self.reset()
 
     def reset(self) -> None:
         """Return to the state before the step."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._held)
+        self._values.copy_(self._held)
 
     def mean(self, share: float) -> Tensor:
         """Sum over the accumulated micro-batches, divided by `share`: [V] the values of all norms, end to end.
@@ -72,19 +68,22 @@ class RunningStatistics:
         Args:
             share: micro-batches per worker; the mean over workers is then the mean over all micro-batches.
         """
-        if not self._sums:
-            return torch.zeros(0)
-        return torch.cat([s.flatten() for s in self._sums]) / share
+        return self._sums / share
 
     def commit(self, mean: Tensor, finite: Tensor) -> None:
         """Write the statistics of a step, or those from before it where `finite` is false."""
-        if not self._buffers:
-            return
-        parts = [p.view_as(b) for p, b in zip(mean.split(self._sizes), self._buffers, strict=True)]
-        chosen = [torch.where(finite, part, held) for part, held in zip(parts, self._held, strict=True)]
-        torch._foreach_copy_(self._buffers, chosen)
-        counted = finite.to(self._counters[0].dtype)
-        torch._foreach_copy_(self._counters, [held + counted for held in self._held_counters])
+        torch.where(finite, mean, self._held, out=self._values)
+        torch.add(self._held_counters, finite, out=self._counters)
+
+
+def _merge(buffers: list[Tensor]) -> Tensor:
+    """Lay buffers end to end in one tensor, [V], and make each of them a view of it."""
+    if not buffers:
+        return torch.zeros(0)
+    merged = torch.cat([b.flatten() for b in buffers])
+    for buffer, part in zip(buffers, merged.split([b.numel() for b in buffers]), strict=True):
+        buffer.data = part.view_as(buffer)
+    return merged
 
 
 class LossScale:

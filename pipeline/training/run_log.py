@@ -53,37 +53,35 @@ SHOWN_S = 2.0  # least time between two updates of the progress line; each waits
 class MetricMeter:
     """Losses summed on the device and times summed on the host, between two reports."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of finite steps, by name
-    finite_steps: Tensor | None = None
+    names: tuple[str, ...] = ()
+    sums: Tensor | None = None  # over the finite steps, one for each name; last, their number
     steps: int = 0
     waited_s: float = 0.0  # for data
     started_at: float = field(default_factory=time.perf_counter)
 
     def add(self, result: StepResult, waited_s: float) -> None:
         """Add the losses of a step, and the time it waited for data."""
-        values = {**result.terms, "loss": result.loss, "grad_norm": result.grad_norm}
-        for name, value in values.items():
-            finite_value = torch.where(result.finite, value, 0)
-            self.sums[name] = self.sums[name] + finite_value if name in self.sums else finite_value
-        finite = result.finite.float()
-        self.finite_steps = finite if self.finite_steps is None else self.finite_steps + finite
+        others = torch.stack([result.loss, result.grad_norm, torch.ones_like(result.loss)])
+        values = torch.where(result.finite, torch.cat([result.terms, others]), 0)
+        self.names = (*result.names, "loss", "grad_norm")
+        self.sums = values if self.sums is None else self.sums + values
         self.steps += 1
         self.waited_s += waited_s
 
     def read(self, images_per_step: int) -> dict[str, float]:
         """Return the means since the last call, and start again. Waits for the device."""
         values = self.means(images_per_step)
-        self.sums, self.finite_steps, self.steps, self.waited_s = {}, None, 0, 0.0
+        self.sums, self.steps, self.waited_s = None, 0, 0.0
         self.started_at = time.perf_counter()
         return values
 
     def means(self, images_per_step: int) -> dict[str, float]:
         """Return the means since the last `read`, and go on. Waits for the device."""
-        if self.finite_steps is None:
+        if self.sums is None:
             return {}
-        *sums, finite_steps = torch.stack([*self.sums.values(), self.finite_steps]).tolist()
+        *sums, finite_steps = self.sums.tolist()
         seconds = time.perf_counter() - self.started_at
-        values = {metric_name(name): total / max(finite_steps, 1) for name, total in zip(self.sums, sums, strict=True)}
+        values = {metric_name(name): total / max(finite_steps, 1) for name, total in zip(self.names, sums, strict=True)}
         return values | {
             "train/speed/images_per_s": self.steps * images_per_step / seconds,
             "train/speed/step_s": seconds / self.steps,

@@ -13,11 +13,13 @@ from dfine_core import Criterion, Detector
 from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.optim import make_optimizer
 from pipeline.config import Experiment
+from pipeline.training.low_precision import CastDetector
 from pipeline.training.numerics import LossScale, RunningStatistics
 from pipeline.training.schedule import Schedule
 from pipeline.training.stage_two import EvaluationHistory
 
 Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # DistributedDataParallel's switch has another name before torch 2.14.
 SYNC_BUFFERS = next(
@@ -32,7 +34,7 @@ class TrainState:
     """State of a run on one worker. Tensors live on `device`; a checkpoint holds all that is not derived from the config."""
 
     detector: Detector  # its parameters are the optimiser's
-    model: nn.Module  # the module to call: the detector, or DistributedDataParallel around it, compiled or not
+    model: nn.Module  # the module to call: the detector, or around it CastDetector, and DistributedDataParallel around that
     criterion: Criterion
     optimizer: torch.optim.AdamW  # fused
     ema: ExponentialMovingAverage  # evaluated and shipped
@@ -57,8 +59,7 @@ class TrainState:
         """Autocast region of the run's precision."""
         if self.precision == "fp32":
             return nullcontext()
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
-        return cast(AbstractContextManager[None], torch.autocast(self.device.type, dtype=dtype))
+        return cast(AbstractContextManager[None], torch.autocast(self.device.type, dtype=AUTOCAST[self.precision]))
 
     def set_learning_rate(self, factor: float) -> None:
         """Set the rate of every parameter group to `factor` times its initial rate."""
@@ -91,12 +92,14 @@ def build_train_state(
         detector.backbone.compile()
         detector.encoder.compile()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
+    precision = resolve_precision(numerics.precision, device)
     model: torch.nn.Module = detector
+    if precision != "fp32" and not numerics.compile:  # a compiled part fuses its casts
+        model = CastDetector(detector, AUTOCAST[precision])
     if world_size > 1:
         # DDP does not sync buffers: `RunningStatistics` averages them in the step.
-        model = DistributedDataParallel(detector, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
 
-    precision = resolve_precision(numerics.precision, device)
     return TrainState(
         detector=detector,
         model=model,

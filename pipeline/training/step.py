@@ -41,8 +41,9 @@ class MicroBatch:
 class StepResult:
     """Outcome of a step: tensors on the device, equal on every worker."""
 
-    terms: dict[str, Tensor]  # weighted loss terms by name, averaged over the global batch
-    loss: Tensor  # sum of the terms
+    names: tuple[str, ...]  # of the loss terms
+    terms: Tensor  # [T] weighted, averaged over the global batch
+    loss: Tensor  # their sum
     grad_norm: Tensor  # before clipping
     finite: Tensor  # [] bool; False: nothing was changed
     directive: Tensor  # [] rank 0's number from `decide`
@@ -88,18 +89,19 @@ def train_step(
 
     # Forward and backward; gradients are exchanged in the last micro-batch alone.
     state.optimizer.zero_grad(set_to_none=True)
-    summed: dict[str, Tensor] = {}
+    names: tuple[str, ...] = ()
+    summed: Tensor | None = None
     for number, micro_batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with nullcontext() if last else _without_exchange(state.model):
             terms = _losses(state, micro_batch, matches[number], normalizers)
-            loss = torch.stack(list(terms.values())).sum() / share
-            (loss * state.loss_scale.scale).backward()
+            names, values = tuple(terms), torch.stack(list(terms.values())) / share
+            loss = values.sum()
+            (loss * state.loss_scale.scale if state.loss_scale.enabled else loss).backward()
         state.statistics.accumulate()
-        for name, term in terms.items():
-            summed[name] = summed.get(name, 0) + term.detach() / share
+        summed = values.detach() if summed is None else summed + values.detach()
 
-    return _update(state, summed, share, decide())
+    return _update(state, names, summed, share, decide())
 
 
 def _match_ahead(
@@ -137,15 +139,17 @@ def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def _update(state: TrainState, terms: Mapping[str, Tensor], share: float, directive: int) -> StepResult:
+def _update(
+    state: TrainState, names: tuple[str, ...], terms: Tensor, share: float, directive: int
+) -> StepResult:
     """Unscale, check, clip, step and average; or leave everything as it was."""
-    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    torch._foreach_div_(gradients, state.loss_scale.scale)
+    if state.loss_scale.enabled:
+        gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_div_(gradients, state.loss_scale.scale)
     grad_norm = nn.utils.clip_grad_norm_(state.detector.parameters(), state.max_grad_norm, foreach=True)
 
     # One reduction carries the loss terms, the running statistics, whether any worker saw a non-finite value, and the directive.
-    values, statistics = torch.stack(list(terms.values())), state.statistics.mean(share)
-    everything = torch.cat([values.float(), statistics])
+    everything = torch.cat([terms.float(), state.statistics.mean(share)])
     broken = (~everything.isfinite()).any().float().unsqueeze(0)
     workers = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     shared = torch.cat([everything, broken, broken.new_full((1,), directive * workers)])
@@ -158,10 +162,11 @@ def _update(state: TrainState, terms: Mapping[str, Tensor], share: float, direct
     state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     state.optimizer.grad_scale = None  # type: ignore[attr-defined]
     state.optimizer.step()
-    state.statistics.commit(shared[len(values) : -2], finite)
+    state.statistics.commit(shared[len(terms) : -2], finite)
     state.ema.update(state.detector, finite)
     state.loss_scale.update(finite)
 
-    averaged = dict(zip(terms, shared[: len(values)].unbind(), strict=True))
-    loss = shared[: len(values)].sum()
-    return StepResult(terms=averaged, loss=loss, grad_norm=grad_norm, finite=finite, directive=shared[-1])
+    averaged = shared[: len(terms)]
+    return StepResult(
+        names=names, terms=averaged, loss=averaged.sum(), grad_norm=grad_norm, finite=finite, directive=shared[-1]
+    )
