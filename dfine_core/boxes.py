@@ -8,8 +8,8 @@ SMALLEST_AREA = 1e-12  # keeps 0 / 0 of two empty boxes at 0; below the area of 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert boxes [..., 4] to corners; a negative width or height counts as 0."""
-    centre, size = boxes[..., :2], boxes[..., 2:].clamp(min=0)
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    centre, half_size = boxes[..., :2], boxes[..., 2:].clamp(min=0) / 2
+    return torch.cat([centre - half_size, centre + half_size], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -38,14 +38,19 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of boxes xyxy, elementwise under broadcasting: [..., 4] to [...], in [-1, 1].
+    """Generalised IoU of boxes xyxy, elementwise under broadcasting: [..., 4] to [...], in [-1, 1]."""
+    return iou_and_giou(a, b)[1]
+
+
+def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of boxes xyxy, elementwise under broadcasting: [..., 4] to [...].
 
     Source: Rezatofighi et al., arXiv:1902.09630.
     """
     overlap, union = iou_and_union(a, b)
     size = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     hull = size[..., 0] * size[..., 1]
-    return overlap - (hull - union) / hull.clamp(min=SMALLEST_AREA)
+    return overlap, overlap - (hull - union) / hull.clamp(min=SMALLEST_AREA)
 
 
 def inverse_sigmoid(probability: Tensor, eps: float = 1e-5) -> Tensor:

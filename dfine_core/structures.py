@@ -106,6 +106,17 @@ class QueryPredictions:
         ]
         return parts[0], parts[1]
 
+    def followed_by(self, other: "QueryPredictions") -> "QueryPredictions":
+        """Put other queries after these."""
+        edges = [p.edge_logits for p in (self, other) if p.edge_logits is not None]
+        return QueryPredictions(
+            logits=torch.cat([self.logits, other.logits], dim=2),
+            boxes=torch.cat([self.boxes, other.boxes], dim=2),
+            edge_logits=torch.cat(edges, dim=2) if edges else None,
+            initial_logits=torch.cat([self.initial_logits, other.initial_logits], dim=1),
+            initial_boxes=torch.cat([self.initial_boxes, other.initial_boxes], dim=1),
+        )
+
 
 @dataclass(frozen=True)
 class DenoisingQueries:
@@ -137,3 +148,10 @@ class DetectorOutput:
     denoising_queries: DenoisingQueries | None = None
     encoder_logits: Tensor | None = None  # [B, Q, C], or [B, Q, 1] with class-agnostic selection
     encoder_boxes: Tensor | None = None  # [B, Q, 4]
+    joined: QueryPredictions | None = None  # denoising and matching queries side by side, as the decoder made them
+
+    def all_queries(self) -> QueryPredictions | None:
+        """Predictions for the denoising queries, if there are any, and after them for the matching ones."""
+        if self.denoising is None or self.matching is None:
+            return self.matching
+        return self.joined or self.denoising.followed_by(self.matching)

@@ -13,19 +13,22 @@ Denoising queries need no matching: each was made from a known box.
 | ddf              | decoder layers but the last | GO union and the rest  | its own averages                       |
 | *_dn             | as above, denoising layers | positive slots          | boxes of the batch x denoising groups  |
 
-Counts are averaged over all workers. Names follow the released logs: no suffix for the last layer, then _aux_0.., _pre, _enc_0,
-_dn_0.., _dn_pre.
+Matching and denoising queries of all stages go through each loss together, in few launches; only the sums are apart. Counts are
+averaged over all workers. Names follow the released logs: no suffix for the last layer, then _aux_0.., _pre, _enc_0, _dn_0..,
+_dn_pre.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfine_core.boxes import cxcywh_to_xyxy, iou
+from dfine_core.boxes import cxcywh_to_xyxy, iou_and_giou
 from dfine_core.config import ModelConfig
 from dfine_core.loss import losses
 from dfine_core.loss.matching import ClassGroups, Matches, Pairs, match
@@ -39,6 +42,62 @@ class Normalizers:
 
     boxes: Tensor  # true boxes
     pairs: Tensor  # pairs of the GO union
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Predictions of all S stages side by side: the L decoder layers, the initial box, the encoder. Denoising queries come first.
+
+    The encoder has none of these; zeros stand for them, and no term uses them.
+    """
+
+    queries: QueryPredictions
+    class_groups: ClassGroups  # logits [S_i, B, Q, C_i] of stages that share a set of classes, with labels
+    boxes: Tensor  # [S, B, Q, 4]
+    noised: int  # denoising queries per image
+
+
+@dataclass(frozen=True)
+class ComparedPairs:
+    """Pairs that losses compare, [S, P]: the GO union, then the positive denoising slots, then each stage's own matches.
+
+    The first two are the same in all stages, and train boxes and distributions; the last two train class scores.
+    """
+
+    stage: Tensor  # [S, 1]
+    image: Tensor
+    query: Tensor  # denoising queries are counted too
+    target: Tensor
+    union: int  # number of pairs of the GO union
+    positive: int  # and of positive slots
+
+    @classmethod
+    def of(cls, matches: Matches, noised: DenoisingQueries | None, stages: Stages) -> Self:
+        """Lay the three kinds of pairs side by side."""
+        own, union, count = matches.own, matches.union, len(stages.boxes)
+        slots = (
+            Pairs(noised.positive_image, noised.positive_query, noised.positive_target)
+            if noised is not None
+            else Pairs(*(index[:0] for index in (union.image, union.query, union.target)))
+        )
+
+        def join(of_union: Tensor, of_slots: Tensor, of_own: Tensor) -> Tensor:
+            shared = torch.cat([of_union, of_slots])
+            return torch.cat([shared.expand(count, -1), of_own], dim=1)
+
+        return cls(
+            stage=torch.arange(count, device=own.image.device).unsqueeze(1),
+            image=join(union.image, slots.image, own.image),
+            query=join(union.query + stages.noised, slots.query, own.query + stages.noised),
+            target=join(union.target, slots.target, own.target),
+            union=len(union),
+            positive=len(slots),
+        )
+
+    @property
+    def shared(self) -> int:
+        """Number of pairs that are the same in all stages; they come first."""
+        return self.union + self.positive
 
 
 class Criterion(nn.Module):
@@ -78,127 +137,141 @@ class Criterion(nn.Module):
         device = output.boxes.device
         with torch.autocast(device.type, enabled=False):
             packed = Targets.pack(targets, self.config.num_classes, device)
-            class_groups, boxes, _ = self._to_match(output, packed)
-            return match(class_groups, boxes, packed, self.config.loss)
+            return self._match(self._stages(output, packed), packed)
 
-    def _to_match(self, output: DetectorOutput, targets: Targets) -> tuple[ClassGroups, Tensor, QueryPredictions]:
-        """Class logits and boxes [S, B, Q, 4] of the layers, the initial box and the encoder; predictions of the layers."""
-        queries = output.matching
+    def _match(self, stages: Stages, targets: Targets) -> Matches:
+        matching = slice(stages.noised, None)
+        groups = [(logits[:, :, matching], labels) for logits, labels in stages.class_groups]
+        return match(groups, stages.boxes[:, :, matching], targets, self.config.loss)
+
+    def _stages(self, output: DetectorOutput, targets: Targets) -> Stages:
+        queries = output.all_queries()
         if queries is None or output.encoder_logits is None or output.encoder_boxes is None:
             raise ValueError("the loss needs the output of a detector in training mode: call detector.train() first")
-        logits, boxes = self._stages(queries)
-        encoder_logits = self._precise(output.encoder_logits)[None]
-        agnostic = self.config.query_selection == "agnostic"
-        class_groups = [
-            (logits, targets.labels),
-            (encoder_logits, torch.zeros_like(targets.labels) if agnostic else targets.labels),
-        ]
-        return class_groups, torch.cat([boxes, output.encoder_boxes[None]]), queries
+        noised = queries.boxes.shape[2] - output.encoder_boxes.shape[1]
+        padding = (0, 0, noised, 0)
+        encoder_logits = F.pad(output.encoder_logits, padding)[None]
+        encoder_boxes = F.pad(output.encoder_boxes, padding)[None]
+        logits = [queries.logits, queries.initial_logits[None]]
+        if self.config.query_selection == "agnostic":
+            class_groups = [
+                (self._precise(torch.cat(logits)), targets.labels),
+                (self._precise(encoder_logits), torch.zeros_like(targets.labels)),
+            ]
+        else:
+            class_groups = [(self._precise(torch.cat([*logits, encoder_logits])), targets.labels)]
+        boxes = torch.cat([queries.boxes, queries.initial_boxes[None], encoder_boxes])
+        return Stages(queries, class_groups, boxes, noised)
 
     def _terms(
         self, output: DetectorOutput, targets: Targets, matches: Matches | None, normalizers: Normalizers | None
     ) -> dict[str, Tensor]:
-        class_groups, boxes, queries = self._to_match(output, targets)
-        matches = matches or match(class_groups, boxes, targets, self.config.loss)
-        normalizers = normalizers or count(targets.total, len(matches.union), boxes.device)
-        balance = _balance(queries, matches.union)
+        stages = self._stages(output, targets)
+        matches = matches or self._match(stages, targets)
+        normalizers = normalizers or count(targets.total, len(matches.union), stages.boxes.device)
+        noised = output.denoising_queries
+        pairs = ComparedPairs.of(matches, noised, stages)
 
-        layers = [f"_aux_{i}" for i in range(len(queries.logits) - 1)] + [""]
-        stages = [*layers, "_pre", "_enc_0"]
-        terms = self._class_terms(class_groups, boxes, targets, matches.own, normalizers.boxes, stages)
-        terms |= self._box_terms(boxes, targets, matches.union, normalizers.pairs, stages)
-        terms |= self._edge_terms(queries, targets, matches.union, normalizers.pairs, balance, layers)
-        if output.denoising is None or output.denoising_queries is None:
+        predicted = stages.boxes[pairs.stage, pairs.image, pairs.query]  # [S, P, 4]
+        true_xyxy = targets.boxes_xyxy
+        ious, gious = iou_and_giou(cxcywh_to_xyxy(predicted), true_xyxy[pairs.target])
+        ious = ious.detach()
+
+        # Each is a pair of sums: of the matching queries, and of the denoising ones.
+        scores = self._score_losses(stages, pairs, ious)
+        edges = self._box_and_edge_losses(stages, pairs, predicted, targets, gious, ious)
+        ddf = self._distillation_losses(stages, pairs, ious)
+
+        layers = len(stages.queries.logits)
+        suffixes: list[str | None] = [*(f"_aux_{i}" for i in range(layers - 1)), "", "_pre", "_enc_0"]
+        terms = _named(["vfl"], scores[0] / normalizers.boxes, suffixes)
+        terms |= _named(["bbox", "giou", "fgl"], edges[0] / normalizers.pairs, suffixes)
+        terms |= _named(["ddf"], ddf[0], suffixes[: layers - 1])
+        if noised is None:
             return terms
-        return terms | self._denoising_terms(
-            output.denoising, output.denoising_queries, targets, normalizers.boxes, balance
-        )
-
-    def _denoising_terms(
-        self,
-        queries: QueryPredictions,
-        noised: DenoisingQueries,
-        targets: Targets,
-        num_boxes: Tensor,
-        balance: tuple[float, float],
-    ) -> dict[str, Tensor]:
-        """Same losses on the denoising queries; all 0 when the batch has no box to make them from."""
-        pairs = Pairs(noised.positive_image, noised.positive_query, noised.positive_target)
-        norm = num_boxes * noised.groups
-        logits, boxes = self._stages(queries)
-        layers = [f"_dn_{i}" for i in range(len(queries.logits))]
-        stages = [*layers, "_dn_pre"]
-        terms = self._class_terms([(logits, targets.labels)], boxes, targets, pairs.expand(len(boxes)), norm, stages)
-        terms |= self._box_terms(boxes, targets, pairs, norm, stages)
-        terms |= self._edge_terms(queries, targets, pairs, norm, balance, layers)
-        if queries.edge_logits is not None:  # the last layer is its own teacher: the released log lists it as 0
-            terms[f"loss_ddf{layers[-1]}"] = torch.zeros_like(norm)
+        norm = normalizers.boxes * noised.groups
+        suffixes = [*(f"_dn_{i}" for i in range(layers)), "_dn_pre", None]
+        terms |= _named(["vfl"], scores[1] / norm, suffixes)
+        terms |= _named(["bbox", "giou", "fgl"], edges[1] / norm, suffixes)
+        terms |= _named(["ddf"], ddf[1], suffixes[: layers - 1])
+        if stages.queries.edge_logits is not None:  # the last layer is its own teacher: the released log lists it as 0
+            terms[f"loss_ddf_dn_{layers - 1}"] = torch.zeros_like(norm)
         return terms
 
-    def _class_terms(
-        self,
-        class_groups: ClassGroups,
-        boxes: Tensor,
-        targets: Targets,
-        own: Pairs,
-        norm: Tensor,
-        suffixes: Sequence[str],
-    ) -> dict[str, Tensor]:
-        """VFL of every stage on its own matches; groups of stages may differ in their classes."""
+    def _score_losses(self, stages: Stages, pairs: ComparedPairs, ious: Tensor) -> tuple[Tensor, Tensor]:
+        """VFL of every stage on its own matches, [S]; groups of stages may differ in their classes."""
         weights = self.config.loss
-        stage = torch.arange(len(boxes), device=boxes.device).unsqueeze(1)
-        predicted = cxcywh_to_xyxy(boxes.detach()[stage, own.image, own.query])
-        ious = iou(predicted, targets.boxes_xyxy[own.target])  # [S, M]
-        sums: list[Tensor] = []
-        for logits, labels in class_groups:
-            rows = slice(len(sums), len(sums) + len(logits))
-            index = (stage[: len(logits)], own.image[rows], own.query[rows], labels[own.target[rows]])
-            sums += losses.varifocal_loss(logits, index, ious[rows], weights.vfl_alpha, weights.vfl_gamma)
-        return _named("vfl", weights.vfl * torch.stack(sums) / norm, suffixes)
+        first = 0
+        sums: list[tuple[Tensor, Tensor]] = []
+        for logits, labels in stages.class_groups:
+            rows, columns = slice(first, first + len(logits)), slice(pairs.union, None)
+            first += len(logits)
+            target = pairs.target[rows, columns]
+            index = (pairs.stage[: len(logits)], pairs.image[rows, columns], pairs.query[rows, columns], labels[target])
+            entries, hits = losses.varifocal_loss(
+                logits, index, ious[rows, columns], weights.vfl_alpha, weights.vfl_gamma
+            )
+            sums.append(
+                (
+                    entries[:, :, stages.noised :].sum((1, 2)) - hits[:, pairs.positive :].sum(1),
+                    entries[:, :, : stages.noised].sum((1, 2)) - hits[:, : pairs.positive].sum(1),
+                )
+            )
+        matching, noised = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*sums, strict=True))
+        return _weighted(matching, weights.vfl), _weighted(noised, weights.vfl)
 
-    def _box_terms(
-        self, boxes: Tensor, targets: Targets, pairs: Pairs, norm: Tensor, suffixes: Sequence[str]
-    ) -> dict[str, Tensor]:
-        weights = self.config.loss
-        predicted = boxes[:, pairs.image, pairs.query]  # [S, M, 4]
-        l1, giou = losses.box_losses(predicted, targets.boxes[pairs.target])
-        return _named("bbox", weights.bbox * l1 / norm, suffixes) | _named("giou", weights.giou * giou / norm, suffixes)
+    def _box_and_edge_losses(
+        self, stages: Stages, pairs: ComparedPairs, predicted: Tensor, targets: Targets, gious: Tensor, ious: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """L1 and GIoU of every stage and, after them, FGL of every layer: [2 S + L]."""
+        weights, shared = self.config.loss, slice(pairs.shared)
+        target = pairs.target[0, shared]
+        true_boxes = targets.boxes[target]
+        l1 = (predicted[:, shared] - true_boxes).abs().sum(-1)
+        rows = [l1 * weights.bbox, (1 - gious[:, shared]) * weights.giou]
+        edge_logits, start = stages.queries.edge_logits, stages.queries.initial_boxes.detach()
+        if edge_logits is not None:
+            image, query = pairs.image[0, shared], pairs.query[0, shared]
+            offsets = true_offsets(start[image, query], cxcywh_to_xyxy(true_boxes), self.config.reg_scale)
+            fgl = losses.fine_grained_localization_loss(
+                self._precise(edge_logits)[:, image, query], offsets, self.bins, ious[: len(edge_logits), shared]
+            )
+            rows.append(fgl * weights.fgl)
+        per_pair = torch.cat(rows)
+        return per_pair[:, : pairs.union].sum(1), per_pair[:, pairs.union :].sum(1)
 
-    def _edge_terms(
-        self,
-        queries: QueryPredictions,
-        targets: Targets,
-        pairs: Pairs,
-        norm: Tensor,
-        balance: tuple[float, float],
-        suffixes: Sequence[str],
-    ) -> dict[str, Tensor]:
-        """FGL of every layer, and DDF of every layer but the last, which is the teacher."""
-        if queries.edge_logits is None:
-            return {}
-        weights = self.config.loss
-        edge_logits = self._precise(queries.edge_logits)  # [L, B, Q, 4, N]
-        true_boxes = targets.boxes_xyxy[pairs.target]
-        ious = iou(cxcywh_to_xyxy(queries.boxes.detach()[:, pairs.image, pairs.query]), true_boxes)  # [L, M]
+    def _distillation_losses(self, stages: Stages, pairs: ComparedPairs, ious: Tensor) -> tuple[Tensor, Tensor]:
+        """DDF of every layer but the last, which is the teacher: [L - 1]; nothing with direct regression.
 
-        start = queries.initial_boxes.detach()[pairs.image, pairs.query]
-        offsets = true_offsets(start, true_boxes, self.config.reg_scale)
-        fgl = losses.fine_grained_localization_loss(edge_logits[:, pairs.image, pairs.query], offsets, self.bins, ious)
+        Averaged apart over the matched queries and the others; the roots of how many matching queries there are of each
+        balance the two averages, for the denoising queries too.
+        """
+        edge_logits = stages.queries.edge_logits
+        if edge_logits is None:
+            return ious.new_zeros(0), ious.new_zeros(0)
+        weights, noised = self.config.loss, stages.noised
+        students = len(edge_logits) - 1
+        batch, queries = edge_logits.shape[1:3]
 
-        confidence = self._precise(queries.logits[-1].detach()).sigmoid().amax(-1)  # teacher's scores, [B, Q]
-        importance = confidence.repeat(len(edge_logits) - 1, 1, 1)
-        importance[:, pairs.image, pairs.query] = ious[:-1].to(importance.dtype)
-        matched = torch.zeros_like(confidence, dtype=torch.bool)
-        matched[pairs.image, pairs.query] = True
-        ddf = losses.decoupled_distillation_focal_loss(
-            edge_logits[:-1], edge_logits[-1], importance, matched, balance, weights.ddf_temperature
-        )
-        return _named("fgl", weights.fgl * fgl / norm, suffixes) | _named("ddf", weights.ddf * ddf, suffixes[:-1])
+        # Factors of a matched and of another query, in both kinds.
+        everyone = batch * (queries - noised)
+        near, far = math.sqrt(pairs.union), math.sqrt(everyone - pairs.union)
+        near, far = weights.ddf * near / (near + far), weights.ddf * far / (near + far)
+        inside = near / max(1, pairs.union), near / max(1, pairs.positive)
+        outside = far / max(1, everyone - pairs.union), far / max(1, batch * noised - pairs.positive)
 
-    def _stages(self, queries: QueryPredictions) -> tuple[Tensor, Tensor]:
-        """Class logits and boxes of the layers and, last, of the initial box: [L + 1, B, Q, C] and [L + 1, B, Q, 4]."""
-        logits = torch.cat([queries.logits, queries.initial_logits[None]])
-        return self._precise(logits), torch.cat([queries.boxes, queries.initial_boxes[None]])
+        # How much a query matters: the IoU of its box where it is matched, else the teacher's confidence.
+        factor = self._precise(stages.queries.logits[-1].detach()).amax(-1).sigmoid()  # [B, Q]
+        factor[:, noised:] *= outside[0]
+        factor[:, :noised] *= outside[1]
+        factor = factor.repeat(students, 1, 1)
+        shared = slice(pairs.shared)
+        matched = ious[:students, : pairs.union] * inside[0], ious[:students, pairs.union : pairs.shared] * inside[1]
+        factor[:, pairs.image[0, shared], pairs.query[0, shared]] = torch.cat(matched, dim=1).to(factor.dtype)
+
+        divergence = losses.edge_divergence(self._precise(edge_logits), weights.ddf_temperature)  # [L - 1, B, Q]
+        per_query = divergence * factor
+        return per_query[:, :, noised:].sum((1, 2)), per_query[:, :, :noised].sum((1, 2))
 
     def _precise(self, x: Tensor) -> Tensor:
         return x.float() if self.config.numerics == "float32" else x
@@ -210,21 +283,26 @@ def count(boxes: int, pairs: int, device: torch.device, micro_batches: float = 1
     Args:
         micro_batches: number per worker; a fraction where workers have different numbers.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Normalizers(*(torch.full((), max(1.0, n / micro_batches), device=device) for n in (boxes, pairs)))
     counts = torch.cat([torch.full((1,), n, dtype=torch.float32, device=device) for n in (boxes, pairs)])
-    shared = micro_batches
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
-        shared *= dist.get_world_size()
-    counts /= shared
-    counts = counts.clamp(min=1)
+    dist.all_reduce(counts)
+    counts = (counts / (micro_batches * dist.get_world_size())).clamp(min=1)
     return Normalizers(boxes=counts[0], pairs=counts[1])
 
 
-def _balance(queries: QueryPredictions, union: Pairs) -> tuple[float, float]:
-    """Weights of matched and unmatched queries in DDF: the roots of how many there are."""
-    everyone = queries.initial_boxes.shape[0] * queries.initial_boxes.shape[1]
-    return math.sqrt(len(union)), math.sqrt(everyone - len(union))
+def _weighted(values: Tensor, weight: float) -> Tensor:
+    return values if weight == 1 else values * weight
 
 
-def _named(name: str, values: Tensor, suffixes: Sequence[str]) -> dict[str, Tensor]:
-    return {f"loss_{name}{suffix}": value for suffix, value in zip(suffixes, values.unbind(), strict=True)}
+def _named(names: Sequence[str], values: Tensor, suffixes: Sequence[str | None]) -> dict[str, Tensor]:
+    """Name values of several losses, laid end to end; stages without a suffix are left out.
+
+    A loss that comes last may have values for the first stages alone.
+    """
+    keys = [(name, suffix) for name in names for suffix in suffixes]
+    return {
+        f"loss_{name}{suffix}": value
+        for (name, suffix), value in zip(keys, values.unbind(), strict=False)
+        if suffix is not None
+    }

@@ -89,19 +89,23 @@ def matching_cost(class_groups: ClassGroups, boxes: Tensor, targets: Targets, co
         """Repeat [S, B, Q, 4] per target, [S, T, Q, 4], each coordinate in a plane of its own for fast elementwise work."""
         return x.movedim(-1, 0).index_select(2, targets.image).movedim(0, -1)
 
-    cost = torch.cat([_class_cost(logits, labels, targets.image, config) for logits, labels in class_groups])
+    # Probabilities of each box's class [S, T, Q]; indices on both sides of a slice put T first.
+    probability = torch.cat(
+        [logits[:, targets.image, :, labels].sigmoid().transpose(0, 1) for logits, labels in class_groups]
+    )
+    cost = _class_cost(probability, config)
     l1 = (of_own_image(boxes) - targets.boxes.unsqueeze(1)).abs().sum(-1)
     overlap = giou(of_own_image(cxcywh_to_xyxy(boxes)), targets.boxes_xyxy.unsqueeze(1))
-    cost = cost + config.match_bbox * l1 - config.match_giou * overlap
-    return cost.nan_to_num(nan=1.0)
+    cost = torch.add(cost, l1, alpha=config.match_bbox).sub_(overlap, alpha=config.match_giou)
+    return cost.nan_to_num_(nan=1.0)
 
 
-def _class_cost(logits: Tensor, labels: Tensor, image: Tensor, config: LossConfig) -> Tensor:
-    """Focal cost of calling a query by a box's class: logits [S, B, Q, C] to [S, T, Q]."""
-    p = logits[:, image, :, labels].sigmoid().transpose(0, 1)  # indices on both sides of a slice put T first
-    hit = config.match_alpha * (1 - p) ** config.match_gamma * -(p + 1e-8).log()
-    miss = (1 - config.match_alpha) * p**config.match_gamma * -(1 - p + 1e-8).log()
-    return config.match_class * (hit - miss)
+def _class_cost(p: Tensor, config: LossConfig) -> Tensor:
+    """Focal cost of calling a query by a box's class, from the probability of that class."""
+    q = 1 - p
+    hit = (p + 1e-8).log() * q**config.match_gamma * (-config.match_class * config.match_alpha)
+    miss = (q + 1e-8).log() * p**config.match_gamma * (-config.match_class * (1 - config.match_alpha))
+    return hit - miss
 
 
 def solve(cost: NDArray[np.floating], counts: Sequence[int]) -> Indices:

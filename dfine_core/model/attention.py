@@ -77,7 +77,9 @@ class DeformableAttention(nn.Module):
         reach = self.num_points_scale.to(query.dtype).unsqueeze(-1) * reference_boxes[:, :, None, None, 2:] * 0.5
         locations = reference_boxes[:, :, None, None, :2] + offsets * reach  # [B, Q, heads, P, 2]
         locations = locations.transpose(1, 2).flatten(0, 1)  # [B * heads, Q, P, 2]
-        sample = _nearest if self.sampling == "discrete" else _bilinear
+        sample = _nearest
+        if self.sampling != "discrete":
+            sample, locations = _bilinear, (2 * locations - 1).to(levels[0].dtype)
         samples = torch.cat(
             [
                 sample(level, points)
@@ -91,14 +93,12 @@ class DeformableAttention(nn.Module):
 
 
 def _bilinear(level: Tensor, locations: Tensor) -> Tensor:
-    """Samples at locations [b, Q, P, 2] in [0, 1], zero outside the map: [b, d, Q, P]."""
-    return F.grid_sample(
-        level, (2 * locations - 1).to(level.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
-    )
+    """Samples at locations [b, Q, P, 2] in [-1, 1], zero outside the map: [b, d, Q, P]."""
+    return F.grid_sample(level, locations, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _nearest(level: Tensor, locations: Tensor) -> Tensor:
-    """Samples by the released "discrete" rule, which lies half a cell beside the bilinear one: [b, d, Q, P]."""
+    """Samples at locations in [0, 1] by the released "discrete" rule, half a cell beside the bilinear one: [b, d, Q, P]."""
     height, width = level.shape[-2:]
     column = (locations[..., 0] * width + 0.5).long().clamp(0, width - 1)
     row = (locations[..., 1] * height + 0.5).long().clamp(0, height - 1)

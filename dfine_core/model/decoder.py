@@ -24,7 +24,16 @@ from dfine_core.boxes import inverse_sigmoid
 from dfine_core.config import ModelConfig
 from dfine_core.model import distribution
 from dfine_core.model.attention import DeformableAttention, split_levels
-from dfine_core.model.layers import MLP, ConvNorm, SelfAttention, bias_for_prior
+from dfine_core.model.layers import (
+    MLP,
+    ConvNorm,
+    SelfAttention,
+    TableCache,
+    additive_mask,
+    bias_for_prior,
+    mlps_side_by_side,
+    side_by_side,
+)
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions
 
 LQE_TOP = 4  # largest probabilities per edge, the quality estimator's input
@@ -64,7 +73,7 @@ class DecoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor], allowed: Tensor | None
+        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor], mask: Tensor | None
     ) -> Tensor:
         """Return the refined content [B, Q, D].
 
@@ -73,9 +82,9 @@ class DecoderLayer(nn.Module):
             position: [B, Q, D].
             reference_boxes: [B, Q, 4] cxcywh.
             levels: see `split_levels`.
-            allowed: [Q, Q] bool, True = may attend.
+            mask: [Q, Q] added to the attention's logits.
         """
-        x = self.norm1(x + self.self_attn(x, position, allowed))
+        x = self.norm1(x + self.self_attn(x, position, mask))
         x = self.gateway(x, self.cross_attn(x + position, reference_boxes, levels))
         y = x + self.linear2(F.relu(self.linear1(x)))
         return self.norm3(y.clamp(-FFN_LIMIT, FFN_LIMIT))
@@ -89,11 +98,15 @@ class QualityEstimator(nn.Module):
         self.reg_conf = MLP([4 * (LQE_TOP + 1), 64, 1])
         self.reg_conf.zero_last()
 
-    def forward(self, edge_logits: Tensor) -> Tensor:
-        """Return a correction of all class logits [..., 1] from edge logits [..., 4, N]."""
-        top = edge_logits.softmax(-1).topk(LQE_TOP, dim=-1).values
-        statistics = torch.cat([top, top.mean(-1, keepdim=True)], dim=-1)
-        return self.reg_conf(statistics.flatten(-2))
+    def forward(self, probabilities: Tensor) -> Tensor:
+        """Return a correction of all class logits [..., 1] from edge distributions [..., 4, N]."""
+        return self.reg_conf(edge_statistics(probabilities))
+
+
+def edge_statistics(probabilities: Tensor) -> Tensor:
+    """Largest probabilities of every edge and their mean, [..., 4, N] to [..., 4 * (LQE_TOP + 1)]."""
+    top = probabilities.topk(LQE_TOP, dim=-1).values
+    return torch.cat([top, top.mean(-1, keepdim=True)], dim=-1).flatten(-2)
 
 
 class DecoderStack(nn.Module):
@@ -136,6 +149,7 @@ class Decoder(nn.Module):
         self.reg_scale = nn.Parameter(torch.tensor([config.reg_scale]), requires_grad=False)
         bins = distribution.weighting_function(config.reg_max, config.up, config.reg_scale)
         self.register_buffer("bins", bins, persistent=False)
+        self._tables = TableCache()
 
         projections = [
             nn.Identity() if config.encoder_dim == dim else _projection(config.encoder_dim, dim)
@@ -202,12 +216,15 @@ class Decoder(nn.Module):
             denoising_queries=denoising,
             encoder_logits=encoder_logits,
             encoder_boxes=encoder_boxes,
+            joined=None if denoising is None else predictions,
         )
 
     def _select_queries(self, memory: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Select the best tokens as queries: content [B, Q, D], reference logits [B, Q, 4], class logits [B, Q, C or 1]."""
-        anchor_logits, valid = anchors(shapes, memory.device)
-        encoded = self.enc_output(memory * valid.to(memory.dtype))
+        anchor_logits, usable = self._tables.get(
+            (tuple(shapes), memory.device, memory.dtype), lambda: _anchor_tables(shapes, memory)
+        )
+        encoded = self.enc_output(memory * usable)
         logits = self.enc_score_head(encoded)
         queries = self.config.num_queries
         if self.config.query_selection == "one2many":
@@ -234,49 +251,64 @@ class Decoder(nn.Module):
     ) -> QueryPredictions:
         """Run the layers; without `every_layer` only the last one is scored and kept."""
         config = self.config
-        previous = torch.zeros_like(x)  # content of the layer before, detached
+        last = config.num_layers - 1
+        previous: Tensor | None = None  # content of the layer before, detached
         edge_logits: Tensor | None = None
         reference = reference_logits.sigmoid()
-        class_logits, scores, boxes, edges = [], [], [], []
+        kept: list[int] = []  # layers
+        contents, boxes, edges, distributions = [], [], [], []
+        mask = None if allowed is None else additive_mask(allowed, x)
 
         for index, layer in enumerate(self.decoder.layers):
-            kept = every_layer or index == config.num_layers - 1
-            position = self.query_pos_head(reference.to(x.dtype)).clamp(-10, 10)
-            x = layer(x, position, reference.to(x.dtype), levels, allowed)
+            near = reference.to(x.dtype)
+            position = self.query_pos_head(near).clamp(-10, 10)
+            x = layer(x, position, near, levels, mask)
             if index == 0:
                 initial_boxes = (self.pre_bbox_head(x).float() + inverse_sigmoid(reference)).sigmoid()
                 reference = initial_boxes.detach()
-            step = self.dec_bbox_head[index](x + previous)
+            step = self.dec_bbox_head[index](x if previous is None else x + previous)
             if config.regression == "fdr":
                 step = step.unflatten(-1, (4, config.num_bins))
                 step = step.float() if config.numerics == "float32" else step
                 edge_logits = step if edge_logits is None else step + edge_logits
-                moved = self._decode(edge_logits, initial_boxes.detach())
+                probabilities = edge_logits.softmax(-1)
+                moved = self._decode(probabilities, edge_logits.dtype, initial_boxes.detach())
             else:
                 moved = (step.float() + inverse_sigmoid(reference)).sigmoid()
-            if kept:
-                class_logits.append(self.dec_score_head[index](x))
+            if every_layer or index == last:
+                kept.append(index)
+                contents.append(x)
                 boxes.append(moved)
-                if edge_logits is None:
-                    scores.append(class_logits[-1])
-                else:
-                    scores.append(class_logits[-1] + self.decoder.lqe_layers[index](edge_logits))
+                if edge_logits is not None:
                     edges.append(edge_logits)
+                    distributions.append(probabilities)
             reference, previous = moved.detach(), x.detach()
 
+        class_logits, scores = self._score(kept, contents, distributions)
         return QueryPredictions(
-            logits=torch.stack(scores),
+            logits=scores,
             boxes=torch.stack(boxes),
             edge_logits=torch.stack(edges) if edges else None,
             initial_logits=class_logits[0],
             initial_boxes=initial_boxes,
         )
 
-    def _decode(self, edge_logits: Tensor, initial_boxes: Tensor) -> Tensor:
+    def _score(self, layers: list[int], contents: list[Tensor], distributions: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits of layers, and the same corrected by the quality of their distributions: [L, B, Q, C] each."""
+        heads = [cast(nn.Linear, self.dec_score_head[index]) for index in layers]
+        shape = contents[0].shape[:2]
+        logits = side_by_side(heads, torch.stack(contents).flatten(1, 2)).unflatten(1, shape)
+        if not distributions:
+            return logits, logits
+        estimators = [cast(QualityEstimator, self.decoder.lqe_layers[index]).reg_conf for index in layers]
+        statistics = edge_statistics(torch.stack(distributions)).flatten(1, 2)
+        return logits, logits + mlps_side_by_side(estimators, statistics).unflatten(1, shape)
+
+    def _decode(self, probabilities: Tensor, dtype: torch.dtype, initial_boxes: Tensor) -> Tensor:
         """Decode edge distributions [B, Q, 4, N] to boxes [B, Q, 4]; outside autocast unless `numerics` is "released"."""
-        full_precision = torch.autocast(edge_logits.device.type, enabled=False)
+        full_precision = torch.autocast(probabilities.device.type, enabled=False)
         with full_precision if self.config.numerics == "float32" else nullcontext():
-            offsets = distribution.integral(edge_logits, self.bins)
+            offsets = probabilities @ self.bins.to(dtype)
         return distribution.decode_boxes(initial_boxes, offsets.float(), self.config.reg_scale)
 
     def deploy(self) -> None:
@@ -305,6 +337,11 @@ def anchors(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Te
     boxes = torch.cat(per_level, dim=1)
     valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
     return torch.where(valid, torch.log(boxes / (1 - boxes)), torch.inf), valid
+
+
+def _anchor_tables(shapes: Sequence[tuple[int, int]], memory: Tensor) -> tuple[Tensor, Tensor]:
+    anchor_logits, valid = anchors(shapes, memory.device)
+    return anchor_logits, valid.to(memory.dtype)
 
 
 def _projection(in_channels: int, out_channels: int) -> ConvNorm:

@@ -58,8 +58,8 @@ def decode_boxes(initial_boxes: Tensor, offsets: Tensor, reg_scale: float) -> Te
         [..., 4] cxcywh. Widths can be negative: nothing keeps the left edge left of the right one.
     """
     centre, size = initial_boxes[..., :2], initial_boxes[..., 2:]
-    low = centre - (reg_scale / 2 + offsets[..., :2]) * size / reg_scale
-    high = centre + (reg_scale / 2 + offsets[..., 2:]) * size / reg_scale
+    reach = (reg_scale / 2 + offsets).unflatten(-1, (2, 2)) * size.unsqueeze(-2) / reg_scale
+    low, high = centre - reach[..., 0, :], centre + reach[..., 1, :]
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 

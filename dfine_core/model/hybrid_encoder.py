@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from dfine_core.config import ModelConfig
-from dfine_core.model.layers import ConvNorm, SelfAttention
+from dfine_core.model.layers import ConvNorm, SelfAttention, TableCache
 
 
 class RepVGGBlock(nn.Module):
@@ -141,6 +141,7 @@ class HybridEncoder(nn.Module):
         blocks = round(3 * config.depth)
         self.temperature = config.positional_temperature
         self.positional_order = config.positional_table
+        self._tables = TableCache()
         self.input_proj = nn.ModuleList(ConvNorm(channels, dim, 1) for channels in in_channels)
         self.encoder = nn.ModuleList(
             [TransformerEncoder(TransformerEncoderLayer(dim, config.encoder_heads, config.encoder_ffn_dim))]
@@ -176,7 +177,12 @@ class HybridEncoder(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         tokens = x.flatten(2).transpose(1, 2)
-        position = positional_table(height, width, x.shape[1], self.temperature, self.positional_order, x.device)
+        position = self._tables.get(
+            (height, width, x.device, tokens.dtype),
+            lambda: positional_table(height, width, x.shape[1], self.temperature, self.positional_order, x.device).to(
+                tokens.dtype
+            ),
+        )
         for encoder in self.encoder:
-            tokens = encoder(tokens, position.to(tokens.dtype))
+            tokens = encoder(tokens, position)
         return tokens.transpose(1, 2).unflatten(-1, (height, width)).contiguous()

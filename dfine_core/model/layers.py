@@ -1,14 +1,17 @@
 """Small blocks shared by several parts of the network. Attribute names follow the released state dict."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+
+T = TypeVar("T")
+MAX_TABLES = 32  # more sizes than multi-scale training has
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -106,15 +109,66 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Attend among tokens [B, T, D]; position may broadcast; allowed: [T, T] bool, True = may attend."""
+    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend among tokens [B, T, D]; position may broadcast; mask: [T, T] from `additive_mask`."""
         dim = x.shape[-1]
         query_key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
         query, key = query_key.chunk(2, dim=-1)
         value = F.linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(-2))
+
+
+def additive_mask(allowed: Tensor, x: Tensor) -> Tensor:
+    """Mask [T, T] to add to attention logits, 0 where `allowed` and else -inf, in the precision in which tokens x attend."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.zeros(allowed.shape, dtype=dtype, device=x.device).masked_fill_(~allowed, -math.inf)
+
+
+def side_by_side(linears: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """Apply a linear layer of its own to each of L inputs at once, [L, R, D] to [L, R, E]: as many launches as for one."""
+    if len(linears) == 1:
+        return linears[0](x)
+    weights = torch.stack([linear.weight for linear in linears])
+    biases = torch.stack([linear.bias for linear in linears])
+    return torch.baddbmm(biases.unsqueeze(1), x, weights.transpose(1, 2))
+
+
+def mlps_side_by_side(mlps: Sequence[MLP], x: Tensor) -> Tensor:
+    """Apply an MLP of its own to each of L inputs at once, [L, R, D] to [L, R, E]."""
+    *inner, last = zip(*(cast(Iterable[nn.Linear], mlp.layers) for mlp in mlps), strict=True)
+    for linears in inner:
+        x = F.relu(side_by_side(linears, x))
+    return side_by_side(last, x)
+
+
+class TableCache:
+    """Tensors that follow from map sizes alone, kept for the sizes that were seen: they are many small launches to make.
+
+    Nothing is kept while a graph is captured or exported, whose sizes are symbols.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` has returned for this key."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._tables:
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            with torch.inference_mode(False), torch.no_grad():  # a table made for inference could not be trained with
+                self._tables[key] = make()
+        return cast(T, self._tables[key])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TableCache":
+        return TableCache()
+
+    def __reduce__(self) -> tuple[type["TableCache"], tuple[()]]:
+        return TableCache, ()
 
 
 def bias_for_prior(probability: float = 0.01) -> float:

@@ -1,7 +1,7 @@
 """Weights in the precision of autocast, cast once a step: one launch for each part of the network instead of one a tensor.
 
-Autocast casts every weight where it is used, and its gradient on the way back: 500 to 1,000 launches a step. Here a part's weights are
-cast together before it runs, so autocast finds nothing left to do; values and gradients are the same to the bit.
+Autocast casts every weight where it is used, and its gradient on the way back: 500 to 1,000 launches a step. Here a part's
+weights are cast together before it runs, so autocast finds nothing left to do; values and gradients are equal to the bit.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dfine_core import Detector, DetectorOutput
 from dfine_core.model.hgnetv2 import LearnableAffine
 from dfine_core.model.layers import SelfAttention
 
-# Modules whose weights autocast, or their own code, casts to the dtype of their input. Not norms and embeddings, which stay in float32.
+# Modules whose weights autocast, or their own code, casts to the dtype of their input; norms and embeddings stay in float32.
 CAST_MODULES = (nn.Conv2d, nn.Linear, SelfAttention, LearnableAffine)
 
 Slot = tuple[nn.Module, str]  # module and name of one of its parameters
@@ -72,9 +72,12 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*tensors)
         casts = [torch.empty_like(t, dtype=dtype) for t in tensors]
         torch._foreach_copy_(casts, tensors)
+        # Else gradients of frozen weights would be computed.
+        ctx.mark_non_differentiable(*(c for c, t in zip(casts, tensors, strict=True) if not t.requires_grad))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
         return tuple(casts)
 
     @staticmethod
@@ -83,6 +86,8 @@ class _Cast(torch.autograd.Function):
             None if gradient is None else torch.empty_like(tensor)
             for tensor, gradient in zip(ctx.saved_tensors, gradients, strict=True)
         ]
-        pairs = [(w, g) for w, g in zip(wide, gradients, strict=True) if w is not None]
-        torch._foreach_copy_([w for w, _ in pairs], [g for _, g in pairs])
+        found = [(w, g) for w, g in zip(wide, gradients, strict=True) if w is not None and g is not None]
+        if found:
+            into, gradients_found = zip(*found, strict=True)
+            torch._foreach_copy_(into, gradients_found)
         return None, *wide

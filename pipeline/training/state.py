@@ -34,7 +34,9 @@ class TrainState:
     """State of a run on one worker. Tensors live on `device`; a checkpoint holds all that is not derived from the config."""
 
     detector: Detector  # its parameters are the optimiser's
-    model: nn.Module  # the module to call: the detector, or around it CastDetector, and DistributedDataParallel around that
+    model: (
+        nn.Module
+    )  # what to call: the detector, where it applies in a CastDetector, and that in DistributedDataParallel
     criterion: Criterion
     optimizer: torch.optim.AdamW  # fused
     ema: ExponentialMovingAverage  # evaluated and shipped

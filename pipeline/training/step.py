@@ -8,7 +8,7 @@ A step never waits for the device, except in matching (`dfine_core.loss.matching
 which gates the optimiser, the EMA and the running statistics; the host reads the flag one step later.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -90,7 +90,7 @@ def train_step(
     # Forward and backward; gradients are exchanged in the last micro-batch alone.
     state.optimizer.zero_grad(set_to_none=True)
     names: tuple[str, ...] = ()
-    summed: Tensor | None = None
+    summed = torch.zeros((), device=state.device)
     for number, micro_batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with nullcontext() if last else _without_exchange(state.model):
@@ -99,7 +99,7 @@ def train_step(
             loss = values.sum()
             (loss * state.loss_scale.scale if state.loss_scale.enabled else loss).backward()
         state.statistics.accumulate()
-        summed = values.detach() if summed is None else summed + values.detach()
+        summed = summed + values.detach()
 
     return _update(state, names, summed, share, decide())
 
@@ -115,10 +115,11 @@ def _match_ahead(
     if share == 1:
         return [None], None
     found = []
+    detect = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
     with torch.no_grad():
         for micro_batch in micro_batches:
             with state.autocast():
-                output = state.detector(micro_batch.images, micro_batch.targets, micro_batch.denoising or False)
+                output = detect(micro_batch.images, micro_batch.targets, micro_batch.denoising or False)
             found.append(state.criterion.match(output, micro_batch.targets))
             state.statistics.reset()
     boxes, pairs = sum(m.targets.total for m in micro_batches), sum(len(matches.union) for matches in found)
@@ -139,9 +140,7 @@ def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def _update(
-    state: TrainState, names: tuple[str, ...], terms: Tensor, share: float, directive: int
-) -> StepResult:
+def _update(state: TrainState, names: tuple[str, ...], terms: Tensor, share: float, directive: int) -> StepResult:
     """Unscale, check, clip, step and average; or leave everything as it was."""
     if state.loss_scale.enabled:
         gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -304,7 +304,8 @@ def test_a_meter_gives_means_of_finite_steps_and_starts_anew() -> None:
     meter = MetricMeter()
     for value, finite in ((1.0, True), (torch.nan, False), (3.0, True)):
         result = StepResult(
-            {"loss_vfl": torch.tensor(value)},
+            ("loss_vfl",),
+            torch.tensor([value]),
             torch.tensor(value),
             torch.tensor(2.0),
             torch.tensor(finite),
@@ -335,9 +336,8 @@ def test_reports_are_thinned_in_mlflow(data: dict[str, str], tmp_path: Path, age
     terms = ("loss_vfl", "loss_vfl_aux_0", "loss_vfl_enc_0", "loss_bbox_dn_2", "loss_bbox_pre")
     one = torch.tensor(1.0)
     for step in range(1, 25):
-        log.step(
-            StepResult(dict.fromkeys(terms, one), one, one, torch.tensor(True), directive=one), waited_s=0.0, step=step
-        )
+        result = StepResult(terms, torch.ones(len(terms)), one, one, torch.tensor(True), directive=one)
+        log.step(result, waited_s=0.0, step=step)
         state.step = step
         log.report(state)
 
@@ -363,7 +363,7 @@ def test_the_first_step_shows_its_loss_and_later_ones_a_mean_without_an_end_of_t
     def step(number: int, loss: float) -> None:
         value = torch.tensor(loss)
         log.step(
-            StepResult({"loss_vfl": value}, value, value, torch.tensor(True), directive=value),
+            StepResult(("loss_vfl",), value.unsqueeze(0), value, value, torch.tensor(True), directive=value),
             waited_s=0.0,
             step=number,
         )

@@ -1,0 +1,29 @@
+"""Launches of a training step: few, and no change adds any by accident."""
+
+import pytest
+
+from benchmarks.launches import CASTS, count_step, training_state
+from tests.support.processes import one_thread
+
+# Of `python -m benchmarks.launches`; a change that adds more than a twentieth says why.
+LAUNCHES = {"n": 1918, "s": 2076, "l": 2835, "x": 3147}
+CAST = {"n": 63, "s": 75, "l": 132, "x": 132}  # of these, the casts
+SLACK = 1.05
+
+
+@pytest.mark.parametrize("variant", ["n", *(pytest.param(v, marks=pytest.mark.slow) for v in "slx")])
+def test_a_step_launches_no_more_than_it_did(variant: str) -> None:
+    with one_thread():
+        counter = count_step(training_state(variant, "bf16"))
+    assert counter.total <= LAUNCHES[variant] * SLACK, dict(counter.launches)
+    assert sum(counter.by_name[name] for name in CASTS) <= CAST[variant] * SLACK
+
+
+def test_a_launch_too_many_is_counted() -> None:
+    state = training_state("n", "bf16")
+    with one_thread():
+        before = count_step(state)
+        for module in state.detector.modules():
+            module.register_forward_hook(lambda *args: args[2] if not hasattr(args[2], "mul") else args[2].mul(1))
+        after = count_step(state)
+    assert after.total > before.total * SLACK
