@@ -3,10 +3,12 @@
 S3 reads the usual environment variables; AWS_ENDPOINT_URL selects a server other than Amazon's.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -87,6 +89,14 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     filesystem, path = resolve(uri)
     with filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
+
+
+def read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a whole file of this machine. A pipe or a device, which may never end, is an OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return file.read()
 
 
 def sha256(uri: str | os.PathLike[str]) -> str:

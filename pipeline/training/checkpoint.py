@@ -34,6 +34,7 @@ from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
 from pipeline.open_detector import STORED
+from pipeline.text_files import load_yaml, text_of
 from pipeline.training.stage_two import EvaluationHistory
 from pipeline.training.state import TrainState
 
@@ -224,8 +225,8 @@ def read_experiment(uri: str) -> dict[str, Any]:
     """
     path = storage.join(uri, EXPERIMENT)
     try:
-        content = yaml.safe_load(storage.read_bytes(path))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        content = load_yaml(text_of(storage.read_bytes(path)))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: cannot be read: it holds no keys with values")

@@ -91,7 +91,11 @@ class AnnotationIndex:
         def rows() -> Iterator[tuple[object, ...]]:
             nonlocal entry
             for entry in entries:
-                yield (*entry, self._hash(entry.image_id))
+                if is_text(entry.uri) and is_text(entry.file_name):
+                    yield (*entry, self._hash(entry.image_id))
+                else:  # of a disk whose names are in another encoding
+                    detail = f"{as_text(entry.uri)} is not UTF-8; rename the file"
+                    self.reject(Rejection(entry.image_id, entry.file_name, "image", "unusable file name", detail))
 
         try:
             self._db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows())
@@ -107,11 +111,12 @@ class AnnotationIndex:
 
     def reject(self, rejection: Rejection) -> None:
         """Record an image or a box that cannot be used."""
-        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", rejection)
+        texts = (as_text(value) if isinstance(value, str) else value for value in rejection)
+        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", tuple(texts))
 
     def notice(self, code: str, example: str, count: int = 1) -> None:
         """Count something that a person should know; the first case of a kind is its example."""
-        before, first = (known.count, known.example) if (known := self._notices.get(code)) else (0, example)
+        before, first = (known.count, known.example) if (known := self._notices.get(code)) else (0, as_text(example))
         self._notices[code] = Notice(code=code, count=before + count, example=first)
 
     @property
@@ -159,8 +164,26 @@ class AnnotationIndex:
             AND image_id NOT IN (SELECT image_id FROM rejected WHERE kind = 'image' AND image_id NOT NULL)
             """
         )
+        if "file-names-read" in self._notices:
+            self._reject_ambiguous_names()
         self._refuse_fractions()
         return int(self._db.execute("SELECT COUNT(*) FROM images").fetchone()[0])
+
+    def _reject_ambiguous_names(self) -> None:
+        """Reject images whose different names were read as one file: the boxes of one may not lie on another."""
+        several = "SELECT uri FROM images GROUP BY uri HAVING COUNT(DISTINCT file_name) > 1"
+        ambiguous = f"uri IN ({several}) AND substr(uri, -length(file_name) - 1) <> '/' || file_name"
+        self._db.execute("CREATE TEMP TABLE ambiguous (image_id INTEGER PRIMARY KEY, uri, file_name)")
+        self._db.execute(f"INSERT INTO ambiguous SELECT image_id, uri, file_name FROM images WHERE {ambiguous}")
+        self._db.execute(
+            """
+            INSERT INTO rejected
+            SELECT image_id, file_name, 'image', 'unusable file name', 'another image is read as ' || uri || ', too'
+            FROM ambiguous
+            """
+        )
+        for table in ("boxes", "images"):
+            self._db.execute(f"DELETE FROM {table} WHERE image_id IN (SELECT image_id FROM ambiguous)")
 
     def _refuse_fractions(self) -> None:
         """Find boxes that are fractions of their image, where its size says that boxes are pixels."""
@@ -216,6 +239,20 @@ class AnnotationIndex:
     def _hash(self, image_id: int) -> int:
         digest = hashlib.blake2b(image_id.to_bytes(8, "little", signed=True), digest_size=8, key=self._hash_key)
         return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def is_text(name: str) -> bool:
+    """False for a name of a disk that is not UTF-8, which Python shows by half surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_text(name: str) -> str:
+    """The name with the bytes that are not UTF-8 as escapes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace") if not is_text(name) else name
 
 
 @dataclass(frozen=True)
