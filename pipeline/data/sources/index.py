@@ -131,7 +131,8 @@ class AnnotationIndex:
 
     def keep_images(self, ids: Iterable[int]) -> None:
         """Remove all other images, with their boxes and what was rejected of them."""
-        self._db.execute("CREATE TEMP TABLE kept (image_id INTEGER PRIMARY KEY)")
+        self._db.execute("CREATE TEMP TABLE IF NOT EXISTS kept (image_id INTEGER PRIMARY KEY)")
+        self._db.execute("DELETE FROM kept")
         self._db.executemany("INSERT INTO kept VALUES (?)", ((number,) for number in ids))
         others = "image_id IN (SELECT image_id FROM images WHERE image_id NOT IN (SELECT image_id FROM kept))"
         for table in ("boxes", "rejected", "images"):
