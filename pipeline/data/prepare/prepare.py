@@ -170,7 +170,7 @@ def _write_shards(out: str, plan: WorkPlan) -> list[Receipt]:
     receipts = _kept_receipts(out, plan)
     task = _task(write_shard)
     running = {
-        task.remote(out, index, plan.options, len(plan.categories), first=plan.first_shard): index
+        task.remote(out, index, plan.options, len(plan.categories), first_shard=plan.first_shard): index
         for index in _numbers(plan)
         if index not in receipts
     }
