@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
-from pipeline.errors import UserError
+from pipeline.errors import DISK_FAULTS, UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 HASH_BLOCK = 4 << 20  # bytes
@@ -161,17 +161,31 @@ def open_atomic(uri: str | os.PathLike[str], *, durable: bool = True) -> Iterato
                 shutil.copyfileobj(spool, stream, length=8 << 20)
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with named_in_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            if durable:
-                os.fsync(stream.fileno())
-        temporary.replace(target)
+        with named_in_errors(path):
+            with temporary.open("wb") as stream:
+                yield stream
+                stream.flush()
+                if durable:
+                    os.fsync(stream.fileno())
+            temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
+
+
+@contextmanager
+def named_in_errors(path: str) -> Iterator[None]:
+    """Give an OSError from writing a file its path: that of a full disk has none, others name a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FAULTS and (error.filename is None or str(error.filename).endswith(TEMPORARY_SUFFIX)):
+            raise OSError(error.errno, error.strerror or os.strerror(error.errno or 0), path) from error
+        raise
 
 
 def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
