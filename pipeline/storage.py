@@ -5,6 +5,7 @@ S3 reads the usual environment variables; AWS_ENDPOINT_URL selects a server othe
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -165,16 +166,30 @@ def open_atomic(uri: str | os.PathLike[str], *, durable: bool = True) -> Iterato
         target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
-        with named_in_errors(path):
-            with temporary.open("wb") as stream:
-                yield stream
+        with io.BufferedWriter(_NamedFile(temporary, path)) as stream:
+            yield stream
+            with named_in_errors(path):
                 stream.flush()
                 if durable:
                     os.fsync(stream.fileno())
+        with named_in_errors(path):
             temporary.replace(target)
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+class _NamedFile(io.FileIO):
+    """A new file for writing, whose errors name the path that it will have."""
+
+    def __init__(self, file: Path, path: str) -> None:
+        self._path = path
+        with named_in_errors(path):
+            super().__init__(file, "wb")
+
+    def write(self, data: Any, /) -> int:
+        with named_in_errors(self._path):
+            return super().write(data)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from pipeline.data.prepare.work_plan import (
 from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, ShardSet, load_shards, merge_notices
 from pipeline.data.shards.records import Rejection
 from pipeline.data.shards.set_statistics import add_up
-from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry
+from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, temporary_files_named
 from pipeline.progress import Progress
 
 SAMPLE_IMAGES = 128  # read to estimate the size of a row
@@ -126,7 +126,7 @@ def _refuse_another(
 
 def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOptions) -> WorkPlan:
     """Write the work list, then the plan."""
-    with closing(AnnotationIndex(seed=options.seed, shuffle=options.shuffle)) as index:
+    with temporary_files_named(), closing(AnnotationIndex(seed=options.seed, shuffle=options.shuffle)) as index:
         categories = source.fill(index)
         images = index.finish()
         if images == 0:

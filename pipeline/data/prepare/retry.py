@@ -23,7 +23,7 @@ from pipeline.data.prepare.work_plan import (
     write_work_list,
 )
 from pipeline.data.shards.manifest import ShardSet
-from pipeline.data.sources.index import AnnotationIndex, DatasetSource
+from pipeline.data.sources.index import AnnotationIndex, DatasetSource, temporary_files_named
 from pipeline.wording import plural
 
 
@@ -57,7 +57,7 @@ def plan_retry(shards: ShardSet, source: DatasetSource, options: PrepareOptions)
         advice = "delete the folders of both parts to try rejected images again"
         return Retry(None, f"{kept}; {advice}, because the parts follow from all images")
 
-    with closing(AnnotationIndex(seed=options.seed, shuffle=options.shuffle)) as index:
+    with temporary_files_named(), closing(AnnotationIndex(seed=options.seed, shuffle=options.shuffle)) as index:
         categories = source.fill(index)
         index.finish()
         if categories != manifest.categories:

@@ -6,8 +6,10 @@ for half a million, one and two million annotations, half of it imported librari
 """
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -52,6 +54,21 @@ class BoxEntry(NamedTuple):
     area: float
     crowd: bool
     annotation_id: int | str | None = None
+
+
+@contextmanager
+def temporary_files_named() -> Iterator[None]:
+    """Turn a fault of the disk for temporary files, as SQLite reports it, into a SourceError with the way out."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        # SQLite's own order; Python's `tempfile` passes a full disk over.
+        places = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/tmp")
+        folder = next((place for place in places if place and os.access(place, os.W_OK)), ".")
+        raise SourceError(
+            f"{folder}: the index of the annotations cannot be written: {error};"
+            " free space there, or set TMPDIR to another folder"
+        ) from None
 
 
 class AnnotationIndex:
