@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.data.prepare.prepare import write_work_list
 from pipeline.data.prepare.shard_writer import WORK_LIST, PrepareOptions, write_shard
+from pipeline.data.prepare.work_plan import write_work_list
 from pipeline.data.sources.coco import coco_source
 from pipeline.data.sources.index import AnnotationIndex
 from pipeline.data.sources.synthetic import CLASSES, synthetic_image, synthetic_scene

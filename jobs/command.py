@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jobs import recipes
-from pipeline.errors import UserError, in_one_line
+from pipeline.errors import DISK_FAULTS, UserError, in_one_line, os_error_text
 from pipeline.mlflow_access import is_mlflow_uri
 from pipeline.pretrained import is_published, weights_location
 from pipeline.ray_job import absolute_location
@@ -187,8 +187,8 @@ def _cause(error: BaseException) -> BaseException:
 def _message(error: BaseException) -> str:
     if _is_validation_error(error):
         return in_one_line(error)  # type: ignore[arg-type]  # a ValidationError, as just checked
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FAULTS):
+        return os_error_text(error)
     return str(error) or type(error).__name__
 
 

@@ -24,9 +24,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(parser(), argv)
     announce("compare", f"{' '.join(args.runs)}: reading the runs …")
     from pipeline import storage
+    from pipeline.output_folder import HTML, refuse_foreign_file
     from pipeline.tracking.run_facts import Runs
     from pipeline.tuning.analysis.compare_runs import compare, comparison_page, comparison_text, open_runs
 
+    refuse_foreign_file(args.html, "--html", HTML)
     comparison = compare(*open_runs(args.runs, args.noise, tracking=args.tracking, storage_uri=args.storage))
     print(comparison_text(comparison))
     if args.html:

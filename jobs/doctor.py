@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline import storage
     from pipeline.config import ConfigError
     from pipeline.data.shards.manifest import load_shards
+    from pipeline.output_folder import HTML, refuse_foreign_file
 
+    refuse_foreign_file(args.html, "--html", HTML)
     shard_sets = [load_shards(uri) for uri in args.manifests]
     if len({storage.absolute(shards.uri) for shards in shard_sets}) < len(shard_sets):
         raise ConfigError("a shard set is named twice; name each split once")

@@ -96,7 +96,7 @@ def _prepare_one(split: str, source: "DatasetSource", out: str, options: "Prepar
     from pipeline.data.shards.manifest import Notice, merge_notices
     from pipeline.wording import plural
 
-    shards = prepare(source, out, split=split, options=options, strict=strict)
+    shards = prepare(source, out, split=split, options=options, strict=strict, report=print)
     manifest, rejected = shards.manifest, read_rejected(shards)
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     images, boxes = plural(manifest.images, "image"), plural(manifest.boxes, "box")

@@ -1,7 +1,7 @@
 """Experiment and cluster files: YAML and overrides in, typed values out, every problem in one error."""
 
 import copy
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Cluster, Config, ConfigError, Experiment, key_prefix, plain_message, unknown_key
 from pipeline.redaction import redact_values
+from pipeline.text_files import load_yaml, text_of
 from pipeline.wording import plural
 
 C = TypeVar("C", bound=Config)
@@ -86,8 +87,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sign or not all(key.split(".")):
         raise ConfigError(f"--set {text}: write KEY=VALUE, as in schedule.epochs=12")
     try:
-        return key, yaml.load(value, Loader=_UniqueKeys)
-    except (yaml.YAMLError, ConfigError) as error:
+        return key, load_yaml(value, unique_keys=True)
+    except ValueError as error:
         raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
 
 
@@ -104,15 +105,6 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return dict(pairs)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise ConfigError(f"line {node.start_mark.line + 1}: {', '.join(sorted(twice))} is given twice")
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of keys with values; a key given twice is an error.
 
@@ -120,10 +112,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing or not such a file.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        content = load_yaml(text_of(Path(path).read_bytes()), unique_keys=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys with values, found {type(content).__name__}")

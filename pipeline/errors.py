@@ -27,6 +27,7 @@ Each class stands in the module that raises it. Most are also a ValueError or Ru
 raise them. `dfine_core.inference.LoadError` belongs to the core; `pipeline.open_detector` turns it into a ConfigError.
 """
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,23 @@ class UserError(Exception):
     """A mistake in what was asked for or a fault of its data, with a message that names the way out."""
 
     exit_code = 1  # the command ends with it
+
+
+# Faults of a disk that a person can mend: what is wrong, and the way out.
+DISK_FAULTS = {
+    errno.ENOSPC: "no space is left on its disk: free some, or choose another folder",
+    errno.EDQUOT: "the quota of this disk is used up: free some space, or choose another folder",
+    errno.EROFS: "its file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: choose another folder, or change its owner or mode",
+    errno.EPERM: "operation not permitted: choose another folder, or change its owner or attributes",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+}
+
+
+def os_error_text(error: OSError) -> str:
+    """Path and fault of a failed operation, with the way out where a person can mend it."""
+    fault = DISK_FAULTS.get(error.errno or 0) or (error.strerror or str(error) or type(error).__name__).lower()
+    return fault if error.filename is None else f"{error.filename!s}: {fault}"
 
 
 def in_one_line(error: "ValidationError") -> str:

@@ -6,6 +6,7 @@ from pipeline import storage
 from pipeline.config import ConfigError
 
 SHOWN = 3
+HTML = b"<!doctype html"  # begins every page that a command writes
 
 
 def refuse_foreign_folder(out: str, marker: str, holds: str) -> None:
@@ -25,6 +26,27 @@ def refuse_foreign_folder(out: str, marker: str, holds: str) -> None:
             f"{out} holds other files ({shown(others)}) and no {holds}, so nothing is written there:"
             " choose a new or an empty folder for --out"
         )
+
+
+def refuse_foreign_file(uri: str | None, flag: str, begins: bytes) -> None:
+    """Check that a file that a flag names is new, or of the kind that the command writes.
+
+    Args:
+        uri: None: the flag was not given.
+        begins: first characters of such a file, in lower case.
+
+    Raises:
+        ConfigError: it is another file, or a folder.
+    """
+    if uri is None or not storage.exists(uri):
+        return
+    try:
+        with storage.open_random(uri) as file:
+            start = bytes(file.read(256)).lstrip().lower()
+    except OSError:
+        raise ConfigError(f"{flag} {uri}: it is no file; name a file") from None
+    if not start.startswith(begins):
+        raise ConfigError(f"{flag} {uri} is a file of another kind, and would be replaced: name a new file")
 
 
 def shown(names: Iterable[str]) -> str:

@@ -3,10 +3,13 @@
 S3 reads the usual environment variables; AWS_ENDPOINT_URL selects a server other than Amazon's.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
-from pipeline.errors import UserError
+from pipeline.errors import DISK_FAULTS, UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 HASH_BLOCK = 4 << 20  # bytes
@@ -89,6 +92,14 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
         return bytes(stream.read())
 
 
+def read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a whole file of this machine. A pipe or a device, which may never end, is an OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return file.read()
+
+
 def sha256(uri: str | os.PathLike[str]) -> str:
     """SHA-256 of a file as it is stored, in hex; FileNotFoundError if it does not exist."""
     filesystem, path = resolve(uri)
@@ -151,17 +162,45 @@ def open_atomic(uri: str | os.PathLike[str], *, durable: bool = True) -> Iterato
                 shutil.copyfileobj(spool, stream, length=8 << 20)
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with named_in_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("wb") as stream:
+        with io.BufferedWriter(_NamedFile(temporary, path)) as stream:
             yield stream
-            stream.flush()
-            if durable:
-                os.fsync(stream.fileno())
-        temporary.replace(target)
+            with named_in_errors(path):
+                stream.flush()
+                if durable:
+                    os.fsync(stream.fileno())
+        with named_in_errors(path):
+            temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
+
+
+class _NamedFile(io.FileIO):
+    """A new file for writing, whose errors name the path that it will have."""
+
+    def __init__(self, file: Path, path: str) -> None:
+        self._path = path
+        with named_in_errors(path):
+            super().__init__(file, "wb")
+
+    def write(self, data: Any, /) -> int:
+        with named_in_errors(self._path):
+            return super().write(data)
+
+
+@contextmanager
+def named_in_errors(path: str) -> Iterator[None]:
+    """Give an OSError from writing a file its path: that of a full disk has none, others name a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FAULTS and (error.filename is None or str(error.filename).endswith(TEMPORARY_SUFFIX)):
+            raise OSError(error.errno, error.strerror or os.strerror(error.errno or 0), path) from error
+        raise
 
 
 def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:

@@ -23,6 +23,7 @@ from dfine_core.model.hgnetv2 import SIZES, HGNetv2
 from pipeline.config import ConfigError
 from pipeline.open_detector import open_detector
 from pipeline.pretrained import fetch, is_published
+from pipeline.storage import named_in_errors
 
 Layout = Literal["safetensors", "huggingface", "released"]
 FILE_ENDINGS = (".pth", ".pt", ".safetensors")
@@ -75,7 +76,8 @@ def convert(source: str, layout: Layout, out: Path) -> Path:
         raise ConfigError(f"{out}: the released layout is one file; give a path that ends in .pth")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        writers[layout]()
+        with named_in_errors(str(out)):
+            writers[layout]()
     except ValueError as error:
         raise ConfigError(f"{source} as {layout}: {error}") from None
     again = load(out, "cpu").detector.state_dict()

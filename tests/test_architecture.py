@@ -39,6 +39,7 @@ FOUNDATION = (
     "ray_cluster",
     "storage",
     "html_pages",
+    "text_files",
 )
 EMPTY = {"__init__", "data.__init__"}
 LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides the foundation and itself
@@ -99,7 +100,7 @@ ENTRANCES = {
     "pycocotools": ("pipeline/evaluation/coco_metrics.py",),
     "hotcoco": tuple(f"pipeline/evaluation/{name}.py" for name in ("analysis", "coco_metrics", "error_types")),
     "yaml": (
-        *("pipeline/config_files.py", "pipeline/data/sources/yolo.py", "pipeline/pretrained.py"),
+        *("pipeline/config_files.py", "pipeline/text_files.py", "pipeline/pretrained.py"),
         *(f"pipeline/training/{name}.py" for name in ("checkpoint", "dry_run", "run_log")),
     ),
     "ray": (

@@ -1,6 +1,7 @@
 """Mistakes of users, over all commands: each ends with an exit code and a message with the way out, never with a traceback."""
 
 import ast
+import errno
 import importlib
 import json
 import os
@@ -142,6 +143,8 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("doctor nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
     ("doctor train train/manifest.json", ("twice",), {}),
     ("doctor bad", ("bad/manifest.json", "not JSON"), {}),
+    ("doctor train --html notes.txt", ("--html", "notes.txt", "would be replaced", "name a new file"), {}),
+    ("doctor train --html photos", ("--html", "photos", "name a file"), {}),
     ("doctor train", ("MANIFEST", "$PWD/train"), JOB),
     # weights
     ("weights", ("list|fetch|verify|convert",), {}),
@@ -226,6 +229,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("compare a b --tracking mlruns", ("'mlruns'", "http://HOST:PORT"), {}),
     ("compare a b --tracking sqlite:///runs.db", ("sqlite", "$PWD/runs.db"), JOB),
     ("compare a b", ("storage", "$PWD/runs"), JOB),
+    ("compare a b --html notes.txt", ("--html", "notes.txt", "name a new file"), {}),
     ("replay nowhere", ("nowhere", "no saved step"), {}),
     ("replay brokenstep", ("brokenstep",), {}),
     ("replay detector --precision int8", ("--precision", "int8"), {}),
@@ -421,6 +425,9 @@ def test_a_mistake_that_a_worker_met_is_found_behind_rays_error() -> None:
     assert user_error_of(WorkerGroupError("workers failed", {0: TaskError.cause})) is TaskError.cause
     assert user_error_of(WorkerGroupError("workers failed", {0: RuntimeError("bug")})) is None
     assert user_error_of(RuntimeError("bug")) is None
+    full = OSError(errno.ENOSPC, "No space left on device", "/runs/a/checkpoints")
+    assert user_error_of(WorkerGroupError("workers failed", {0: full})) is full
+    assert user_error_of(WorkerGroupError("workers failed", {0: OSError(errno.ECONNRESET, "reset")})) is None
 
 
 # Overrides and paths

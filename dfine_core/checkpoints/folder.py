@@ -38,6 +38,7 @@ from dfine_core.checkpoints.transformers_layout import (
 from dfine_core.config import ModelConfig
 
 METADATA = "metadata.json"
+DIGEST = "digest"  # key of the metadata: SHA-256 of its other values, in canonical JSON
 DESCRIPTION = "detector.json"
 WEIGHTS = "model.safetensors"
 AVERAGED = "ema"  # tensor file of a checkpoint that is evaluated and shipped
@@ -110,10 +111,10 @@ def best_checkpoint(checkpoints: str, files: FileReader = ON_DISK) -> str | None
 
 
 def read_metadata(folder: str, files: FileReader = ON_DISK) -> dict[str, Any]:
-    """Read the metadata of a checkpoint, unchecked.
+    """Read the metadata of a checkpoint; its values are compared with their digest, and its step with the folder's name.
 
     Raises:
-        LoadError: the folder is not a checkpoint, or its metadata is no JSON object.
+        LoadError: the folder is not a checkpoint, or its metadata is no JSON object or was changed.
     """
     try:
         content = json.loads(files.read(f"{folder}/{METADATA}"))
@@ -123,7 +124,24 @@ def read_metadata(folder: str, files: FileReader = ON_DISK) -> dict[str, Any]:
         raise LoadError(f"{folder}/{METADATA}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise LoadError(f"{folder}/{METADATA}: cannot be read: it is not a JSON object")
+    digest = content.pop(DIGEST, None)  # the first versions wrote none
+    if digest is not None and digest != _digest(content):
+        raise LoadError(f"{folder}/{METADATA}: is damaged: not what was written (SHA-256)")
+    named = _STEP_FOLDER.fullmatch(folder.rstrip("/").rpartition("/")[2])
+    if named and "step" in content and content["step"] != int(named[1]):
+        raise LoadError(
+            f"{folder}/{METADATA}: is damaged: it is of step {content['step']!r}, the folder of step {int(named[1])}"
+        )
     return content
+
+
+def sealed_metadata(content: Mapping[str, Any]) -> bytes:
+    """Content of a `metadata.json` with its digest."""
+    return json.dumps({**content, DIGEST: _digest(content)}, indent=1).encode()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_tensor_file(folder: str, file: str, sha256: str | None, files: FileReader = ON_DISK) -> bytes:

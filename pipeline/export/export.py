@@ -19,6 +19,7 @@ from typing import Any
 from dfine_core.inference import LoadedDetector
 from pipeline import provenance, storage
 from pipeline.config import ConfigError
+from pipeline.errors import DISK_FAULTS
 from pipeline.export.check_images import CheckSet
 from pipeline.export.formats import FORMATS, ExportSource
 from pipeline.export.gate import TOLERANCES, GateVerdict, check_files
@@ -154,13 +155,16 @@ def _write(source: ExportSource, name: str, staging: Path) -> tuple[str | None, 
     """Write one format. Returns the reason if that failed, and the seconds spent."""
     started_at = time.perf_counter()
     try:
-        FORMATS[name].write(source, staging / FORMATS[name].file)
+        with storage.named_in_errors(str(staging.parent / FORMATS[name].file)):
+            FORMATS[name].write(source, staging / FORMATS[name].file)
         problem = None
     except ImportError as error:
         problem = f"cannot be written: {error}; install the extra: pip install 'ray-dfine[export]'"
     except ValueError as error:
         problem = f"cannot be written: {error}"
     except Exception as error:  # each exporter has its own error types
+        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            raise
         log.exception("writing %s failed", name)
         problem = f"cannot be written: {type(error).__name__}: {error}"
     return problem, time.perf_counter() - started_at

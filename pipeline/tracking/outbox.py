@@ -8,6 +8,7 @@ Several processes may log at once. Each change is one transaction on a connectio
 WAL it also works between machines that share a network file system. A process may die at any moment.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -27,6 +28,7 @@ from pipeline.storage import stays_inside
 
 Event = dict[str, Any]
 
+DISK_ERRORS = {"disk is full": errno.ENOSPC, "readonly": errno.EROFS}  # by what SQLite says
 DATABASE = "outbox.db"
 LOCK_SECONDS = 60.0  # wait for another process's transaction, which takes milliseconds
 ORPHAN_SECONDS = 3600.0  # content without an event is younger than this while it is being stored
@@ -275,7 +277,8 @@ class Outbox:
                 database.execute("pragma synchronous = full")
                 yield database
         except sqlite3.OperationalError as error:
-            raise OSError(f"{file}: {error}") from error
+            code = next((code for text, code in DISK_ERRORS.items() if text in str(error)), None)
+            raise (OSError(f"{file}: {error}") if code is None else OSError(code, str(error), str(file))) from error
         except sqlite3.DatabaseError as error:
             raise OutboxError(f"{file} is damaged: {error}; move it away, and what it held is not recorded") from error
 

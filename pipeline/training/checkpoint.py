@@ -5,13 +5,14 @@
         ema.safetensors         averaged weights, evaluated and shipped
         optimizer.safetensors   moments and step counts by parameter name, and the loss scale
         experiment.yaml         every value of the experiment, for people; a run resumes from its `run.json`
-        metadata.json           written last; a folder without it is incomplete and ignored
+        metadata.json           written last, with a digest of its own; a folder without it is incomplete and ignored
 
 It holds no random state: every random draw of a run is keyed by its seed and by step, image or micro-batch, so it repeats on
 any number of workers.
 """
 
 import hashlib
+import json
 import queue
 import threading
 import uuid
@@ -34,6 +35,7 @@ from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
 from pipeline.open_detector import STORED
+from pipeline.text_files import load_yaml, text_of
 from pipeline.training.stage_two import EvaluationHistory
 from pipeline.training.state import TrainState
 
@@ -68,7 +70,7 @@ class Metadata(BaseModel):
     parent: dict[str, str] = {}  # source of the initial weights
     versions: dict[str, str] = {}
     commit: str | None = None
-    sha256: dict[str, str] = {}  # by tensor file
+    sha256: dict[str, str] = {}  # by tensor file, and of experiment.yaml
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,12 @@ def write(snapshot: Snapshot, folder: str) -> str:
         content = tensors_to_bytes(tensors)
         hashes[file] = hashlib.sha256(content).hexdigest()
         storage.write_atomic(storage.join(aside, f"{file}.safetensors"), content)
-    storage.write_atomic(storage.join(aside, EXPERIMENT), yaml.safe_dump(snapshot.experiment, sort_keys=False).encode())
+    experiment = yaml.safe_dump(snapshot.experiment, sort_keys=False).encode()
+    hashes["experiment"] = hashlib.sha256(experiment).hexdigest()
+    storage.write_atomic(storage.join(aside, EXPERIMENT), experiment)
     metadata = snapshot.metadata.model_copy(update={"sha256": hashes})
-    storage.write_atomic(storage.join(aside, METADATA), metadata.model_dump_json(indent=1).encode())
+    sealed = checkpoint_folder.sealed_metadata(json.loads(metadata.model_dump_json()))
+    storage.write_atomic(storage.join(aside, METADATA), sealed)
     # On a disk the whole folder appears at once.
     if on_disk:
         _set_stray_file_aside(target)
@@ -216,19 +221,22 @@ def read_metadata(uri: str) -> Metadata:
         raise CheckpointError(f"{storage.join(uri, METADATA)}: cannot be read: {error}") from None
 
 
-def read_experiment(uri: str) -> dict[str, Any]:
-    """Read the values of the experiment that a checkpoint belongs to.
+def read_experiment(uri: str, metadata: Metadata) -> dict[str, Any]:
+    """Read the values of the experiment that a checkpoint belongs to, and check their SHA-256.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     path = storage.join(uri, EXPERIMENT)
     try:
-        content = yaml.safe_load(storage.read_bytes(path))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        data = storage.read_bytes(path)
+        content = load_yaml(text_of(data))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: cannot be read: it holds no keys with values")
+    if metadata.sha256.get("experiment") not in (None, hashlib.sha256(data).hexdigest()):
+        raise CheckpointError(f"{path}: is damaged: not what was written (SHA-256)")
     return content
 
 

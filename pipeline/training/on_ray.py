@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import storage
 from pipeline.config import Cluster
-from pipeline.errors import UserError
+from pipeline.errors import DISK_FAULTS, UserError
 from pipeline.ray_cluster import lacks_dashboard
 from pipeline.ray_internals import drop_placement_group_cleaner, keep_signal_handlers
 from pipeline.training.context import TrainJob
@@ -129,11 +129,11 @@ def fit_with_restarts(trainer: Callable[[], TorchTrainer], step: Callable[[], in
             )
 
 
-def user_error_of(error: BaseException) -> UserError | None:
-    """User error behind a failed training, if a worker met one."""
+def user_error_of(error: BaseException) -> UserError | OSError | None:
+    """User error or fault of a disk behind a failed training, if a worker met one."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
     for failure in failures:
         inner = getattr(failure, "cause", failure)  # Ray wraps the exception of its task
-        if isinstance(inner, UserError):
+        if isinstance(inner, UserError) or (isinstance(inner, OSError) and inner.errno in DISK_FAULTS):
             return inner
     return None

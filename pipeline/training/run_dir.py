@@ -174,7 +174,8 @@ def _start_in_checkpoint(run: str, now: dict[str, Any]) -> dict[str, Any] | None
     for step in reversed(checkpoint.steps_in(folder)):
         uri = storage.join(folder, checkpoint.step_folder(step))
         try:
-            metadata, experiment = checkpoint.read_metadata(uri), checkpoint.read_experiment(uri)
+            metadata = checkpoint.read_metadata(uri)
+            experiment = checkpoint.read_experiment(uri, metadata)
         except checkpoint.CheckpointError:
             continue
         experiment["init"] = now["experiment"].get("init")

@@ -13,6 +13,7 @@ from dfine_core.checkpoints.folder import (
     read_detector,
     read_metadata,
     read_tensor_file,
+    sealed_metadata,
     step_folder,
 )
 
@@ -60,6 +61,18 @@ def test_metadata_that_is_no_json_object_is_named(content: bytes) -> None:
         read_metadata("f", reader({"f/metadata.json": content}))
     with pytest.raises(LoadError, match=r"f: not a checkpoint, it has no metadata\.json"):
         read_metadata("f", reader({"f/other": b""}))
+
+
+def test_metadata_that_was_edited_or_moved_is_named() -> None:
+    sealed = sealed_metadata({"step": 3, "rate": 1e-5, "run": "caf\u00e9"})
+    assert read_metadata("c/step-00000003", reader({"c/step-00000003/metadata.json": sealed}))["rate"] == 1e-5
+    edited = sealed.replace(b"1e-05", b"1e-04")
+    assert edited != sealed
+    with pytest.raises(LoadError, match=r"step-00000003/metadata\.json: is damaged: not what was written"):
+        read_metadata("c/step-00000003", reader({"c/step-00000003/metadata.json": edited}))
+    with pytest.raises(LoadError, match="it is of step 3, the folder of step 4"):
+        read_metadata("c/step-00000004", reader({"c/step-00000004/metadata.json": sealed}))
+    assert read_metadata("c/best", reader({"c/best/metadata.json": sealed}))["step"] == 3  # a copy under a name
 
 
 def test_a_tensor_file_is_read_only_if_it_is_what_was_written() -> None:

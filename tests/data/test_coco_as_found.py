@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,31 @@ def test_a_byte_order_mark_is_skipped_and_utf16_is_named(tmp_path: Path) -> None
             read(tmp_path, encoded)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("[0, 0, 21, 16]", "[0, 0, NaN, 16]"), "JSON has no NaN.*write null"),
+        (lambda text: text.replace("[0, 0, 21, 16]", "[0, 0, 1e400, 16]"), "write null"),
+        (lambda text: text.replace("cat", "caf\udce9"), "invalid bytes in UTF8 string.*save it as UTF-8"),
+        (lambda text: f'{{"deep": {"[" * 3000}{"]" * 3000}, {text[1:]}', "nested too deeply"),
+        (
+            lambda text: text.replace('"cat"', '"cat", "deep": ' + '{"a": ' * 3000 + "1" + "}" * 3000),
+            "nested too deeply",
+        ),
+    ],
+)
+def test_json_that_is_none_says_how_to_write_it(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
+    text = change(json.dumps(content(annotation())))
+    with pytest.raises(SourceError, match=rf"instances\.json: .*{message}"):
+        read(tmp_path, text.encode(errors="surrogateescape"))
+
+
+def test_brackets_in_names_are_not_nesting(tmp_path: Path) -> None:
+    names = ["[" * 100, '\\"[{[' * 30, "]" * 100, "\\"]
+    many = content(*(annotation(id=n, note=names[n % 4], text="x" * 500) for n in range(8000)))  # several blocks
+    assert len(boxes(read(tmp_path, many)[1])) == 8000
+
+
 def test_a_damaged_archive_and_a_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.json.gz").write_bytes(b"\x1f\x8b not gzip")
     with pytest.raises(SourceError, match=r"a\.json\.gz: cannot be read"):
@@ -270,6 +297,20 @@ def test_unicode_forms_of_a_name_are_the_same(tmp_path: Path) -> None:
     assert Path(image.uri).is_file()
 
 
+def test_two_names_never_become_one_file(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "images/a.jpg")
+    images = [{"id": n, "file_name": name, "width": 64, "height": 48} for n, name in enumerate(("a.jpg", "x/a.jpg"), 1)]
+    first_there = read(tmp_path, content(annotation(), images=images))[1]
+    assert [entry.file_name for entry, _ in first_there.ordered() if Path(entry.uri).is_file()] == ["a.jpg"]
+    images[0]["file_name"] = "y/a.jpg"
+    _, neither = read(tmp_path, content(annotation(), images=images))
+    assert [row[:3] for row in rejected(neither)] == [
+        ("y/a.jpg", "image", "unusable file name"),
+        ("x/a.jpg", "image", "unusable file name"),
+    ]
+
+
 def test_names_as_written_win_where_most_files_have_them(tmp_path: Path) -> None:
     (tmp_path / "images/images").mkdir(parents=True)
     for name in ("images/a.jpg", "a.jpg"):
@@ -287,6 +328,17 @@ def test_a_file_that_cannot_be_opened_is_a_rejected_image(tmp_path: Path) -> Non
             read_image_file(uri)
     with pytest.raises(BadImageError, match="missing file"):
         read_image_file(f"{tmp_path}/none.jpg")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(BadImageError, match="not a regular file"):
+        read_image_file(str(path))
 
 
 def test_objects365_lists_an_unusable_name_too(tmp_path: Path) -> None:

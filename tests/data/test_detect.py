@@ -139,6 +139,23 @@ def test_a_folder_of_several_formats_or_of_none_is_refused_with_what_was_found(t
         find_source(tmp_path)
 
 
+def test_a_file_that_cannot_be_read_is_named_and_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("names: [")
+    (tmp_path / "old.json").write_bytes("{}".encode("utf-16"))
+    with pytest.raises(SourceError, match=r"(?s)broken\.yaml: not valid YAML.*old\.json: it is UTF-16 text") as raised:
+        find_source(tmp_path)
+    assert "no data set was recognised" in str(raised.value)
+    roboflow_yolo(tmp_path)
+    assert find_source(tmp_path).kind == "yolo"
+
+
+def test_a_byte_order_mark_hides_no_coco_file(tmp_path: Path) -> None:
+    roboflow_coco(tmp_path)
+    for path in tmp_path.rglob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert find_source(tmp_path).kind == "coco"
+
+
 def test_two_files_for_one_split_are_named(tmp_path: Path) -> None:
     image(tmp_path / "a.jpg")
     coco(tmp_path / "one.json", "a.jpg")

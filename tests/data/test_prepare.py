@@ -4,11 +4,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image, ImageOps
 from jobs.prepare import main as prepare_main
 from pipeline import storage
 from pipeline.data.doctor.examine import examine
+from pipeline.data.prepare import prepare as prepare_module
 from pipeline.data.prepare.image_files import BadImageError, checked_image
 from pipeline.data.prepare.prepare import PrepareError, prepare, read_rejected
 from pipeline.data.prepare.shard_writer import PrepareOptions
@@ -78,9 +80,17 @@ def rendered(count: int) -> list[ImageRecord]:
     return [synthetic_image(index, longest_side=96) for index in range(count)]
 
 
-def shards_of(folder: Path, out: object, *, strict: bool = False, split: str = "train", **options: Any) -> ShardSet:
+def shards_of(
+    folder: Path,
+    out: object,
+    *,
+    strict: bool = False,
+    split: str = "train",
+    report: Callable[[str], None] = print,
+    **options: Any,
+) -> ShardSet:
     source = coco_source(str(folder / "images"), str(folder / "instances.json"))
-    return prepare(source, str(out), split=split, options=PrepareOptions(**options), strict=strict)
+    return prepare(source, str(out), split=split, options=PrepareOptions(**options), strict=strict, report=report)
 
 
 def stored(shards: ShardSet) -> list[ImageRecord]:
@@ -393,8 +403,109 @@ def test_a_finished_set_is_left_alone(cluster: str, tmp_path: Path) -> None:
     folder = write_coco(tmp_path / "in", rendered(8))
     first = shards_of(folder, tmp_path / "out")
     written_at = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert shards_of(folder, tmp_path / "out").manifest == first.manifest
+    said: list[str] = []
+    assert shards_of(folder, tmp_path / "out", report=said.append).manifest == first.manifest
+    assert said == [
+        f"{tmp_path / 'out'} was prepared before: 8 images kept, not read again; delete the folder to read all of them"
+    ]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written_at
+
+
+def repaired(folder: Path, *numbers: int) -> None:
+    """Write the files of these images of `broken_set` again, as they were."""
+    for number in numbers:
+        record = rendered(12)[number - 1]
+        (folder / "images" / record.file_name).write_bytes(record.image)
+
+
+def test_rejected_images_are_tried_again_and_the_old_set_stays_readable(cluster: str, tmp_path: Path) -> None:
+    folder, out = broken_set(tmp_path / "in"), tmp_path / "out"
+    first = shards_of(folder, out, max_pixels=15_000)
+    old_rows = stored(first)
+    contents = {path: path.read_bytes() for path in out.glob("shard-*.parquet")}
+    repaired(folder, 1, 3)
+    said: list[str] = []
+    second = shards_of(folder, out, max_pixels=15_000, report=said.append)
+
+    # The set has the repaired images besides the old ones; the old files are as they were.
+    assert "7 images kept, not read again; 5 rejected images tried again" in said[0]
+    assert said[1].startswith("2 images added as shard-00001.parquet; the digest is another")
+    assert {path: path.read_bytes() for path in contents} == contents
+    for before, after in zip(old_rows, stored(first), strict=True):
+        assert_same(after, before)
+    assert second.manifest.digest != first.manifest.digest
+    assert second.manifest.shards[:1] == first.manifest.shards
+    found = {record.image_id: record for record in stored(second)}
+    assert set(found) == {1, 3, *range(6, 13)}
+    for number in (1, 3):
+        assert_same(found[number], rendered(12)[number - 1])
+    assert {(row.image_id, row.reason) for row in read_rejected(second)} == {
+        (2, "undecodable"),
+        (4, "size mismatch"),
+        (5, "too many pixels"),
+        (6, "degenerate box"),
+        (6, "box outside the image"),
+    }
+    assert second.manifest.rejected == len(read_rejected(second)) == 7
+    assert not examine([second], decode=True).count("error")
+
+    # The same repair makes the same set; without another repair nothing changes.
+    again = shards_of(folder, out, max_pixels=15_000, report=said.append)
+    assert (again.manifest.digest, said[-1]) == (
+        second.manifest.digest,
+        "none of them can be used; the set is as it was",
+    )
+    other = broken_set(tmp_path / "other")
+    shards_of(other, tmp_path / "twin", max_pixels=15_000)
+    repaired(other, 1, 3)
+    assert shards_of(other, tmp_path / "twin", max_pixels=15_000).manifest.digest == second.manifest.digest
+
+
+def test_a_retry_that_is_cut_short_goes_on(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = broken_set(tmp_path / "in"), tmp_path / "out"
+    first = shards_of(folder, out)
+    repaired(folder, 1, 2, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_finish", lambda *_args, **_options: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            shards_of(folder, out)
+    assert load_shards(out).manifest == first.manifest
+    shutil.copytree(out / ".prepare", tmp_path / "left")
+    second = shards_of(folder, out)
+    assert second.manifest.images == first.manifest.images + 3
+    assert not (out / ".prepare").exists()
+
+    # Killed between the exchange and the removal of the work folder: that plan belongs to the former manifest.
+    (tmp_path / "left").rename(out / ".prepare")
+    assert shards_of(folder, out).manifest == second.manifest
+    assert not (out / ".prepare").exists()
+
+
+def test_a_damaged_plan_is_named(cluster: str, tmp_path: Path) -> None:
+    folder, out = write_coco(tmp_path / "in", rendered(3)), tmp_path / "out"
+    (out / ".prepare").mkdir(parents=True)
+    (out / ".prepare/plan.json").write_text("{}")
+    with pytest.raises(PrepareError, match=r"plan\.json: damaged .*delete .*\.prepare to begin again"):
+        shards_of(folder, out)
+
+
+def test_a_strict_preparation_is_finished_after_the_repair(cluster: str, tmp_path: Path) -> None:
+    folder, out = write_coco(tmp_path / "in", rendered(6)), tmp_path / "out"
+    (folder / "images/00000000.jpg").write_bytes(b"")
+    with pytest.raises(PrepareError, match="strict: 1 undecodable"):
+        shards_of(folder, out, strict=True)
+    repaired(folder, 1)
+    assert shards_of(folder, out, strict=True).manifest.images == 6
+
+
+def test_a_set_of_a_version_without_an_option_says_the_way_out(cluster: str, tmp_path: Path) -> None:
+    folder, out = write_coco(tmp_path / "in", rendered(3)), tmp_path / "out"
+    shards_of(folder, out)
+    content = json.loads((out / "manifest.json").read_text())
+    del content["options"]["exif"]
+    (out / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(PrepareError, match=r"by a version without exif.*read it as it is.*choose another --out"):
+        shards_of(folder, out)
 
 
 @pytest.mark.parametrize("finished", [True, False])

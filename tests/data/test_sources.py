@@ -322,7 +322,8 @@ def test_a_wrong_voc_folder_is_refused(tmp_path: Path) -> None:
     root = voc(tmp_path, "")
     with pytest.raises(SourceError, match=r"no such list; available: train"):
         voc_source(root, "val")
-    (root / "Annotations/a.xml").write_text("<annotation>")
+    for path in (root / "Annotations").glob("*.xml"):
+        path.write_text("<annotation>")
     with pytest.raises(SourceError, match=r"a\.xml: not valid XML"):
         voc_source(root, "train")
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.prepare.prepare import write_work_list
 from pipeline.data.prepare.shard_writer import WORK_LIST, PrepareOptions, write_shard
+from pipeline.data.prepare.work_plan import write_work_list
 from pipeline.data.sources.coco import coco_source
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource
 from pipeline.data.sources.voc import voc_source

@@ -97,6 +97,7 @@ def test_an_image_may_have_the_name_that_the_xml_gives(tmp_path: Path) -> None:
         ("JPEGImages/my photo.jpg", "my photo"),
         ("sub\\my photo.jpg", "my photo"),
         ("plain -1", "plain"),
+        ("my photo  1", "my photo"),
         ("v1.2", "v1.2"),
         ("caf\u00e9", "cafe\u0301"),
     ],
@@ -172,6 +173,32 @@ def test_an_encoding_that_is_not_so_is_one_sentence(tmp_path: Path, head: str) -
         voc_source(tmp_path, "train")
 
 
+def test_one_broken_annotation_is_one_listed_image(tmp_path: Path) -> None:
+    write(tmp_path, "a.xml", "a.jpg", "b.jpg", "c.jpg")
+    (tmp_path / "b.xml").write_bytes(b"<annotation>\xff")
+    (tmp_path / "c.xml").symlink_to("c.xml")
+    index = read(tmp_path)
+    assert images(index) == ["a.jpg"]
+    assert [(row.file_name, row.reason) for row in index.rejected()] == [
+        ("b", "unreadable annotation"),
+        ("c", "unreadable annotation"),
+    ]
+
+
+def test_a_line_that_is_given_twice_is_one_image(tmp_path: Path) -> None:
+    write(tmp_path, "Annotations/a.xml", "JPEGImages/a.jpg", "ImageSets/Main/train.txt")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a 1\na.jpg\na -1\n")
+    assert images(read(tmp_path)) == ["a.jpg"]
+
+
+@pytest.mark.parametrize(("written", "crowd"), [("1", True), ("true", True), ("0", False), ("Unspecified", False)])
+def test_difficult_objects_are_marked_in_every_form(tmp_path: Path, written: str, crowd: bool) -> None:
+    write(tmp_path, "a.jpg", "a.xml")
+    (tmp_path / "a.xml").write_text(xml().replace("<bndbox>", f"<difficult>{written}</difficult><bndbox>"))
+    ((_, ((*_, flag, _id),)),) = read(tmp_path).ordered()
+    assert bool(flag) == crowd
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
@@ -180,6 +207,8 @@ def test_an_encoding_that_is_not_so_is_one_sentence(tmp_path: Path, head: str) -
         (["cat", " "], "a name is blank"),
         (["Cat"], "no object is called 'Cat'; did you mean 'cat'"),
         (["elefant"], "no object is called 'elefant'; did you mean 'elephant'"),
+        (["cta"], "no object is called 'cta'; did you mean 'cat'"),
+        (["cat,dogs"], "no object is called 'cat,dogs'; the objects are 'cat', 'elephant'. Separate names by blanks"),
     ],
 )
 def test_classes_that_cannot_be_meant_are_refused_at_once(tmp_path: Path, classes: list[str], message: str) -> None:

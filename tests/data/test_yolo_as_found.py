@@ -1,6 +1,7 @@
 """YOLO folders as tools and people leave them: every file is taken, listed or counted."""
 
 import codecs
+import os
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,13 @@ def test_labels_in_another_encoding_are_one_rejected_image(tmp_path: Path) -> No
         (b"names: [cat]\ntrain: train\nkpt_shape: 17", r"kpt_shape is 17; expected \[keypoints, 2 or 3\]"),
         (b"names: [cat]\ntrain: train\nkpt_shape: [17, 4]", "kpt_shape"),
         (b"names: 2020-99-99", "not valid YAML"),
+        (b"names: [yes, no]\ntrain: train", "YAML reads class 0 as True; put the name in quotation marks"),
+        (b"names: {0: cat, '0': dog}\ntrain: train", "a class number twice"),
+        (b"names: [cat]\ntrain: train\npath: [a]", "path is .*expected a folder"),
+        (b'names: [cat]\ntrain: train\npath: "a\\0b"', "path is 'a.*null byte"),
+        (b"a: &a [*b, *a]\nnames: *a", "not valid YAML"),
+        (b"a: &a [*a]\nnames: *a\ntrain: *a", "aliases"),
+        ("names: [dog]\ntrain: train".encode("utf-16-be"), "seems to be unmarked UTF-16"),
         (b"[" * 3000, "not valid YAML"),
     ],
 )
@@ -206,6 +214,45 @@ def test_a_data_yaml_that_cannot_be_used_is_one_sentence(tmp_path: Path, content
     write(tmp_path, "train/images/a.jpg", "train/labels/a.txt")
     with pytest.raises(SourceError, match=message):
         read(tmp_path / "data.yaml")
+
+
+def test_odd_files_of_a_folder_are_listed_one_by_one(tmp_path: Path) -> None:
+    write(tmp_path, "train/images/a.jpg", "train/labels/a.txt")
+    for name in ("folder", "loop", "pipe"):
+        write(tmp_path, f"train/images/{name}.jpg")
+    (tmp_path / "train/labels/folder.txt").mkdir()
+    (tmp_path / "train/labels/loop.txt").symlink_to("loop.txt")
+    os.mkfifo(tmp_path / "train/labels/pipe.txt")
+    index = read(tmp_path / "data.yaml")
+    assert boxes(index) == {"a.jpg": 1}
+    assert [(row.file_name, row.reason) for row in index.rejected()] == [
+        (f"train/images/{name}.jpg", "unreadable labels") for name in ("folder", "loop", "pipe")
+    ]
+
+
+def test_names_that_are_not_utf8_are_listed_and_the_others_stay(tmp_path: Path) -> None:
+    write(tmp_path, "train/images/a.jpg", "train/labels/a.txt")
+    write(tmp_path, "train/images/caf\udce9.jpg", "train/labels/caf\udce9.txt", "train/labels/alone\udce9.txt")
+    index = read(tmp_path / "data.yaml")
+    assert boxes(index) == {"a.jpg": 1}
+    assert [(row.file_name, row.reason) for row in index.rejected()] == [
+        ("train/images/caf\\xe9.jpg", "unusable file name"),
+        ("train/labels/alone\\xe9.txt", "label without an image"),
+    ]
+
+
+@pytest.mark.parametrize("written", ["caf\u00e9.jpg", "cafe\u0301.jpg", ".\\images\\caf\u00e9.jpg"])
+def test_a_list_names_files_in_any_form(tmp_path: Path, written: str) -> None:
+    write(tmp_path, "images/cafe\u0301.jpg", "labels/caf\u00e9.txt")
+    lines = [
+        "",
+        f"  {written if 'images' in written else f'images/{written}'} \r",
+        "n" * 400 + ".jpg",
+        "http://host/b.jpg",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    (tmp_path / "data.yaml").write_text("train: list.txt\nnames: [cat]")
+    assert "cafe\u0301.jpg" in boxes(read(tmp_path / "data.yaml"))
 
 
 def test_class_numbers_written_as_text_are_numbers(tmp_path: Path) -> None:

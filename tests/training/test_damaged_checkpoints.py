@@ -58,6 +58,10 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def edit(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def make_folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
@@ -75,6 +79,9 @@ def make_folder(file: Path) -> None:
         ("metadata.json", lambda file: file.write_bytes(b"null")),
         ("metadata.json", lambda file: file.write_bytes(b"[" * 200_000)),
         ("metadata.json", lambda file: file.write_bytes(file.read_bytes()[:500])),
+        ("metadata.json", lambda file: edit(file, step=3)),
+        ("metadata.json", lambda file: edit(file, skipped_steps=1)),
+        ("metadata.json", lambda file: edit(file, step=3, digest=None)),
     ],
 )
 def test_the_checkpoint_before_a_damaged_one_is_taken(
@@ -87,6 +94,13 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     assert (run.state.step, step_of_weights(run)) == (2, 2)
     assert console.about(f"{checkpoint.step_folder(4)}/{file}: ")
     assert console.about("trying the one before")
+
+
+def test_a_checkpoint_of_a_version_without_digests_is_read(setting: Experiment) -> None:
+    written, _ = begin(setting)
+    save(written, 2)
+    edit(folder_of(written, 2) / "metadata.json", digest=None)
+    assert begin(setting)[0].state.step == 2
 
 
 def test_copies_and_strays_beside_checkpoints_do_not_count_and_stay(setting: Experiment) -> None:

@@ -9,76 +9,65 @@ Ray tasks rather than a Ray Data pipeline, since a shard is the unit of both the
 
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from itertools import islice
 from math import ceil
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
-from pydantic import JsonValue, PositiveInt
+from pydantic import JsonValue
 
 from pipeline import storage
 from pipeline.data.prepare.image_files import BadImageError, read_image_file
+from pipeline.data.prepare.retry import outcome, plan_retry
 from pipeline.data.prepare.shard_writer import (
     WORK_FOLDER,
     WORK_LIST,
-    WORK_SCHEMA,
     PrepareOptions,
     Receipt,
     encoded_image,
     receipt_uri,
-    work_table,
     write_shard,
 )
-from pipeline.data.shards.manifest import (
-    MANIFEST_NAME,
-    Category,
-    FrozenModel,
-    Manifest,
-    Notice,
-    ShardSet,
-    load_shards,
-    merge_notices,
+from pipeline.data.prepare.work_plan import (
+    REJECTED_BY_SOURCE,
+    REJECTED_NAME,
+    WORK_PLAN,
+    PrepareError,
+    WorkPlan,
+    read_plan,
+    read_rejections,
+    write_rejections,
+    write_work_list,
 )
-from pipeline.data.shards.records import REJECTED_SCHEMA, Rejection
+from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, ShardSet, load_shards, merge_notices
+from pipeline.data.shards.records import Rejection
 from pipeline.data.shards.set_statistics import add_up
-from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry
-from pipeline.errors import UserError
+from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, temporary_files_named
 from pipeline.progress import Progress
 
-REJECTED_NAME = "rejected.parquet"
-WORK_PLAN = f"{WORK_FOLDER}/plan.json"  # written last: if it exists, the work list is complete
-REJECTED_BY_SOURCE = f"{WORK_FOLDER}/rejected.parquet"
 SAMPLE_IMAGES = 128  # read to estimate the size of a row
 MAX_LISTED_ROWS = 20  # rejected rows in an error
 
 
-class PrepareError(UserError, RuntimeError):
-    """Data that cannot become a shard set, or a folder that cannot hold it."""
-
-
-class WorkPlan(FrozenModel):
-    """Everything that determines the shards, stored beside the work list."""
-
-    split: str
-    source: dict[str, JsonValue]
-    options: PrepareOptions
-    categories: tuple[Category, ...]
-    images: PositiveInt
-    shards: PositiveInt
-    notices: tuple[Notice, ...] = ()  # counted facts about the source
-
-
-def prepare(source: DatasetSource, out: str, *, split: str, options: PrepareOptions, strict: bool = False) -> ShardSet:
+def prepare(
+    source: DatasetSource,
+    out: str,
+    *,
+    split: str,
+    options: PrepareOptions,
+    strict: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> ShardSet:
     """Write the shard set of `source` to the folder `out`, or resume writing it. Ray must be running.
+
+    A finished set stays, and images that were rejected are tried again.
 
     Args:
         out: path or URI that all nodes of the cluster share.
         split: name of the split, such as "train".
         strict: fail on an image or a box that cannot be used, and leave the set unfinished.
+        report: takes a line about what was kept and what was tried again.
 
     Raises:
         SourceError: the source is not in the stated format.
@@ -86,17 +75,25 @@ def prepare(source: DatasetSource, out: str, *, split: str, options: PrepareOpti
     """
     out = storage.absolute(out)
     if storage.exists(storage.join(out, MANIFEST_NAME)):
-        manifest = load_shards(out).manifest
+        before = load_shards(out)
+        manifest = before.manifest
         _refuse_another(out, source, split, options, manifest.source, manifest.split, manifest.options)
+        retry = plan_retry(before, source, options)
+        say = report or (lambda _: None)
+        say(retry.text)
+        if retry.plan is not None:
+            _finish(out, retry.plan, _write_shards(out, retry.plan), strict=False, before=manifest)
+            say(outcome(before, load_shards(out)))
     else:
-        if not storage.exists(storage.join(out, WORK_PLAN)):
-            _make_plan(out, source, split, options)
-        plan = WorkPlan.model_validate_json(storage.read_bytes(storage.join(out, WORK_PLAN)))
-        _refuse_another(out, source, split, options, plan.source, plan.split, plan.options.model_dump())
-        _finish(out, plan, _write_shards(out, plan), strict)
+        if (plan := read_plan(out)) is None:
+            plan = _make_plan(out, source, split, options)
+        else:
+            old_options = plan.options.model_dump(exclude_unset=True)  # those of the version that wrote it
+            _refuse_another(out, source, split, options, plan.source, plan.split, old_options)
+        _finish(out, plan, _write_shards(out, plan), strict=strict)
     shards = load_shards(out)
     if strict and shards.manifest.rejected:
-        raise _rejected_error(out, _read_rejected(storage.join(out, REJECTED_NAME)))
+        raise _rejected_error(out, read_rejections(storage.join(out, REJECTED_NAME)))
     return shards
 
 
@@ -110,8 +107,14 @@ def _refuse_another(
     old_options: dict[str, JsonValue],
 ) -> None:
     """Raise PrepareError unless the folder holds this very set, finished or not."""
+    settings = options.model_dump()
     old = {"split": old_split, **old_source, **old_options}
-    new = {"split": split, **source.description, **options.model_dump()}
+    new = {"split": split, **source.description, **settings}
+    if unknown := [key for key in settings if key not in old_options]:
+        raise PrepareError(
+            f"{out} was prepared by a version without {', '.join(unknown)}, whose images may be others. Trainings, evaluations"
+            " and doctor read it as it is; to prepare it by the present rules, choose another --out, or delete the folder"
+        )
     changed = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} now" for key in old | new if old.get(key) != new.get(key)
     ]
@@ -121,9 +124,9 @@ def _refuse_another(
         )
 
 
-def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOptions) -> None:
+def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOptions) -> WorkPlan:
     """Write the work list, then the plan."""
-    with closing(AnnotationIndex(seed=options.seed, shuffle=options.shuffle)) as index:
+    with temporary_files_named(), closing(AnnotationIndex(seed=options.seed, shuffle=options.shuffle)) as index:
         categories = source.fill(index)
         images = index.finish()
         if images == 0:
@@ -135,7 +138,7 @@ def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOpti
         shards = max(1, round(images * sum(sizes) / len(sizes) / (options.shard_mib * 2**20)))
         rows = ceil(images / shards / options.row_group_rows) * options.row_group_rows  # per shard, except the last
         write_work_list(index, storage.join(out, WORK_LIST), images=images, rows_per_shard=rows)
-        _write_rejected(storage.join(out, REJECTED_BY_SOURCE), list(index.rejected()))
+        write_rejections(storage.join(out, REJECTED_BY_SOURCE), list(index.rejected()))
         notices = index.notices
     plan = WorkPlan(
         split=split,
@@ -147,19 +150,7 @@ def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOpti
         notices=notices,
     )
     storage.write_atomic(storage.join(out, WORK_PLAN), plan.model_dump_json(indent=1).encode())
-
-
-def write_work_list(index: AnnotationIndex, uri: str, *, images: int, rows_per_shard: int) -> None:
-    """Write all images of the index in order, one row group per shard."""
-    ordered = index.ordered()
-    with (
-        storage.open_atomic(uri) as file,
-        pq.ParquetWriter(file, WORK_SCHEMA) as writer,
-        Progress("work list", total=images, unit=" images", delay=5) as progress,
-    ):
-        while (work := work_table(islice(ordered, rows_per_shard))).num_rows:
-            writer.write_table(work, row_group_size=work.num_rows)
-            progress.advance(work.num_rows)
+    return plan
 
 
 def _try_images(sample: Sequence[ImageEntry], options: PrepareOptions) -> tuple[list[int], list[str]]:
@@ -179,8 +170,8 @@ def _write_shards(out: str, plan: WorkPlan) -> list[Receipt]:
     receipts = _kept_receipts(out, plan)
     task = _task(write_shard)
     running = {
-        task.remote(out, index, plan.options, len(plan.categories)): index
-        for index in range(plan.shards)
+        task.remote(out, index, plan.options, len(plan.categories), first_shard=plan.first_shard): index
+        for index in _numbers(plan)
         if index not in receipts
     }
     kept, written = sum(receipt.images for receipt in receipts.values()), 0
@@ -190,14 +181,18 @@ def _write_shards(out: str, plan: WorkPlan) -> list[Receipt]:
             receipt = receipts[running.pop(ready)] = ray.get(ready)
             written += receipt.shard.bytes if receipt.shard else 0
             progress.advance(receipt.images, f"{written / 1e6 / progress.seconds:.0f} MB/s")
-    return [receipts[index] for index in range(plan.shards)]
+    return [receipts[index] for index in _numbers(plan)]
+
+
+def _numbers(plan: WorkPlan) -> range:
+    return range(plan.first_shard, plan.first_shard + plan.shards)
 
 
 def _kept_receipts(out: str, plan: WorkPlan) -> dict[int, Receipt]:
     """Receipts of an earlier run by shard number, if the shard itself exists too."""
     shards, work = storage.sizes(out), storage.sizes(storage.join(out, WORK_FOLDER))
     receipts = {}
-    for index in range(plan.shards):
+    for index in _numbers(plan):
         uri = receipt_uri(out, index)
         if posixpath.basename(uri) in work:
             receipt = Receipt.model_validate_json(storage.read_bytes(uri))
@@ -206,12 +201,25 @@ def _kept_receipts(out: str, plan: WorkPlan) -> dict[int, Receipt]:
     return receipts
 
 
-def _finish(out: str, plan: WorkPlan, receipts: Sequence[Receipt], strict: bool) -> None:
-    """Write the list of rejections and the manifest, and remove the work folder."""
-    rejected = _read_rejected(storage.join(out, REJECTED_BY_SOURCE))
+def _finish(
+    out: str, plan: WorkPlan, receipts: Sequence[Receipt], *, strict: bool, before: Manifest | None = None
+) -> None:
+    """Write the list of rejections and the manifest, and remove the work folder.
+
+    Args:
+        before: manifest of the finished set to which the shards are added; it stays if there are none.
+    """
+    if before is not None and not any(receipt.shard for receipt in receipts):
+        storage.remove_folder(storage.join(out, WORK_FOLDER))
+        return
+    rejected = read_rejections(storage.join(out, REJECTED_BY_SOURCE))
     rejected += [rejection for receipt in receipts for rejection in receipt.rejected]
-    _write_rejected(storage.join(out, REJECTED_NAME), rejected)
+    write_rejections(storage.join(out, REJECTED_NAME), rejected)
     if strict and rejected:
+        # Shards with rejected images are written again after a repair.
+        for index, receipt in zip(_numbers(plan), receipts, strict=True):
+            if any(row.kind == "image" for row in receipt.rejected):
+                storage.remove_file(receipt_uri(out, index))
         raise _rejected_error(out, rejected)
     shards = [receipt.shard for receipt in receipts if receipt.shard is not None]
     parts = [receipt.statistics for receipt in receipts if receipt.statistics is not None]
@@ -226,6 +234,9 @@ def _finish(out: str, plan: WorkPlan, receipts: Sequence[Receipt], strict: bool)
             )
 
     # The manifest comes last: a folder with a manifest is a finished set.
+    notices = [*plan.notices, *(notice for receipt in receipts for notice in receipt.notices)]
+    if before is not None:
+        shards, parts, notices = [*before.shards, *shards], [before.statistics, *parts], [*before.notices, *notices]
     statistics = add_up(parts)
     manifest = Manifest(
         split=plan.split,
@@ -237,7 +248,7 @@ def _finish(out: str, plan: WorkPlan, receipts: Sequence[Receipt], strict: bool)
         statistics=statistics,
         source=plan.source,
         options=plan.options.model_dump(mode="json"),
-        notices=merge_notices([*plan.notices, *(notice for receipt in receipts for notice in receipt.notices)]),
+        notices=merge_notices(notices),
     )
     storage.write_atomic(storage.join(out, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     storage.remove_folder(storage.join(out, WORK_FOLDER))
@@ -252,7 +263,7 @@ def reasons(rejected: Sequence[Rejection]) -> str:
 
 def read_rejected(shards: ShardSet) -> list[Rejection]:
     """Read the images and boxes that were left out of a shard set."""
-    return _read_rejected(storage.join(shards.uri, REJECTED_NAME))
+    return read_rejections(storage.join(shards.uri, REJECTED_NAME))
 
 
 def _rejected_error(out: str, rejected: Sequence[Rejection]) -> PrepareError:
@@ -260,17 +271,6 @@ def _rejected_error(out: str, rejected: Sequence[Rejection]) -> PrepareError:
     more = [f"  and {len(rejected) - MAX_LISTED_ROWS} more"] if len(rejected) > MAX_LISTED_ROWS else []
     uri = storage.join(out, REJECTED_NAME)
     return PrepareError("\n".join([f"strict: {reasons(rejected)} rejected; all are in {uri}", *lines, *more]))
-
-
-def _read_rejected(uri: str) -> list[Rejection]:
-    rows = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
-    return [Rejection(**row) for row in rows]
-
-
-def _write_rejected(uri: str, rejected: Sequence[Rejection]) -> None:
-    table = pa.Table.from_pylist([rejection._asdict() for rejection in rejected], schema=REJECTED_SCHEMA)
-    with storage.open_atomic(uri) as file:
-        pq.write_table(table, file)
 
 
 def _task(function: Any) -> Any:

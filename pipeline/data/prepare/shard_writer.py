@@ -92,11 +92,15 @@ def work_table(images: Iterable[tuple[ImageEntry, list[BoxEntry]]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=WORK_SCHEMA)
 
 
-def write_shard(out: str, index: int, options: PrepareOptions, num_classes: int) -> Receipt:
-    """Write shard `index` of the set at `out`, then its receipt."""
+def write_shard(out: str, index: int, options: PrepareOptions, num_classes: int, *, first_shard: int = 0) -> Receipt:
+    """Write shard `index` of the set at `out`, then its receipt.
+
+    Args:
+        first_shard: number of the first shard of the work list.
+    """
     filesystem, path = storage.resolve(storage.join(out, WORK_LIST))
     with filesystem.open_input_file(path) as file:
-        work = pq.ParquetFile(file).read_row_group(index)
+        work = pq.ParquetFile(file).read_row_group(index - first_shard)
     rejected: list[Rejection] = []
     notices: list[Notice] = []
     groups = _groups(_records(work, options, rejected, notices), options.row_group_rows)

@@ -196,7 +196,7 @@ def load_shards(uri: str | os.PathLike[str]) -> ShardSet:
         raise ManifestError(f"{path}: there is none; `dfine prepare ... --out {folder}` writes it") from None
     try:
         content = json.loads(data)
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or nested too deeply
         raise ManifestError(f"{path}: not JSON ({error}); write it again with `dfine prepare`") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator
 from math import isfinite
 from typing import Any
 
-import ijson
-import pyarrow as pa
-from pyarrow import NativeFile
 from pydantic import JsonValue
 
 from pipeline import storage
@@ -20,12 +17,10 @@ from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
 from pipeline.data.sources.file_names import locator
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
-from pipeline.progress import Progress
+from pipeline.data.sources.json_arrays import array_items
 
-READ_BYTES = 1 << 20
 LARGEST_SIDE = 2**31 - 1  # px, of the shards' columns
 FLAGS = {None: False, 0: False, 1: True, "": False, "0": False, "1": True, "false": False, "true": True}
-BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 Reject = Callable[[Rejection], None]
 
@@ -35,7 +30,7 @@ def coco_source(images: str, annotations: str) -> DatasetSource:
     images, annotations = storage.absolute(images), storage.absolute(annotations)
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
-        items = list(_items(annotations, "categories"))
+        items = list(array_items(annotations, "categories"))
         categories = _categories(items, annotations)
         locate = locator(images, image_names(annotations), index)
         index.add_images(read_image_entries(annotations, locate, reject=index.reject))
@@ -57,7 +52,7 @@ def read_categories(annotations: str) -> tuple[Category, ...]:
     Raises:
         SourceError: there are none, or one lacks its id or name, or an id occurs twice.
     """
-    return _categories(list(_items(annotations, "categories")), annotations)
+    return _categories(list(array_items(annotations, "categories")), annotations)
 
 
 def _categories(items: list[Any], annotations: str) -> tuple[Category, ...]:
@@ -79,7 +74,7 @@ def _categories(items: list[Any], annotations: str) -> tuple[Category, ...]:
 
 def image_names(annotations: str) -> Iterator[str]:
     """File names of the images, in file order, as they are written."""
-    for item in _items(annotations, "images"):
+    for item in array_items(annotations, "images"):
         if isinstance(item, dict) and isinstance(item.get("file_name"), str):
             yield item["file_name"]
 
@@ -96,7 +91,7 @@ def read_image_entries(
     Raises:
         SourceError: an entry has no integer id, so that its annotations cannot be found.
     """
-    for item in _items(annotations, "images"):
+    for item in array_items(annotations, "images"):
         image_id = as_integer(item.get("id")) if isinstance(item, dict) else None
         if image_id is None:
             number = f"id is {shown(item.get('id'))} in " if isinstance(item, dict) else ""
@@ -128,7 +123,7 @@ def read_boxes(
         id_offset: added to every image id and annotation id.
     """
     labels = {category.original_id: category.label for category in categories}
-    for position, item in enumerate(_items(annotations, "annotations"), start=1):
+    for position, item in enumerate(array_items(annotations, "annotations"), start=1):
         if not isinstance(item, dict):
             index.reject(
                 Rejection(None, None, "box", "malformed entry", f"annotation number {position}: {shown(item)}")
@@ -197,8 +192,11 @@ def _annotation_id(number: Any, id_offset: int) -> int | str | None:
 def _is_rotated(item: dict[str, Any]) -> bool:
     """True if CVAT has stored the unturned box of a turned object."""
     attributes = item.get("attributes")
-    angle = _numbers([attributes.get("rotation")]) if isinstance(attributes, dict) else None
-    return angle is not None and angle[0] % 360 != 0
+    angle = attributes.get("rotation") if isinstance(attributes, dict) else None
+    try:
+        return isinstance(angle, str | int | float) and float(angle) % 360 != 0
+    except (ValueError, OverflowError):  # not a number
+        return False
 
 
 def _without_placeholder(
@@ -227,73 +225,6 @@ def file_sha256(uri: str) -> str:
         raise SourceError(f"{uri}: no such file") from None
     except OSError as error:
         raise SourceError(f"{uri}: cannot be read: {error}") from None
-
-
-def _items(annotations: str, key: str) -> Iterator[Any]:
-    """Yield the values of the array under `key`, wherever it is in the file. One pass reads about 40 MB/s.
-
-    Raises:
-        SourceError: the file is not JSON, or has no such array.
-    """
-    filesystem, path = storage.resolve(annotations)
-    size = filesystem.get_file_info(path).size
-    found = False
-    try:
-        with (
-            filesystem.open_input_stream(path) as stream,
-            Progress(f"{key} of {posixpath.basename(path)}", total=size, unit="B", delay=5) as progress,
-        ):
-            watched = _WatchedStream(stream, progress, annotations)
-            for item in ijson.items(watched, f"{key}.item", use_float=True, buf_size=READ_BYTES):
-                found = True
-                yield item
-        if not found:
-            with filesystem.open_input_stream(path) as stream:
-                _refuse_without_array(annotations, key, _WatchedStream(stream, None, annotations))
-    except ijson.JSONError as error:
-        raise SourceError(f"{annotations}: not valid JSON: {_in_one_line(error)}") from None
-    except FileNotFoundError:
-        raise SourceError(f"{annotations}: no such file") from None
-    except (OSError, pa.ArrowException, UnicodeError) as error:
-        raise SourceError(f"{annotations}: cannot be read: {error}") from None
-
-
-def _refuse_without_array(annotations: str, key: str, stream: "_WatchedStream") -> None:
-    """Raise SourceError unless there is an array under `key`, which may be empty."""
-    keys: list[str] = []
-    for prefix, event, value in ijson.parse(stream, buf_size=READ_BYTES):
-        if prefix == "" and event == "map_key":
-            keys.append(value)
-        elif prefix == key and event == "start_array":
-            return
-        elif prefix == key and event != "map_key":
-            raise SourceError(f"{annotations}: `{key}` is not an array; is it a COCO instances file?")
-    there = f"its keys are {', '.join(keys[:10])}" if keys else "it is no object with keys"
-    raise SourceError(f"{annotations}: no `{key}`: {there}; is it a COCO instances file?")
-
-
-class _WatchedStream:
-    """A stream that skips a byte order mark and advances a progress bar by the bytes read."""
-
-    def __init__(self, stream: NativeFile, progress: Progress | None, uri: str) -> None:
-        self._stream, self._progress, self._uri = stream, progress, uri
-        self._begun = False
-
-    def read(self, num_bytes: int) -> bytes:
-        data = bytes(self._stream.read(num_bytes))
-        if self._progress is not None:
-            self._progress.advance(len(data))
-        if not self._begun and num_bytes:
-            self._begun = True
-            for mark, encoding in BYTE_ORDER_MARKS.items():
-                if data.startswith(mark) and encoding != "UTF-8":
-                    raise SourceError(f"{self._uri}: it is {encoding} text; save it as UTF-8")
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        return data
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).replace("(right here) ------^", "").split())
 
 
 def as_integer(value: Any) -> int | None:

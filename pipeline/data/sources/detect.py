@@ -12,13 +12,11 @@ from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 
-import ijson
-from pyarrow import fs
-
 from pipeline.data.sources.coco import coco_source, image_names
 from pipeline.data.sources.file_names import PROBES, most_hits
 from pipeline.data.sources.folders import IMAGE_FOLDERS, SPLIT_NAMES, files_below, sub_folders
 from pipeline.data.sources.index import DatasetSource, SourceError
+from pipeline.data.sources.json_arrays import has_array
 from pipeline.data.sources.voc import voc_source
 from pipeline.data.sources.voc_files import LIST_FOLDERS
 from pipeline.data.sources.yolo import CLASS_FILES, read_data, yolo_source
@@ -46,11 +44,12 @@ def find_source(folder: Path) -> FoundSource:
     folder = folder.absolute()
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder")
-    found = [source for find in (_find_yolo, find_coco, _find_voc) if (source := find(folder)) is not None]
+    problems: list[SourceError] = []
+    found = [source for find in (_find_yolo, find_coco, _find_voc) if (source := find(folder, problems)) is not None]
     if not found:
         raise SourceError(
             f"{folder}: no data set was recognised: no COCO JSON, no YAML file with `names`, no classes.txt, no VOC XML;"
-            " name the format instead of auto"
+            " name the format instead of auto" + "".join(f"; {problem}" for problem in problems)
         )
     if len(found) > 1:
         kinds = "; ".join(source.text for source in found)
@@ -58,13 +57,23 @@ def find_source(folder: Path) -> FoundSource:
     return found[0]
 
 
-def find_coco(folder: Path) -> FoundSource | None:
-    """COCO files in a folder: in it, in `annotations`, or in the folders of its splits."""
+def find_coco(folder: Path, problems: list[SourceError]) -> FoundSource | None:
+    """COCO files in a folder: in it, in `annotations`, or in the folders of its splits.
+
+    Args:
+        problems: files that cannot be read are added.
+    """
     patterns = ("*.json", "*.json.gz", "*/*.json", "*/*.json.gz", "*/annotations/*.json")
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.name.startswith(".")})
     files = [path for path in files if path.name.startswith("instances")] or files  # beside captions and keypoints
     by_split: dict[str, Path] = {}
-    for path in filter(_is_coco, files):
+    for path in files:
+        try:
+            if not has_array(str(path), COCO_KEYS):
+                continue
+        except SourceError as error:
+            problems.append(error)
+            continue
         split = _split_of(path.relative_to(folder))
         if split in by_split:
             names = f"{by_split[split].relative_to(folder)} and {path.relative_to(folder)}"
@@ -81,7 +90,10 @@ def coco_in_folder(root: str, split: str) -> DatasetSource:
     """Source of a split in a COCO folder; where the file is not at COCO's own place, it is looked for."""
     annotations = f"{root}/annotations/instances_{split}.json"
     if "://" not in root and not Path(annotations).exists() and Path(root).is_dir():
-        found = find_coco(Path(root).absolute())
+        problems: list[SourceError] = []
+        found = find_coco(Path(root).absolute(), problems)
+        if found is None and problems:
+            raise problems[0]
         splits = found.splits if found is not None else {}
         for name in (split, *SPLIT_NAMES.get(split, ())):
             if name in splits:
@@ -100,20 +112,6 @@ def _coco_source(folder: Path, annotations: Path) -> DatasetSource:
     return coco_source(str(best), str(annotations))
 
 
-def _is_coco(path: Path) -> bool:
-    """True if the first arrays of a JSON file have names of COCO's."""
-    try:
-        with fs.LocalFileSystem().open_input_stream(str(path)) as stream:
-            for number, (prefix, event, _) in enumerate(ijson.parse(stream)):
-                if prefix in COCO_KEYS and event == "start_array":
-                    return True
-                if number > 2000 and "." not in prefix:
-                    return False
-    except (ijson.JSONError, OSError, ValueError):
-        return False
-    return False
-
-
 def _split_of(path: Path) -> str:
     """Split that a file's name or folder speaks of; "train" for one that speaks of none."""
     for text in (path.name.partition(".")[0].lower(), *(part.lower() for part in reversed(path.parts[:-1]))):
@@ -122,12 +120,14 @@ def _split_of(path: Path) -> str:
     return "train"
 
 
-def _find_yolo(folder: Path) -> FoundSource | None:
+def _find_yolo(folder: Path, problems: list[SourceError]) -> FoundSource | None:
     try:
         source, content = read_data(folder, "train")
     except SourceError as error:
         if "name one of these" in str(error):
             raise
+        if any(folder.glob("*.y*ml")):
+            problems.append(error)
         return None
     known = [name for name in (*SPLIT_NAMES, *CANONICAL) if content.get(name)]
     if source.exists():
@@ -145,7 +145,7 @@ def _find_yolo(folder: Path) -> FoundSource | None:
     )
 
 
-def _find_voc(folder: Path) -> FoundSource | None:
+def _find_voc(folder: Path, _problems: list[SourceError]) -> FoundSource | None:
     first = next((path for path in files_below(folder) if path.suffix.lower() == ".xml"), None)
     if first is None or not _is_voc(first):
         return None

@@ -39,11 +39,11 @@ def _best_reading(folder: str, names: Sequence[str]) -> tuple[str, int]:
     """Reading under which most names are files, the first of equals, and their number."""
     best, most = "as written", -1
     for reading in READINGS:
-        uris = (_locate(folder, reading, name) for name in names)
-        hits = sum(uri is not None and _is_there(uri) for uri in uris)
+        uris = {_locate(folder, reading, name) for name in names} - {None}  # two names that become one file count once
+        hits = sum(_is_there(uri) for uri in uris if uri is not None)
         if hits > most:
             best, most = reading, hits
-        if most == len(names):
+        if most == len(set(names)):
             break
     return best, most
 

@@ -1,12 +1,13 @@
 """Files of a local data set, as people and tools lay them out: linked folders, upper-case endings, texts of Windows."""
 
-import codecs
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pipeline import storage
 from pipeline.data.sources.index import AnnotationIndex, SourceError
+from pipeline.text_files import text_of
 
 # Files that lie beside images and are none. Everything else is tried as an image, whatever its ending.
 _COMPANIONS = (
@@ -34,16 +35,33 @@ def read_text(path: Path) -> str:
         SourceError: there is no such file, or its content has another encoding.
     """
     try:
-        data = path.read_bytes()
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return data.decode("utf-16")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+        return text_of(read_file(path))
+    except SourceError:
+        raise
+    except ValueError as error:
+        raise SourceError(f"{path}: {error}") from None
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file of the data set.
+
+    Raises:
+        SourceError: there is none, or it cannot be read.
+    """
+    try:
+        return storage.read_regular_file(path)
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise SourceError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def is_file(path: Path) -> bool:
+    """True for a regular file; False for every name that cannot be one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long
+        return False
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -6,8 +6,10 @@ for half a million, one and two million annotations, half of it imported librari
 """
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -54,6 +56,21 @@ class BoxEntry(NamedTuple):
     annotation_id: int | str | None = None
 
 
+@contextmanager
+def temporary_files_named() -> Iterator[None]:
+    """Turn a fault of the disk for temporary files, as SQLite reports it, into a SourceError with the way out."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        # SQLite's own order; Python's `tempfile` passes a full disk over.
+        places = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/tmp")
+        folder = next((place for place in places if place and os.access(place, os.W_OK)), ".")
+        raise SourceError(
+            f"{folder}: the index of the annotations cannot be written: {error};"
+            " free space there, or set TMPDIR to another folder"
+        ) from None
+
+
 class AnnotationIndex:
     """Images and boxes in a temporary SQLite file, read back in the order of the shards.
 
@@ -91,7 +108,11 @@ class AnnotationIndex:
         def rows() -> Iterator[tuple[object, ...]]:
             nonlocal entry
             for entry in entries:
-                yield (*entry, self._hash(entry.image_id))
+                if is_text(entry.uri) and is_text(entry.file_name):
+                    yield (*entry, self._hash(entry.image_id))
+                else:  # of a disk whose names are in another encoding
+                    detail = f"{as_text(entry.uri)} is not UTF-8; rename the file"
+                    self.reject(Rejection(entry.image_id, entry.file_name, "image", "unusable file name", detail))
 
         try:
             self._db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows())
@@ -107,11 +128,12 @@ class AnnotationIndex:
 
     def reject(self, rejection: Rejection) -> None:
         """Record an image or a box that cannot be used."""
-        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", rejection)
+        texts = (as_text(value) if isinstance(value, str) else value for value in rejection)
+        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?)", tuple(texts))
 
     def notice(self, code: str, example: str, count: int = 1) -> None:
         """Count something that a person should know; the first case of a kind is its example."""
-        before, first = (known.count, known.example) if (known := self._notices.get(code)) else (0, example)
+        before, first = (known.count, known.example) if (known := self._notices.get(code)) else (0, as_text(example))
         self._notices[code] = Notice(code=code, count=before + count, example=first)
 
     @property
@@ -126,7 +148,8 @@ class AnnotationIndex:
 
     def keep_images(self, ids: Iterable[int]) -> None:
         """Remove all other images, with their boxes and what was rejected of them."""
-        self._db.execute("CREATE TEMP TABLE kept (image_id INTEGER PRIMARY KEY)")
+        self._db.execute("CREATE TEMP TABLE IF NOT EXISTS kept (image_id INTEGER PRIMARY KEY)")
+        self._db.execute("DELETE FROM kept")
         self._db.executemany("INSERT INTO kept VALUES (?)", ((number,) for number in ids))
         others = "image_id IN (SELECT image_id FROM images WHERE image_id NOT IN (SELECT image_id FROM kept))"
         for table in ("boxes", "rejected", "images"):
@@ -159,8 +182,26 @@ class AnnotationIndex:
             AND image_id NOT IN (SELECT image_id FROM rejected WHERE kind = 'image' AND image_id NOT NULL)
             """
         )
+        if "file-names-read" in self._notices:
+            self._reject_ambiguous_names()
         self._refuse_fractions()
         return int(self._db.execute("SELECT COUNT(*) FROM images").fetchone()[0])
+
+    def _reject_ambiguous_names(self) -> None:
+        """Reject images whose different names were read as one file: the boxes of one may not lie on another."""
+        several = "SELECT uri FROM images GROUP BY uri HAVING COUNT(DISTINCT file_name) > 1"
+        ambiguous = f"uri IN ({several}) AND substr(uri, -length(file_name) - 1) <> '/' || file_name"
+        self._db.execute("CREATE TEMP TABLE ambiguous (image_id INTEGER PRIMARY KEY, uri, file_name)")
+        self._db.execute(f"INSERT INTO ambiguous SELECT image_id, uri, file_name FROM images WHERE {ambiguous}")
+        self._db.execute(
+            """
+            INSERT INTO rejected
+            SELECT image_id, file_name, 'image', 'unusable file name', 'another image is read as ' || uri || ', too'
+            FROM ambiguous
+            """
+        )
+        for table in ("boxes", "images"):
+            self._db.execute(f"DELETE FROM {table} WHERE image_id IN (SELECT image_id FROM ambiguous)")
 
     def _refuse_fractions(self) -> None:
         """Find boxes that are fractions of their image, where its size says that boxes are pixels."""
@@ -216,6 +257,20 @@ class AnnotationIndex:
     def _hash(self, image_id: int) -> int:
         digest = hashlib.blake2b(image_id.to_bytes(8, "little", signed=True), digest_size=8, key=self._hash_key)
         return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def is_text(name: str) -> bool:
+    """False for a name of a disk that is not UTF-8, which Python shows by half surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_text(name: str) -> str:
+    """The name with the bytes that are not UTF-8 as escapes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace") if not is_text(name) else name
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pydantic import JsonValue
 from dfine_core.images import SIDES_SWAPPED, ImageError, open_image, orientation
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
+from pipeline.data.sources.folders import is_file, read_file
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 from pipeline.data.sources.voc_files import ImageFinder, find_files
 
@@ -40,10 +41,16 @@ def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_b
     files = find_files(root, image_set)
     digest = hashlib.sha256("\n".join(entry.name for entry in files.entries).encode(errors="replace"))
     occurring: set[str] = set()
+    broken: list[SourceError] = []
     for path in files.xmls:
-        text = _read(path)
-        digest.update(text)
-        occurring.update(_object_names(_parse_xml(path, text)))
+        try:
+            text = read_file(path)
+            digest.update(text)
+            occurring.update(_object_names(_parse_xml(path, text)))
+        except SourceError as error:
+            broken.append(error)
+    if broken and len(broken) == len(files.xmls):
+        raise broken[0]
     chosen = _chosen(classes, occurring - {""}, len(files.xmls), root)
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
@@ -54,7 +61,11 @@ def voc_source(root: Path, image_set: str, *, classes: Sequence[str] = (), one_b
                 detail = f"{entry.name}.xml does not exist"
                 index.reject(Rejection(number, entry.name, "image", "missing annotation", detail))
                 continue
-            annotation = _parse_xml(entry.xml, _read(entry.xml))
+            try:
+                annotation = _parse_xml(entry.xml, read_file(entry.xml))
+            except SourceError as error:
+                index.reject(Rejection(number, entry.name, "image", "unreadable annotation", str(error)))
+                continue
             path = finder.find(entry.xml, entry.name, annotation.findtext("filename") or "")
             if (size := _size(annotation, path)) is None:
                 detail = f"{entry.xml.name} has no width and height, and the image cannot be read"
@@ -88,10 +99,11 @@ def _chosen(classes: Sequence[str], occurring: set[str], files: int, root: Path)
         raise SourceError("--classes: a name is blank")
     others = sorted(occurring - set(chosen))
     for name in chosen:
-        by_case = {other.casefold(): other for other in others}
-        near = get_close_matches(name.casefold(), by_case, n=1, cutoff=0.75)
-        if name not in occurring and near:
-            raise SourceError(f"--classes: no object is called {name!r}; did you mean {by_case[near[0]]!r}?")
+        if name not in occurring and (near := _nearest(name, others)) is not None:
+            raise SourceError(f"--classes: no object is called {name!r}; did you mean {near!r}?")
+    if chosen and others and not occurring & set(chosen):
+        named, known = ", ".join(map(repr, chosen)), ", ".join(map(repr, others[:10]))
+        raise SourceError(f"--classes: no object is called {named}; the objects are {known}. Separate names by blanks")
     chosen = chosen or tuple(others)
     if not chosen:
         raise SourceError(
@@ -100,11 +112,12 @@ def _chosen(classes: Sequence[str], occurring: set[str], files: int, root: Path)
     return chosen
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+def _nearest(name: str, others: Sequence[str]) -> str | None:
+    """Name that is nearly the same: in another case, with a letter more or less, or with two exchanged."""
+    by_case = {other.casefold(): other for other in others}
+    near = get_close_matches(name.casefold(), by_case, n=1, cutoff=0.75)
+    near = near or [other for other in by_case if sorted(other) == sorted(name.casefold())]
+    return by_case[near[0]] if near else None
 
 
 def _parse_xml(path: Path, text: bytes) -> ElementTree.Element:
@@ -131,6 +144,8 @@ def _size(annotation: ElementTree.Element, path: Path) -> tuple[int, int] | None
     sides = [_side(annotation.findtext(f"size/{key}", "")) for key in ("width", "height")]
     if sides[0] is not None and sides[1] is not None:
         return sides[0], sides[1]
+    if not is_file(path):
+        return None
     try:
         with open_image(path, max_pixels=None) as image:
             swapped = orientation(image) in SIDES_SWAPPED
@@ -167,5 +182,5 @@ def _voc_boxes(
             if one_based and min(x1, y1) < 1:
                 index.notice("box-from-zero", detail)
             x1, y1 = (x1 - 1, y1 - 1) if one_based else (x1, y1)
-            crowd = item.findtext("difficult", "0").strip() == "1"
+            crowd = item.findtext("difficult", "0").strip().lower() in ("1", "true")
             yield BoxEntry(number, x1, y1, x2, y2, labels[name], (x2 - x1) * (y2 - y1), crowd)

@@ -59,7 +59,7 @@ def find_files(root: Path, split: str) -> VocFiles:
         raise SourceError(f"{lists[0].parent / f'{split}.txt'}: no such list; available: {known}")
     by_name = {normal(path.stem): path for path in reversed(xmls)}
     lines = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
-    return VocFiles(xmls, tuple(_entry(line, by_name) for line in lines))
+    return VocFiles(xmls, tuple(dict.fromkeys(_entry(line, by_name) for line in lines)))
 
 
 def _without_lists(root: Path, split: str, xmls: tuple[Path, ...]) -> Iterator[VocEntry]:
@@ -76,12 +76,13 @@ def _without_lists(root: Path, split: str, xmls: tuple[Path, ...]) -> Iterator[V
 
 
 def _entry(line: str, by_name: dict[str, Path]) -> VocEntry:
-    """The whole line, without the ending of a file or the folders before it, or its first word."""
+    """The whole line, without the ending of a file, the folders before it or a last word, or its first word."""
     last = line.replace("\\", "/").rpartition("/")[2]
-    for name in (line, line.rpartition(".")[0], last, last.rpartition(".")[0], line.split()[0]):
+    words = line.split()
+    for name in (line, line.rpartition(".")[0], last, last.rpartition(".")[0], " ".join(words[:-1]), words[0]):
         if name and (xml := by_name.get(normal(name))) is not None:
             return VocEntry(name, xml)
-    return VocEntry(line.split()[0], None)
+    return VocEntry(words[0], None)
 
 
 class ImageFinder:

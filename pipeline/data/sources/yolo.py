@@ -7,17 +7,18 @@ to its bounding box; or, if the YAML has `kpt_shape`, a box and its keypoints. A
 """
 
 import hashlib
+import unicodedata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import JsonValue
 
 from pipeline.data.shards.manifest import Category
 from pipeline.data.shards.records import Rejection
-from pipeline.data.sources.folders import SPLIT_NAMES, files_below, image_files, read_text
+from pipeline.data.sources.folders import SPLIT_NAMES, files_below, image_files, is_file, read_file, read_text
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, SourceError
 from pipeline.data.sources.yolo_labels import KeypointShape, find_labels, label_folders, labels_without_image, read_rows
+from pipeline.text_files import load_yaml
 
 CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "predefined_classes.txt")
 
@@ -31,7 +32,7 @@ def yolo_source(data: Path, split: str) -> DatasetSource:
     source, content = read_data(data, split)
     categories = _yolo_categories(source, content.get("names"))
     keypoints = _keypoint_shape(source, content.get("kpt_shape"))
-    root = (source.absolute().parent / str(content.get("path") or ".")).resolve()
+    root = _root(source, content.get("path"))
     images, passed_over = _image_files(source, root, content, split)
     labels = find_labels(images)
     if not labels:
@@ -43,7 +44,7 @@ def yolo_source(data: Path, split: str) -> DatasetSource:
     digest = hashlib.sha256()
     for path in images:
         digest.update(f"{_display_name(path, root)}\n".encode(errors="replace"))
-        digest.update(labels[path].read_bytes() if path in labels else b"")
+        digest.update(_content(labels[path]) if path in labels else b"")
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         for number, path in enumerate(images, start=1):
@@ -82,7 +83,13 @@ def read_data(data: Path, split: str) -> tuple[Path, dict[str, Any]]:
     if not data.is_dir():
         return data, _read_yaml(data)
     files = sorted(path for suffix in ("*.yaml", "*.yml") for path in data.glob(suffix))
-    contents = {path: _read_yaml(path) for path in files}
+    contents: dict[Path, dict[str, Any]] = {}
+    broken: list[SourceError] = []
+    for path in files:
+        try:
+            contents[path] = _read_yaml(path)
+        except SourceError as error:
+            broken.append(error)
     with_names = [path for path, content in contents.items() if "names" in content]
     chosen = next((path for path in with_names if path.stem in ("data", "dataset")), None) or next(
         iter(with_names), None
@@ -99,15 +106,17 @@ def read_data(data: Path, split: str) -> tuple[Path, dict[str, Any]]:
             places = [f"images/{split}", f"{split}/images", split, "images", "."]
             place = next(place for place in places if (data / place).is_dir())
             return data / "data.yaml", {"names": names, split: place}
+    if broken:
+        raise broken[0]
     raise SourceError(f"{data}: no YAML file with `names`, and no classes.txt")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        if isinstance(error, SourceError):
-            raise
+        content = load_yaml(read_text(path))
+    except SourceError:
+        raise
+    except ValueError as error:
         raise SourceError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise SourceError(f"{path}: expected keys such as `names` and `train`")
@@ -118,6 +127,8 @@ def _yolo_categories(data_yaml: Path, names: Any) -> tuple[Category, ...]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     if isinstance(names, dict):
+        if len({str(key) for key in names}) < len(names):
+            raise SourceError(f"{data_yaml}: names has a class number twice, as a number and as text")
         names = {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}
     if not isinstance(names, dict) or not names or not all(type(key) is int for key in names):
         raise SourceError(
@@ -126,9 +137,29 @@ def _yolo_categories(data_yaml: Path, names: Any) -> tuple[Category, ...]:
     if sorted(names) != list(range(len(names))):
         raise SourceError(f"{data_yaml}: names has class numbers {sorted(names)}; expected 0..{len(names) - 1}")
     for key, name in names.items():
-        if not isinstance(name, str | int | float | bool) or not str(name).strip():
+        if isinstance(name, bool):
+            raise SourceError(f"{data_yaml}: names: YAML reads class {key} as {name}; put the name in quotation marks")
+        if not isinstance(name, str | int | float) or not str(name).strip():
             raise SourceError(f"{data_yaml}: names: class {key} has the name {str(name)[:200]!r}; give it a name")
     return tuple(Category(label=k, original_id=k, name=str(names[k]).strip()) for k in range(len(names)))
+
+
+def _root(data_yaml: Path, path: Any) -> Path:
+    """Folder that the splits are relative to."""
+    if not isinstance(path, str | int | float | None):
+        raise SourceError(f"{data_yaml}: path is {str(path)[:200]}; expected a folder")
+    try:
+        return (data_yaml.absolute().parent / str(path or ".")).resolve()
+    except (OSError, ValueError) as error:  # a NUL, a link to itself
+        raise SourceError(f"{data_yaml}: path is {path!r:.200}: {error}") from None
+
+
+def _content(label: Path) -> bytes:
+    """Content of a label file for the digest; `read_rows` lists one that cannot be read."""
+    try:
+        return read_file(label)
+    except SourceError:
+        return b""
 
 
 def _keypoint_shape(data_yaml: Path, shape: Any) -> KeypointShape | None:
@@ -182,9 +213,11 @@ def _place(entry: str, root: Path, data_yaml: Path) -> Path | None:
 
 def _listed(line: str, listing: Path, root: Path) -> Path:
     """An image that a list names, relative to the list or to the root."""
-    base = listing.parent if line.startswith("./") else root
-    places = [base / line, base / line.replace("\\", "/"), listing.parent / line, root / line]
-    return next((place for place in places if place.is_file()), places[0])
+    slashes = line.replace("\\", "/")
+    names = dict.fromkeys([line, slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))])
+    bases = [listing.parent, root] if slashes.startswith("./") else [root, listing.parent]
+    places = [base / name for name in names for base in bases]
+    return next((place for place in places if is_file(place)), places[0])
 
 
 def _display_name(path: Path, root: Path) -> str:
