@@ -15,7 +15,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from dfine_core.images import FORMATS, ImageError, TooManyPixelsError, TooManyScansError, open_image, read_image
+from dfine_core.images import FORMATS, ImageError, TooManyPixelsError, TooMuchWorkError, open_image, read_image
 from dfine_core.model.postprocess import MAX_DETECTIONS
 from pipeline.errors import UserError
 
@@ -156,7 +156,7 @@ def _size(image: EncodedImage) -> tuple[int, int]:
             return opened.size
     except TooManyPixelsError:
         raise RequestError(413, "far too many pixels: scale it down", field=image.field) from None
-    except TooManyScansError as error:
+    except TooMuchWorkError as error:
         raise RequestError(413, f"{error}", field=image.field) from None
     except ImageError:
         known = ", ".join(FORMATS)
