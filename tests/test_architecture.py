@@ -116,7 +116,7 @@ ENTRANCES = {
     ),
     "fastapi": ("pipeline/serve/deployment.py",),
     "starlette": tuple(
-        f"pipeline/serve/{name}.py" for name in ("body_limit", "deployment", "replica", "request_parsing")
+        f"pipeline/serve/{name}.py" for name in ("deployment", "proxy", "replica", "request_parsing")
     ),
     "jinja2": ("pipeline/html_pages.py",),
     "pynvml": ("pipeline/tracking/system.py",),
