@@ -115,9 +115,7 @@ ENTRANCES = {
         *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),
     ),
     "fastapi": ("pipeline/serve/deployment.py",),
-    "starlette": tuple(
-        f"pipeline/serve/{name}.py" for name in ("deployment", "proxy", "replica", "request_parsing")
-    ),
+    "starlette": tuple(f"pipeline/serve/{name}.py" for name in ("deployment", "proxy", "replica", "request_parsing")),
     "jinja2": ("pipeline/html_pages.py",),
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),

@@ -90,11 +90,10 @@ class _Decoder:
             return receive_result(self._connection, job.input_size)
         except (EOFError, OSError):
             ended_by = self._replace()
-            raise RequestError(
-                422,
-                f"an image ended the program that decodes it ({ended_by}): save it again",
-                field=job.images[0].field,
-            ) from None
+            if ended_by in ("SIGKILL", "SIGTERM"):  # from outside, not by the image
+                raise RequestError(503, "the decoder was stopped, retry later", retry_after_s=1) from None
+            message = f"an image ended the program that decodes it ({ended_by}): save it again"
+            raise RequestError(422, message, field=job.images[0].field) from None
 
     def end(self) -> None:
         self.process.kill()

@@ -24,10 +24,9 @@ from pipeline.config import ConfigError
 from pipeline.ray_cluster import start_ray
 from pipeline.serve.metrics import MetricsAggregator, prometheus_text
 from pipeline.serve.page import read_page
-from pipeline.serve.proxy import proxy_environment
+from pipeline.serve.proxy import RETRY_AFTER_S, proxy_environment
 from pipeline.serve.replica import (
     NOSNIFF,
-    RETRY_AFTER_S,
     DetectionService,
     ServeSettings,
     error_response,
