@@ -29,9 +29,9 @@ RETRY_AFTER_S = 1
 PROXY_ERRORS = {
     404: (503, "the detector is not running, retry later"),
     408: (504, "not finished in time: send fewer or smaller images, or retry later"),
-    500: (503, "the process that worked on the request ended, retry it"),
     503: (503, "busy or starting, retry later"),
 }
+REPLICA_ENDED = (503, "the process that worked on the request ended, retry it")
 
 
 def proxy_environment(max_bytes: int, header_s: float = DEFAULT_HEADER_S) -> dict[str, str]:
@@ -67,29 +67,29 @@ class BodyLimit:
 
 
 class JsonErrors:
-    """Middleware that replaces the proxy's own errors, plain text, by JSON with Retry-After."""
+    """Middleware that answers with JSON and Retry-After where the proxy has plain text, or no response at all."""
 
     def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Forward the request."""
-        replaced = False
+        started = replaced = False
 
         async def send_json(message: Message) -> None:
-            nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] in PROXY_ERRORS:
+            nonlocal started, replaced
+            if message["type"] == "http.response.start":
                 kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
-                replaced = kinds != [b"application/json"]
+                replaced = message["status"] in PROXY_ERRORS and kinds != [b"application/json"]
                 if replaced:
-                    status, error = PROXY_ERRORS[message["status"]]
-                    head, body = _json_error(status, error)
-                    await send({"type": "http.response.start", "status": status, "headers": head})
-                    await send({"type": "http.response.body", "body": body})
+                    await _send_error(send, *PROXY_ERRORS[message["status"]])
+                started = True
             if not replaced:
                 await send(message)
 
         await self.app(scope, receive, send_json)
+        if not started and scope["type"] == "http":  # the replica ended, or the client did and takes no response
+            await _send_error(send, *REPLICA_ENDED)
 
 
 class HeaderDeadline(HttpToolsProtocol):
@@ -132,6 +132,12 @@ class HeaderDeadline(HttpToolsProtocol):
         lines = [b"HTTP/1.1 408 Request Timeout", b"connection: close", *(b": ".join(pair) for pair in head)]
         self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
         self.transport.close()
+
+
+async def _send_error(send: Send, status: int, error: str) -> None:
+    head, body = _json_error(status, error)
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _json_error(status: int, error: str) -> tuple[list[tuple[bytes, bytes]], bytes]:

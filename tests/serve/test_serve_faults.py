@@ -118,7 +118,7 @@ def test_a_client_that_leaves_is_counted_and_not_logged_as_an_error(port: int) -
     wait_until(lambda: requests_with(port, 499) == before + 2, 20)
     assert request(port, "/health")[0] == 200
     time.sleep(1)
-    written = [path for path in logs.rglob("*") if path.is_file() and "serve" in str(path) or "worker" in path.name]
+    written = [path for path in logs.rglob("*") if path.is_file() and ("serve" in str(path) or "worker" in path.name)]
     assert len(written) > 3
     for path in written:
         text = path.read_text(errors="replace")
