@@ -167,5 +167,5 @@ def _validated(kind: type[M], content: bytes | Mapping[str, Any]) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         field = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"]) or "body"
-        known = f"; known: {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        known = f"; known: {', '.join(kind.model_fields)}" if first["type"] in ("extra_forbidden", "missing") else ""
         raise RequestError(422, f"{first['msg']}{known}", field=field) from None

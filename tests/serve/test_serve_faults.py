@@ -6,14 +6,17 @@ import signal
 import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import ray
 
 from pipeline.serve.replica import ServeSettings
+from tests.support.fuzzed_requests import RequestFuzzer
 from tests.support.image_bombs import bmp_runs, jpeg
 from tests.support.processes import descendants, free_port, wait_until
 from tests.support.served_detector import exported_detector, request
@@ -124,6 +127,29 @@ def test_a_client_that_leaves_is_counted_and_not_logged_as_an_error(port: int) -
         text = path.read_text(errors="replace")
         assert "ClientDisconnect" not in text, path
         assert "Traceback" not in text, (path, text)
+
+
+def test_mutated_requests_are_answered_or_refused(port: int) -> None:
+    fuzzer = RequestFuzzer(7)
+    statuses = Counter[int]()
+    for number in range(240):
+        fuzzed = fuzzer.request()
+        head = [b"POST /detect?" + quote(fuzzed.query, safe="=&%").encode() + b" HTTP/1.1", b"Host: a"]
+        head += [name + b": " + value for name, value in fuzzed.headers]
+        if number % 8 == 0:  # broken HTTP too
+            head[0] = [b"GET /detect HTTP/1.1", b"BREW / HTTP/1.1", b"POST  HTTP/9", b"\xff\xfe"][number // 8 % 4]
+        length = b"Content-Length: %d" % len(fuzzed.body) if number % 5 else b"Content-Length: x"
+        whole = b"\r\n".join([*head, length, b"Connection: close", b"", fuzzed.body])
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(whole)
+            answer = b""
+            while part := client.recv(65536):
+                answer += part
+        status = int(answer.split()[1])
+        statuses[status] += 1
+        assert status == 200 or 400 <= status < 500 or status == 503, (whole, answer)
+    assert statuses[200] > 20, statuses
+    assert request(port, "/health")[::2] == (200, {"status": "ready"})
 
 
 def test_a_request_inside_a_killed_replica_is_answered_503(port: int) -> None:

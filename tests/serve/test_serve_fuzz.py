@@ -20,6 +20,8 @@ REFUSED = {400, 408, 413, 415, 422, 503}
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.Spooled")  # in memory, of forms that cannot be parsed
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <function SpooledTemporaryFile")
 def test_mutated_requests_are_answered_or_refused(tmp_path: Path) -> None:
     settings = ServeSettings(
         source=str(exported_detector(tmp_path / "exported", ["disc", "box"])), max_megabytes=0.3, max_images=4
