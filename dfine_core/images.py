@@ -8,17 +8,18 @@ that data tasks start without torch.
 import base64
 import io
 import os
-import re
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from dfine_core.image_work import excessive_decoding, excessive_structure
+
 PIXEL_LIMIT = 89_478_485  # per image; 256 MiB as RGB, where Pillow too begins to suspect a decompression bomb
-SCAN_LIMIT = 100  # of one JPEG stream; encoders write about ten
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # some of Pillow's other formats start programs
 
 # Endings of files in these formats, for whoever lists folders; the opener itself looks at the content.
@@ -48,8 +49,8 @@ class ImageError(ValueError):
     """Reason why an image cannot be used."""
 
 
-class TooManyScansError(ImageError):
-    """Error of a JPEG stream whose decoder would go over all pixels hundreds of times."""
+class TooMuchWorkError(ImageError):
+    """Error of an image that would take far more work to read than its bytes and pixels suggest, see `image_work.py`."""
 
 
 class UnknownFormatError(ImageError):
@@ -67,12 +68,17 @@ def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None
         max_pixels: None leaves the check to the caller; Pillow refuses twice `PIXEL_LIMIT` in any case.
 
     Raises:
-        UnknownFormatError, TooManyPixelsError, TooManyScansError, ImageError: with the reason.
+        UnknownFormatError, TooManyPixelsError, TooMuchWorkError, ImageError: with the reason.
     """
     try:
-        image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if reason := excessive_structure(content):
+            raise TooMuchWorkError(reason)
+        image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+    except TooMuchWorkError:
+        raise
     except PIL.UnidentifiedImageError:
-        name = _name_of_other_format(source)
+        name = _name_of_other_format(content[:16])
         reason = f"its format seems to be {name}" if name else "cannot identify its format"
         raise UnknownFormatError(f"an image cannot be opened: {reason}; only {', '.join(FORMATS)} are read") from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -82,7 +88,8 @@ def open_image(source: bytes | str | os.PathLike[str], *, max_pixels: int | None
     try:
         if max_pixels is not None:
             check_pixels(image.width, image.height, max_pixels)
-        check_decoding_work(image)
+        if reason := excessive_decoding(image, content):
+            raise TooMuchWorkError(reason)
     except ImageError:
         image.close()
         raise
@@ -96,27 +103,6 @@ def check_pixels(width: int, height: int, max_pixels: int = PIXEL_LIMIT) -> None
     """Raise TooManyPixelsError for an image that is too large to decode."""
     if width * height > max_pixels:
         raise TooManyPixelsError(f"an image of {width}x{height} pixels exceeds the limit of {max_pixels}")
-
-
-def check_decoding_work(image: OpenedImage) -> None:
-    """Refuse an opened image that takes far more work or memory to decode than its pixels, before any is decoded.
-
-    Each scan of a JPEG stream passes over the whole image, and a few bytes make one. A tile of a TIFF may be larger than the
-    image. The other formats decode each pixel once: an interlaced PNG in seven parts, an animation's first frame alone.
-
-    Raises:
-        TooManyScansError, TooManyPixelsError: with the reason.
-    """
-    if image.format in ("JPEG", "MPO"):
-        _check_scans(_content(image))
-    elif image.format == "TIFF":
-        tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        check_pixels(int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_LENGTH, 0)))
-        if tags.get(_COMPRESSION) in (6, 7):  # JPEG, a stream in each strip or tile
-            content = _content(image)
-            for offsets, lengths in (_STRIPS, _TILES):
-                for start, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False):
-                    _check_scans(content[start : start + length])
 
 
 def orientation(image: OpenedImage) -> int:
@@ -208,37 +194,6 @@ def stretch_image(image: OpenedImage, input_size: tuple[int, int]) -> NDArray[np
     return np.array(image.resize((width, height), PIL.Image.Resampling.BILINEAR))
 
 
-# Numbers of TIFF's tags.
-_COMPRESSION, _TILE_WIDTH, _TILE_LENGTH = 259, 322, 323
-_STRIPS, _TILES = (273, 279), (324, 325)  # offsets, lengths
-# In coded data 0xFF stands before a zero or a restart marker; any other byte makes it the next segment's marker.
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
-_SCAN, _END = 0xDA, 0xD9
-
-
-def _content(image: OpenedImage) -> bytes:
-    file: Any = image.fp  # type: ignore[attr-defined]
-    position = file.tell()
-    file.seek(0)
-    content: bytes = file.read()
-    file.seek(position)
-    return content
-
-
-def _check_scans(stream: bytes) -> None:
-    """Raise TooManyScansError for a JPEG stream of more than `SCAN_LIMIT` scans."""
-    if stream.count(b"\xff\xda") <= SCAN_LIMIT:  # by far the most; those in thumbnails and behind the end count too
-        return
-    scans, position = 0, 0
-    while (marker := _MARKER.search(stream, position)) and marker[1][0] != _END:
-        scans += marker[1][0] == _SCAN
-        if scans > SCAN_LIMIT:
-            raise TooManyScansError(
-                f"a JPEG image of more than {SCAN_LIMIT} scans, each of which decodes the whole image again; save it anew"
-            )
-        position = marker.end() + int.from_bytes(stream[marker.end() : marker.end() + 2], "big")
-
-
 def _from_array(pixels: NDArray[Any]) -> OpenedImage:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0 or pixels.dtype.kind not in "iu":
         raise ImageError(f"an image array must be [H, W, 3] of uint8, got {list(pixels.shape)} of {pixels.dtype}")
@@ -247,13 +202,8 @@ def _from_array(pixels: NDArray[Any]) -> OpenedImage:
     return PIL.Image.fromarray(pixels.astype(np.uint8))
 
 
-def _name_of_other_format(source: bytes | str | os.PathLike[str]) -> str | None:
+def _name_of_other_format(head: bytes) -> str | None:
     """Name of a format outside `FORMATS` by the first bytes, which may fit several; no reader of it is run."""
-    if isinstance(source, bytes):
-        head = source[:16]
-    else:
-        with open(source, "rb") as file:
-            head = file.read(16)
     PIL.Image.init()  # registers all formats
     for name in PIL.Image.ID:
         accepts = PIL.Image.OPEN[name][1]

@@ -20,7 +20,7 @@ BELOW = {
 OURS = set(BELOW)
 CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the standard library
 # Files of the core that use more; the detector needs none of this.
-ALSO = {"dfine_core/images.py": {"PIL"}, "dfine_core/drawing.py": {"PIL"}}
+ALSO = {f"dfine_core/{name}.py": {"PIL"} for name in ("drawing", "image_work", "images")}
 BORROWED = {"dfine_core/checkpoints/folder.py": {"safetensors"}}  # imported when it is needed, inside a function
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
@@ -76,6 +76,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
 
 # Modules that run inside Ray Data tasks, or that such modules import: torch there would cost seconds per worker process.
 WITHOUT_TORCH = (
+    "dfine_core.image_work",
     "dfine_core.images",
     "pipeline.storage",
     *(f"pipeline.data.shards.{name}" for name in ("records", "manifest", "reader")),
@@ -115,9 +116,7 @@ ENTRANCES = {
         *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),
     ),
     "fastapi": ("pipeline/serve/deployment.py",),
-    "starlette": tuple(
-        f"pipeline/serve/{name}.py" for name in ("body_limit", "deployment", "replica", "request_parsing")
-    ),
+    "starlette": tuple(f"pipeline/serve/{name}.py" for name in ("deployment", "proxy", "replica", "request_parsing")),
     "jinja2": ("pipeline/html_pages.py",),
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),

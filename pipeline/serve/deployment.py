@@ -1,6 +1,6 @@
 """Detection service on Ray Serve: replicas, their routes, start and stop of the server.
 
-Replicas share the requests to `/detect`. A body is limited twice: the proxy stops reading it (`body_limit.py`), and the
+Replicas share the requests to `/detect`. A body is limited twice: the proxy stops reading it (`proxy.py`), and the
 replica refuses it. Requests wait in their replica, which limits their number; the queue of the proxy is short.
 """
 
@@ -22,18 +22,17 @@ from starlette.responses import Response
 
 from pipeline.config import ConfigError
 from pipeline.ray_cluster import start_ray
-from pipeline.serve.body_limit import proxy_environment
 from pipeline.serve.metrics import MetricsAggregator, prometheus_text
 from pipeline.serve.page import read_page
+from pipeline.serve.proxy import RETRY_AFTER_S, proxy_environment
 from pipeline.serve.replica import (
     NOSNIFF,
-    RETRY_AFTER_S,
     DetectionService,
     ServeSettings,
     error_response,
     json_response,
 )
-from pipeline.serve.request_parsing import RequestError
+from pipeline.serve.request_error import RequestError
 from pipeline.wording import plural
 
 APPLICATION = "detector"  # name on Ray Serve
@@ -79,9 +78,9 @@ class DetectionServer:
 
     @app.get("/health")
     async def health(self) -> Response:
-        """Return 200 unless the last batch failed."""
-        if self.service.last_batch_failed:
-            return error_response(RequestError(503, "the last batch failed", retry_after_s=RETRY_AFTER_S))
+        """Return 200 unless the last batch failed, or every decoder is stuck; never waits for either."""
+        if problem := self.service.problem():
+            return error_response(RequestError(503, f"not ready: {problem}", retry_after_s=RETRY_AFTER_S))
         return json_response({"status": "ready"})
 
     @app.get("/metrics")
@@ -139,7 +138,7 @@ def start(settings: ServeSettings, *, host: str, port: int) -> str:
     # 1. Everything that can fail is checked before replicas start. The proxy inherits the limit on bodies.
     if not os.environ.get("RAY_ADDRESS"):
         _refuse_taken(host, port)
-    for name, value in proxy_environment(settings.limits.max_bytes).items():
+    for name, value in proxy_environment(settings.limits.max_bytes, settings.header_s).items():
         os.environ.setdefault(name, value)
     start_ray()
     _refuse_too_small(settings)

@@ -11,34 +11,34 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import PIL.Image
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from torch import Tensor
 
-from dfine_core.inference import DEFAULT_THRESHOLD, prepare
+from dfine_core.inference import DEFAULT_THRESHOLD
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections
 from pipeline.config import Config, Share
 from pipeline.open_detector import open_detector
 from pipeline.serve.batching import Batcher
+from pipeline.serve.decoder_pool import DECODE_LIMIT_S, DecoderPool
+from pipeline.serve.decoding import DecodedImage, DecodingJob
 from pipeline.serve.metrics import Metrics, observe
+from pipeline.serve.proxy import RETRY_AFTER_S
+from pipeline.serve.request_error import RequestError
 from pipeline.serve.request_parsing import (
     DetectRequest,
-    RequestError,
     RequestLimits,
-    decode_images,
     parse_request,
     read_body,
 )
 
 logger = logging.getLogger("ray.serve")  # Ray Serve configures its files and level
 NOSNIFF = {"X-Content-Type-Options": "nosniff"}
-RETRY_AFTER_S = 1
 CLIENT_CLOSED_REQUEST = 499  # status of a request whose client disconnected; counted only
 
 
@@ -49,6 +49,9 @@ class ServeSettings(Config):
     threshold: Share = DEFAULT_THRESHOLD  # unless a request has its own
     batch_size: PositiveInt = 8  # images per forward pass, at most
     timeout_s: PositiveFloat = 30.0  # per request, from its arrival at a replica to the response
+    header_s: PositiveFloat = 10.0  # for the headers of a request to arrive; of the proxy
+    body_s: PositiveFloat = 20.0  # for the body to arrive
+    decode_s: PositiveFloat = DECODE_LIMIT_S  # for decoding the images of a request
     max_waiting: PositiveInt = 32  # requests in a replica; further ones get status 503
     max_megabytes: PositiveFloat = 20.0  # per request body
     max_images: PositiveInt = 16  # per request
@@ -63,14 +66,6 @@ class ServeSettings(Config):
         return RequestLimits(int(self.max_megabytes * 1e6), self.max_images, int(self.max_megapixels * 1e6))
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedImage:
-    """Image resized to the input size."""
-
-    pixels: Tensor  # [1, 3, H, W] uint8
-    size: tuple[int, int]  # width, height of the original image
-
-
 class DetectionService:
     """Service that is ready once constructed: its detector is loaded and has processed an image."""
 
@@ -80,11 +75,11 @@ class DetectionService:
         self.metrics: Metrics = Counter()
         self.active_requests = 0
         self.last_batch_failed = False
-        self._decoders = ThreadPoolExecutor(min(4, max(1, int(settings.cpus))), "decode")
+        self.decoders = DecoderPool(min(4, max(1, int(settings.cpus))), settings.decode_s)
         self._batcher = Batcher(self._forward, settings.batch_size, ThreadPoolExecutor(1, "detect"))
         # On a GPU the largest batch is tried too, so that a lack of memory shows now.
         for images in {1, settings.batch_size} if settings.gpus else {1}:
-            self._detect([self._prepare(PIL.Image.new("RGB", (64, 48)))] * images)
+            self._detect([self._plain_image()] * images)
 
     async def detect(self, request: Request) -> Response:
         """Return the response to POST /detect, which may be an error."""
@@ -95,6 +90,9 @@ class DetectionService:
             response = error_response(error)
         except ClientDisconnect:
             response = Response(status_code=CLIENT_CLOSED_REQUEST)
+        except asyncio.CancelledError:  # how Ray Serve ends a request whose client disconnected
+            self.metrics["detect_requests_total", str(CLIENT_CLOSED_REQUEST)] += 1
+            raise
         except Exception:
             logger.exception("a request failed")
             response = error_response(RequestError(500, "the detector failed; see the log of the server"))
@@ -102,10 +100,16 @@ class DetectionService:
         observe(self.metrics, "detect_request_seconds", time.perf_counter() - arrived_at)
         return response
 
+    def problem(self) -> str | None:
+        """Reason why the server is not ready, without waiting for anything."""
+        if self.last_batch_failed:
+            return "the last batch failed"
+        return f"no image was decoded within {self.settings.decode_s:g} s" if self.decoders.stuck() else None
+
     async def check_health(self) -> None:
         """Process one image if the last batch failed; raises if the detector still fails."""
         if self.last_batch_failed:
-            await self._batcher([self._prepare(PIL.Image.new("RGB", (64, 48)))])
+            await self._batcher([self._plain_image()])
 
     def description(self) -> dict[str, Any]:
         """Content of GET /model."""
@@ -142,13 +146,14 @@ class DetectionService:
     async def _detect_in_request(self, http_request: Request) -> dict[str, Any]:
         # 1. Parse and check the request, before any image is decoded.
         limits = self.settings.limits
-        body = await read_body(http_request.stream(), http_request.headers, limits.max_bytes)
+        body = await self._body(http_request)
         content_type = http_request.headers.get("content-type", "")
         request = await parse_request(content_type, http_request.query_params, body, limits, self.settings.threshold)
 
-        # 2. Decode in a thread, then detect together with images of other requests.
-        loop = asyncio.get_running_loop()
-        images = await loop.run_in_executor(self._decoders, self._decode, request)
+        # 2. Decode in another process, then detect together with images of other requests.
+        images = await self.decoders.decode(
+            DecodingJob(request.images, limits.max_pixels, self.loaded.config.input_size)
+        )
         detections = await self._batcher(images)
         return {
             "model": self.loaded.origin,
@@ -157,13 +162,18 @@ class DetectionService:
             ],
         }
 
-    def _decode(self, request: DetectRequest) -> list[PreparedImage]:
-        return [self._prepare(image) for image in decode_images(request.images, self.settings.limits.max_pixels)]
+    async def _body(self, request: Request) -> bytes:
+        try:
+            async with asyncio.timeout(self.settings.body_s):
+                return await read_body(request.stream(), request.headers, self.settings.limits.max_bytes)
+        except TimeoutError:
+            message = f"the body did not arrive within {self.settings.body_s:g} s: send fewer or smaller images"
+            raise RequestError(408, message, field="body") from None
 
-    def _prepare(self, image: PIL.Image.Image) -> PreparedImage:
-        return PreparedImage(prepare([image], self.loaded.config.input_size), image.size)
+    def _plain_image(self) -> DecodedImage:
+        return DecodedImage(np.zeros((*self.loaded.config.input_size, 3), np.uint8), (64, 48))
 
-    def _forward(self, images: Sequence[PreparedImage]) -> list[Detections]:
+    def _forward(self, images: Sequence[DecodedImage]) -> list[Detections]:
         """Detect in a batch, in the batcher's thread; update health and metrics."""
         started_at = time.perf_counter()
         try:
@@ -177,8 +187,9 @@ class DetectionService:
         self.metrics["detect_images_total", ""] += len(images)
         return detections
 
-    def _detect(self, images: Sequence[PreparedImage]) -> list[Detections]:
-        pixels, sizes = torch.cat([image.pixels for image in images]), torch.tensor([image.size for image in images])
+    def _detect(self, images: Sequence[DecodedImage]) -> list[Detections]:
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images]).transpose(0, 3, 1, 2).copy())
+        sizes = torch.tensor([image.size for image in images])
         batch = self.loaded.detect(pixels, sizes)
         labels, boxes, scores = batch.labels.cpu(), batch.boxes.cpu(), batch.scores.cpu()
         return [Detections(*each) for each in zip(labels, boxes, scores, strict=True)]
@@ -205,5 +216,7 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 def error_response(error: RequestError) -> Response:
     """Create the response to a refused request."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.status == 408:
+        headers["Connection"] = "close"  # the rest of the body would be read otherwise
     field = {} if error.field is None else {"field": error.field}
     return json_response({"error": error.message, **field}, error.status, headers)

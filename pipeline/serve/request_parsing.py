@@ -5,19 +5,18 @@ The body of a request is a form, JSON, or a single image. Nothing in it is ever 
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import PIL.Image
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from dfine_core.images import FORMATS, ImageError, TooManyPixelsError, TooManyScansError, open_image, read_image
 from dfine_core.model.postprocess import MAX_DETECTIONS
-from pipeline.errors import UserError
+from pipeline.serve.decoding import EncodedImage
+from pipeline.serve.request_error import RequestError
 
 OPTIONS = ("threshold", "max_detections")
 BODY_FORMATS = (
@@ -27,22 +26,6 @@ BODY_FORMATS = (
 M = TypeVar("M", bound=BaseModel)
 
 
-class RequestError(UserError):
-    """Refused request, with a message that says how to correct it.
-
-    Args:
-        status: HTTP status.
-        field: field of the request at fault, such as `images[2]`.
-        retry_after_s: delay after which a retry makes sense.
-    """
-
-    def __init__(
-        self, status: int, message: str, *, field: str | None = None, retry_after_s: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.field, self.retry_after_s = status, message, field, retry_after_s
-
-
 @dataclass(frozen=True)
 class RequestLimits:
     """Limits of one request."""
@@ -50,14 +33,6 @@ class RequestLimits:
     max_bytes: int = 20 * 2**20
     max_images: int = 16
     max_pixels: int = 50_000_000  # over all images, counted before the first is decoded
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """Image as received."""
-
-    field: str  # name of its field in the request
-    content: bytes
 
 
 @dataclass(frozen=True)
@@ -110,11 +85,11 @@ async def parse_request(
     kind = parse_options_header(content_type)[0].decode("latin-1").lower()
     options: Mapping[str, Any] = query
     if kind == "application/json":
-        # In a thread: the event loop answers other requests meanwhile.
+        # In threads: the event loop answers other requests meanwhile.
         images, in_body = await asyncio.to_thread(_from_json, body, limits.max_images)
         options = {**query, **in_body}
     elif kind == "multipart/form-data":
-        images, in_body = await _from_form(content_type, body, limits.max_images)
+        images, in_body = await asyncio.to_thread(asyncio.run, _from_form(content_type, body, limits.max_images))
         options = {**query, **in_body}
     elif kind.startswith("image/"):
         images = (EncodedImage("body", body),)
@@ -128,46 +103,6 @@ async def parse_request(
     valid = _validated(_Options, options)
     threshold = default_threshold if valid.threshold is None else valid.threshold
     return DetectRequest(images, threshold, valid.max_detections)
-
-
-def decode_images(images: Sequence[EncodedImage], max_pixels: int) -> list[PIL.Image.Image]:
-    """Decode to RGB. The pixels of all images are counted from their headers before the first is decoded.
-
-    Raises:
-        RequestError: 413 for more than `max_pixels` in total, 415 for an unknown format, 422 for a broken image.
-    """
-    pixels = 0
-    for image in images:
-        width, height = _size(image)
-        pixels += width * height
-        if pixels > max_pixels:
-            so_far = "with the images before it, " if image is not images[0] else ""
-            raise RequestError(
-                413,
-                f"{so_far}{width} x {height} pixels exceed the limit of {max_pixels:,} per request: scale it down",
-                field=image.field,
-            )
-    return [_decoded(image) for image in images]
-
-
-def _size(image: EncodedImage) -> tuple[int, int]:
-    try:
-        with open_image(image.content) as opened:
-            return opened.size
-    except TooManyPixelsError:
-        raise RequestError(413, "far too many pixels: scale it down", field=image.field) from None
-    except TooManyScansError as error:
-        raise RequestError(413, f"{error}", field=image.field) from None
-    except ImageError:
-        known = ", ".join(FORMATS)
-        raise RequestError(415, f"not an image in a known format: send one of {known}", field=image.field) from None
-
-
-def _decoded(image: EncodedImage) -> PIL.Image.Image:
-    try:
-        return read_image(image.content)
-    except ValueError as error:
-        raise RequestError(422, f"{error}: save it again", field=image.field) from None
 
 
 def _refuse_too_many(images: int, limit: int) -> None:
@@ -232,5 +167,5 @@ def _validated(kind: type[M], content: bytes | Mapping[str, Any]) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         field = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"]) or "body"
-        known = f"; known: {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        known = f"; known: {', '.join(kind.model_fields)}" if first["type"] in ("extra_forbidden", "missing") else ""
         raise RequestError(422, f"{first['msg']}{known}", field=field) from None

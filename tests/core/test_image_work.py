@@ -1,6 +1,5 @@
 """Images that would take far more work to decode than their pixels are refused by their header, whatever their format."""
 
-import io
 import struct
 import time
 from pathlib import Path
@@ -9,43 +8,45 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dfine_core.images import SCAN_LIMIT, ImageError, TooManyPixelsError, TooManyScansError, open_image, read_image
+from dfine_core.image_work import SCAN_LIMIT, SCANNED_PIXEL_LIMIT
+from dfine_core.images import ImageError, TooMuchWorkError, open_image, read_image
+from tests.support.image_bombs import BOMBS, SCAN, encoded, jpeg, jpeg_segments, png, progressive_scans, tiff
 
-SCAN, END = b"\xff\xda", b"\xff\xd9"
+END = b"\xff\xd9"
 
 
 def picture(side: int = 64) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def encoded(image: PIL.Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)  # type: ignore[arg-type]
-    return stream.getvalue()
-
-
-def with_scans(count: int, *, side: int = 64) -> bytes:
-    """A progressive JPEG with its last scan repeated."""
-    jpeg = encoded(PIL.Image.new("RGB", (side, side), "green"), "JPEG", progressive=True)
-    head, last = jpeg[: jpeg.rindex(SCAN)], jpeg[jpeg.rindex(SCAN) : -2]
-    return head + last * (count - head.count(SCAN)) + END
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_that_costs_much_work_is_refused_in_little_time(name: str, tmp_path: Path) -> None:
+    """Each file would take seconds to minutes of CPU time, or gigabytes, at the size that a server accepts."""
+    bomb = BOMBS[name]()
+    assert len(bomb) < 20_000_000
+    (tmp_path / "bomb").write_bytes(bomb)
+    before = time.process_time()
+    for source in (bomb, tmp_path / "bomb"):
+        with pytest.raises(TooMuchWorkError, match="save it"):
+            read_image(source)
+    assert time.process_time() - before < 4.0
 
 
 def test_scans_are_counted_before_decoding(tmp_path: Path) -> None:
-    allowed, refused = with_scans(SCAN_LIMIT), with_scans(SCAN_LIMIT + 1)
+    allowed, refused = progressive_scans(SCAN_LIMIT), progressive_scans(SCAN_LIMIT + 1)
     assert (allowed.count(SCAN), refused.count(SCAN)) == (100, 101)
     assert read_image(allowed).size == (64, 64)
     (tmp_path / "bomb.jpg").write_bytes(refused)
     for source in (refused, str(tmp_path / "bomb.jpg"), tmp_path / "bomb.jpg"):
-        with pytest.raises(TooManyScansError, match="more than 100 scans"):
+        with pytest.raises(TooMuchWorkError, match="more than 100 scans"):
             open_image(source)
 
 
 def test_a_bomb_of_many_scans_costs_no_decoding() -> None:
-    bomb = with_scans(20_000, side=1000)
+    bomb = progressive_scans(20_000, 1000, 1000)
     assert len(bomb) < 1_000_000
     before = time.process_time()
-    with pytest.raises(TooManyScansError):
+    with pytest.raises(TooMuchWorkError):
         read_image(bomb)
     assert time.process_time() - before < 1.0
 
@@ -59,14 +60,14 @@ def test_an_ordinary_image_with_markers_in_its_other_parts_is_read() -> None:
 
 
 def test_the_scans_of_a_jpeg_inside_a_tiff_are_counted() -> None:
-    bomb = with_scans(SCAN_LIMIT + 1)
+    bomb = progressive_scans(SCAN_LIMIT + 1)
     for tags in ({273: 8, 279: len(bomb)}, {322: 64, 323: 64, 324: 8, 325: len(bomb)}):
-        with pytest.raises(TooManyScansError):
+        with pytest.raises(TooMuchWorkError):
             open_image(tiff(64, 64, 7, tags, bomb))
 
 
 def test_a_tile_larger_than_the_limit_is_refused() -> None:
-    with pytest.raises(TooManyPixelsError):
+    with pytest.raises(TooMuchWorkError):
         open_image(tiff(16, 16, 8, {322: 65_520, 323: 65_520, 324: 8, 325: 4}, b"abcd"))
 
 
@@ -104,19 +105,31 @@ def test_tags_of_another_type_are_an_image_error() -> None:
 def test_a_broken_jpeg_is_still_an_image_error() -> None:
     for cut in (b"", END, b"\xff"):
         with pytest.raises(ImageError):
-            read_image(with_scans(5)[:200] + cut)
+            read_image(progressive_scans(5)[:200] + cut)
 
 
-def tiff(width: int, height: int, compression: int, more: dict[int, int], data: bytes) -> bytes:
-    """A little-endian RGB TIFF with its data at byte 8 and one value in each tag."""
-    tags = {
-        256: width,
-        257: height,
-        258: 8,
-        259: compression,
-        262: 6 if compression == 7 else 2,
-        277: 3,
-        278: height,
-    } | more
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
-    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+def test_the_larger_an_image_the_fewer_scans_may_pass_over_it() -> None:
+    side = 6000
+    allowed = SCANNED_PIXEL_LIMIT // side**2
+    assert 10 < allowed < SCAN_LIMIT
+    with open_image(progressive_scans(allowed, side, side)) as image:
+        assert image.size == (side, side)
+    with pytest.raises(TooMuchWorkError, match=f"more than {allowed} scans"):
+        open_image(progressive_scans(allowed + 1, side, side))
+
+
+def test_images_with_as_many_parts_as_encoders_write_are_read() -> None:
+    profile = b"\xff\xe2" + struct.pack(">H", 65_000) + bytes(64_998)
+    exif = PIL.Image.Exif()
+    exif[270] = "x" * 50_000
+    for content in (
+        jpeg_segments(300, profile),  # profiles and depth maps
+        jpeg(exif=exif),
+        png(300, 300, level=0, split=64),
+        encoded(picture(), "GIF", comment=b"x" * 100_000),
+        encoded(picture(), "TIFF", compression="tiff_lzw", strip_size=64 * 3),
+        b"P3 # a comment\n# and another\n2 1 255 " + b"0 1 2 3 4 5",
+        b"P1 2 2 0110",
+        encoded(PIL.Image.new("F", (4, 4)).convert("L"), "PPM"),
+    ):
+        assert min(read_image(content).size) > 0

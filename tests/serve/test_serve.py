@@ -297,7 +297,10 @@ def test_a_client_cannot_raise_the_time_limit(folder: Path) -> None:
     service = DetectionService(ServeSettings(source=str(folder), timeout_s=0.2))
     headers = [(b"content-type", b"image/png"), (b"x-request-timeout-seconds", b"0")]
     scope = {"type": "http", "method": "POST", "path": "/detect", "query_string": b"", "headers": headers}
-    response = asyncio.run(service.detect(Request(scope, never)))
+    try:
+        response = asyncio.run(service.detect(Request(scope, never)))
+    finally:
+        service.decoders.close()
     assert response.status_code == 504
     assert "not finished within 0.2 s" in bytes(response.body).decode()
     assert (service.active_requests, service.metrics["detect_requests_total", "504"]) == (0, 1)

@@ -22,15 +22,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.serve.batching import Batcher
-from pipeline.serve.body_limit import BodyLimit
+from pipeline.serve.decoding import EncodedImage, decode_images
 from pipeline.serve.metrics import SECONDS, Metrics, ReplicaMetrics, observe, prometheus_text
 from pipeline.serve.page import read_page
+from pipeline.serve.proxy import BodyLimit
+from pipeline.serve.request_error import RequestError
 from pipeline.serve.request_parsing import (
     DetectRequest,
-    EncodedImage,
-    RequestError,
     RequestLimits,
-    decode_images,
     parse_request,
     read_body,
 )
