@@ -209,11 +209,17 @@ def _schedule(
     """Schedule of the run; the same for every number of workers that the request allows.
 
     Raises:
-        ConfigError: the largest number cannot share the global batch, or batch statistics would need even shares.
+        ConfigError: the largest number cannot share the global batch, batch statistics would need even shares, or parts would be
+            compiled on a CPU.
     """
     least, most = (1, 1) if request is None else (request.least, request.most)
     images = data.train.manifest.images
     schedule = derive(experiment, images=images, workers=most, micro_batch_size=start.micro_batch_size)
+    if experiment.numerics.compile and (request is None or not request.gpus):
+        raise ConfigError(
+            "numerics.compile: on a CPU, TorchInductor computes wrong gradients of the encoder (torch 2.14): leave it out,"
+            " or train on GPUs"
+        )
     uneven = [n for n in range(least, most + 1) if schedule.micro_batches % n]
     if uneven and experiment.numerics.sync_batch_norm:
         raise ConfigError(

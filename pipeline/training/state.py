@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +15,7 @@ from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.optim import make_optimizer
 from pipeline.config import Experiment
 from pipeline.training.low_precision import CastDetector
+from pipeline.training.multiscale import multiscale_sides
 from pipeline.training.numerics import LossScale, RunningStatistics
 from pipeline.training.schedule import Schedule
 from pipeline.training.stage_two import EvaluationHistory
@@ -91,8 +93,7 @@ def build_train_state(
         group["initial_lr"] = group["lr"]
 
     if numerics.compile:
-        detector.backbone.compile()
-        detector.encoder.compile()
+        compile_parts(detector, sizes=len(set(multiscale_sides(config, experiment.base_size_repeat))))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
     precision = resolve_precision(numerics.precision, device)
     model: torch.nn.Module = detector
@@ -115,6 +116,20 @@ def build_train_state(
         max_grad_norm=experiment.optimizer.max_grad_norm,
         channels_last=numerics.channels_last,
     )
+
+
+def compile_parts(detector: Detector, sizes: int) -> None:
+    """Compile backbone and encoder, a graph for each size of images: Inductor cannot build the encoder's gradient for any size.
+
+    Args:
+        sizes: number of sizes that the training draws from.
+    """
+    graphs = 2 * sizes  # with gradients and, where a step has several micro-batches, without
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, graphs
+    )  # else the rest would run eagerly
+    for part in (detector.backbone, detector.encoder):
+        part.compile(dynamic=False)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:

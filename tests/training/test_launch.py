@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline import ray_cluster
-from pipeline.config import Cluster
+from pipeline.config import Cluster, ConfigError
 from pipeline.config_files import load_cluster
 from pipeline.training import launch, on_ray, preflight
 from pipeline.training.preflight import Request
@@ -56,6 +56,13 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return RecordedTrainer
 
     return start
+
+
+def test_compilation_on_a_cpu_is_refused_before_the_start(tmp_path: Path) -> None:
+    setting = experiment(tmp_path, shard_folders(tmp_path), numerics={"compile": True})
+    with pytest.raises(ConfigError, match=r"numerics\.compile: .* wrong gradients"):
+        launch.launch(setting, Cluster(workers=1))
+    assert not (tmp_path / "runs").exists() or not list(tmp_path.glob("runs/*/checkpoints/*"))
 
 
 @pytest.mark.parametrize("seconds", [0.5, 600])
