@@ -2,11 +2,16 @@
 
 import logging
 import os
+import secrets
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+
+from pipeline.ray_core_internals import LOOPBACK_VARIABLE, read_environment_again
 
 # Ray reads these when it starts, and its workers inherit them from a local cluster. Variables that are set already stay.
 QUIET_ENVIRONMENT = {
@@ -17,7 +22,6 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's report waits for the next health check
 }
 LOCAL_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # for a cluster on this machine alone; the default writes a token to the home folder
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Idle processes are kept for the next stream: starting new ones takes most of its first seconds.
     "RAY_num_workers_soft_limit": str((os.cpu_count() or 1) + 6),
@@ -52,6 +56,7 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
 
         reload_data_logging()
     if joins:
+        read_environment_again()
         ray.init(logging_level=logging.WARNING)
         _lacks_dashboard = False
         return
@@ -61,7 +66,8 @@ def start_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     base = os.environ.setdefault("RAY_DFINE_TMPDIR", os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     os.environ["RAY_TMPDIR"] = folder = tempfile.mkdtemp(prefix="ray-", dir=base)
     try:
-        ray.init("local", num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
+        with private_cluster():
+            ray.init("local", num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises no narrower one
         if "timed out during startup" in str(error):
             error.add_note(
@@ -86,3 +92,24 @@ def stop_own_ray() -> None:
     """Stop a cluster that `start_ray` started in this process; leave one that it joined."""
     if not os.environ.get("RAY_ADDRESS"):
         ray.shutdown()
+
+
+@contextmanager
+def private_cluster() -> Iterator[None]:
+    """Let no other user and no other machine use a cluster that starts meanwhile: a new token, and loopback addresses.
+
+    The processes of the cluster inherit both. This process keeps the token in memory; other programs that it starts, and files,
+    never have it.
+    """
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), LOOPBACK_VARIABLE: "0"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        read_environment_again()
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
