@@ -1,0 +1,21 @@
+"""Private parts of Ray's core that the start of a cluster needs, verified with Ray 2.60.
+
+`ray_internals.py` holds those of Ray Data and Ray Train, whose import takes seconds.
+"""
+
+from ray._common.utils import env_bool
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config
+
+LOOPBACK_VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+
+
+def read_environment_again() -> None:
+    """Apply RAY_AUTH_MODE, the token and the loopback variable, each of which a process reads only once.
+
+    Ray takes the address of a network interface for its node's, and its processes listen on all interfaces. With "0" in the
+    loopback variable it takes 127.0.0.1, and they listen there alone: Ray's default on macOS and Windows.
+    """
+    Config.initialize("")  # before the token: in token mode a request that finds none ends the process
+    AuthenticationTokenLoader.instance().reset_cache()
+    ray_constants.ENABLE_RAY_CLUSTER = env_bool(LOOPBACK_VARIABLE, not ray_constants.IS_WINDOWS_OR_OSX)

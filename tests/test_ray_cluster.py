@@ -1,0 +1,144 @@
+"""The cluster that commands start on this machine: who can use it, and where it keeps its files."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from pipeline.ray_cluster import start_ray
+from tests.support.processes import descendants
+from tests.support.ray_clients import environment_of_cluster
+
+# Without the last two, Ray repeats a refused connection for 20 seconds, and looks for the cluster on other interfaces.
+CLIENT = """
+import ray
+ray.init(logging_level="ERROR")
+print("joined", ray.get(ray.remote(num_cpus=0)(lambda: "and ran a task").remote()))
+"""
+IMPATIENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+CLIENT_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """A cluster of this process, as its users see it."""
+
+    environment: dict[str, str]  # of a process that may join it
+    dashboard: str
+    folder: Path
+    home: Path
+
+    @property
+    def token(self) -> str:
+        return self.environment["RAY_AUTH_TOKEN"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    assert not ray.is_initialized()
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            patch.delenv(name, raising=False)
+        start_ray(num_cpus=2, dashboard=True)
+        url = f"http://{ray._private.worker._global_node.webui_url}"
+        yield RunningCluster(environment_of_cluster(), url, Path(os.environ["RAY_TMPDIR"]), home)
+        ray.shutdown()
+
+
+def join(environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a client in a process of its own."""
+    command = [sys.executable, "-c", CLIENT]
+    environment = environment | IMPATIENT
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=CLIENT_TIMEOUT_S, check=False
+    )
+
+
+def test_a_process_with_the_token_joins(cluster: RunningCluster) -> None:
+    done = join(cluster.environment)
+    assert (done.returncode, done.stdout) == (0, "joined and ran a task\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        {},
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+    ],
+    ids=["no variable", "disabled", "another token"],
+)
+def test_a_process_without_the_token_cannot_join(cluster: RunningCluster, attempt: dict[str, str]) -> None:
+    without = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_AUTH")}
+    done = join(without | attempt)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Failed to connect to Ray cluster" in done.stderr
+
+
+def submit(cluster: RunningCluster, token: str | None) -> int:
+    """Status of a job's submission to the dashboard."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    body = json.dumps({"entrypoint": "true"}).encode()
+    request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/", data=body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_only_the_token_submits_a_job(cluster: RunningCluster) -> None:
+    assert submit(cluster, None) == 401
+    assert submit(cluster, "0" * 64) == 403
+    assert submit(cluster, cluster.token) == 200
+
+
+def test_all_processes_listen_on_this_machine_alone(cluster: RunningCluster) -> None:
+    own = set(descendants(os.getpid()))
+    addresses = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.pid in own
+    }
+    assert addresses == {"127.0.0.1"}
+
+
+def test_the_token_is_in_no_file_and_in_no_environment_of_others(cluster: RunningCluster) -> None:
+    files = [path for path in cluster.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if cluster.token.encode() in path.read_bytes()]
+    assert not list(cluster.home.rglob("*"))  # Ray would keep a token for all clusters there
+    assert cluster.folder.stat().st_mode & 0o777 == 0o700
+    assert "RAY_AUTH_TOKEN" not in os.environ  # nor in other programs that this process starts
+    processes = Path("/proc")
+    with_token = [p for p in descendants(os.getpid()) if cluster.token in _environment(processes / str(p))]
+    assert with_token
+    assert {(processes / str(p) / "environ").stat().st_mode & 0o777 for p in with_token} == {0o400}
+
+
+def _environment(process: Path) -> str:
+    try:
+        return (process / "environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_the_next_cluster_of_a_process_has_another_token(cluster: RunningCluster) -> None:
+    ray.shutdown()
+    start_ray(num_cpus=1)
+    other = environment_of_cluster()
+    assert other["RAY_AUTH_TOKEN"] != cluster.token
+    assert join(other).returncode == 0
+    assert join(other | {"RAY_AUTH_TOKEN": cluster.token}).returncode == 1
