@@ -5,6 +5,7 @@
 
 from ray._common.utils import env_bool
 from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import AuthenticationTokenLoader, Config
 
 LOOPBACK_VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
@@ -19,3 +20,18 @@ def read_environment_again() -> None:
     Config.initialize("")  # before the token: in token mode a request that finds none ends the process
     AuthenticationTokenLoader.instance().reset_cache()
     ray_constants.ENABLE_RAY_CLUSTER = env_bool(LOOPBACK_VARIABLE, not ray_constants.IS_WINDOWS_OR_OSX)
+
+
+def address_to_connect_to() -> str | None:
+    """HOST:PORT to which Ray connects for RAY_ADDRESS; None for an "auto" that finds no cluster on this machine.
+
+    For a loopback address Ray connects to a network interface, unless the loopback variable is "0".
+
+    Raises:
+        OSError: the host name is unknown.
+    """
+    try:
+        address: str | None = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        return None
+    return address

@@ -35,6 +35,7 @@ FOUNDATION = (
     "ray_job",
     "hub",
     "pretrained",
+    "ray_address",
     "ray_core_internals",
     "ray_internals",
     "ray_cluster",
