@@ -6,7 +6,7 @@
 from ray._common.utils import env_bool
 from ray._private import ray_constants
 from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 LOOPBACK_VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 
@@ -19,7 +19,8 @@ def read_environment_again() -> None:
     """
     Config.initialize("")  # before the token: in token mode a request that finds none ends the process
     AuthenticationTokenLoader.instance().reset_cache()
-    ray_constants.ENABLE_RAY_CLUSTER = env_bool(LOOPBACK_VARIABLE, not ray_constants.IS_WINDOWS_OR_OSX)
+    default = not ray_constants.IS_WINDOWS_OR_OSX
+    ray_constants.ENABLE_RAY_CLUSTER = env_bool(LOOPBACK_VARIABLE, default)  # type: ignore[no-untyped-call]
 
 
 def address_to_connect_to() -> str | None:
