@@ -95,7 +95,7 @@ def _join(address: str) -> None:
 
 def _start(num_cpus: int | None, dashboard: bool) -> None:
     """Start a cluster on this machine, in a folder of its own."""
-    os.environ["RAY_TMPDIR"] = folder = _cluster_folder()
+    os.environ["RAY_TMPDIR"] = folder = make_cluster_folder()
     try:
         with private_cluster():
             ray.init("local", num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
@@ -112,7 +112,7 @@ def _start(num_cpus: int | None, dashboard: bool) -> None:
     Path(folder, "ray", "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
 
 
-def _cluster_folder() -> str:
+def make_cluster_folder() -> str:
     """Make a folder that only this user can read, even if this process or its parent has started a cluster before.
 
     It lies in the folder for temporary files, or in /tmp if Ray's sockets would have too long a path there.

@@ -1,9 +1,11 @@
 """The cluster that commands start on this machine: who can use it, and where it keeps its files."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ import psutil
 import pytest
 import ray
 
-from pipeline.ray_cluster import start_ray
+from pipeline.ray_address import ClusterError
+from pipeline.ray_cluster import LONGEST_BASE, SHORT_BASE, make_cluster_folder, start_ray
 from tests.support.processes import descendants
 from tests.support.ray_clients import environment_of_cluster
 
@@ -26,11 +29,12 @@ print("joined", ray.get(ray.remote(num_cpus=0)(lambda: "and ran a task").remote(
 """
 IMPATIENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 CLIENT_TIMEOUT_S = 60
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class RunningCluster:
-    """A cluster of this process, as its users see it."""
+    """A cluster of this process, whose folder for temporary files has too long a path for sockets."""
 
     environment: dict[str, str]  # of a process that may join it
     dashboard: str
@@ -45,9 +49,14 @@ class RunningCluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     assert not ray.is_initialized()
-    home = tmp_path_factory.mktemp("home")
+    home, temporary = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("temporary" * 7)
+    assert len(str(temporary)) > 60 > LONGEST_BASE
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)  # Python reads TMPDIR once
+        for name in ("RAY_DFINE_TMPDIR", "RAY_TMPDIR"):
+            patch.delenv(name, raising=False)
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
             patch.delenv(name, raising=False)
         start_ray(num_cpus=2, dashboard=True)
@@ -135,6 +144,12 @@ def _environment(process: Path) -> str:
         return ""
 
 
+def test_a_long_path_for_temporary_files_is_no_obstacle(cluster: RunningCluster) -> None:
+    assert cluster.folder.parent == Path(SHORT_BASE)
+    assert len(list(cluster.folder.glob("ray/session_*/sockets/*"))) > 2
+    assert not list(Path(os.environ["TMPDIR"]).glob("ray*"))
+
+
 def test_the_next_cluster_of_a_process_has_another_token(cluster: RunningCluster) -> None:
     ray.shutdown()
     start_ray(num_cpus=1)
@@ -142,3 +157,74 @@ def test_the_next_cluster_of_a_process_has_another_token(cluster: RunningCluster
     assert other["RAY_AUTH_TOKEN"] != cluster.token
     assert join(other).returncode == 0
     assert join(other | {"RAY_AUTH_TOKEN": cluster.token}).returncode == 1
+
+
+# The folder of a cluster
+
+
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("RAY_DFINE_TMPDIR", "")
+    monkeypatch.setenv("RAY_TMPDIR", "")
+    return monkeypatch
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_replaced_and_named(
+    unset: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    longest = "/" + "t" * (LONGEST_BASE - 1)
+    unset.setattr(tempfile, "mkdtemp", lambda prefix, dir: f"{dir}/{prefix}12345678")  # nothing is made in /
+    for base, used in ((longest, longest), (f"{longest}t", SHORT_BASE), (f"{longest[:-1]}\u00e9", SHORT_BASE)):
+        unset.setenv("RAY_DFINE_TMPDIR", "")
+        unset.setenv("RAY_TMPDIR", base)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert make_cluster_folder() == f"{used}/ray-12345678"
+        assert caplog.messages == (
+            [] if used == base else [f"Ray keeps its temporary files in /tmp: {base} is too long for its sockets"]
+        )
+        assert os.environ["RAY_DFINE_TMPDIR"] == used  # for the next cluster, and for processes that start one
+
+
+def test_each_cluster_has_a_folder_that_its_user_alone_can_read(unset: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as base:
+        unset.setenv("RAY_TMPDIR", base)
+        folders = [Path(make_cluster_folder()) for _ in range(2)]
+        assert {folder.parent for folder in folders} == {Path(base)}
+        assert len(set(folders)) == 2
+        assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+
+
+def test_a_folder_that_is_missing_ends_with_a_message(unset: pytest.MonkeyPatch) -> None:
+    unset.setenv("RAY_TMPDIR", "/no/such/folder")
+    with pytest.raises(ClusterError, match="/no/such/folder .*No such file.*set RAY_TMPDIR"):
+        make_cluster_folder()
+
+
+# Another machine
+
+
+def can_make_namespaces() -> bool:
+    command = ["unshare", "--net", "--uts", "ip", "link", "set", "lo", "up"]
+    return sys.platform == "linux" and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_make_namespaces(), reason="needs Linux, root, unshare and ip")
+def test_without_a_network_ray_starts_and_a_neighbour_reaches_none_of_its_ports() -> None:
+    command = [
+        "unshare",
+        "--net",
+        "--uts",
+        "--fork",
+        "--kill-child",
+        sys.executable,
+        "-m",
+        "tests.cluster.private_cluster",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["ports"]) > 5
+    assert found["reached"] == [found["open"]]
