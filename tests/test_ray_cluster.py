@@ -197,7 +197,7 @@ def test_each_cluster_has_a_folder_that_its_user_alone_can_read(unset: pytest.Mo
 
 def test_a_folder_that_is_missing_ends_with_a_message(unset: pytest.MonkeyPatch) -> None:
     unset.setenv("RAY_TMPDIR", "/no/such/folder")
-    with pytest.raises(ClusterError, match="/no/such/folder .*No such file.*set RAY_TMPDIR"):
+    with pytest.raises(ClusterError, match=r"/no/such/folder .*No such file.*set RAY_TMPDIR"):
         make_cluster_folder()
 
 
