@@ -22,6 +22,9 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every line of a worker twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOGGING_CONFIG": str(
+        Path(__file__).with_name("ray_data_logging.yaml")
+    ),  # of this process alone, if it joins a cluster
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's report waits for the next health check
 }
 LOCAL_ENVIRONMENT = {
@@ -32,7 +35,6 @@ LOCAL_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",  # nobody collects them
     "RAY_task_events_report_interval_ms": "0",  # for the dashboard
     "RAY_worker_niceness": "0",  # the default, 15, puts a training behind everything else of the user
-    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
 }
 
 # Systems limit the bytes of a socket's path. This is the longest of Ray's, below the folder for temporary files.
