@@ -88,7 +88,11 @@ def _join(address: str) -> None:
     refuse_dead(address, resolved)
     try:
         ray.init(logging_level=logging.WARNING)
-    except (ConnectionError, AuthenticationError) as error:
+    except (
+        ConnectionError,
+        RuntimeError,
+        AuthenticationError,
+    ) as error:  # RuntimeError: another version of Ray or Python
         raise ClusterError(
             f"RAY_ADDRESS={address}: Ray responds at {resolved}, but cannot be joined. Set RAY_AUTH_MODE and RAY_AUTH_TOKEN or"
             f" RAY_AUTH_TOKEN_PATH as on the cluster, and use its version of Ray ({ray.__version__} here): {error}"
