@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -43,7 +44,7 @@ def measure(private: bool) -> tuple[float, float]:
     os.environ.update(QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"})
     os.environ.pop("RAY_ADDRESS", None)
     before = cpu_seconds()
-    with private_cluster() if private else contextlib.nullcontext():
+    with private_cluster(tempfile.gettempdir()) if private else contextlib.nullcontext():
         ray.init("local", num_cpus=1, include_dashboard=False, logging_level=logging.WARNING)
     ray.get(ray.remote(empty).remote())
     started = cpu_seconds()

@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         memory = args.gpus * 2**30
-        with private_cluster():
+        with private_cluster(root):
             ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
         sweep = load_sweep(sweep_file(folder, args.trials, args.gpus_per_trial))

@@ -103,7 +103,7 @@ def _start(num_cpus: int | None, dashboard: bool) -> None:
     """Start a cluster on this machine, in a folder of its own."""
     os.environ["RAY_TMPDIR"] = folder = make_cluster_folder()
     try:
-        with private_cluster():
+        with private_cluster(folder):
             ray.init("local", num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises no narrower one
         if "timed out during startup" in str(error):
@@ -124,7 +124,7 @@ def make_cluster_folder() -> str:
     It lies in the folder for temporary files, or in /tmp if Ray's sockets would have too long a path there.
     """
     base = os.environ.get("RAY_DFINE_TMPDIR") or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(os.path.abspath(base))) > LONGEST_BASE:
+    if _is_too_long(base):
         logger.warning("Ray keeps its temporary files in %s: %s is too long for its sockets", SHORT_BASE, base)
         base = SHORT_BASE
     os.environ["RAY_DFINE_TMPDIR"] = base
@@ -135,6 +135,10 @@ def make_cluster_folder() -> str:
             f"Ray cannot keep its temporary files in {base} ({error.strerror}): set RAY_TMPDIR to a folder that can be written,"
             f" with a path of at most {LONGEST_BASE} bytes"
         ) from None
+
+
+def _is_too_long(base: str) -> bool:
+    return len(os.fsencode(os.path.abspath(base))) > LONGEST_BASE
 
 
 def lacks_dashboard() -> bool:
@@ -149,13 +153,18 @@ def stop_own_ray() -> None:
 
 
 @contextmanager
-def private_cluster() -> Iterator[None]:
+def private_cluster(folder: str) -> Iterator[None]:
     """Let no other user and no other machine use a cluster that starts meanwhile: a new token, and loopback addresses.
 
     The processes of the cluster inherit both. This process keeps the token in memory; other programs that it starts, and files,
     never have it.
+
+    Args:
+        folder: of the cluster, for sockets that Ray's processes make in TMPDIR, if that path is too long.
     """
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), LOOPBACK_VARIABLE: "0"}
+    if _is_too_long(tempfile.gettempdir()):
+        variables["TMPDIR"] = folder
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
