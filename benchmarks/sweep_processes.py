@@ -27,7 +27,7 @@ from pipeline import storage
 from pipeline.data.prepare.prepare import prepare
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.sources.synthetic import synthetic_source
-from pipeline.ray_cluster import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT
+from pipeline.ray_cluster import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT, private_cluster
 from pipeline.training.run_dir import RESULT, RUN_START
 from pipeline.tuning.driver import SweepInterruptedError, run_sweep
 from pipeline.tuning.load import load_sweep
@@ -57,7 +57,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         memory = args.gpus * 2**30
-        ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
+        with private_cluster(root):
+            ray.init("local", num_cpus=4, num_gpus=args.gpus, _memory=memory, log_to_driver=False)
         prepare(synthetic_source(8, longest_side=64), str(folder / "data"), split="train", options=PrepareOptions())
         sweep = load_sweep(sweep_file(folder, args.trials, args.gpus_per_trial))
         began = time.time()

@@ -28,6 +28,7 @@ from jobs.command import (
     share,
     user_errors,
 )
+from pipeline.ray_job import cluster_address
 
 if TYPE_CHECKING:
     from pipeline.serve.replica import ServeSettings
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     announce("serve", f"{args.source}: opening the detector …")
     from pipeline.config import ConfigError
 
-    if args.detach and not os.environ.get("RAY_ADDRESS"):
+    if args.detach and not cluster_address():
         raise ConfigError("--detach leaves the server on a cluster: set RAY_ADDRESS, or leave it out")
 
     from pipeline.open_detector import open_detector
@@ -85,7 +86,7 @@ def settings_of(args: argparse.Namespace) -> "ServeSettings":
 
     given = vars(args) | {"batch": args.batch_size}
     given = {name: value for name in ServeSettings.model_fields if (value := given.get(name)) is not None}
-    joins = bool(os.environ.get("RAY_ADDRESS"))
+    joins = bool(cluster_address())
     gpus = given.setdefault("gpus", 0.0 if joins or not torch.cuda.is_available() else 1.0)
     if not joins and not gpus:
         given.setdefault("cpus", max(1, (os.cpu_count() or 1) // args.replicas))

@@ -3,6 +3,7 @@
     UserError
     ├── BadImageError             an image that cannot go into a shard
     ├── CheckpointError           a checkpoint that is missing, damaged or does not fit
+    ├── ClusterError              a Ray cluster that cannot be joined, or not be started on this machine
     ├── ConfigError               a file or a value that is not accepted, with every problem found
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
     ├── NonFiniteError            losses or gradients that stay NaN or infinite

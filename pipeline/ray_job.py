@@ -18,9 +18,15 @@ def submitted_job() -> str | None:
     return job
 
 
+def cluster_address() -> str | None:
+    """Address of the running cluster that RAY_ADDRESS names; None if it names none, or is "local"."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
 def cluster_to_join() -> bool:
     """Whether commands run on a cluster that exists already: RAY_ADDRESS names one, or this is a submitted job."""
-    return bool(os.environ.get("RAY_ADDRESS") or submitted_job())
+    return bool(cluster_address() or submitted_job())
 
 
 def absolute_location(location: str) -> str:

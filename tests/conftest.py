@@ -17,6 +17,7 @@ ON_RAY = frozenset(
     {
         "test_doctor",
         "test_prepare",
+        "test_ray_cluster",
         "test_serve",
         "test_stream",
         "test_stream_in_train",

@@ -35,6 +35,8 @@ FOUNDATION = (
     "ray_job",
     "hub",
     "pretrained",
+    "ray_address",
+    "ray_core_internals",
     "ray_internals",
     "ray_cluster",
     "storage",
@@ -105,7 +107,7 @@ ENTRANCES = {
         *(f"pipeline/training/{name}.py" for name in ("checkpoint", "dry_run", "run_log")),
     ),
     "ray": (
-        *("pipeline/ray_cluster.py", "pipeline/ray_internals.py"),
+        *(f"pipeline/{name}.py" for name in ("ray_cluster", "ray_core_internals", "ray_internals")),
         *("pipeline/data/doctor/examine.py", "pipeline/data/prepare/prepare.py"),
         *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "groups", "ray_executions")),
         *(

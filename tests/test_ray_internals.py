@@ -1,4 +1,4 @@
-"""Private modules of Ray: used in one file, with the version they were verified with."""
+"""Private modules of Ray: used in two files, with the version they were verified with."""
 
 import importlib
 import re
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray._common.utils import env_bool
+from ray._private import ray_constants
 from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.interfaces import PhysicalOperator
@@ -18,11 +20,12 @@ from ray.train.v2._internal.execution import collective_impl, context
 
 from pipeline.data.stream import backpressure
 from pipeline.data.stream.backpressure import OutputBounds
+from pipeline.ray_core_internals import LOOPBACK_VARIABLE
 from tests.support.source_imports import imports
 
 ROOT = Path(__file__).parent.parent
 VERIFIED_WITH = "2.60"
-INTERNALS = "pipeline/ray_internals.py"
+INTERNALS = ("pipeline/ray_core_internals.py", "pipeline/ray_internals.py")
 LOGGING = "pipeline/ray_data_logging.yaml"
 PRIVATE_TEXT = re.compile(r"\bray(\.\w+)*\._[a-z]\w*")
 
@@ -53,13 +56,13 @@ def exists(name: str) -> bool:
 
 def names_in_use() -> list[str]:
     handlers = yaml.safe_load((ROOT / LOGGING).read_text())["handlers"].values()
-    names = sorted({name for name in imports((ROOT / INTERNALS).read_text()) if is_private(name)})
+    names = sorted({name for path in INTERNALS for name in imports((ROOT / path).read_text()) if is_private(name)})
     return [*names, *(handler["class"] for handler in handlers)]
 
 
 def test_the_installed_ray_is_the_verified_one_and_the_only_one_that_can_be_installed() -> None:
     assert ray.__version__.startswith(f"{VERIFIED_WITH}.")
-    assert f"verified with Ray {VERIFIED_WITH}." in (ROOT / INTERNALS).read_text()
+    assert all(f"verified with Ray {VERIFIED_WITH}." in (ROOT / path).read_text() for path in INTERNALS)
     assert re.search(rf'"ray\[[a-z,]+\]>={VERIFIED_WITH},<2\.61"', (ROOT / "pyproject.toml").read_text())
 
 
@@ -82,6 +85,7 @@ def test_private_members_in_use_still_exist() -> None:
     assert callable(PhysicalOperator.num_active_tasks)
     assert context.logger.name == context.__file__
     assert collective_impl.logger.name == collective_impl.__name__
+    assert ray_constants.ENABLE_RAY_CLUSTER is env_bool(LOOPBACK_VARIABLE, not ray_constants.IS_WINDOWS_OR_OSX)
 
 
 def test_the_variable_that_bounds_request_bodies_is_still_read_by_ray_serve() -> None:
@@ -95,7 +99,7 @@ def test_no_other_file_uses_private_modules_of_ray() -> None:
     paths = [path for package in ("pipeline", "jobs") for path in (ROOT / package).rglob("*") if path.is_file()]
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.suffix == ".py"}
     assert len(sources) > 100
-    assert files_with_private_uses(sources) == {INTERNALS}
+    assert files_with_private_uses(sources) == set(INTERNALS)
     settings = {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.suffix in (".yaml", ".toml")}
     assert {name for name, text in settings.items() if PRIVATE_TEXT.search(text)} == {LOGGING}
 
@@ -117,8 +121,15 @@ def test_the_check_can_fail(source: str) -> None:
     }
 
 
-def test_the_module_loads_neither_torch_nor_ray_train() -> None:
-    code = "import sys, pipeline.ray_internals; assert not {'torch', 'ray.train'} & set(sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("pipeline.ray_internals", {"torch", "ray.train"}),
+        ("pipeline.ray_cluster", {"torch", "ray.train", "ray.data"}),
+    ],
+)
+def test_a_module_loads_no_more_of_ray_than_it_needs(module: str, without: set[str]) -> None:
+    code = f"import sys, {module}; assert not {without} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -30,10 +30,27 @@ from tests.support.synthetic_shards import synthetic_records, write_shards
 ROOT = Path(__file__).parent.parent
 COMMANDS = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "__main__", "command", "recipes"}
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_1"}}'}
+JOB_SERVER = {"RAY_ADDRESS": "http://127.0.0.1:8265"}
+DEAD_CLUSTER = {"RAY_ADDRESS": "127.0.0.1:1"}
 UNSET = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", *JOB)
 
 # command line, what the message must hold, environment beside the usual one
 MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
+    # an address of Ray under which no command can run; first, for a Ray that runs already would be used
+    ("train run.yaml --set storage=away", ("RAY_ADDRESS=http://127.0.0.1:8265", "ray job submit"), JOB_SERVER),
+    ("tune sweep.yaml --set trials=1 storage=away", ("RAY_ADDRESS=http://", "ray job submit"), JOB_SERVER),
+    ("pretrain_finetune chain.yaml --set storage=away", ("RAY_ADDRESS=http://", "ray job submit"), JOB_SERVER),
+    ("predict detector photos --out predicted", ("RAY_ADDRESS=http://", "ray job submit"), JOB_SERVER),
+    ("evaluate detector val", ("RAY_ADDRESS=http://", "ray job submit"), JOB_SERVER),
+    ("serve detector", ("RAY_ADDRESS=http://", "ray job submit"), JOB_SERVER),
+    ("doctor train", ("RAY_ADDRESS=http://", "ray job submit"), JOB_SERVER),
+    ("prepare synthetic --images 2 --split a --out out", ("RAY_ADDRESS=http://", "ray job submit"), JOB_SERVER),
+    ("doctor train", ("RAY_ADDRESS=127.0.0.1:1", "no Ray cluster responds", "unset it"), DEAD_CLUSTER),
+    (
+        "train run.yaml --set storage=away --cluster dead.yaml",
+        ("RAY_ADDRESS=127.0.0.1:1", "`address`"),
+        {"RAY_ADDRESS": ""},
+    ),
     # train: files and keys
     ("train nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
     ("train empty", ("empty", "is a directory"), {}),
@@ -282,6 +299,7 @@ def _write_texts(folder: Path) -> None:
         "list.yaml": "- 1\n- 2\n",
         "twice.yaml": "seed: 1\nseed: 2\n",
         "cluster.yaml": "gpus_per_workers: 1\n",
+        "dead.yaml": "address: 127.0.0.1:1\n",
         "chain.yaml": json.dumps({"stages": [stage]}),
         "preparing.yaml": json.dumps(
             {"stages": [stage | {"prepare": ["synthetic --images 2 --split a --out shards"]}]}

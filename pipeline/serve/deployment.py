@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from pipeline.config import ConfigError
 from pipeline.ray_cluster import start_ray
+from pipeline.ray_job import cluster_address
 from pipeline.serve.metrics import MetricsAggregator, prometheus_text
 from pipeline.serve.page import read_page
 from pipeline.serve.proxy import RETRY_AFTER_S, proxy_environment
@@ -136,7 +137,7 @@ def start(settings: ServeSettings, *, host: str, port: int) -> str:
         ConfigError: the port is in use, the cluster is too small, or another server responds.
     """
     # 1. Everything that can fail is checked before replicas start. The proxy inherits the limit on bodies.
-    if not os.environ.get("RAY_ADDRESS"):
+    if not cluster_address():
         _refuse_taken(host, port)
     for name, value in proxy_environment(settings.limits.max_bytes, settings.header_s).items():
         os.environ.setdefault(name, value)
@@ -161,7 +162,7 @@ def stop() -> None:
         return
     if APPLICATION in serve.status().applications:
         serve.delete(APPLICATION)
-    if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
+    if cluster_address() and not serve.status().applications:
         serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
 

@@ -27,7 +27,24 @@ from pipeline.tuning.trial_records import ENDED, TrialRecord
 FinishTrial = Callable[[Trial, bool], TrialRecord]  # `TrialStore.finish`; the second argument: Tune saw the trial fail
 
 
-class SpaceSearcher(Searcher):
+class UnsavedSearcher(Searcher):
+    """Searcher that leaves nothing in Tune's own files: the next start reads those of the trials.
+
+    Tune pickles its searcher next to the trials. The settings of a sweep may hold the password of its tracking server.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: nobody reads the pickle."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
+
+
+class SpaceSearcher(UnsavedSearcher):
     """Searcher of the search phase: each point is trained with every seed before the next point begins.
 
     Args:
@@ -141,14 +158,8 @@ class SpaceSearcher(Searcher):
             )
         )
 
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the next start reads the trials' own files."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing, see `save`."""
-
-
-class FixedTrials(Searcher):
+class FixedTrials(UnsavedSearcher):
     """Searcher of the confirmation phase: a fixed list of trials, in order."""
 
     def __init__(self, trials: Sequence[Trial], finish: FinishTrial) -> None:
@@ -168,12 +179,6 @@ class FixedTrials(Searcher):
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Record the end of a trial."""
         self._finish(self._running.pop(trial_id), error)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing, see `SpaceSearcher.save`."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing."""
 
 
 def _optuna_study(sweep: Sweep) -> optuna.Study:

@@ -32,6 +32,7 @@ from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, records_from
 from pipeline.data.sources.coco import coco_source
 from pipeline.data.sources.synthetic import CLASSES, synthetic_image
 from pipeline.ray_cluster import start_ray
+from tests.support.ray_clients import environment_of_cluster
 from tests.support.s3_server import s3_bucket
 
 
@@ -535,7 +536,7 @@ def test_a_killed_prepare_goes_on_and_ends_in_the_same_manifest(cluster: str, tm
     folder, out = write_coco(tmp_path / "in", records), tmp_path / "out"
     arguments = ["coco", "--images", str(folder / "images"), "--annotations", str(folder / "instances.json")]
     arguments += ["--split", "train", "--shard-mib", "0.1", "--out", str(out)]
-    environment = os.environ | {"RAY_ADDRESS": cluster}  # as in a submitted job
+    environment = environment_of_cluster()  # as in a submitted job
     process = subprocess.Popen([sys.executable, "-m", "jobs.prepare", *arguments], env=environment)
     deadline = time.monotonic() + 120
     while len(list(out.glob(".prepare/shard-*.json"))) < 3:

@@ -21,16 +21,18 @@ from pipeline.config import Cluster
 from pipeline.training import run_dir
 from pipeline.tuning.callbacks import ProgressCallback, TrialStatusReporter, summary_line, trial_lines
 from pipeline.tuning.load import load_sweep
-from pipeline.tuning.searcher import SpaceSearcher
+from pipeline.tuning.searcher import FixedTrials, SpaceSearcher
 from pipeline.tuning.sweep import Sweep, Trial, replicate_trials
 from pipeline.tuning.trial import experiment_of_trial, schedule_of
 from pipeline.tuning.trial_files import TrialProgress, TrialSettings, write_progress
 from pipeline.tuning.trial_records import TrialEvaluation, TrialRecord, read_records
 from pipeline.tuning.trial_store import TrialStore
+from tests.support.mlflow_server import Server
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parents[2]
 EVALUATIONS = 4
+PASSWORD = "hunter2-of-bob"
 
 
 def sweep_file(folder: Path, **changes: Any) -> Path:
@@ -139,6 +141,22 @@ def test_optuna_learns_the_results_of_earlier_starts_too(tmp_path: Path) -> None
     later = [config["trial"]["point"]["loss.ddf"] for config in suggested(second, 30, first=30)]
     assert sum(value > 4 for value in later) > 15  # 6 expected by chance; the optimum is 5
     assert second.suggest("end") == SpaceSearcher.FINISHED
+
+
+def test_a_pickled_searcher_or_callback_holds_no_password(tmp_path: Path) -> None:
+    """Tune writes both into the sweep's folder."""
+    uri = f"http://bob:{PASSWORD}@127.0.0.1:1"
+    sweep = load_sweep(sweep_file(tmp_path, tracking={"uri": uri}))
+    store = TrialStore(replace(settings_of(sweep, tmp_path), tracking_uri=uri))
+    assert PASSWORD.encode() in cloudpickle.dumps(store)  # the search below would find it
+    reporter = TrialStatusReporter(store)
+    for written in (
+        SpaceSearcher(sweep, [], [], store.finish, float("inf")),
+        FixedTrials(replicate_trials(sweep), store.finish),
+        ProgressCallback(store, reporter, total="1"),
+    ):
+        assert PASSWORD.encode() not in cloudpickle.dumps(written)
+    reporter.drain(0)
 
 
 def write_result(settings: TrialSettings, trial: Trial) -> None:
@@ -323,3 +341,34 @@ def test_trials_with_one_evaluation_end_and_more_of_them_are_added_later(tmp_pat
         }
     begun = [line.split()[0] for line in (folder / "begun.txt").read_text().splitlines()]
     assert len(begun) == len(set(begun))  # what ended did not run again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_file_of_a_sweep_holds_the_password_of_its_server(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    server.start()
+    try:
+        path = sweep_file(
+            tmp_path,
+            tracking={"uri": server.uri.replace("://", f"://bob:{PASSWORD}@"), "experiment": "sweeps"},
+            set={"schedule.steps": 1},
+            space={"loss.ddf": {"grid": [1.5]}},
+            scheduler={"kind": "none"},
+            replicates=1,
+            confirm={"top": 1, "seeds": 1},
+        )
+        command = [sys.executable, "-m", "jobs.tune", str(path)]
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
+    finally:
+        server.kill()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert PASSWORD not in done.stdout + done.stderr
+    folder = tmp_path / "runs"
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    names = {file.name for file in files}
+    assert {"tuner.pkl", "run.json", "sweep.json", "report.html"} <= names
+    assert not [file for file in files if PASSWORD.encode() in file.read_bytes()]
