@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config import Cluster
-from pipeline.training import checkpoint, run_dir
+from pipeline.training import checkpoint, driver_lock, run_dir
+from pipeline.tuning import trial
 from pipeline.tuning.callbacks import TrialStatusReporter
 from pipeline.tuning.driver import LOST_PROCESSES
 from pipeline.tuning.load import load_sweep
@@ -73,19 +74,19 @@ def settings(tmp_path: Path) -> TrialSettings:
     return TrialSettings(sweep, str(tmp_path / "sweep"), cluster, f"sqlite:///{tmp_path}/mlflow.db", None)
 
 
-def begun(store: TrialStore, number: int, error: str = "") -> Trial:
-    trial = Trial(number, "search", {"loss.ddf": float(number)}, seed=0)
-    store.begin(trial)
+def begin(store: TrialStore, number: int, error: str = "") -> Trial:
+    begun = Trial(number, "search", {"loss.ddf": float(number)}, seed=0)
+    store.begin(begun)
     evaluation = TrialEvaluation(1, 0.5, {"AP": 0.25}, 3.0)
-    write_progress(store.settings.folder, trial, TrialProgress((evaluation,), seconds=3.0, error=error))
-    return trial
+    write_progress(store.settings.folder, begun, TrialProgress((evaluation,), seconds=3.0, error=error))
+    return begun
 
 
 def test_a_trial_failed_by_its_own_error_stays_so_and_a_lost_one_goes_on_at_the_next_start(
     settings: TrialSettings,
 ) -> None:
     store = TrialStore(settings)
-    wrong, lost = begun(store, 0, error="ValueError: too large"), begun(store, 1)
+    wrong, lost = begin(store, 0, error="ValueError: too large"), begin(store, 1)
     assert store.finish(wrong, failed=False).reason == "ValueError: too large"  # Tune saw nothing of it
     ended = store.finish(lost, failed=True)
     assert (ended.status, ended.reason, ended.lost) == ("failed", LOST, True)
@@ -99,7 +100,7 @@ def test_a_trial_failed_by_its_own_error_stays_so_and_a_lost_one_goes_on_at_the_
 
 
 def test_an_error_that_came_after_the_driver_was_gone_ends_the_trial(settings: TrialSettings) -> None:
-    begun(TrialStore(settings), 0, error="ValueError: too large")
+    begin(TrialStore(settings), 0, error="ValueError: too large")
     (record,) = TrialStore(settings).ordered()
     assert (record.status, record.reason) == ("failed", "ValueError: too large")
 
@@ -108,22 +109,22 @@ def test_an_error_that_came_after_the_driver_was_gone_ends_the_trial(settings: T
 def test_the_end_of_a_continued_trial_replaces_its_loss_in_mlflow(settings: TrialSettings) -> None:
     def reported(store: TrialStore) -> tuple[str, str]:
         reporter = TrialStatusReporter(store)
-        reporter.submit(trial.id)
+        reporter.submit(continued.id)
         assert reporter.drain(timeout=120) == 0
         (run,) = client.search_runs([client.get_experiment_by_name("searches").experiment_id])
         return run.info.status, run.data.tags["trial.reason"]
 
     client = MlflowClient(settings.tracking_uri)
     store = TrialStore(settings)
-    trial = begun(store, 0)
-    run_dir.get_or_make_key(f"{settings.folder}/runs/{trial.id}")
-    store.note_restart(trial)
-    store.finish(trial, failed=True)
+    continued = begin(store, 0)
+    run_dir.get_or_make_key(f"{settings.folder}/runs/{continued.id}")
+    store.note_restart(continued)
+    store.finish(continued, failed=True)
     assert reported(store) == ("FAILED", LOST)
 
     again = TrialStore(settings)
-    again.begin(trial)
-    assert again.finish(trial, failed=False).restarts == 1
+    again.begin(continued)
+    assert again.finish(continued, failed=False).restarts == 1
     assert reported(again) == ("KILLED", "")
 
 
@@ -147,12 +148,33 @@ def test_evaluations_that_are_reported_again_count_once_in_the_median_rule() -> 
     assert rule.on_trial_result(controller, worse, {"AP": 0.4, EVALUATION: 2}) == TrialScheduler.STOP
 
 
+def test_a_trial_waits_until_its_driver_on_a_dead_node_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_lock, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(trial, "RETRY_S", 0.1)
+    note = {"host": "another-node", "pid": 7, "at": time.time()}
+    (tmp_path / driver_lock.DRIVER).write_text(json.dumps(note))
+
+    def start() -> float:
+        with driver_lock.driver_lock(str(tmp_path)):
+            return time.time()
+
+    assert trial.when_free(start) > note["at"] + 1.0
+
+    monkeypatch.setattr(driver_lock, "HEARTBEAT_SECONDS", 0.5)
+    (tmp_path / driver_lock.DRIVER).write_text(json.dumps({**note, "at": time.time() + 3600}))
+    with pytest.raises(driver_lock.RunTakenError, match="process 7 on another-node"):
+        trial.when_free(start)
+
+
 @pytest.fixture
 def sweeps() -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
-        kill_driver(process)
+        if process.poll() is None:
+            kill_driver(process)
 
 
 def start(module: str, path: Path, log: Path) -> subprocess.Popen[str]:
@@ -194,19 +216,21 @@ def test_a_trial_whose_process_is_killed_ends_as_if_nothing_had_happened(
         driver = start("jobs.tune", sweep_file(tmp_path, name), log)
         sweeps.append(driver)
         if name == "killed":
-            (trial,) = [r.id for r in read_records(tmp_path / "runs/undisturbed/records.json") if r.phase == "search"]
-            checkpoints = str(folder / "runs" / trial / "checkpoints")
+            (trial_id,) = [
+                r.id for r in read_records(tmp_path / "runs/undisturbed/records.json") if r.phase == "search"
+            ]
+            checkpoints = str(folder / "runs" / trial_id / "checkpoints")
             wait_for(lambda at=checkpoints: len(checkpoint.steps_in(at)) >= 2, driver, log)  # type: ignore[misc]
             (process,) = trial_processes(driver)
             os.kill(process, signal.SIGKILL)
         assert driver.wait(timeout=400) == 0, log.read_text()[-4000:]
 
-    assert f"{trial}: its process was killed; it continues from its last checkpoint" in log.read_text()
+    assert f"{trial_id}: its process was killed; it continues from its last checkpoint" in log.read_text()
     expected, found = (record_of(tmp_path / "runs" / name, "search") for name in ("undisturbed", "killed"))
     assert (found.status, found.restarts, expected.restarts) == ("finished", 1, 0)
     assert found.final == expected.final
     assert [(e.step, e.metrics) for e in found.curve] == [(e.step, e.metrics) for e in expected.curve]
-    ours, theirs = (tensors_of(tmp_path / "runs" / name / "runs" / trial) for name in ("undisturbed", "killed"))
+    ours, theirs = (tensors_of(tmp_path / "runs" / name / "runs" / trial_id) for name in ("undisturbed", "killed"))
     assert len(ours) > 1000
     assert [key for key, tensor in ours.items() if not torch.equal(tensor, theirs[key])] == []
 

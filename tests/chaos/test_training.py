@@ -1,0 +1,93 @@
+"""A training in one process under 30 blows at random moments: it ends as one that was left alone."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.training import checkpoint
+from tests.support.chaos import Attempt, Command, chaos_seed, draw
+from tests.support.finished_runs import assert_equal_runs
+from tests.support.training_runs import shard_folders
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).parents[2]
+STEPS, EPOCH = 18, 6
+# In this order, because a step that is over does not come again. "resumed" twice is a second kill right after a resume.
+MOMENTS = (
+    *(
+        "begin",
+        "step",
+        "resumed",
+        "resumed",
+        "writing",
+        "end of an epoch",
+        "begin",
+        "step",
+        "resumed",
+        "end of an epoch",
+    ),
+    *("writing", "step", "begin", "last step", "last step", "result"),
+)
+LONGEST_DELAYS = {"begin": 4.0, "step": 0.5, "resumed": 0.3, "writing": 0.02, "end of an epoch": 1.0, "last step": 2.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chaos")
+    content = {
+        "storage": str(folder / "runs"),
+        "data": shard_folders(folder, images=48),
+        "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
+        "schedule": {"steps": STEPS, "global_batch_size": 8, "no_aug_epochs": 6, "micro_batch_size": 4},
+        "evaluation": {"every_steps": EPOCH, "num_images": 1},
+        "checkpoints": {"every_steps": 1},
+        "tracking": {"every_steps": 1},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def training(folder: Path, name: str, *flags: str) -> Command:
+    run = folder / "runs" / name
+
+    def newest() -> int:
+        return max(checkpoint.steps_in(str(run / "checkpoints")), default=0)
+
+    def advanced(condition: Callable[[int], bool]) -> Callable[[Attempt], bool]:
+        return lambda attempt: newest() > attempt.progress_before and condition(newest())
+
+    return Command(
+        words=[sys.executable, "-m", "jobs.train", str(folder / "run.yaml"), "--name", name, *flags],
+        folder=ROOT,
+        log=folder / f"{name}.log",
+        progress=newest,
+        moments={
+            "begin": lambda _: True,
+            "step": advanced(lambda _: True),
+            "writing": lambda _: any((run / "checkpoints").glob(".step-*.partial")),
+            "end of an epoch": advanced(lambda step: step % EPOCH == 0),
+            "resumed": lambda attempt: "continuing at step" in attempt.printed(),
+            "last step": lambda _: newest() == STEPS,
+            "result": lambda _: (run / "result.json").exists(),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    training(folder, "undisturbed").run([])
+    return folder
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_a_training_under_blows_ends_as_one_that_was_left_alone(undisturbed: Path, number: int) -> None:
+    name = f"disturbed-{number}"
+    command = training(undisturbed, name)
+    command.run(draw(chaos_seed() + number, MOMENTS, longest_delays=LONGEST_DELAYS))
+    print(*command.landed, sep="\n")
+    assert len(command.landed) >= 10
+    assert "Traceback" not in command.log.read_text()
+    assert_equal_runs(undisturbed / "runs", "undisturbed", name, step=STEPS)
