@@ -1,15 +1,18 @@
 """A training in one process under some 30 blows at random moments: it ends as one that was left alone."""
 
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline.training import checkpoint
-from tests.support.chaos import Attempt, Command, chaos_seed, draw
+from tests.support.chaos import Attempt, Command, Disturbance, chaos_seed, draw
 from tests.support.finished_runs import assert_equal_runs
+from tests.support.mlflow_server import Server
 from tests.support.training_runs import shard_folders
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -70,6 +73,41 @@ def training(folder: Path, name: str, *flags: str) -> Command:
 def undisturbed(folder: Path) -> Path:
     training(folder, "undisturbed").run([])
     return folder
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_each_metric_arrives_once_while_tracking_server_and_training_are_killed(
+    undisturbed: Path, server: Server, tmp_path: Path
+) -> None:
+    def strike(disturbance: Disturbance) -> None:
+        if disturbance.blow == "kill":
+            server.kill()
+            time.sleep(disturbance.pause_s)
+            server.start()
+        else:
+            server.send(signal.SIGSTOP)
+            time.sleep(disturbance.pause_s)
+            server.send(signal.SIGCONT)
+
+    command = training(undisturbed, "tracked", "--set", f"tracking.uri={server.uri}")
+    command.acts = {"server": strike}
+    seed = chaos_seed() + 100
+    blows = draw(seed, ("step",) * 4, longest_delays={"step": 2.0}, blows=("kill", "pause"), targets=("server",))
+    killed = draw(seed + 1, ("step", "last step"), longest_delays=LONGEST_DELAYS, blows=("kill", "term"))
+    last = draw(seed + 2, ("result",), longest_delays={}, blows=("kill",), targets=("server",))
+    command.run([*blows[:2], killed[0], *blows[2:], killed[1], *last])
+    print(*command.landed, sep="\n")
+    assert len(command.landed) >= 5
+    assert "Traceback" not in command.log.read_text()
+    database = tmp_path / "mlflow.db"
+    assert_equal_runs(undisturbed / "runs", "undisturbed", "tracked", step=STEPS, database=database)
 
 
 @pytest.mark.parametrize("number", range(2))

@@ -20,7 +20,7 @@ SEED = "DFINE_CHAOS_SEED"
 Blow = Literal["kill", "term", "pause", "freeze"]  # SIGKILL; SIGTERM; SIGSTOP, then SIGCONT; SIGSTOP, then SIGKILL
 BLOWS: tuple[Blow, ...] = ("kill", "kill", "kill", "term", "term", "pause", "freeze")
 POLL_SECONDS = 0.003
-PATIENCE_SECONDS = 300.0  # for a moment, or for an end
+PATIENCE_SECONDS = 240.0  # for a moment, or for an end
 
 
 def chaos_seed() -> int:
@@ -100,6 +100,8 @@ class Command:
         moments: conditions by name; a disturbance waits for one.
         targets: processes by name; the argument is the process id of the command. "command" is the command itself, "machine" it
             and all processes below it.
+        acts: targets that take more than signals, such as a server that must be started again.
+        may_hang: targets whose loss the command may wait for; after `PATIENCE_SECONDS` it is killed with all that is below it.
     """
 
     words: Sequence[str]
@@ -108,6 +110,8 @@ class Command:
     progress: Callable[[], int]
     moments: Mapping[str, Callable[[Attempt], bool]]
     targets: Mapping[str, Callable[[int], Sequence[int]]] = field(default_factory=dict)
+    acts: Mapping[str, Callable[[Disturbance], None]] = field(default_factory=dict)
+    may_hang: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     starts: int = 0
     landed: list[Disturbance] = field(default_factory=list)
@@ -149,7 +153,11 @@ class Command:
         """Wait for the moment of a disturbance, or for the end of the command."""
         moment, until = self.moments[disturbance.moment], time.monotonic() + PATIENCE_SECONDS
         while not attempt.ended and not moment(attempt):
-            assert time.monotonic() < until, f"{disturbance} never came: {attempt.printed()[-3000:]}"
+            if time.monotonic() > until:
+                assert self.landed, f"{disturbance} never came: {attempt.printed()[-3000:]}"
+                assert self.landed[-1].target in self.may_hang, f"hangs after {self.landed[-1]}"
+                send([*descendants(attempt.process.pid)], signal.SIGKILL)
+                attempt.process.wait()
             time.sleep(POLL_SECONDS)
         until = time.monotonic() + disturbance.delay_s
         while not attempt.ended and time.monotonic() < until:
@@ -159,6 +167,10 @@ class Command:
         """Send the signals of a disturbance; where they end the command, wait for that."""
         below = descendants(attempt.process.pid)
         self.seen |= below.keys()
+        if act := self.acts.get(disturbance.target):
+            act(disturbance)
+            self.landed.append(disturbance)
+            return
         if disturbance.target in ("command", "machine"):
             hit: Sequence[int] = [attempt.process.pid] if disturbance.target == "command" else [*below]
         else:
@@ -181,6 +193,7 @@ class Command:
                 send(hit, signal.SIGKILL)
         if disturbance.blow != "pause" and attempt.process.pid in hit:
             attempt.process.wait(timeout=PATIENCE_SECONDS)
+        attempt.progress_before = self.progress()
 
     def finish(self, attempt: Attempt) -> None:
         """Wait for the end, and give the command again where it did not come to it."""

@@ -37,10 +37,20 @@ def metrics_of(database: Path, name: str, *, at_least: int = 50) -> list[tuple[s
     return sorted(kept)
 
 
-def assert_equal_runs(runs: Path, one: str, other: str, *, step: int) -> None:
-    """Compare two runs below one storage, whose database is there too."""
-    ours, theirs = tensors_of(runs / one, step), tensors_of(runs / other, step)
+def assert_equal_runs(runs: Path, one: str, other: str, *, step: int, database: Path | None = None) -> None:
+    """Compare two runs below one storage, whose database is there too.
+
+    Args:
+        database: of the other run, if it has another.
+    """
+    assert_equal_weights(runs / one, runs / other, step=step)
+    default = runs / "mlflow.db"
+    assert metrics_of(default, one) == metrics_of(database or default, other)
+
+
+def assert_equal_weights(one: Path, other: Path, *, step: int) -> None:
+    """Compare a checkpoint of two runs bit by bit."""
+    ours, theirs = tensors_of(one, step), tensors_of(other, step)
     assert len(ours) > 1000
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert metrics_of(runs / "mlflow.db", one) == metrics_of(runs / "mlflow.db", other)
