@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,12 @@ from ray.tune.schedulers import TrialScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config import Cluster
+from pipeline import storage
+from pipeline.config import Cluster, Experiment
+from pipeline.config_files import check
 from pipeline.training import checkpoint, driver_lock, run_dir
+from pipeline.training.context import resolve_data
+from pipeline.tuning import driver as sweep_driver
 from pipeline.tuning import trial
 from pipeline.tuning.callbacks import TrialStatusReporter
 from pipeline.tuning.driver import LOST_PROCESSES
@@ -126,6 +131,44 @@ def test_the_end_of_a_continued_trial_replaces_its_loss_in_mlflow(settings: Tria
     again.begin(continued)
     assert again.finish(continued, failed=False).restarts == 1
     assert reported(again) == ("KILLED", "")
+
+
+def begin_and_die(path: Path, folder: Path, writes: int) -> None:
+    """Begin the sweep of a file, and die before one of its writes."""
+    write, count = storage.write_atomic, 0
+
+    def counted(*arguments: Any, **keywords: Any) -> None:
+        nonlocal count
+        if count == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        write(*arguments, **keywords)
+
+    storage.write_atomic = counted
+    begin_sweep(path, folder)
+
+
+def begin_sweep(path: Path, folder: Path) -> str:
+    sweep = load_sweep(path)
+    data = resolve_data(check(Experiment, sweep.base, source=sweep.experiment).data)
+    with driver_lock.driver_lock(str(folder)):
+        return sweep_driver._begin_or_continue(str(folder), sweep, data)
+
+
+@pytest.mark.slow  # four processes that import everything
+def test_a_sweep_killed_at_any_write_of_its_start_begins_again(tmp_path: Path) -> None:
+    path, folder = sweep_file(tmp_path, "sweep"), tmp_path / "runs" / "sweep"
+    for writes in range(3):
+        child = get_context("spawn").Process(target=begin_and_die, args=(path, folder, writes))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+    assert writes > 1  # the note of the driver, and the start of the sweep
+    first = begin_sweep(path, folder)
+    assert begin_sweep(path, folder) == first
+    assert json.loads((folder / "sweep.json").read_text())["tracking_key"] == first
 
 
 def test_evaluations_that_are_reported_again_count_once_in_the_median_rule() -> None:
