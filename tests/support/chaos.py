@@ -19,6 +19,7 @@ from tests.support.processes import descendants
 SEED = "DFINE_CHAOS_SEED"
 Blow = Literal["kill", "term", "pause", "freeze"]  # SIGKILL; SIGTERM; SIGSTOP, then SIGCONT; SIGSTOP, then SIGKILL
 BLOWS: tuple[Blow, ...] = ("kill", "kill", "kill", "term", "term", "pause", "freeze")
+FINISHED = "is finished, see"
 POLL_SECONDS = 0.003
 PATIENCE_SECONDS = 240.0  # for a moment, or for an end
 
@@ -84,6 +85,11 @@ class Attempt:
         """Whether it has ended."""
         return self.process.poll() is not None
 
+    @property
+    def done(self) -> bool:
+        """Whether it has ended well, or found that an earlier attempt had done everything before it was killed."""
+        return self.process.poll() == 0 or (self.process.poll() == 1 and FINISHED in self.printed())
+
     def printed(self) -> str:
         """Its own output so far."""
         with self.log.open("rb") as stream:
@@ -122,10 +128,10 @@ class Command:
         try:
             attempt = self.start()
             for disturbance in plan:
-                if attempt.ended and attempt.process.returncode:
+                if attempt.ended and not attempt.done:
                     attempt = self.start()
                 self.wait(attempt, disturbance)
-                if attempt.ended and not attempt.process.returncode:
+                if attempt.done:
                     break
                 if not attempt.ended:
                     self.strike(attempt, disturbance)
@@ -199,7 +205,7 @@ class Command:
         """Wait for the end, and give the command again where it did not come to it."""
         while True:
             code = attempt.process.wait(timeout=2 * PATIENCE_SECONDS)
-            if code == 0:
+            if attempt.done:
                 return
             assert len(self.landed) >= self.starts, f"failed by itself, with {code}: {attempt.printed()[-4000:]}"
             attempt = self.start()
