@@ -72,6 +72,7 @@ class ProgressBoard:
     def heartbeat(self, rank: int, step: int, activity: str, place: str = "") -> None:
         """Store the latest heartbeat of a rank."""
         self._heartbeats[rank] = Heartbeat(step, activity, time.time(), place)
+        self._to_end.discard(rank)
 
     def respond(self, rank: int) -> bool:
         """Note that the process of a silent rank responds; whether it is to end."""

@@ -49,7 +49,7 @@ class WorkerConsole:
     """Console of a worker: a thread sends its latest heartbeat once a second, if it is new.
 
     Only the training thread makes heartbeats, so a training that hangs falls silent although the thread runs on. The thread then
-    tells that the process responds, and ends it where the driver asks for that.
+    reports that the process responds, and ends it where the driver asks for that.
 
     Args:
         place: process and node of this worker.
@@ -123,7 +123,7 @@ class WorkerConsole:
         return False
 
     def _end(self) -> None:
-        """End this process, whose training thread hangs, and say where; Ray starts the workers again."""
+        """End this process, whose training thread hangs, and print where; Ray starts the workers again."""
         frame = traceback.extract_stack(sys._current_frames()[self._trains_in])[-1]
         text = f"worker {self._rank} ({self._place}) hung in {frame.name}, {frame.filename}:{frame.lineno}"
         with suppress(RayError):

@@ -163,7 +163,7 @@ class ProgressCallback(Callback):
         self._end(self._store.finish(_trial_of(trial), failed=True))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that the process of the trial was lost and another one continues it."""
+        """Count and print the loss of the trial's process; another one continues the trial."""
         record = self._store.note_restart(_trial_of(trial))
         _print(f"{record.id}: its process was killed; it continues from its last checkpoint")
 

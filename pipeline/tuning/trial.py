@@ -71,7 +71,7 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
 
 
 def when_free(start: Callable[[], T]) -> T:
-    """Start a training, after its last driver is known to be dead: of one that died with its node the heartbeat tells.
+    """Start a training, once no other driver holds it. One that died with its node seems to, until its heartbeat is stale.
 
     Raises:
         RunTakenError: the run has a driver that is alive.

@@ -144,6 +144,9 @@ def test_a_silent_worker_is_ended_only_while_another_waits_for_it(monkeypatch: p
     assert awaited_workers(board.poll(), 110) == {}
     board.end(1)
     assert [board.respond(rank) for rank in (0, 1)] == [False, True]
+    board.heartbeat(1, 13, "saving")
+    assert not board.respond(1)  # it was slow
+    board.end(1)
     board.restart()
     assert not board.respond(1)  # the next process of this rank
 
