@@ -87,7 +87,7 @@ WITHOUT_TORCH = (
 # The files below `pipeline` and `jobs` that use a foreign library.
 ENTRANCES = {
     "mlflow": (
-        "pipeline/open_detector.py",
+        *("pipeline/mlflow_access.py", "pipeline/open_detector.py"),
         *(
             f"pipeline/tracking/{name}.py"
             for name in (
