@@ -135,10 +135,10 @@ def test_a_sweep_under_blows_has_the_results_of_one_that_was_left_alone(folder: 
 
     sweep("calm").run([])
     disturbed = sweep("stormy")
-    blows = [("trial", "kill"), ("machine", "kill"), ("command", "kill"), ("worker", "kill")]
+    blows = [("trial", "kill"), ("machine", "kill"), ("command", "kill")]
     disturbed.run([*drawn_plan(chaos_seed() + 300, blows), Disturbance("last step", 0.2, "kill", "machine")])
     print(*disturbed.landed, sep="\n")
-    assert len(disturbed.landed) >= 4
+    assert len(disturbed.landed) >= 3
     expected, found = records("calm"), records("stormy")
     assert expected.keys() == found.keys()
     assert len(expected) == 2

@@ -21,7 +21,7 @@ STEPS, EPOCH = 24, 6
 # In this order, because a step that is over does not come again. "resumed" twice is a second kill right after a resume.
 MOMENTS = (
     *("begin", "step", "resumed", "resumed", "writing", "end of an epoch"),
-    *("begin", "resumed", "step", "writing", "end of an epoch"),
+    *("begin", "writing", "end of an epoch"),
 )
 END = ("last step", "last step", "last step", "result")
 LONGEST_DELAYS = {"begin": 4.0, "step": 0.5, "resumed": 0.3, "writing": 0.02, "end of an epoch": 1.0, "last step": 2.0}
@@ -118,6 +118,6 @@ def test_a_training_under_blows_ends_as_one_that_was_left_alone(undisturbed: Pat
     end = draw(seed + 1, END, longest_delays=LONGEST_DELAYS, blows=("kill", "kill", "term", "freeze"))
     command.run([*draw(seed, MOMENTS, longest_delays=LONGEST_DELAYS), *end])
     print(*command.landed, sep="\n")
-    assert len(command.landed) >= 12
+    assert len(command.landed) >= 9
     assert "Traceback" not in command.log.read_text()
     assert_equal_runs(undisturbed / "runs", "undisturbed", name, step=STEPS)
