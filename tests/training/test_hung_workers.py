@@ -41,7 +41,9 @@ def hanging_worker(config: dict[str, Any]) -> dict[str, Any]:
     console.heartbeat(3, "training")
     hung = Path(config["job"].run) / "hung"
     if rank == 1 and not hung.exists():
-        time.sleep(5)  # its heartbeat is sent
+        for _ in range(5):
+            time.sleep(1)
+            console.heartbeat(3, "training")
         hung.parent.mkdir(parents=True, exist_ok=True)
         hung.write_text(str(os.getpid()))
         {"stopped": stop, "hanging": hang}[config["job"].experiment.name]()
