@@ -18,7 +18,7 @@ from tests.support.training_runs import shard_folders
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
-STEPS = 32
+STEPS = 48
 TITLES = {
     "worker": "ray::RayTrainWorker",
     "controller": "ray::TrainController",
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": shard_folders(folder, images=48),
         "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
         "schedule": {"steps": STEPS, "global_batch_size": 8, "no_aug_epochs": 0, "micro_batch_size": 4},
-        "evaluation": {"every_steps": 16, "num_images": 0},
+        "evaluation": {"every_steps": 24, "num_images": 0},
         "checkpoints": {"every_steps": 1},
         "tracking": {"every_steps": 1},
     }
