@@ -328,7 +328,7 @@ class Cluster(Config):
     max_preemptions: NonNegativeInt = 20
     # Limit on one start or restart of all workers, new nodes included; the fourth start that exceeds it ends the run.
     start_timeout_s: PositiveFloat = 120
-    collective_timeout_s: PositiveFloat = 300  # a worker that waits longer for the others fails, which restarts all
+    collective_timeout_s: PositiveFloat = 300  # longest wait for a worker that hangs; then all are started again
     heartbeat_timeout_s: PositiveFloat = 60  # a worker without progress for longer is named
 
     @model_validator(mode="after")

@@ -1,10 +1,12 @@
 """MLflow before it is imported: its URIs, the variable that names its server, its settings in this process.
 
 Importing MLflow takes seconds, and some settings are read only then. So modules import it inside the functions that need
-it, after `configure_mlflow`.
+it, after `import_mlflow`.
 """
 
 import os
+import threading
+import warnings
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"  # environment variable: the server or database
 # Groups of metrics. MLflow sorts charts by them: accuracy, then loss, rates and speed in train/, then the details in val/.
@@ -21,6 +23,7 @@ SETTINGS = {
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 LOOKUP_RETRIES = 2  # a dropped connection fails nothing, and an unreachable server is reported within seconds
 
+_importing = threading.Lock()
 _set_here: dict[str, str] = {}  # other values in the environment are the user's
 
 
@@ -39,3 +42,18 @@ def configure_mlflow(*, retries: int = LOOKUP_RETRIES) -> None:
     for name, value in {**SETTINGS, RETRIES: str(retries)}.items():
         if os.environ.get(name) in (None, _set_here.get(name)):
             os.environ[name] = _set_here[name] = value
+
+
+def import_mlflow(*, retries: int = LOOKUP_RETRIES) -> None:
+    """Set MLflow's environment variables, and import it in one thread at a time.
+
+    Its modules import each other in circles: a second thread would meet them half done, and fail. At the end of a short run
+    the uploader's thread and the training import it together.
+
+    Args:
+        retries: as of `configure_mlflow`.
+    """
+    configure_mlflow(retries=retries)
+    with _importing, warnings.catch_warnings():  # MLflow warns about type hints of its own
+        warnings.simplefilter("ignore")
+        import mlflow.pyfunc  # noqa: F401 - for those that import parts of it afterwards

@@ -12,7 +12,7 @@ from dfine_core.checkpoints.folder import DESCRIPTION, FileReader, LoadError
 from dfine_core.inference import LoadedDetector, load
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.mlflow_access import RUN_SCHEME, TRACKING_URI, configure_mlflow, is_mlflow_uri
+from pipeline.mlflow_access import RUN_SCHEME, TRACKING_URI, import_mlflow, is_mlflow_uri
 from pipeline.pretrained import fetch, is_published
 from pipeline.redaction import redact
 
@@ -46,7 +46,7 @@ def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
 def _from_mlflow(source: str, device: str | None) -> LoadedDetector:
     if not os.environ.get(TRACKING_URI):
         raise LoadError(f"{source}: set {TRACKING_URI} to the server or database that has it")
-    configure_mlflow()
+    import_mlflow()
     import mlflow.artifacts  # slow to import, and seldom needed
     from mlflow.exceptions import MlflowException
 

@@ -91,7 +91,7 @@ WITHOUT_TORCH = (
 # The files below `pipeline` and `jobs` that use a foreign library.
 ENTRANCES = {
     "mlflow": (
-        "pipeline/open_detector.py",
+        *("pipeline/mlflow_access.py", "pipeline/open_detector.py"),
         *(
             f"pipeline/tracking/{name}.py"
             for name in (
@@ -112,7 +112,7 @@ ENTRANCES = {
         *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "groups", "ray_executions")),
         *(
             f"pipeline/training/{name}.py"
-            for name in ("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "worker")
+            for name in ("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "worker", "worker_console")
         ),
         *("pipeline/predict/on_ray.py", "pipeline/serve/deployment.py"),
         *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),

@@ -185,6 +185,14 @@ def defines(file: Path, name: str) -> bool:
     return file.exists() and bool(re.search(rf"^(def|class) {name}\b|^{name}\b.*=", file.read_text(), re.MULTILINE))
 
 
+def test_every_row_of_the_table_of_failures_names_its_tests() -> None:
+    table = (ROOT / "docs" / "failures.md").read_text().split("\n\n")[1]
+    rows = [line.strip("|").split("|") for line in table.splitlines()][2:]
+    assert len(rows) > 15
+    tests = {event: [path for path in INLINE.findall(held) if path.startswith("tests/")] for event, _, held in rows}
+    assert [event for event, found in tests.items() if not found] == []
+
+
 # Config keys
 
 

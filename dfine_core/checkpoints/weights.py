@@ -179,7 +179,8 @@ def save_released(state_dict: Mapping[str, Tensor], config: ModelConfig, path: s
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        torch.save({"model": model}, partial)
+        with partial.open("wb") as stream:  # given a path, torch.save writes its name into the file
+            torch.save({"model": model}, stream)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,13 +5,16 @@ OUT/refused/...                            files that did not pass the gate, for
 OUT/export.json                            every verdict with its measurements
 """
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from pipeline.output_folder import refuse_foreign_folder, shown
 
 REPORT_FILE, REFUSED_FOLDER = "export.json", "refused"
 WRITTEN = "written"  # key of the report: files of this and earlier exports
+ARRIVING = "arriving"  # the same for files that are being moved into place; an export that is killed there leaves it
+STAGING = ".export-"
 VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "safetensors", "numpy")
 
 log = logging.getLogger(__name__)
@@ -95,30 +100,53 @@ def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: 
 
     # 1. Write every format to a staging folder. A failure refuses this format alone.
     source = ExportSource(model)
-    staging = out / f".export-{uuid.uuid4().hex}"
-    staging.mkdir(parents=True)
-    try:
+    with _staging(out) as staging:
         written = {name: _write(source, name, staging) for name in formats}
         files = {name: staging / FORMATS[name].file for name, (problem, _) in written.items() if problem is None}
 
         # 2. Compare all written files with the detector, in one pass over the images.
         verdicts = check_files(model, files, check_set)
 
-        # 3. Only now anything changes in `out`: files replace those of an earlier export.
         results = tuple(
-            _move_into_place(
-                name, staging, out, verdicts.get(name) or GateVerdict(name, TOLERANCES[name], problem), seconds
-            )
+            _result(name, staging, out, verdicts.get(name) or GateVerdict(name, TOLERANCES[name], problem), seconds)
             for name, (problem, seconds) in written.items()
         )
+
+        # 3. Only now anything changes in `out`: files replace those of an earlier export. They are announced, so that another
+        # export knows them for its own, if this one is killed among them.
+        new = {file: digest for done in results for file, _, digest in done.files}
+        report = _report(out)
+        _write_report(out, {**report, WRITTEN: report.get(WRITTEN, {}), ARRIVING: new})
+        for done in results:
+            _move_into_place(done, staging, out)
+    result = ExportResult(source, check_set, results)
+    kept = {file: digest for file, digest in report.get(WRITTEN, {}).items() if (out / file).is_file()}
+    _write_report(out, {**result.as_json(), WRITTEN: kept | new})
+    return result
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """Make a folder for files that are not in their place, and remove those of exports that were killed.
+
+    An export locks its folder; the lock ends with its process.
+    """
+    for left in out.glob(f"{STAGING}*"):
+        descriptor = os.open(left, os.O_RDONLY)
+        with suppress(OSError):  # its export lives, or the file system has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+        os.close(descriptor)
+    staging = out / f"{STAGING}{uuid.uuid4().hex}"
+    staging.mkdir(parents=True)
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield staging
     finally:
         shutil.rmtree(staging)
-    result = ExportResult(source, check_set, results)
-    new = {file: digest for done in results for file, _, digest in done.files}
-    kept = {file: digest for file, digest in _written_files(out).items() if (out / file).is_file()}
-    content = {**result.as_json(), WRITTEN: kept | new}
-    storage.write_atomic(out / REPORT_FILE, json.dumps(content, indent=1).encode())
-    return result
+        os.close(descriptor)
 
 
 def refuse_foreign_files(out: Path, formats: Sequence[str]) -> None:
@@ -128,13 +156,14 @@ def refuse_foreign_files(out: Path, formats: Sequence[str]) -> None:
         ConfigError: names the files that would be lost.
     """
     refuse_foreign_folder(str(out), REPORT_FILE, "export")
-    written = _written_files(out)
+    report = _report(out)
+    written = [*report.get(WRITTEN, {}).items(), *report.get(ARRIVING, {}).items()]
     replaced = [out / folder / FORMATS[name].file for name in formats for folder in (".", REFUSED_FOLDER)]
     files = [path for target in replaced for path in ([target] if target.is_file() else target.rglob("*"))]
     changed = [
         str(path.relative_to(out))
         for path in files
-        if path.is_file() and written.get(str(path.relative_to(out))) != _sha256(path)
+        if path.is_file() and (str(path.relative_to(out)), _sha256(path)) not in written
     ]
     if changed:
         raise ConfigError(
@@ -143,12 +172,16 @@ def refuse_foreign_files(out: Path, formats: Sequence[str]) -> None:
         )
 
 
-def _written_files(out: Path) -> dict[str, str]:
-    """SHA-256 of every file that exports have written into a folder, by its name."""
+def _report(out: Path) -> dict[str, Any]:
+    """Report of the last export into a folder; empty if there was none."""
     if not (out / REPORT_FILE).exists():
         return {}
-    written: dict[str, str] = storage.read_json(out / REPORT_FILE, WRITTEN)[WRITTEN]
-    return written
+    report: dict[str, Any] = storage.read_json(out / REPORT_FILE, WRITTEN)
+    return report
+
+
+def _write_report(out: Path, content: dict[str, Any]) -> None:
+    storage.write_atomic(out / REPORT_FILE, json.dumps(content, indent=1).encode())
 
 
 def _write(source: ExportSource, name: str, staging: Path) -> tuple[str | None, float]:
@@ -170,19 +203,29 @@ def _write(source: ExportSource, name: str, staging: Path) -> tuple[str | None, 
     return problem, time.perf_counter() - started_at
 
 
-def _move_into_place(name: str, staging: Path, out: Path, verdict: GateVerdict, seconds: float) -> FormatResult:
-    """Move a file to its name, or below `refused/`, and delete both files of an earlier export."""
+def _result(name: str, staging: Path, out: Path, verdict: GateVerdict, seconds: float) -> FormatResult:
+    """Result of a format whose file is still in the staging folder; it belongs into `out`, or below `refused/`."""
     file = FORMATS[name].file
-    for old in (out / file, out / REFUSED_FOLDER / file):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    if not (staging / file).exists():
+    staged = staging / file
+    if not staged.exists():
         return FormatResult(verdict, None, (), seconds)
     target = out / file if verdict.accepted else out / REFUSED_FOLDER / file
-    target.parent.mkdir(exist_ok=True)
-    (staging / file).rename(target)
-    paths = sorted(target.rglob("*")) if target.is_dir() else [target]
-    files = tuple((str(path.relative_to(out)), path.stat().st_size, _sha256(path)) for path in paths if path.is_file())
+    paths = sorted(path for path in staged.rglob("*") if path.is_file()) if staged.is_dir() else [staged]
+    files = tuple(
+        (str((target / path.relative_to(staged)).relative_to(out)), path.stat().st_size, _sha256(path))
+        for path in paths
+    )
     return FormatResult(verdict, target, files, seconds)
+
+
+def _move_into_place(result: FormatResult, staging: Path, out: Path) -> None:
+    """Delete the files that an earlier export has written in this format, and move the new one to its place."""
+    file = FORMATS[result.verdict.format].file
+    for old in (out / file, out / REFUSED_FOLDER / file):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    if result.path is not None:
+        result.path.parent.mkdir(exist_ok=True)
+        (staging / file).rename(result.path)
 
 
 def _sha256(path: Path) -> str:

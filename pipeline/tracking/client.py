@@ -21,7 +21,7 @@ from pipeline.mlflow_access import (
     MODEL_SCHEME,
     RUN_SCHEME,
     TRACKING_URI,
-    configure_mlflow,
+    import_mlflow,
     is_mlflow_uri,
 )
 from pipeline.redaction import redact
@@ -54,7 +54,7 @@ def connect(tracking_uri: str) -> "MlflowClient":
     Raises:
         TrackingError: the database is damaged.
     """
-    configure_mlflow()
+    import_mlflow()
     from mlflow import MlflowClient
 
     ensure_database(tracking_uri)

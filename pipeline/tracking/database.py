@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from pipeline.mlflow_access import import_mlflow
 from pipeline.tracking.settings import TrackingError
 
 SCHEME = "sqlite:///"
@@ -72,6 +73,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _newest_revision() -> str:
+    import_mlflow()
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     revision: str = _get_latest_schema_revision()
@@ -79,6 +81,7 @@ def _newest_revision() -> str:
 
 
 def _create(path: Path) -> None:
+    import_mlflow()
     from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 

@@ -8,7 +8,6 @@ import base64
 import json
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import dfine_core
 from dfine_core import ModelConfig
 from dfine_core.inference import DEFAULT_THRESHOLD
-from pipeline.mlflow_access import configure_mlflow
+from pipeline.mlflow_access import import_mlflow
 from pipeline.tracking.tracker import DatasetInput, Tracker
 
 if TYPE_CHECKING:
@@ -37,10 +36,9 @@ def save_detector(
         categories: names by label.
         example: an encoded image that the UI and `mlflow models serve` display as input.
     """
-    configure_mlflow()
-    with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
-        warnings.simplefilter("ignore")
-        import mlflow.pyfunc
+    import_mlflow()
+    import mlflow.pyfunc
+
     if len(categories) != config.num_classes:
         raise ValueError(f"{len(categories)} categories for a detector of num_classes {config.num_classes}")
     with tempfile.TemporaryDirectory() as temporary:

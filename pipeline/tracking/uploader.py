@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import psutil
 
-from pipeline.mlflow_access import configure_mlflow
+from pipeline.mlflow_access import import_mlflow
 from pipeline.redaction import redact
 from pipeline.tracking.outbox import Event, Outbox, Pending
 from pipeline.tracking.settings import TrackingSettings
@@ -228,7 +228,7 @@ class SentBytes:
 
 def import_writer() -> "type[MlflowWriter]":
     """Import mlflow, which takes seconds in which the training can run."""
-    configure_mlflow(retries=0)  # the uploader's thread retries itself, and waits without blocking
+    import_mlflow(retries=0)  # the uploader's thread retries itself, and waits without blocking
     from pipeline.tracking.mlflow_writer import MlflowWriter
 
     return MlflowWriter

@@ -17,6 +17,7 @@ class CheckpointManager:
     def __init__(self, job: TrainJob, context: WorkerContext, *, tracking_key: str | None) -> None:
         self._job, self._context, self._tracking_key = job, context, tracking_key
         self._damaged: set[int] = set()
+        self._saved_step = 0
         self._writer = None
         if context.rank == 0:
             self._writer = checkpoint.CheckpointWriter(job.checkpoints, keep=job.experiment.checkpoints.keep)
@@ -93,6 +94,7 @@ class CheckpointManager:
         """Copy the state now; a thread of rank 0 writes it while training continues."""
         if self._writer is not None:
             self._damaged.discard(state.step)
+            self._saved_step = state.step
             self._context.console.heartbeat(state.step, "saving")
             self._writer.write(
                 checkpoint.take_snapshot(state, self._metadata(state), dump_shareable(self._job.experiment))
@@ -154,7 +156,8 @@ class CheckpointManager:
     def wait(self) -> None:
         """Block all ranks until rank 0 has written every snapshot."""
         if self._writer is not None:
-            self._writer.wait()
+            with self._context.console.working(self._saved_step, "saving"):
+                self._writer.wait()
         self._context.broadcast(None)
 
     def _metadata(self, state: TrainState) -> checkpoint.Metadata:

@@ -34,12 +34,16 @@ BACKOFF_SECONDS = 1.0  # longest time between two attempts
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # a file system without locks
 
 
+class RunTakenError(ConfigError):
+    """Another process drives the run; on another machine it may have died a moment ago."""
+
+
 @contextmanager
 def driver_lock(run: str) -> Iterator[None]:
     """Hold a folder for this process while the block runs.
 
     Raises:
-        ConfigError: another live process holds it.
+        RunTakenError: another live process holds it.
     """
     me = {"host": socket.gethostname(), "pid": os.getpid()}
     path = storage.join(run, DRIVER)
@@ -103,7 +107,7 @@ def claimed(run: str, me: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Hold a folder by a claim while the block runs; yields a function that renews the claim.
 
     Raises:
-        ConfigError: another live process holds or claims it.
+        RunTakenError: another live process holds or claims it.
     """
     name = f"{uuid.uuid4().hex}.json"
     uri = storage.join(run, CLAIMS, name)
@@ -159,9 +163,9 @@ def _noted_driver(uri: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _taken(run: str, other: dict[str, Any] | None) -> ConfigError:
+def _taken(run: str, other: dict[str, Any] | None) -> RunTakenError:
     holder = f"process {other['pid']} on {other['host']}" if other else "another process"
-    return ConfigError(f"{run} is being trained by {holder}: wait for it, stop it, or give another --name")
+    return RunTakenError(f"{run} is being trained by {holder}: wait for it, stop it, or give another --name")
 
 
 def _is_alive(other: dict[str, Any], me: dict[str, Any]) -> bool:

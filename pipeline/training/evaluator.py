@@ -166,7 +166,8 @@ class Evaluator:
         outcome: _Outcome | None = None
         if self._context.rank == 0 and self._in_flight is not None and (wait or self._in_flight.done()):
             try:
-                result = self._in_flight.result()
+                with self._context.console.working(state.step, "waiting for an evaluation"):
+                    result = self._in_flight.result()
                 outcome = _Outcome(ap=result.report.numbers["AP"])
             except Exception as error:  # noqa: BLE001 - training survives any failure of the other process
                 outcome = _Outcome(error=f"{type(error).__name__}: {error}")

@@ -1,29 +1,27 @@
 """Progress and heartbeats of the workers, shown by the driver while they train.
 
-Workers send to one small actor and never wait for it. A thread of the driver polls the actor once a second: it moves the
-progress line, prints messages, and names a worker that has been silent for too long.
+Workers send to one small actor, see `worker_console`. A thread of the driver polls the actor once a second: it moves the
+progress line, prints messages, names a worker that has been silent for too long, and ends one that the others wait for.
 """
 
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from pipeline.progress import Progress, StepProgress
-from pipeline.training.stop_request import StopRequest
 
 POLL_SECONDS = 1.0
 REPLY_SECONDS = 10.0
-STOP_POLL_SECONDS = 0.25  # `ray job stop` leaves three seconds
-HEARTBEAT_SECONDS = 1.0  # a worker sends at most one heartbeat in this time
 WAITING_SECONDS = 30.0  # between two lines about a start that waits for nodes
 NAMED_WORKERS = 8  # of those without a heartbeat, in one line
+FOR_OTHERS = "waiting for the other workers"  # activity of a worker in a collective of Ray Train
+ORDER = ("waiting for data", "training")  # activities of a step; every other one follows them
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,10 @@ class Heartbeat:
     step: int
     activity: str
     at: float  # seconds since 1970, by the actor's clock
+    place: str = ""  # process and node
+
+    def __str__(self) -> str:
+        return f"{self.activity} at step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ProgressUpdate:
     note: str
     heartbeats: dict[int, Heartbeat]  # latest one of every rank
     now: float
+    responded: dict[int, float] = field(default_factory=dict)  # last reply of a silent rank's process
 
 
 class ProgressBoard:
@@ -54,6 +57,8 @@ class ProgressBoard:
         self._step: int | None = None
         self._note = ""
         self._heartbeats: dict[int, Heartbeat] = {}
+        self._responded: dict[int, float] = {}
+        self._to_end: set[int] = set()
         self._stop_requested = False
 
     def request_stop(self) -> None:
@@ -64,9 +69,19 @@ class ProgressBoard:
         """Whether the driver has asked for a stop."""
         return self._stop_requested
 
-    def heartbeat(self, rank: int, step: int, activity: str) -> None:
+    def heartbeat(self, rank: int, step: int, activity: str, place: str = "") -> None:
         """Store the latest heartbeat of a rank."""
-        self._heartbeats[rank] = Heartbeat(step, activity, time.time())
+        self._heartbeats[rank] = Heartbeat(step, activity, time.time(), place)
+        self._to_end.discard(rank)
+
+    def respond(self, rank: int) -> bool:
+        """Note that the process of a silent rank responds; whether it is to end."""
+        self._responded[rank] = time.time()
+        return rank in self._to_end
+
+    def end(self, rank: int) -> None:
+        """Ask the process of a silent rank to end."""
+        self._to_end.add(rank)
 
     def print(self, text: str) -> None:
         """Queue a message for the driver."""
@@ -80,11 +95,15 @@ class ProgressBoard:
         """Forget the heartbeats; return the time of rank 0's last one, if there was any."""
         last = self._heartbeats.get(0)
         self._heartbeats.clear()
+        self._responded.clear()
+        self._to_end.clear()
         return last.at if last else None
 
     def poll(self) -> ProgressUpdate:
         """Return everything new since the last poll."""
-        update = ProgressUpdate(tuple(self._messages), self._step, self._note, dict(self._heartbeats), time.time())
+        update = ProgressUpdate(
+            tuple(self._messages), self._step, self._note, dict(self._heartbeats), time.time(), dict(self._responded)
+        )
         self._messages.clear()
         self._step = None
         return update
@@ -96,94 +115,33 @@ def start_progress_board() -> Any:
     return actor.remote()
 
 
-def last_heartbeat_before_restart(board: Any) -> float | None:
-    """Time of the previous workers' last heartbeat; None at the first start. Rank 0 calls it as it starts."""
-    try:
-        at: float | None = ray.get(board.restart.remote(), timeout=REPLY_SECONDS)
-    except RayError:
-        return None
-    return at
-
-
-def watch_stop_request(board: Any) -> StopRequest:
-    """Stop request of rank 0: a thread asks the board for it until it is made."""
-    request = StopRequest()
-
-    def watch() -> None:
-        while not request.made:
-            with suppress(RayError):  # the board's process is starting again
-                request.made = ray.get(board.stop_requested.remote(), timeout=REPLY_SECONDS)
-            time.sleep(STOP_POLL_SECONDS)
-
-    threading.Thread(target=watch, daemon=True, name="stop request").start()
-    return request
-
-
-class WorkerConsole:
-    """Console of a worker: a thread sends its latest heartbeat once a second, if it is new.
-
-    Only the training thread makes heartbeats, so a training that hangs falls silent although the thread runs on.
-    """
-
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board, self._rank = board, rank
-        self._latest: tuple[int, str] | None = None  # step and activity that were not sent yet
-        self._working: tuple[int, str] | None = None  # during work without heartbeats of its own
-        self._sender: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def heartbeat(self, step: int, activity: str) -> None:
-        """Note a heartbeat; at most one message a second is sent, with the latest one."""
-        with self._lock:
-            self._latest = step, activity
-        if self._sender is None:
-            self._sender = threading.Thread(target=self._send, daemon=True, name="heartbeat")
-            self._sender.start()
-
-    @contextmanager
-    def working(self, step: int, activity: str) -> Iterator[None]:
-        """Keep sending heartbeats while the block computes for long without making any."""
-        self._working = step, activity
-        self.heartbeat(step, activity)
-        try:
-            yield
-        finally:
-            self._working = None
-
-    def print(self, text: str) -> None:
-        """Send a message."""
-        self._board.print.remote(text)
-
-    def progress(self, step: int, note: str) -> None:
-        """Send the progress of the run."""
-        self._board.progress.remote(step, note)
-
-    def _send(self) -> None:
-        while True:
-            with self._lock:
-                latest, self._latest = self._latest or self._working, None
-            if latest is not None:
-                self._board.heartbeat.remote(self._rank, *latest)
-            time.sleep(HEARTBEAT_SECONDS)
-
-
 class ProgressMonitor:
     """Thread of the driver that polls the board while the block runs.
 
     Args:
         timeout_s: a worker without a heartbeat for longer is named.
+        end_after_s: a worker without one for longer is ended, if others wait for it.
         waits_for: names what a start of the workers waits for, if it does. The argument is whether workers ran before.
     """
 
     def __init__(
-        self, board: Any, *, name: str, steps: int, timeout_s: float, waits_for: Callable[[bool], str | None]
+        self,
+        board: Any,
+        *,
+        name: str,
+        steps: int,
+        timeout_s: float,
+        end_after_s: float,
+        waits_for: Callable[[bool], str | None],
     ) -> None:
-        self._board, self._timeout_s, self._waits_for = board, timeout_s, waits_for
+        self._board, self._waits_for = board, waits_for
+        self._timeout_s, self._end_after_s = timeout_s, end_after_s
         self._started = False
         self._training = False  # a worker sent a heartbeat lately
         self._quiet_since = time.monotonic()  # without heartbeats, or since the last line about a start
         self._progress = StepProgress(name, total=steps)
         self._named: dict[int, Heartbeat] = {}
+        self._ended: dict[int, Heartbeat] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="progress")
 
@@ -227,6 +185,12 @@ class ProgressMonitor:
             self._progress.show(update.step, update.note)
         if silent := silent_workers(update, self._timeout_s, self._named):
             Progress.write(silent)
+        for rank, beat in awaited_workers(update, self._end_after_s).items():
+            if self._ended.get(rank) != beat:
+                self._ended[rank] = beat
+                seconds = update.now - beat.at
+                Progress.write(f"worker {rank} is ended: the other workers wait for it, {beat} for {seconds:.0f} s")
+                self._board.end.remote(rank)
         self._show_waiting(update)
 
     def _show_waiting(self, update: ProgressUpdate) -> None:
@@ -242,25 +206,60 @@ class ProgressMonitor:
 def silent_workers(update: ProgressUpdate, timeout_s: float, named: dict[int, Heartbeat]) -> str | None:
     """Name the workers without a heartbeat for longer than `timeout_s`, in one line however many there are.
 
+    A collective of PyTorch silences the workers that wait in it, too; they are counted with the others.
+
     Args:
         named: heartbeats that were reported before; the new ones are added.
     """
-    silent = {
-        rank: beat
-        for rank, beat in sorted(update.heartbeats.items())
-        if update.now - beat.at > timeout_s and named.get(rank) != beat
-    }
-    if not silent:
+    silent = _silent(update, timeout_s)
+    if not {rank for rank, beat in silent.items() if named.get(rank) != beat}:
         return None
     named.update(silent)
-    shown = [
-        f"worker {rank} ({beat.activity} at step {beat.step} for {update.now - beat.at:.0f} s)"
-        for rank, beat in list(silent.items())[:NAMED_WORKERS]
-    ]
-    if more := len(silent) - len(shown):
+    behind = _furthest_behind(update, silent, timeout_s)
+    shown = [f"worker {rank} ({_described(update, rank, timeout_s)})" for rank in [*behind][:NAMED_WORKERS]]
+    if more := len(behind) - len(shown):
         shown.append(f"{more} more")
-    others = Counter(
-        f"{beat.activity} at step {beat.step}" for rank, beat in update.heartbeats.items() if rank not in silent
-    )
+    others = Counter(str(beat) for rank, beat in update.heartbeats.items() if rank not in behind)
     rest = ", ".join(f"{count} {state}" for state, count in others.most_common(NAMED_WORKERS)) or "none"
     return f"no progress: {', '.join(shown)}; other workers: {rest}"
+
+
+def awaited_workers(update: ProgressUpdate, timeout_s: float) -> dict[int, Heartbeat]:
+    """Workers without a heartbeat for longer than `timeout_s` while another waits for them in a collective of Ray Train.
+
+    Such a collective has no time limit of its own: rank 0 may compute for long while the others wait.
+    """
+    waiting = any(
+        beat.activity == FOR_OTHERS and update.now - beat.at < WAITING_SECONDS for beat in update.heartbeats.values()
+    )
+    return _silent(update, timeout_s) if waiting else {}
+
+
+def _silent(update: ProgressUpdate, timeout_s: float) -> dict[int, Heartbeat]:
+    return {rank: beat for rank, beat in sorted(update.heartbeats.items()) if update.now - beat.at > timeout_s}
+
+
+def _furthest_behind(update: ProgressUpdate, silent: dict[int, Heartbeat], timeout_s: float) -> dict[int, Heartbeat]:
+    """Silent workers that the other silent ones may wait for: dead processes, or else those that are behind in their work."""
+    dead = {rank: beat for rank, beat in silent.items() if not _responds(update, rank, timeout_s)}
+    if dead and len(dead) < len(silent):
+        return dead
+    first = min(map(_position, silent.values()))
+    return {rank: beat for rank, beat in silent.items() if _position(beat) == first}
+
+
+def _position(beat: Heartbeat) -> tuple[int, int]:
+    return beat.step, ORDER.index(beat.activity) if beat.activity in ORDER else len(ORDER)
+
+
+def _responds(update: ProgressUpdate, rank: int, timeout_s: float) -> bool:
+    return update.now - update.responded.get(rank, -math.inf) <= timeout_s
+
+
+def _described(update: ProgressUpdate, rank: int, timeout_s: float) -> str:
+    beat = update.heartbeats[rank]
+    words = [beat.place] if beat.place else []
+    words.append(f"{beat} for {update.now - beat.at:.0f} s")
+    if beat.place and not _responds(update, rank, timeout_s):
+        words.append("its process does not respond")
+    return ", ".join(words)

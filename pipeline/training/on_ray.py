@@ -29,7 +29,9 @@ from pipeline.training.stop_request import stop_signals
 from pipeline.training.worker import train_worker
 
 FAILED_STARTS = 3  # starts of the workers that are repeated without a step in between; the next failure ends the run
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray Train's controller inherits it from this process
+# Ray Train's controller inherits these from this process.
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+RESPONSE_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # for a worker whose process does not respond
 
 
 def train_on_ray(
@@ -44,6 +46,7 @@ def train_on_ray(
     # Ray Train restarts failed workers; the board and the monitor outlive them.
     board = start_progress_board()
     os.environ[START_TIMEOUT] = str(cluster.start_timeout_s)
+    os.environ[RESPONSE_TIMEOUT] = str(cluster.collective_timeout_s)
     name = job.experiment.name or "training"
     with (
         ProgressMonitor(
@@ -51,6 +54,7 @@ def train_on_ray(
             name=name,
             steps=job.schedule.steps,
             timeout_s=cluster.heartbeat_timeout_s,
+            end_after_s=cluster.collective_timeout_s,
             waits_for=lambda started: waits_for(request, started=started),
         ) as monitor,
         stop_signals(monitor.request_stop),

@@ -1,15 +1,17 @@
 """The entry of a Ray Train worker: build its context, and train."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
 import ray.train
 import ray.train.torch
 from ray.train.collective import broadcast_from_rank_zero
+from ray.util import get_node_ip_address
 
 from pipeline.ray_internals import silence_train_loggers
 from pipeline.training.context import TrainJob, WorkerContext
-from pipeline.training.heartbeat import WorkerConsole, last_heartbeat_before_restart, watch_stop_request
+from pipeline.training.worker_console import WorkerConsole, last_heartbeat_before_restart, watch_stop_request
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -29,14 +31,16 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     rank = ray_context.get_world_rank()
     if rank == 0 and (stopped_at := last_heartbeat_before_restart(config["board"])) is not None:
         job = replace(job, launched_at=stopped_at, restarted=True)
+    place = f"process {os.getpid()} on {get_node_ip_address()}"  # type: ignore[no-untyped-call]
+    console = WorkerConsole(config["board"], rank, place)
     asynchronous = job.experiment.evaluation.asynchronous and rank == 0
     context = WorkerContext(
         rank=rank,
         world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
-        broadcast=broadcast_from_rank_zero,
-        console=WorkerConsole(config["board"], rank),
-        report=ray.train.report,
+        broadcast=console.waiting(broadcast_from_rank_zero),
+        console=console,
+        report=console.waiting(ray.train.report),
         submit_evaluation=on_ray(job.evaluation_resources) if asynchronous else None,
         stop=watch_stop_request(config["board"]) if rank == 0 else StopRequest(),
     )

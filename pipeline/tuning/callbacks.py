@@ -116,8 +116,10 @@ def _close_run(settings: TrialSettings, run: str, key: str, record: TrialRecord)
     )
     tracker = Tracker(run_dir.outbox_folder(run, key), tracking)
     try:
-        facts = {"status": record.status, "rung": record.rung, "reason": record.reason, **record.cost}
-        tracker.tags({f"trial.{name}": str(value) for name, value in facts.items() if value not in (None, "")})
+        facts: dict[str, Any] = {"status": record.status, "rung": record.rung, **record.cost}
+        if record.reason or record.restarts:  # an empty one replaces that of an earlier start
+            facts |= {"reason": record.reason, "restarts": record.restarts}
+        tracker.tags({f"trial.{name}": str(value) for name, value in facts.items() if value is not None})
         tracker.finish(MLFLOW_STATUS[record.status])  # type: ignore[arg-type]
         return tracker.run_id if tracker.flush(DELIVERY_TIMEOUT_S) else None
     finally:
@@ -153,19 +155,25 @@ class ProgressCallback(Callback):
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record the end of the trial."""
+        """Record the end of the trial, which may be an error of its own."""
         self._end(self._store.finish(_trial_of(trial), failed=False))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record the failure of the trial, and print its reason."""
-        record = self._store.finish(_trial_of(trial), failed=True)
-        _print(f"{record.id} failed: {record.reason}; see {log_uri(self._store.settings.folder, record.id)}")
-        self._end(record)
+        """Record that Tune gave the trial up."""
+        self._end(self._store.finish(_trial_of(trial), failed=True))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Count and print the loss of the trial's process; another one continues the trial."""
+        record = self._store.note_restart(_trial_of(trial))
+        _print(f"{record.id}: its process was killed; it continues from its last checkpoint")
 
     def _end(self, record: TrialRecord) -> None:
-        if record.id not in self._ended_before:
-            self._reporter.submit(record.id)
-            self._show(now=True)
+        if record.id in self._ended_before:
+            return
+        if record.status == "failed":
+            _print(f"{record.id} failed: {record.reason}; see {log_uri(self._store.settings.folder, record.id)}")
+        self._reporter.submit(record.id)
+        self._show(now=True)
 
     def _show(self, now: bool = False) -> None:
         """Redraw the table in a terminal; print a line from time to time in a log."""

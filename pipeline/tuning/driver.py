@@ -57,6 +57,7 @@ from pipeline.tuning.trial_store import TrialStore
 SOURCE = "jobs/tune.py"
 REPORT = "report.html"
 RUN_ID_TIMEOUT_S = 30.0  # for MLflow to create the sweep's run, which the trials name as their parent
+LOST_PROCESSES = 3  # per trial and start of the sweep; one more, and the trial has failed until the next start
 DRAIN_TIMEOUT_S = 30.0  # for the last processes of stopped trials to end, and for MLflow to receive their status
 # Keys that may change between two starts: budget, resources, tracking.
 NEUTRAL = (
@@ -254,7 +255,8 @@ def _run_trials(
             name=time.strftime("%Y%m%d-%H%M%S"),  # always a new name: trials continue from their own folders
             storage_path=storage.join(settings.folder, "ray"),
             callbacks=[ProgressCallback(context.store, context.reporter, total)],
-            failure_config=tune.FailureConfig(max_failures=0),  # each training restarts by itself
+            # Of the trial's own process; each training restarts its workers by itself.
+            failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
             verbose=0,
         ),
     )

@@ -39,8 +39,16 @@ class SparingASHA(ASHAScheduler):
 class SparingMedian(MedianStoppingRule):
     """Median stopping rule that counts replicates of the default, and never stops them."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._counted: dict[str, int] = {}  # evaluations by Tune's trial id
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide whether a trial continues."""
+        # A trial whose process was lost reports its evaluations again; in a mean they would count twice. ASHA takes each once.
+        if result[EVALUATION] <= self._counted.get(trial.trial_id, 0):
+            return TrialScheduler.CONTINUE
+        self._counted[trial.trial_id] = result[EVALUATION]
         return _spare_replicates(trial, super().on_trial_result(tune_controller, trial, result))
 
 

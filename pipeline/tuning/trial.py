@@ -6,7 +6,8 @@ evaluations again, so that scheduler and searcher learn them the ordinary way.
 
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -14,6 +15,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import check, with_values
 from pipeline.data.shards.manifest import load_shards
+from pipeline.training import driver_lock
 from pipeline.training.launch import launch
 from pipeline.training.schedule import Schedule, derive
 from pipeline.tuning.sweep import LATENCY, Trial, experiment_of
@@ -31,6 +33,8 @@ from pipeline.tuning.trial_records import TrialEvaluation
 
 # Resources of a trial's driver and of Ray Train's controller beside it. Tune does not accept zero CPUs. Without the memory
 # Ray would put all drivers on one node.
+T = TypeVar("T")
+RETRY_S = 2.0  # between two attempts at a run whose last driver seems alive
 DRIVER = {"CPU": 0.01, "memory": 1.0 * 2**30}
 
 
@@ -57,11 +61,29 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
     started_at = time.time()
     report = TrialReport(settings, trial, total, started_at)
     with console_to_log(log_uri(settings.folder, trial.id)):
-        launch(experiment, settings.cluster, parent_run_id=settings.parent_run_id, callbacks=[report])
+        when_free(
+            lambda: launch(experiment, settings.cluster, parent_run_id=settings.parent_run_id, callbacks=[report])
+        )
 
     # 3. The time after the last evaluation counts too.
     last = read_progress(settings.folder, trial)
     write_progress(settings.folder, trial, TrialProgress(last.evaluations, known.seconds + time.time() - started_at))
+
+
+def when_free(start: Callable[[], T]) -> T:
+    """Start a training, once no other driver holds it. One that died with its node seems to, until its heartbeat is stale.
+
+    Raises:
+        RunTakenError: the run has a driver that is alive.
+    """
+    until = time.monotonic() + driver_lock.STALE_SECONDS + driver_lock.HEARTBEAT_SECONDS
+    while True:
+        try:
+            return start()
+        except driver_lock.RunTakenError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(RETRY_S)
 
 
 class TrialReport(TuneReportCallback):

@@ -4,6 +4,7 @@ This module imports neither torch nor Ray, so that the process of a trial with n
 """
 
 import json
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import Cluster
 from pipeline.tuning.sweep import Sweep, Trial
+from pipeline.tuning.trial_log import console_to_log, log_uri
 from pipeline.tuning.trial_records import TrialEvaluation
 
 EVALUATION = "evaluation"  # key under which Tune's schedulers find the number of evaluations
@@ -33,19 +35,23 @@ class TrialProgress:
 
     evaluations: tuple[TrialEvaluation, ...] = ()
     seconds: float = 0.0  # spent in all starts
-    error: str = ""  # reason of the failure that ended it
+    error: str = ""  # of its own, which ended it
 
 
 def record_failure(config: dict[str, Any], work: Callable[..., None], settings: TrialSettings) -> None:
-    """Run a trial, and keep the reason of a failure for the driver."""
+    """Run a trial, and note an error of its own for the driver.
+
+    Tune never sees that error: whatever it sees is the loss of a process, and worth another attempt.
+    """
     try:
         work(config, settings=settings)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the trial's own
         trial = Trial(**config["trial"])
         message = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {message[0]}"
+        with console_to_log(log_uri(settings.folder, trial.id)):
+            traceback.print_exc()
         write_progress(settings.folder, trial, replace(read_progress(settings.folder, trial), error=reason[:500]))
-        raise
 
 
 def costs_per_second(cluster: Cluster) -> dict[str, float]:

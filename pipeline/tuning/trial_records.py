@@ -36,6 +36,8 @@ class TrialRecord:
     seed: int
     status: Status
     reason: str = ""  # why it failed
+    lost: bool = False  # it failed because its processes were killed; the next start of the sweep continues it
+    restarts: int = 0  # after the loss of its process
     rung: int | None = None  # number of evaluations after which it was pruned
     curve: tuple[TrialEvaluation, ...] = ()
     final: dict[str, float] = field(default_factory=dict)  # metrics of the best weights, once it is finished

@@ -11,6 +11,7 @@ from pipeline.tuning.trial_files import TrialSettings, costs_per_second, read_pr
 from pipeline.tuning.trial_records import ENDED, TrialRecord, record_of, write_records
 
 RECORDS = "records.json"
+LOST = "its process was lost, as by a lack of memory or a dead node; the next start of the sweep continues it"
 
 
 class TrialStore:
@@ -21,7 +22,8 @@ class TrialStore:
         self._path = storage.join(settings.folder, "trials")
         self.records: dict[str, TrialRecord] = {}
         for record in self._read():
-            self.records[record.id] = record if record.status in ENDED else self._left_by_an_earlier_start(record)
+            ended = record.status in ENDED and not record.lost
+            self.records[record.id] = record if ended else self._left_by_an_earlier_start(record)
 
     def ordered(self) -> list[TrialRecord]:
         """All records, in the order in which the trials began."""
@@ -39,11 +41,16 @@ class TrialStore:
             return
         self._keep(replace(known, status="running", reason=""))
 
+    def note_restart(self, trial: Trial) -> TrialRecord:
+        """Count the loss of a process of a trial that goes on in another."""
+        known = self.records[trial.id]
+        return self._keep(replace(known, restarts=known.restarts + 1))
+
     def finish(self, trial: Trial, failed: bool) -> TrialRecord:
         """Record how a trial ended. Idempotent.
 
         Args:
-            failed: Tune saw the trial's process fail.
+            failed: Tune has lost the trial's process, and gave up.
         """
         if trial.id not in self.records:
             self.begin(trial)  # its process never started
@@ -52,12 +59,13 @@ class TrialStore:
             return known
         # A training with a result is finished, whatever happened to its process afterwards.
         record = self._with_results(known, trial)
-        if failed and record.status != "finished":
-            reason = read_progress(self.settings.folder, trial).error or "its process ended"
-            record = replace(record, status="failed", reason=reason)
-        elif record.status != "finished":
-            record = replace(record, status="pruned", rung=len(record.curve))
-        return self._keep(record)
+        if record.status == "finished":
+            return self._keep(record)
+        if error := read_progress(self.settings.folder, trial).error:
+            return self._keep(replace(record, status="failed", reason=error))
+        if failed:
+            return self._keep(replace(record, status="failed", reason=LOST, lost=True))
+        return self._keep(replace(record, status="pruned", rung=len(record.curve)))
 
     def refresh(self, trial: Trial) -> TrialRecord:
         """Update the record of a running trial with its evaluations so far."""
@@ -80,10 +88,14 @@ class TrialStore:
         return path
 
     def _left_by_an_earlier_start(self, record: TrialRecord) -> TrialRecord:
-        """Interrupted, or finished if its training ended after the driver was gone."""
+        """Interrupted, or ended if its training came to an end after the driver was gone."""
         trial = Trial(0, record.phase, record.point, record.seed)
-        known = self._with_results(replace(record, status="interrupted"), trial)
-        return self._keep(known) if known.status == "finished" else known
+        # MLflow may have the status of a lost trial, which another one replaces.
+        record = replace(record, status="interrupted", reason="", lost=False, run_id=None)
+        known = self._with_results(record, trial)
+        if known.status != "finished" and (error := read_progress(self.settings.folder, trial).error):
+            known = replace(known, status="failed", reason=error)
+        return self._keep(known) if known.status in ENDED else known
 
     def _with_progress(self, record: TrialRecord, trial: Trial) -> TrialRecord:
         progress = read_progress(self.settings.folder, trial)

@@ -4,7 +4,7 @@ import math
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -324,8 +324,8 @@ def test_a_failed_write_leaves_the_old_file(
     save_released(state_dict, SMALL, path)
     before = path.read_bytes()
 
-    def disk_full(_: object, file: Path) -> None:
-        Path(file).write_bytes(b"half a file")
+    def disk_full(_: object, file: IO[bytes]) -> None:
+        file.write(b"half a file")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)

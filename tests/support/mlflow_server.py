@@ -39,6 +39,10 @@ class Server:
             assert time.monotonic() < deadline, self._log.read_text()[-3000:]
             time.sleep(0.1)
 
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
     def kill(self) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -227,3 +227,33 @@ def test_listing_children_leaves_the_garbage_collector_as_it_was(tmp_path: Path)
             assert gc.isenabled() == was_enabled
         finally:
             gc.enable()
+
+
+IMPORT_IN_TWO_THREADS = """
+import threading
+from pipeline.mlflow_access import import_mlflow
+from pipeline.tracking.uploader import import_writer
+
+errors = []
+
+def run(load):
+    together.wait()
+    try:
+        load()
+    except Exception as error:
+        errors.append(error)
+
+together = threading.Barrier(2)
+threads = [threading.Thread(target=run, args=(load,)) for load in (import_writer, import_mlflow)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not errors, errors
+"""
+
+
+def test_two_threads_may_import_mlflow_at_once() -> None:
+    """Without the lock both fail in the circles of its modules."""
+    done = subprocess.run([sys.executable, "-c", IMPORT_IN_TWO_THREADS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

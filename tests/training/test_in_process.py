@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from torch import Tensor
 
 from pipeline.training import checkpoint, in_process
+from tests.support.finished_runs import assert_equal_runs, metrics_of
 from tests.support.processes import wait_for
 from tests.support.training_runs import experiment, shard_folders
 
@@ -92,32 +91,8 @@ def finish(folder: Path, name: str, *flags: str) -> str:
     return said
 
 
-def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
-    place = folder / "runs" / name / "checkpoints" / checkpoint.step_folder(STEPS)
-    return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
-
-
-def metrics_of(folder: Path, name: str) -> list[tuple[str, int, float]]:
-    """Losses and evaluations in the tracking database; speeds and loads differ from run to run."""
-    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
-        ((run, status),) = database.execute("select run_uuid, status from runs where name = ?", (name,)).fetchall()
-        assert status == "FINISHED"
-        query = "select key, step, value from metrics where run_uuid = ? order by key, step, rowid"
-        rows = database.execute(query, (run,)).fetchall()
-    kept = [
-        row
-        for row in rows
-        if row[0].startswith(("accuracy/", "train/", "val/")) and "seconds" not in row[0] and "speed" not in row[0]
-    ]
-    assert len({row[:2] for row in kept}) == len(kept) > 50
-    return kept
-
-
-def assert_equal_runs(folder: Path, one: str, other: str) -> None:
-    ours, theirs = tensors_of(folder, one), tensors_of(folder, other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert metrics_of(folder, one) == metrics_of(folder, other)
+def assert_equal(folder: Path, one: str, other: str) -> None:
+    assert_equal_runs(folder / "runs", one, other, step=STEPS)
 
 
 def test_a_killed_training_in_one_process_continues_bitwise_and_needs_no_ray(folder: Path) -> None:
@@ -134,7 +109,7 @@ def test_a_killed_training_in_one_process_continues_bitwise_and_needs_no_ray(fol
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, (folder / "killed.log").read_text()[-4000:]
     assert "continuing at step" in finish(folder, "killed")
-    assert_equal_runs(folder, "undisturbed", "killed")
+    assert_equal(folder, "undisturbed", "killed")
 
 
 def test_a_run_killed_once_its_result_is_there_is_recorded_by_the_same_command(folder: Path) -> None:
@@ -146,7 +121,7 @@ def test_a_run_killed_once_its_result_is_there_is_recorded_by_the_same_command(f
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert "MLflow has now the rest of it" in finish(folder, "at-the-end")
-    metrics_of(folder, "at-the-end")
+    metrics_of(folder / "runs" / "mlflow.db", "at-the-end")
     assert start(folder, "at-the-end").wait(timeout=100) == 1
     assert "run 'at-the-end' is finished" in (folder / "at-the-end.log").read_text()
 
@@ -181,7 +156,7 @@ def test_a_stop_signal_saves_after_the_step_and_the_printed_command_continues_bi
     assert not [line for line in lines if "Traceback" in line]
     assert status_of(folder, name) == [("KILLED",)]
     assert f"continuing at step {saved} " in finish(folder, name)
-    assert_equal_runs(folder, "undisturbed", name)
+    assert_equal(folder, "undisturbed", name)
 
 
 def test_a_second_stop_signal_ends_at_once(folder: Path) -> None:
@@ -206,4 +181,4 @@ def test_a_second_stop_signal_ends_at_once(folder: Path) -> None:
 def test_it_is_the_training_that_one_worker_of_ray_runs(folder: Path) -> None:
     finish(folder, "here")
     assert "imported: ray" in finish(folder, "on-ray", "--cluster", str(folder / "ray.yaml"))
-    assert_equal_runs(folder, "here", "on-ray")
+    assert_equal(folder, "here", "on-ray")

@@ -6,7 +6,6 @@ import socket
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +14,8 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
 from pipeline.training.driver_lock import DRIVER, driver_lock
-from pipeline.training.heartbeat import Heartbeat, ProgressBoard, WorkerConsole, silent_workers
 from pipeline.training.preflight import Request, leaves_cpu, name_problem, refuse_what_never_fits, waiting_line
 from pipeline.training.run_dir import begin_or_continue
-from tests.support.processes import wait_until
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.training_runs import experiment
 
@@ -224,76 +221,3 @@ def test_a_node_that_others_cannot_reach_by_its_name_is_named(name: str, address
     assert (problem is None) == (not said)
     assert all(part in (problem or "") for part in said), problem
     assert name_problem(name, address, {"GLOO_SOCKET_IFNAME": "eth0"}) is None
-
-
-def test_a_worker_without_heartbeat_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = ProgressBoard()
-    at(monkeypatch, 900)
-    board.heartbeat(1, 12, "waiting for data")
-    at(monkeypatch, 1000)
-    board.heartbeat(0, 13, "training")
-    named: dict[int, Heartbeat] = {}
-    line = silent_workers(board.poll(), 60, named)
-    assert line == (
-        "no progress: worker 1 (waiting for data at step 12 for 100 s); other workers: 1 training at step 13"
-    )
-    assert silent_workers(board.poll(), 60, named) is None
-    board.heartbeat(1, 13, "training")
-    assert silent_workers(board.poll(), 60, named) is None
-
-
-def test_silent_workers_fit_one_line_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = ProgressBoard()
-    at(monkeypatch, 1000)
-    for rank in range(256):
-        board.heartbeat(rank, 12, "evaluating")
-    at(monkeypatch, 1100)
-    line = silent_workers(board.poll(), 60, {})
-    assert line is not None
-    assert len(line) < 700
-    assert "248 more" in line
-
-
-class CountingBoard:
-    """A board in this process: counts the messages that a worker sends."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, int, str]] = []
-        self.heartbeat = SimpleNamespace(remote=lambda *beat: self.sent.append(beat))
-
-
-def test_a_worker_sends_its_latest_heartbeat_at_most_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.2)
-    board = CountingBoard()
-    console = WorkerConsole(board, rank=3)
-    started_at = time.monotonic()
-    for step in range(1000):
-        console.heartbeat(step, "training")
-        console.heartbeat(step, "waiting for data")
-    wait_until(lambda: bool(board.sent) and board.sent[-1] == (3, 999, "waiting for data"))
-    assert len(board.sent) <= 2 + (time.monotonic() - started_at) / 0.2
-    sent = len(board.sent)
-    time.sleep(0.5)
-    assert len(board.sent) == sent  # a training that hangs is silent
-    with console.working(1000, "evaluating"):
-        wait_until(lambda: board.sent.count((3, 1000, "evaluating")) >= 3)
-
-
-def test_restarted_workers_learn_the_time_of_the_last_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = ProgressBoard()
-    assert board.restart() is None
-    at(monkeypatch, 1000)
-    board.heartbeat(0, 13, "training")
-    at(monkeypatch, 2000)
-    assert board.restart() == 1000
-    assert silent_workers(board.poll(), 60, {}) is None  # the workers before are not missed
-
-
-def test_messages_are_delivered_once() -> None:
-    board = ProgressBoard()
-    board.print("one")
-    board.progress(3, "loss 1")
-    update = board.poll()
-    assert (update.messages, update.step, update.note) == (("one",), 3, "loss 1")
-    update = board.poll()
-    assert (update.messages, update.step) == ((), None)

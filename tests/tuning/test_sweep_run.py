@@ -175,7 +175,8 @@ def test_after_a_restart_the_store_has_ended_and_interrupted_trials(tmp_path: Pa
             settings.folder, trial, TrialProgress((TrialEvaluation(1, 0.5, {"AP": 0.25}, 3.0),), seconds=3.0)
         )
     write_result(settings, trials[0])
-    assert [store.finish(trials[n], failed).status for n, failed in ((0, False), (1, False), (2, True))] == [
+    write_progress(settings.folder, trials[2], TrialProgress(seconds=3.0, error="ValueError: a mistake"))
+    assert [store.finish(trials[n], failed=False).status for n in range(3)] == [
         "finished",
         "pruned",
         "failed",
