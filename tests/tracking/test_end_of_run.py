@@ -115,6 +115,7 @@ def test_a_slow_link_is_waited_for_as_long_as_bytes_pass(
         started_at = time.monotonic()
         left = tracker.deliver(patience, lambda left: shown.append(str(left)))
         assert left.events == 0, f"{left} left after {time.monotonic() - started_at:.0f} s, {link.passed} bytes"
+        assert tracker.rejected == []
         assert time.monotonic() - started_at > max(patience, size / bytes_per_s)
         assert "models 1, status 1" in shown[0]
         assert MlflowClient(server.uri).get_run(str(tracker.run_id)).info.status == "FINISHED"
