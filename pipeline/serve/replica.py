@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch import Tensor
 
-from dfine_core.inference import DEFAULT_THRESHOLD, prepare
+from dfine_core.inference import prepare
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections
 from pipeline.config import Config, Share
 from pipeline.open_detector import open_detector
@@ -46,7 +46,7 @@ class ServeSettings(Config):
     """Detector to serve, and limits of its requests."""
 
     source: str  # any source of `open_detector`
-    threshold: Share = DEFAULT_THRESHOLD  # unless a request has its own
+    threshold: Share | None = None  # unless a request has its own; default: the detector's, class by class
     batch_size: PositiveInt = 8  # images per forward pass, at most
     timeout_s: PositiveFloat = 30.0  # per request, from its arrival at a replica to the response
     max_waiting: PositiveInt = 32  # requests in a replica; further ones get status 503
@@ -116,7 +116,8 @@ class DetectionService:
             "input_size": list(config.input_size),  # height, width
             "num_queries": config.num_queries,
             "device": str(self.loaded.device),
-            "threshold": self.settings.threshold,
+            "thresholds": list(self.loaded.least_scores(self.settings.threshold)),  # in the order of the names
+            "threshold_text": self.loaded.threshold_text(self.settings.threshold),
             "max_detections": MAX_DETECTIONS,
             "batch_size": self.settings.batch_size,
             "limits": asdict(self.settings.limits) | {"timeout_s": self.settings.timeout_s},
@@ -144,7 +145,9 @@ class DetectionService:
         limits = self.settings.limits
         body = await read_body(http_request.stream(), http_request.headers, limits.max_bytes)
         content_type = http_request.headers.get("content-type", "")
-        request = await parse_request(content_type, http_request.query_params, body, limits, self.settings.threshold)
+        request = await parse_request(content_type, http_request.query_params, body, limits)
+        threshold = self.settings.threshold if request.threshold is None else request.threshold
+        least = torch.tensor(self.loaded.least_scores(threshold))
 
         # 2. Decode in a thread, then detect together with images of other requests.
         loop = asyncio.get_running_loop()
@@ -153,8 +156,10 @@ class DetectionService:
         return {
             "model": self.loaded.origin,
             "detections": [
-                self._as_json(each, image.size, request) for each, image in zip(detections, images, strict=True)
+                self._as_json(each, image.size, least, request.max_detections)
+                for each, image in zip(detections, images, strict=True)
             ],
+            "threshold": self.loaded.threshold_text(threshold),
         }
 
     def _decode(self, request: DetectRequest) -> list[PreparedImage]:
@@ -183,13 +188,15 @@ class DetectionService:
         labels, boxes, scores = batch.labels.cpu(), batch.boxes.cpu(), batch.scores.cpu()
         return [Detections(*each) for each in zip(labels, boxes, scores, strict=True)]
 
-    def _as_json(self, detections: Detections, size: tuple[int, int], request: DetectRequest) -> dict[str, Any]:
+    def _as_json(
+        self, detections: Detections, size: tuple[int, int], least: Tensor, max_detections: int
+    ) -> dict[str, Any]:
         # Detections are sorted, best first.
-        count = min(int((detections.scores >= request.threshold).sum()), request.max_detections)
-        labels = detections.labels[:count].tolist()
+        kept = (detections.scores >= least[detections.labels]).nonzero().flatten()[:max_detections]
+        labels = detections.labels[kept].tolist()
         return {
-            "boxes": detections.boxes[:count].tolist(),
-            "scores": detections.scores[:count].tolist(),
+            "boxes": detections.boxes[kept].tolist(),
+            "scores": detections.scores[kept].tolist(),
             "labels": labels,
             "names": [self.loaded.names[label] for label in labels],
             "width": size[0],

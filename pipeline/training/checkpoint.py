@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from dfine_core.checkpoints import folder as checkpoint_folder
 from dfine_core.checkpoints.folder import METADATA as METADATA
-from dfine_core.checkpoints.folder import LoadError
+from dfine_core.checkpoints.folder import THRESHOLDS, LoadError
 from dfine_core.checkpoints.folder import step_folder as step_folder
+from dfine_core.thresholds import ClassThresholds
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
@@ -69,6 +70,7 @@ class Metadata(BaseModel):
     versions: dict[str, str] = {}
     commit: str | None = None
     sha256: dict[str, str] = {}  # by tensor file
+    thresholds: dict[str, Any] | None = None  # of the best weights, once the run has evaluated them at its end
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,16 @@ def _set_stray_file_aside(folder: str) -> None:
     path = Path(storage.resolve(folder)[1])
     if path.is_file():
         path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.stray"))
+
+
+def write_thresholds(uri: str, thresholds: ClassThresholds) -> None:
+    """Add thresholds to the metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its metadata is damaged.
+    """
+    metadata = read_metadata(uri).model_copy(update={THRESHOLDS: thresholds.to_plain()})
+    storage.write_atomic(storage.join(uri, METADATA), metadata.model_dump_json(indent=1).encode())
 
 
 def read_metadata(uri: str) -> Metadata:

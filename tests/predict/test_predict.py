@@ -257,7 +257,7 @@ def test_another_prediction_in_the_same_folder_is_refused(photos: Path, tmp_path
     for detector, given, options, message in (
         (small_detector(seed=1), inputs, OPTIONS, "detector changed"),
         (small_detector(), fewer, OPTIONS, "inputs, num_images changed"),
-        (small_detector(), inputs, replace(OPTIONS, threshold=0.1), "threshold changed"),
+        (small_detector(), inputs, replace(OPTIONS, threshold=0.1), "thresholds changed"),
     ):
         with pytest.raises(ConfigError, match=f"contains another prediction: {message}"):
             predict(detector, given, out, options)
@@ -430,7 +430,7 @@ def test_the_command_predicts_and_prints_a_summary(
     output = capsys.readouterr().out
     assert "on 2 images (2 image files)" in output
     assert "class_0" in output
-    with pytest.raises(SystemExit, match="threshold changed"):
+    with pytest.raises(SystemExit, match="thresholds changed"):
         predict_job.main([*command, "--threshold", "0.9"])
     with pytest.raises(SystemExit, match="no detector"):
         predict_job.main([str(photos), *command[1:]])
