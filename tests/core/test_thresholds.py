@@ -9,6 +9,7 @@ import torch
 
 from dfine_core import LoadedDetector, LoadError, load
 from dfine_core.thresholds import ClassThresholds
+from pipeline.data.sources.synthetic import CLASSES
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
 
@@ -17,7 +18,7 @@ OWN = ClassThresholds(best_f1=(0.3, None, 0.75), at_precision=(0.8, None, None),
 
 @pytest.fixture(scope="module")
 def detector() -> LoadedDetector:
-    return replace(small_detector(), thresholds=OWN)
+    return replace(small_detector(CLASSES[:3]), thresholds=OWN)
 
 
 def test_each_class_has_its_own_threshold_the_default_or_the_given_one(detector: LoadedDetector) -> None:

@@ -29,6 +29,7 @@ from jobs import predict as predict_job
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import ImageRecord
+from pipeline.data.sources.synthetic import CLASSES
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import contact_sheet, draw_detections
@@ -190,10 +191,10 @@ def test_a_prediction_equals_the_detections_of_each_image(loaded: LoadedDetector
 
 def test_the_thresholds_of_the_detector_decide_unless_one_is_given(photos: Path, tmp_path: Path) -> None:
     own = ClassThresholds((0.3, None, 0.6), (None,) * 3, 0.9)
-    detector = replace(small_detector(), thresholds=own)
+    detector = replace(small_detector(CLASSES[:3]), thresholds=own)
     inputs = list_inputs([str(photos)])
     result = predict(detector, inputs, str(tmp_path / "own"), OPTIONS)
-    predict(small_detector(), inputs, str(tmp_path / "every"), replace(OPTIONS, threshold=0.0))
+    predict(small_detector(CLASSES[:3]), inputs, str(tmp_path / "every"), replace(OPTIONS, threshold=0.0))
     compared = 0
     for row, every in zip(rows_of(tmp_path / "own"), rows_of(tmp_path / "every"), strict=True):
         pairs = zip(every["scores"], every["labels"], strict=True)

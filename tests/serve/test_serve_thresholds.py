@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from dfine_core.thresholds import ClassThresholds
 from pipeline.serve.replica import DetectionService, ServeSettings
+from pipeline.data.sources.synthetic import CLASSES
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
 
@@ -32,7 +33,7 @@ def detected_by(service: DetectionService, query: str, content: bytes) -> dict[s
 
 def test_the_thresholds_of_the_detector_decide_unless_a_request_or_the_server_has_one(tmp_path: Path) -> None:
     own = ClassThresholds((0.3, None, 0.6), (None,) * 3, 0.9)
-    detector = replace(small_detector(), thresholds=own)
+    detector = replace(small_detector(CLASSES[:3]), thresholds=own)
     folder = str(detector.save(tmp_path / "detector"))
     content = synthetic_records(1)[0].image
     service = DetectionService(ServeSettings(source=folder))
