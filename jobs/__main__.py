@@ -17,7 +17,7 @@ COMMANDS = (
     *("fit", "prepare", "doctor"),
     *("train", "pretrain-finetune", "tune"),
     *("evaluate", "predict", "export", "serve", "benchmark"),
-    *("ui", "compare", "lineage", "record", "replay"),
+    *("report", "ui", "compare", "lineage", "record", "replay"),
     "weights",
 )
 

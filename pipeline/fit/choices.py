@@ -80,10 +80,16 @@ def choose(
         config = ModelConfig.variant(
             variant, num_classes=facts.classes, input_size=(side[0], side[1]), num_queries=queries
         )
-        epochs = take("schedule.epochs", lambda: _epochs(facts, machine, batch, warm, lambda: seconds_per_image(config)))
+        epochs = take(
+            "schedule.epochs", lambda: _epochs(facts, machine, batch, warm, lambda: seconds_per_image(config))
+        )
         take("evaluation.every_epochs", lambda: (max(1, epochs // EVALUATIONS), f"about {EVALUATIONS} evaluations"))
     rate = 4e-4 if warm else 8e-4
-    why = "short trainings need twice the published rate" if warm else "from scratch the backbone learns as fast as the rest"
+    why = (
+        "short trainings need twice the published rate"
+        if warm
+        else "from scratch the backbone learns as fast as the rest"
+    )
     take("optimizer.lr", lambda: (rate * batch / SMALL_BATCH, why))
     take("optimizer.backbone_lr", lambda: ((rate / 2 if warm else rate) * batch / SMALL_BATCH, why))
     take("optimizer.base_batch_size", lambda: (batch, "the rates above are those of this batch"))

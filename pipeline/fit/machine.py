@@ -58,7 +58,9 @@ def data_facts(report: DoctorReport) -> DataFacts:
     train, val = report.splits
     counted = train.statistics
     sides = np.array(train.scaled_sides).cumsum()
-    small = float(SIDE_EDGES[int(np.searchsorted(sides, 0.1 * sides[-1], side="right"))]) if sides[-1] else REFERENCE_SIDE
+    small = (
+        float(SIDE_EDGES[int(np.searchsorted(sides, 0.1 * sides[-1], side="right"))]) if sides[-1] else REFERENCE_SIDE
+    )
     return DataFacts(
         images=train.images,
         val_images=val.images,

@@ -7,8 +7,8 @@ from pipeline.config import Experiment
 from pipeline.config_files import as_yaml, check, with_values
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.fit.choices import Choice, WeightsChoice
-from pipeline.pretrained import fetch
 from pipeline.hub import PretrainedError
+from pipeline.pretrained import fetch
 
 RUN_NAME = "training"  # below the folder of the fit
 PUBLISHED = {"n": "dfine-n-coco"}  # N has no Objects365 weights
@@ -34,13 +34,18 @@ def refuse_wrong_values(out: str, given: Mapping[str, Any]) -> None:
     check(Experiment, with_values(_frame(out, out, out), _with_length(given)), source="dfine fit")
 
 
-def experiment_yaml(out: str, train: ShardSet, val: ShardSet, choices: Sequence[Choice], given: Mapping[str, Any]) -> str:
+def experiment_yaml(
+    out: str, train: ShardSet, val: ShardSet, choices: Sequence[Choice], given: Mapping[str, Any]
+) -> str:
     """Text of the experiment file, with the reasons as comments."""
     values = {choice.key: choice.value for choice in choices if choice.value is not None}
     content = with_values(_frame(out, train.uri, val.uri), {**values, **given})
     check(Experiment, content, source="dfine fit")
     reasons = [f"#   {choice.key}: {choice.reason}" for choice in choices]
-    head = ["# Written by dfine fit. Change what you like, and give the run another name:", "#     dfine train THIS --name NAME"]
+    head = [
+        "# Written by dfine fit. Change what you like, and give the run another name:",
+        "#     dfine train THIS --name NAME",
+    ]
     return "\n".join([*head, *reasons, as_yaml(content)])
 
 

@@ -36,7 +36,7 @@ QUICK = ["onnx", "onnx-fp16", "released", "safetensors"]  # for a single layer, 
 
 @pytest.fixture(scope="module")
 def model() -> LoadedDetector:
-    thresholds = ClassThresholds((0.25, None, 0.5), (None, None, 0.75), 0.9)
+    thresholds = ClassThresholds((0.25, None, 0.5, *(None,) * 5), (None,) * 8, 0.9)
     return replace(loaded(small(num_layers=1)), thresholds=thresholds)
 
 
@@ -121,7 +121,7 @@ def test_an_onnx_file_carries_its_metadata(exported: ExportResult, folder: Path,
         metadata = session.get_modelmeta().custom_metadata_map
         assert json.loads(metadata["names"]) == list(model.names)
         assert json.loads(metadata["input_size"]) == [64, 64]
-        assert json.loads(metadata["thresholds"])["best_f1"] == [0.25, None, 0.5]
+        assert json.loads(metadata["thresholds"])["best_f1"] == [0.25, None, 0.5, *[None] * 5]
         assert metadata["weights_sha256"] == exported.source.digest
         assert metadata["made_by"].startswith("ray-dfine")
         assert [(one.name, one.type, one.shape[1:]) for one in session.get_inputs()] == [

@@ -9,8 +9,8 @@ from typing import Any
 from starlette.requests import Request
 
 from dfine_core.thresholds import ClassThresholds
-from pipeline.serve.replica import DetectionService, ServeSettings
 from pipeline.data.sources.synthetic import CLASSES
+from pipeline.serve.replica import DetectionService, ServeSettings
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
 
