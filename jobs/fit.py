@@ -11,6 +11,7 @@ where it was. OUT has the shards, the doctor's page, the experiment as YAML, the
 
 import argparse
 import sys
+from pathlib import Path
 
 from jobs.command import (
     add_cluster,
@@ -23,6 +24,7 @@ from jobs.command import (
     refuse_missing,
     user_errors,
 )
+from pipeline.errors import UserError
 
 NO_WEIGHTS = "none"
 
@@ -32,26 +34,42 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parsed(parser(), argv)
     refuse_missing(str(args.folder), "data set")
+    if args.init not in (None, NO_WEIGHTS):
+        refuse_missing(args.init, "weights")
+    out = args.out or default_out(args.folder)
 
     # 1. Check the user's values; still without PyTorch and Ray.
     from pipeline.config_files import load_cluster, parse_overrides
+    from pipeline.fit.values import refuse_wrong_values
 
     given = parse_overrides(args.set)
     if args.init is not None:
         given["init"] = None if args.init == NO_WEIGHTS else args.init
+    refuse_wrong_values(str(out), given)
     cluster = load_cluster(args.cluster) if args.cluster else None
     announce("fit", f"{args.folder}: looking at the data …")
 
     # 2. Prepare and choose, then train.
     from pipeline.fit.fit import FitRequest, plan_fit, run_fit
 
-    out = args.out or local_path(f"runs/{args.folder.name}")
     request = FitRequest(folder=args.folder, out=out, given=given, split=args.split_off, cluster=cluster)
     experiment = plan_fit(request)
     if args.dry_run:
         print(f"the plan: {request.experiment_file}; the same command without --dry-run goes on")
     elif not run_fit(request, experiment):
         sys.exit(1)
+
+
+def default_out(folder: Path) -> Path:
+    """Folder of the results if none is given.
+
+    Raises:
+        UserError: this is a submitted job, whose working directory is deleted.
+    """
+    try:
+        return local_path(f"runs/{folder.name}")
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--out: {error}") from None
 
 
 def initial_weights(text: str) -> str:

@@ -4,6 +4,7 @@
     ├── BadImageError             an image that cannot go into a shard
     ├── CheckpointError           a checkpoint that is missing, damaged or does not fit
     ├── ConfigError               a file or a value that is not accepted, with every problem found
+    ├── FitError                  data that `dfine fit` cannot train on as they are, or a folder of another fit
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
     ├── NonFiniteError            losses or gradients that stay NaN or infinite
     ├── OutboxError               an outbox of a run's log that is damaged or belongs to another run

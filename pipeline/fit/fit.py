@@ -28,8 +28,9 @@ from pipeline.export.export import REPORT_FILE, ExportResult, export
 from pipeline.export.formats import FORMATS, ExportSource
 from pipeline.fit.choices import choose, table
 from pipeline.fit.machine import data_facts, this_machine
-from pipeline.fit.plan import RUN_NAME, available_weights, experiment_yaml, refuse_wrong_values
-from pipeline.fit.prepared import FitError, PreparedData, prepare_folder
+from pipeline.fit.plan import available_weights, experiment_yaml
+from pipeline.fit.prepared import FitError, PreparedData, find_parts, prepare_parts
+from pipeline.fit.values import RUN_NAME
 from pipeline.open_detector import open_detector
 from pipeline.output_folder import refuse_foreign_folder
 from pipeline.run_report.write import write_report
@@ -67,18 +68,18 @@ def plan_fit(request: FitRequest) -> Experiment:
     """Prepare the data and choose the experiment, unless that is done.
 
     Raises:
-        UserError: the folder cannot be used, a value is wrong, or the doctor found errors.
+        UserError: the folder cannot be used, or the doctor found errors.
     """
-    refuse_wrong_values(str(request.out), request.given)
     _claim(request)
     if request.experiment_file.exists():
         print(f"going on with {request.experiment_file}", flush=True)
         return load_experiment(request.experiment_file)
+    seed = int(request.given.get("seed", 0))
+    sources = find_parts(request.folder, request.split, seed)
     from pipeline.ray_cluster import start_ray, stop_own_ray  # Ray takes seconds, and a second call needs none
 
     start_ray()
-    seed = int(request.given.get("seed", 0))
-    prepared = prepare_folder(request.folder, str(request.out), split=request.split, seed=seed)
+    prepared = prepare_parts(sources, str(request.out), seed=seed)
     stop_own_ray()
     text = _choose(request, prepared)
     storage.write_atomic(request.experiment_file, text.encode())
@@ -105,11 +106,11 @@ def run_fit(request: FitRequest, experiment: Experiment) -> bool:
 
 
 def _claim(request: FitRequest) -> None:
-    """Note what the fit was started with; the same folder takes no other one."""
+    """Note what the fit was started with; once its experiment is written, the folder takes no other one."""
     start = request.out / START
     refuse_foreign_folder(str(request.out), START, "fit")
     content = {"folder": str(request.folder), "given": dict(request.given), "split": request.split}
-    if not start.exists():
+    if not request.experiment_file.exists():
         storage.write_atomic(start, json.dumps(content, indent=1).encode())
         return
     before = storage.read_json(start, *content)

@@ -1,5 +1,6 @@
 """The data of `dfine fit`: a folder of any recognised layout to shard sets that the doctor has passed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipeline.data.prepare.prepare import prepare, read_rejected, reasons
 from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.prepare.split_off import SplitOff, split_off
 from pipeline.data.shards.manifest import ShardSet
-from pipeline.data.sources.detect import FoundSource, find_source
+from pipeline.data.sources.detect import find_source
 from pipeline.data.sources.index import DatasetSource
 from pipeline.errors import UserError
 from pipeline.wording import plural
@@ -35,22 +36,42 @@ class PreparedData:
     report: DoctorReport
 
 
-def prepare_folder(folder: Path, out: str, *, split: str | None, seed: int) -> PreparedData:
-    """Recognise, split, prepare and check the data set in a folder; Ray must be running.
+def find_parts(folder: Path, split: str | None, seed: int) -> dict[str, DatasetSource]:
+    """Recognise the data set in a folder, and find its parts for training and validation.
 
     Args:
-        out: folder for shards and the doctor's page.
         split: NAME=SHARE to split off, although there may be a validation split.
 
     Raises:
-        UserError: the folder holds no data set that is recognised, or the doctor found errors.
+        UserError: the folder holds no data set that is recognised, or none to train on.
     """
-    # 1. The two parts.
+    part = SplitOff.parse(split or DEFAULT_SPLIT)
+    if part.name != VAL:
+        raise FitError(f"--split-off {split}: the part to validate on is called {VAL}, as in {DEFAULT_SPLIT}")
     found = find_source(folder)
-    print(f"{folder} is {found.text}; splits: {', '.join(found.splits)}", flush=True)
-    sources = _parts(found, split, seed)
+    names = list(found.splits)
+    print(f"{folder} is {found.text}; splits: {', '.join(names)}", flush=True)
+    if TRAIN not in found.splits:
+        raise FitError(f"no split is called {TRAIN} (there are {', '.join(names)}): use dfine prepare and dfine train")
+    if left_out := [name for name in names if name != TRAIN and (name != VAL or split)]:
+        print(f"{', '.join(left_out)}: left alone, for a last evaluation by dfine evaluate", flush=True)
+    if VAL in found.splits and split is None:
+        return {name: found.splits[name]() for name in (TRAIN, VAL)}
+    print(f"{part.share:.0%} of the images of {TRAIN} are split off to validate on", flush=True)
+    rest, taken = split_off(found.splits[TRAIN](), part, split=TRAIN, seed=seed)
+    return {TRAIN: rest, VAL: taken}
 
-    # 2. Shards.
+
+def prepare_parts(sources: Mapping[str, DatasetSource], out: str, *, seed: int) -> PreparedData:
+    """Prepare the parts, and let the doctor look at them; Ray must be running.
+
+    Args:
+        out: folder for shards and the doctor's page.
+
+    Raises:
+        UserError: an image set cannot be prepared, or the doctor found errors.
+    """
+    # 1. Shards.
     sets = {}
     for name, source in sources.items():
         sets[name] = prepare(source, storage.join(out, SHARDS, name), split=name, options=PrepareOptions(seed=seed))
@@ -59,7 +80,7 @@ def prepare_folder(folder: Path, out: str, *, split: str | None, seed: int) -> P
         images, boxes = plural(manifest.images, "image"), plural(manifest.boxes, "box")
         print(f"{name}: {images}, {boxes} of {plural(len(manifest.categories), 'class')}{left_out}", flush=True)
 
-    # 3. The doctor.
+    # 2. The doctor.
     train, val = sets[TRAIN], sets[VAL]
     report = examine([train, val])
     page = storage.join(out, DOCTOR_PAGE)
@@ -69,7 +90,7 @@ def prepare_folder(folder: Path, out: str, *, split: str | None, seed: int) -> P
     if report.count("error"):
         storage.remove_folder(storage.join(out, SHARDS))  # they would hide that the source was repaired
         raise FitError(
-            f"{folder}: {plural(report.count('error'), 'kind')} of errors in the data, see {page}: repair them, and give the"
+            f"{plural(report.count('error'), 'kind')} of errors in the data, see {page}: repair them, and give the"
             " same command again"
         )
     return PreparedData(train, val, report)
@@ -77,21 +98,3 @@ def prepare_folder(folder: Path, out: str, *, split: str | None, seed: int) -> P
 
 def _to_show(report: DoctorReport) -> tuple[object, ...]:
     return tuple(finding for finding in report.findings if finding.severity in SHOWN_FINDINGS)
-
-
-def _parts(found: FoundSource, split: str | None, seed: int) -> dict[str, DatasetSource]:
-    """Sources for training and validation."""
-    names = list(found.splits)
-    if TRAIN not in found.splits:
-        raise FitError(f"no split is called {TRAIN} (there are {', '.join(names)}): use dfine prepare and dfine train")
-    if VAL in found.splits and split is None:
-        left_out = [name for name in names if name not in (TRAIN, VAL)]
-        if left_out:
-            print(f"{', '.join(left_out)}: left alone, for a last evaluation by dfine evaluate", flush=True)
-        return {name: found.splits[name]() for name in (TRAIN, VAL)}
-    part = SplitOff.parse(split or DEFAULT_SPLIT)
-    if part.name != VAL:
-        raise FitError(f"--split-off {split}: the part to validate on is called {VAL}, as in {DEFAULT_SPLIT}")
-    rest, taken = split_off(found.splits[TRAIN](), part, split=TRAIN, seed=seed)
-    print(f"there is no validation split: {part.share:.0%} of the training images are split off", flush=True)
-    return {TRAIN: rest, VAL: taken}
