@@ -1,6 +1,7 @@
 """The data of `dfine fit`: a folder of any recognised layout to shard sets that the doctor has passed."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +52,24 @@ def find_parts(folder: Path, split: str | None, seed: int) -> dict[str, DatasetS
     found = find_source(folder)
     names = list(found.splits)
     print(f"{folder} is {found.text}; splits: {', '.join(names)}", flush=True)
-    if TRAIN not in found.splits:
+    train, val = _named(names, TRAIN), _named(names, VAL)
+    if train is None:
         raise FitError(f"no split is called {TRAIN} (there are {', '.join(names)}): use dfine prepare and dfine train")
-    if left_out := [name for name in names if name != TRAIN and (name != VAL or split)]:
+    if left_out := [name for name in names if name != train and (name != val or split)]:
         print(f"{', '.join(left_out)}: left alone, for a last evaluation by dfine evaluate", flush=True)
-    if VAL in found.splits and split is None:
-        return {name: found.splits[name]() for name in (TRAIN, VAL)}
-    print(f"{part.share:.0%} of the images of {TRAIN} are split off to validate on", flush=True)
-    rest, taken = split_off(found.splits[TRAIN](), part, split=TRAIN, seed=seed)
+    if val is not None and split is None:
+        return {TRAIN: found.splits[train](), VAL: found.splits[val]()}
+    print(f"{part.share:.0%} of the images of {train} are split off to validate on", flush=True)
+    rest, taken = split_off(found.splits[train](), part, split=TRAIN, seed=seed)
     return {TRAIN: rest, VAL: taken}
+
+
+def _named(names: Sequence[str], use: str) -> str | None:
+    """The split for a use, which may have a year in its name: `train2017`; None if there is none or several."""
+    if use in names:
+        return use
+    found = [name for name in names if re.fullmatch(rf"{use}\d+", name)]
+    return found[0] if len(found) == 1 else None
 
 
 def prepare_parts(sources: Mapping[str, DatasetSource], out: str, *, seed: int) -> PreparedData:

@@ -20,6 +20,7 @@ def refuse_wrong_values(out: str, given: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: with every problem.
     """
-    has_length = {"schedule.steps", "schedule.epochs"} & given.keys()
-    complete = given if has_length else {**given, "schedule.epochs": 1}
-    check(Experiment, with_values(frame(out, out, out), complete), source="dfine fit")
+    left = {"model.num_queries": 1}  # any number that fits every input size
+    if not {"schedule.steps", "schedule.epochs"} & given.keys():
+        left["schedule.epochs"] = 1
+    check(Experiment, with_values(frame(out, out, out), {**left, **given}), source="dfine fit")
