@@ -39,12 +39,6 @@ class OperatingPoints:
     wanted_precision: float
 
     @property
-    def mean_f1(self) -> float:
-        """Mean of the best F1 over the classes that have one; NaN without any."""
-        known = [point.f1 for point in self.best_f1 if point is not None]
-        return float(np.mean(known)) if known else float("nan")
-
-    @property
     def thresholds(self) -> ClassThresholds:
         """Scores alone, as they travel with a detector."""
         best, precise = (

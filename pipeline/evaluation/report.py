@@ -49,6 +49,13 @@ class EvaluationReport:
         """Number of true boxes, without crowd regions."""
         return sum(result.boxes for result in self.per_class)
 
+    @property
+    def mean_f1(self) -> float:
+        """Mean of the best F1 over the classes with true boxes, 0 for one that is never found; NaN without true boxes."""
+        pairs = zip(self.per_class, self.points.best_f1, strict=True)
+        known = [0.0 if point is None else point.f1 for result, point in pairs if result.boxes]
+        return sum(known) / len(known) if known else math.nan
+
     def metrics(self, *, final: bool = False) -> dict[str, float]:
         """Metrics by their names in MLflow, without values that are NaN: "accuracy/AP", "val/AR_100", "val/layers/iou_0".
 
@@ -60,7 +67,7 @@ class EvaluationReport:
             **{f"errors/{name}": gain for name, gain in self.errors.gain.items()},
             **{f"seconds/{name}": seconds for name, seconds in self.seconds.items()},
         }
-        details["best_F1"] = self.points.mean_f1
+        details["best_F1"] = self.mean_f1
         if self.agreement is not None:
             details["evaluators_differ_by"] = self.agreement
         groups = {name: FINAL if final else ACCURACY if name in HEADLINES else VAL for name in self.numbers}

@@ -37,6 +37,7 @@ TITLES = {
     "per_class": "AP by class",
     "layers": "The decoder, layer by layer",
 }
+WIDE = ("precision_recall",)  # figures of two panels
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,11 @@ def report_page(results: RunResults) -> str:
         facts=_facts(results),
         advice=advice_for(results),
         curves=None if curves is None else _png_uri(png(curves)),
+        panels=sum(bool(points) for points in results.curves.values()),
         notice=results.notice,
-        figures=[PageImage(TITLES[name], _png_uri(png(figures[name]))) for name in TITLES if name in figures],
+        figures=[
+            (PageImage(TITLES[name], _png_uri(png(figures[name]))), name in WIDE) for name in TITLES if name in figures
+        ],
         classes=_class_rows(results),
         wanted_precision=results.report.points.wanted_precision,
         worst=list(_images(results, worst, refinements)),
@@ -90,12 +94,12 @@ def _headline(results: RunResults) -> str:
 
 def _numbers(results: RunResults) -> list[tuple[str, str, str]]:
     """Name, value and meaning of the numbers on top."""
-    numbers, points = results.report.numbers, results.report.points
+    numbers, mean_f1 = results.report.numbers, results.report.mean_f1
     return [
         ("AP", format_number(numbers["AP"]), "COCO's average precision over IoU 0.50 to 0.95"),
         ("AP50", format_number(numbers["AP50"]), "at IoU 0.50: the object is found"),
         ("AP75", format_number(numbers["AP75"]), "at IoU 0.75: its box is tight"),
-        ("F1", format_number(points.mean_f1), "at the best threshold of each class, mean over classes"),
+        ("F1", format_number(mean_f1), "at the best threshold of each class, mean over classes"),
         ("AR", format_number(numbers["AR_100"]), "recall with 100 detections per image"),
     ]
 

@@ -10,13 +10,18 @@ from pipeline.evaluation.detections import DetectionTable, concatenate
 from pipeline.evaluation.evaluate import evaluate_detections
 from pipeline.evaluation.ground_truth import LARGEST_AREA, GroundTruth
 from pipeline.evaluation.operating_points import OperatingPoint, OperatingPoints
+from pipeline.evaluation.report import EvaluationReport
 from tests.support.synthetic_scenes import AWAY, BOX, detections_of, ground_truth_of, random_scene
 
 
-def points_in(truth: GroundTruth, *tables: DetectionTable, wanted_precision: float = 0.9) -> OperatingPoints:
+def report_on(truth: GroundTruth, *tables: DetectionTable, wanted_precision: float = 0.9) -> EvaluationReport:
     report = evaluate_detections(tables, truth, wanted_precision=wanted_precision)
     assert report is not None
-    return report.points
+    return report
+
+
+def points_in(truth: GroundTruth, *tables: DetectionTable, wanted_precision: float = 0.9) -> OperatingPoints:
+    return report_on(truth, *tables, wanted_precision=wanted_precision).points
 
 
 def overlap(a: Sequence[float], b: Sequence[float], *, crowd: bool) -> float:
@@ -85,7 +90,7 @@ def test_detections_of_equal_scores_are_kept_together() -> None:
     points = points_in(truth, tied)
     assert points.best_f1[0] == OperatingPoint(0.5, pytest.approx(2 / 3), 1.0)
     assert points.at_precision[0] == OperatingPoint(pytest.approx(0.8), 1.0, 0.5)
-    assert points.mean_f1 == pytest.approx(0.8)
+    assert report_on(truth, tied).mean_f1 == pytest.approx(0.8)
 
 
 def test_a_precision_out_of_reach_a_class_without_boxes_and_one_without_detections_have_no_threshold() -> None:
@@ -94,13 +99,14 @@ def test_a_precision_out_of_reach_a_class_without_boxes_and_one_without_detectio
     assert points.best_f1 == (OperatingPoint(pytest.approx(0.4), 0.5, 1.0), None, None)
     assert points.at_precision == (None, None, None)
     assert points.thresholds.best_f1[1:] == (None, None)
-    assert math.isnan(points_in(ground_truth_of([]), detections_of()).mean_f1)
+    found_and_not = report_on(truth, detections_of((100, 0, 0.4, BOX)))
+    assert found_and_not.mean_f1 == pytest.approx((1 + 0) / 2)  # class 1 has no boxes, class 2 is never found
+    assert math.isnan(report_on(ground_truth_of([]), detections_of()).mean_f1)
 
 
 def test_the_table_and_the_csv_name_the_thresholds_and_none() -> None:
     truth = ground_truth_of([(0, BOX)], [(0, BOX)])
-    report = evaluate_detections([detections_of((100, 0, 0.9, AWAY), (101, 0, 0.5, BOX))], truth)
-    assert report is not None
+    report = report_on(truth, detections_of((100, 0, 0.9, AWAY), (101, 0, 0.5, BOX)))
     assert "thresholds (best F1; precision 0.9)" in report.table()
     assert "class 0: 0.50 with precision 0.50, recall 0.50, F1 0.50; none" in report.table()
     assert report.metrics(final=True)["val/final/best_F1"] == pytest.approx(0.5)
