@@ -1,4 +1,4 @@
-"""Write the page of results of a run: curves, thresholds of all classes, errors, best and worst images.
+"""Write the page of results of a run: curves, classes, errors, best and worst images.
 
     dfine report runs/mine
     dfine report runs/mine --out results.html --data shards/mine/test

@@ -122,7 +122,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("fit photos --out fitted --init nowhere.pth", ("nowhere.pth", "does not exist"), {}),
     ("fit photos --out fitted --init dfine-n-obj365", ("no published weights of this name",), {}),
     ("fit photos --cluster nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
-    ("fit photos", ("FOLDER", "$PWD/photos"), JOB),
+    ("fit photos", ("folder", "$PWD/photos"), JOB),
     ("fit {folder}/photos", ("--out", "$PWD/runs/photos"), JOB),
     ("report nowhere", ("nowhere", "no run"), {}),
     ("report empty", ("empty", "not the folder of a run"), {}),
