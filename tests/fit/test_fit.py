@@ -20,6 +20,8 @@ from pipeline.fit.prepared import FitError
 from tests.support.exported_layouts import LAYOUTS, drawn_splits
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+
 ROOT = Path(__file__).parents[2]
 # Tracing and training take time by the layer.
 SMALL = {
