@@ -139,7 +139,7 @@ class LoadedDetector:
         """Least scores as text, with their origin."""
         if threshold is not None:
             return f"{threshold:g}, as given"
-        if self.thresholds is None:
+        if self.thresholds is None or not any(self.thresholds.best_f1):
             return f"{DEFAULT_THRESHOLD:g}, the default"
         scores = self.least_scores()
         known = zip(self.names, scores, strict=True)

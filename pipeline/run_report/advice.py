@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.run_report.results import RunResults
 from pipeline.wording import plural
 
+LITTLE = 0.05  # AP of a detector that has hardly learned
 RISING = 0.01  # gain of AP over the last third of the evaluations that speaks for a longer run
 FALLEN = 0.02  # loss of AP since its best that speaks for a shorter one
 COSTLY = 0.05  # AP50 that an error costs before it is worth an advice
@@ -51,6 +52,12 @@ def _length(results: RunResults) -> Iterator[Advice]:
     curve = [ap for _, ap in results.metadata.history.evaluated if math.isfinite(ap)]
     if not results.finished:
         yield Advice("Let the training finish: the same command goes on.", f"it is at step {results.metadata.step:,}")
+        return
+    if results.report.numbers["AP"] < LITTLE:
+        yield Advice(
+            "Look at labels and boxes in the doctor's page (dfine doctor SHARDS --html), then train longer.",
+            f"little was learned: AP is {results.report.numbers['AP']:.3f} after {results.metadata.step:,} steps",
+        )
         return
     if len(curve) < 3:
         return

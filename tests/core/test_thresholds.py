@@ -41,6 +41,8 @@ def test_their_origin_is_named(detector: LoadedDetector) -> None:
     assert text in str(detector)
     assert detector.threshold_text(0.25) == "0.25, as given"
     assert replace(detector, thresholds=None).threshold_text() == "0.4, the default"
+    nothing = ClassThresholds((None,) * 3, (None,) * 3, 0.9)  # no class was ever found
+    assert replace(detector, thresholds=nothing).threshold_text() == "0.4, the default"
 
 
 def test_they_are_saved_and_loaded_and_a_detector_without_them_has_none(

@@ -64,6 +64,10 @@ def test_a_run_without_a_weakness_gets_no_advice() -> None:
     ("changed", "text"),
     [
         ({"finished": False}, "Let the training finish: the same command goes on. it is at step 30"),
+        (
+            {"report": report_on(*((100 + n, 0, 0.9, AWAY) for n in range(60)))},
+            "little was learned: AP is 0.000 after 30",
+        ),
         ({"aps": [0.3, 0.5, 0.6]}, "Train longer: more schedule.epochs. AP rose by 0.100 over the last 1 evaluation"),
         ({"aps": [0.3, 0.6, 0.5]}, "AP was best after evaluation 2 of 3 (0.600), and fell to 0.500"),
     ],
