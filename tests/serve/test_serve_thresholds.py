@@ -2,15 +2,26 @@
 
 import asyncio
 import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import uvicorn
+from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from dfine_core.thresholds import ClassThresholds
 from pipeline.data.sources.synthetic import CLASSES
-from pipeline.serve.replica import DetectionService, ServeSettings
+from pipeline.serve.page import read_page
+from pipeline.serve.replica import DetectionService, ServeSettings, json_response
+from tests.support.browser import browser
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
 
@@ -50,3 +61,52 @@ def test_the_thresholds_of_the_detector_decide_unless_a_request_or_the_server_ha
     one = DetectionService(ServeSettings(source=folder, threshold=0.5))
     assert one.description()["thresholds"] == [0.5, 0.5, 0.5]
     assert all(score >= 0.5 for score in detected_by(one, "", content)["detections"][0]["scores"])
+
+
+@contextmanager
+def served(service: DetectionService) -> Iterator[str]:
+    """Address of a server of one process, with the routes that the page asks for."""
+    text, headers = read_page()
+
+    async def detect(request: Request) -> Response:
+        return await service.detect(request)
+
+    async def model(_: Request) -> Response:
+        return json_response(service.description())
+
+    async def page(_: Request) -> Response:
+        return Response(text, headers=headers, media_type="text/html; charset=utf-8")
+
+    routes = [Route("/detect", detect, methods=["POST"]), Route("/model", model), Route("/", page)]
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.mark.slow  # a browser
+def test_the_page_starts_with_the_models_thresholds_and_names_them(tmp_path: Path) -> None:
+    own = ClassThresholds((0.3, None, 0.6), (None,) * 3, 0.9)
+    detector = replace(small_detector(CLASSES[:3]), thresholds=own)
+    for name, each in (("own", detector), ("plain", replace(detector, thresholds=None))):
+        service = DetectionService(ServeSettings(source=str(each.save(tmp_path / name))))
+        (tmp_path / f"browser-{name}").mkdir()
+        with browser(tmp_path / f"browser-{name}") as page, served(service) as address:
+            page.open(f"{address}/?example")
+            page.wait_for("document.body.dataset.state === 'done'")
+            assert page.evaluate("element('own').checked") == (name == "own")
+            assert page.evaluate("element('own-label').hidden") == (name == "plain")
+            assert page.evaluate("element('own-text').textContent") == each.threshold_text()
+            least = list(each.least_scores())
+            shown = page.evaluate("document.querySelectorAll('#list button').length")
+            assert shown == page.evaluate(f"detections.filter(e => e.score >= {least}[e.label]).length") > 0
+            page.evaluate("slider.value = 0.5; slider.dispatchEvent(new Event('input'))")
+            shown = page.evaluate("document.querySelectorAll('#list button').length")
+            assert shown == page.evaluate("detections.filter(e => e.score >= 0.5).length")
+            assert page.messages == []
