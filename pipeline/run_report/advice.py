@@ -92,7 +92,7 @@ def _errors(results: RunResults) -> Iterator[Advice]:
 def _sizes(results: RunResults) -> Iterator[Advice]:
     numbers, side = results.report.numbers, max(results.loaded.config.input_size)
     small, large = numbers["AP_small"], numbers["AP_large"]
-    if math.isfinite(small) and math.isfinite(large) and small < SMALL_SHARE * large and side < FULL_SIDE:
+    if large >= LITTLE and small < SMALL_SHARE * large and side < FULL_SIDE:  # not where one is NaN
         yield Advice(
             f"Raise model.input_size, now {side} px.",
             f"AP is {small:.3f} for small objects and {large:.3f} for large ones",
