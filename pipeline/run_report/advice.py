@@ -8,6 +8,7 @@ from pipeline.run_report.results import RunResults
 from pipeline.wording import plural
 
 LITTLE = 0.05  # AP of a detector that has hardly learned
+LEAST_EVALUATIONS = 3  # from which a trend is read
 RISING = 0.01  # gain of AP over the last third of the evaluations that speaks for a longer run
 FALLEN = 0.02  # loss of AP since its best that speaks for a shorter one
 COSTLY = 0.05  # AP50 that an error costs before it is worth an advice
@@ -53,25 +54,22 @@ def _length(results: RunResults) -> Iterator[Advice]:
     if not results.finished:
         yield Advice("Let the training finish: the same command goes on.", f"it is at step {results.metadata.step:,}")
         return
-    if results.report.numbers["AP"] < LITTLE:
-        yield Advice(
-            "Look at labels and boxes in the doctor's page (dfine doctor SHARDS --html), then train longer.",
-            f"little was learned: AP is {results.report.numbers['AP']:.3f} after {results.metadata.step:,} steps",
-        )
-        return
-    if len(curve) < 3:
-        return
-    third = max(1, len(curve) // 3)
-    gain, best, last = max(curve[-third:]) - max(curve[:-third]), max(curve), curve[-1]
+    third, ap = max(1, len(curve) // 3), results.report.numbers["AP"]
+    gain = max(curve[-third:]) - max(curve[:-third]) if len(curve) >= LEAST_EVALUATIONS else 0.0
     if gain >= RISING:
         yield Advice(
             "Train longer: more schedule.epochs.", f"AP rose by {gain:.3f} over the last {plural(third, 'evaluation')}"
         )
-    elif best - last >= FALLEN:
-        at = curve.index(best) + 1
+    elif ap < LITTLE:
+        yield Advice(
+            "Look at labels and boxes in the doctor's page (dfine doctor SHARDS --html), then train longer.",
+            f"little was learned: AP is {ap:.3f} after {results.metadata.step:,} steps",
+        )
+    elif len(curve) >= LEAST_EVALUATIONS and max(curve) - curve[-1] >= FALLEN:
+        at = curve.index(max(curve)) + 1
         yield Advice(
             "Train shorter, or on more images.",
-            f"AP was best after evaluation {at} of {len(curve)} ({best:.3f}), and fell to {last:.3f}",
+            f"AP was best after evaluation {at} of {len(curve)} ({max(curve):.3f}), and fell to {curve[-1]:.3f}",
         )
 
 
