@@ -170,7 +170,8 @@ def main() -> None:
         num_images=args.images,
         part_size=args.part_size,
         batch_size=8,
-        threshold=0.0,
+        thresholds=(0.0,) * CLASSES,
+        threshold_text="0, as given",
         deviations=False,
         categories=tuple(Category(label=each, original_id=each + 1, name=f"class_{each}") for each in range(CLASSES)),
     )

@@ -37,8 +37,9 @@ from dfine_core.images import ImageSource, OpenedImage, as_list, read_image, str
 from dfine_core.model.detector import Detector
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections, postprocess
 from dfine_core.structures import DetectorOutput
+from dfine_core.thresholds import ClassThresholds
 
-DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller gives one
+DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller or the detector has one
 SHOWN_NAMES = 8  # class names that printing a detector shows
 MLFLOW_SCHEMES = ("runs:/", "models:/")
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class LoadedDetector:
     origin: str  # folder, file or URI that was really read
     device: torch.device
     path: str | None = None  # file of the weights; None if it is gone or there never was one
+    thresholds: ClassThresholds | None = None  # measured at the end of its training; None if they are not known
 
     @property
     def config(self) -> ModelConfig:
@@ -113,32 +115,58 @@ class LoadedDetector:
             f"  file        {self.path or 'none'}",
             f"  classes     {len(self.names)}: {', '.join(self.names[:SHOWN_NAMES])}{more}",
             f"  input       {width} x {height} pixels",
+            f"  threshold   {self.threshold_text()}",
             f"  parameters  {self.num_parameters / 1e6:.2f} million, {self.size_bytes / 1e6:.1f} MB",
             f"  device      {self.device}",
         ]
         return "\n".join(lines)
 
+    def least_scores(self, threshold: float | None = None) -> tuple[float, ...]:
+        """Least score of a detection by label: `threshold`, else that of the best F1, else the default.
+
+        Raises:
+            ValueError: the threshold lies outside 0..1.
+        """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold ({threshold}) must lie in 0..1: it is compared with scores")
+        own = (
+            self.thresholds.best_f1 if self.thresholds is not None and threshold is None else (None,) * len(self.names)
+        )
+        rest = DEFAULT_THRESHOLD if threshold is None else threshold
+        return tuple(rest if score is None else score for score in own)
+
+    def threshold_text(self, threshold: float | None = None) -> str:
+        """Least scores as text, with their origin."""
+        if threshold is not None:
+            return f"{threshold:g}, as given"
+        if self.thresholds is None or not any(self.thresholds.best_f1):
+            return f"{DEFAULT_THRESHOLD:g}, the default"
+        scores = self.least_scores()
+        known = zip(self.names, scores, strict=True)
+        shown = ", ".join(f"{name} {score:.2f}" for name, score in list(known)[:SHOWN_NAMES])
+        more = f", {min(scores):.2f} to {max(scores):.2f} over all" if len(scores) > SHOWN_NAMES else ""
+        return f"best F1 on the validation images: {shown}{more}"
+
     def __call__(
-        self, images: Sequence[ImageSource] | ImageSource, threshold: float = DEFAULT_THRESHOLD, batch_size: int = 8
+        self, images: Sequence[ImageSource] | ImageSource, threshold: float | None = None, batch_size: int = 8
     ) -> list[ImageDetections]:
         """Detect objects: one `ImageDetections` per image, in a list even for a single image.
 
         Args:
-            threshold: least score, in 0..1.
+            threshold: least score of all classes, in 0..1; None: see `least_scores`.
             batch_size: images that go through the network at once.
 
         Raises:
             ValueError: an image cannot be read, or the threshold lies outside 0..1.
         """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold ({threshold}) must lie in 0..1: it is compared with scores")
+        least = torch.tensor(self.least_scores(threshold))
         sources = as_list(images)
         results: list[ImageDetections] = []
         for start in range(0, len(sources), batch_size):
             indices = range(start, min(start + batch_size, len(sources)))
             opened = [_read_numbered(index, sources[index]) for index in indices]
             detections = self.detect(prepare(opened, self.config.input_size), image_sizes(opened))
-            results += [self._of_image(detections, index, threshold) for index in range(len(opened))]
+            results += [self._of_image(detections, index, least) for index in range(len(opened))]
         return results
 
     def detect(self, pixels: Tensor, sizes: Tensor) -> Detections:
@@ -176,7 +204,7 @@ class LoadedDetector:
         weights = self.detector.state_dict()
         if any("conv_bn_fused" in key for key in weights):
             raise ValueError(f"{os.fspath(folder)}: a detector cannot be saved after deploy(); save it before")
-        description = make_description(self.config, self.names, self.category_ids)
+        description = make_description(self.config, self.names, self.category_ids, self.thresholds)
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         written = {WEIGHTS: tensors_to_bytes(weights)}
@@ -190,10 +218,10 @@ class LoadedDetector:
             partial.replace(target / name)
         return target
 
-    def _of_image(self, detections: Detections, index: int, threshold: float) -> ImageDetections:
-        scores = detections.scores[index].cpu()
-        kept = scores >= threshold
-        labels = detections.labels[index].cpu()[kept]
+    def _of_image(self, detections: Detections, index: int, least: Tensor) -> ImageDetections:
+        scores, labels = detections.scores[index].cpu(), detections.labels[index].cpu()
+        kept = scores >= least[labels]
+        labels = labels[kept]
         return ImageDetections(
             boxes=detections.boxes[index].cpu()[kept].float(),
             scores=scores[kept],
@@ -273,6 +301,8 @@ def build(
     categories: Sequence[tuple[int, str]],
     origin: str,
     device: str | torch.device | None = None,
+    *,
+    thresholds: ClassThresholds | None = None,
 ) -> LoadedDetector:
     """Build a detector from its parts.
 
@@ -298,6 +328,7 @@ def build(
         category_ids=tuple(number for number, _ in categories),
         origin=origin,
         device=chosen,
+        thresholds=thresholds,
     )
 
 
@@ -311,10 +342,19 @@ def from_description(
 
     Without "category_ids" in the description, classes have their labels as ids.
     """
-    config, categories = parse_description(description, origin)
-    return build(config, tensors_from_bytes(weights, origin), categories, origin, device)
+    described = parse_description(description, origin)
+    return build(
+        described.config,
+        tensors_from_bytes(weights, origin),
+        described.categories,
+        origin,
+        device,
+        thresholds=described.thresholds,
+    )
 
 
 def _build_stored(stored: StoredDetector, device: str | torch.device | None) -> LoadedDetector:
-    loaded = build(stored.config, stored.weights, stored.categories, stored.folder, device)
+    loaded = build(
+        stored.config, stored.weights, stored.categories, stored.folder, device, thresholds=stored.thresholds
+    )
     return replace(loaded, path=stored.path)

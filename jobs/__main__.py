@@ -14,10 +14,10 @@ from jobs.command import CommandParser, user_errors
 
 # In the order of a project: data, training, results.
 COMMANDS = (
-    *("prepare", "doctor"),
+    *("fit", "prepare", "doctor"),
     *("train", "pretrain-finetune", "tune"),
     *("evaluate", "predict", "export", "serve", "benchmark"),
-    *("ui", "compare", "lineage", "record", "replay"),
+    *("report", "ui", "compare", "lineage", "record", "replay"),
     "weights",
 )
 

@@ -11,7 +11,18 @@ import argparse
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from jobs.command import announce, at_least, command_parser, detector, location, parsed, refuse_missing, user_errors
+from dfine_core.thresholds import WANTED_PRECISION
+from jobs.command import (
+    announce,
+    at_least,
+    command_parser,
+    detector,
+    location,
+    parsed,
+    refuse_missing,
+    share,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from dfine_core import LoadedDetector
@@ -44,10 +55,17 @@ def main(argv: list[str] | None = None) -> None:
     for line in class_lines(shards, "the data"):
         print(line, flush=True)
     print(f"{loaded.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
-    evaluate(loaded, shards, args.out, args.batch_size, args.num_images)
+    evaluate(loaded, shards, args.out, args.batch_size, args.num_images, args.precision)
 
 
-def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batch_size: int, num_images: int) -> None:
+def evaluate(
+    loaded: "LoadedDetector",
+    shards: "ShardSet",
+    out: str | None,
+    batch_size: int,
+    num_images: int,
+    wanted_precision: float,
+) -> None:
     """Detect in all images, print the metrics, and write the report to `out`."""
     import torch
 
@@ -77,6 +95,7 @@ def evaluate(loaded: "LoadedDetector", shards: "ShardSet", out: str | None, batc
             micro_batch_size=batch_size,
             decode_in="inline" if here else "task",
             final=True,
+            wanted_precision=wanted_precision,
             progress=True,
             on_detections=on_detections,
         )
@@ -107,6 +126,13 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="images per forward pass")
     arguments.add_argument(
         "--num-images", type=at_least(0), default=12, metavar="N", help="validation images to render, with --out"
+    )
+    arguments.add_argument(
+        "--precision",
+        type=share,
+        default=WANTED_PRECISION,
+        metavar="SHARE",
+        help="report the lowest score of every class whose detections reach it (%(default)s)",
     )
     return arguments
 

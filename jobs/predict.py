@@ -78,8 +78,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--threshold",
         type=share,
-        default=0.4,
-        help="minimum score (%(default)s); 0 keeps all detections, as COCO's AP requires",
+        help="minimum score of all classes; default: by class the best on the validation images, or 0.4; 0 keeps all detections",
     )
     arguments.add_argument(
         "--frame-stride", type=number, default=1, metavar="N", help="take every N-th frame of videos"

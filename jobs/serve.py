@@ -146,7 +146,9 @@ def parser() -> argparse.ArgumentParser:
         "--gpus", type=not_negative, help="per replica; default: 1 if this machine has one, 0 on a cluster"
     )
     arguments.add_argument(
-        "--threshold", type=share, help="minimum score of detections, for requests that give none (0.4)"
+        "--threshold",
+        type=share,
+        help="minimum score for requests that give none; default: by class the best on the validation images, or 0.4",
     )
     arguments.add_argument("--batch-size", type=count, metavar="N", help="images per forward pass (8)")
     arguments.add_argument("--timeout-s", type=positive, help="time limit per request (30)")

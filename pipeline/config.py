@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
+from dfine_core.thresholds import WANTED_PRECISION
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
@@ -242,6 +243,7 @@ class Evaluation(Config):
     asynchronous: bool = False  # in stage one, on resources of its own (`Cluster.evaluation_*`)
     before_training: bool = False  # also evaluate the initial weights
     latency: bool = False  # measure the latency of the best weights at the end
+    wanted_precision: Share = WANTED_PRECISION  # the lowest score of every class that reaches it is reported
 
 
 class Checkpoints(Config):

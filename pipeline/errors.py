@@ -5,6 +5,7 @@
     ├── CheckpointError           a checkpoint that is missing, damaged or does not fit
     ├── ClusterError              a Ray cluster that cannot be joined, or not be started on this machine
     ├── ConfigError               a file or a value that is not accepted, with every problem found
+    ├── FitError                  data that `dfine fit` cannot train on as they are, or a folder of another fit
     ├── ManifestError             a manifest that is missing, unreadable or inconsistent
     ├── NonFiniteError            losses or gradients that stay NaN or infinite
     ├── OutboxError               an outbox of a run's log that is damaged or belongs to another run

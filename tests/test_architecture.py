@@ -67,6 +67,13 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
         *("data.shards", "data.sources", "data.stream"),
         *("config", "exported_files", "output_folder", "open_detector", "evaluation"),
     },
+    "run_report": {
+        *("data.shards", "data.augment", "config", "open_detector", "evaluation", "tracking", "training"),
+    },
+    "fit": {
+        *("data.shards", "data.sources", "data.prepare", "data.doctor", "config", "config_files", "output_folder"),
+        *("open_detector", "evaluation", "export", "training", "run_report"),
+    },
     "weight_files": {"config", "open_detector", "export"},
     "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "evaluation"},
     "serve": {"config", "open_detector"},

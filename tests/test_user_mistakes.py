@@ -129,6 +129,24 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("tune --promote empty", ("empty", "not the folder of a sweep"), {}),
     ("tune --promote brokensweep", ("brokensweep/sweep.json",), {}),
     ("tune sweep.yaml", ("storage", "$PWD/runs"), JOB),
+    # fit, report
+    ("fit nowhere", ("nowhere does not exist", "no data set"), {}),
+    ("fit empty --out fitted", ("empty", "no data set was recognised"), {}),
+    ("fit photos --out detector", ("detector", "holds other files", "--out"), {}),
+    ("fit photos --out fitted --set optimiser.lr=1", ("unknown key 'optimiser'", "did you mean optimizer"), {}),
+    ("fit photos --out fitted --set schedule.epochs=-1", ("schedule.epochs", "greater than 0"), {}),
+    ("fit photos --out fitted --split-off val", ("--split-off val", "NAME=SHARE"), {}),
+    ("fit photos --out fitted --split-off test=0.2", ("--split-off test=0.2", "val=0.2"), {}),
+    ("fit photos --out fitted --init nowhere.pth", ("nowhere.pth", "does not exist"), {}),
+    ("fit photos --out fitted --init dfine-n-obj365", ("no published weights of this name",), {}),
+    ("fit photos --cluster nowhere.yaml", ("nowhere.yaml", "no such file"), {}),
+    ("fit photos", ("folder", "$PWD/photos"), JOB),
+    ("fit {folder}/photos", ("--out", "$PWD/runs/photos"), JOB),
+    ("report nowhere", ("nowhere", "no run"), {}),
+    ("report empty", ("empty", "not the folder of a run"), {}),
+    ("report brokenrun", ("brokenrun", "not the folder of a run"), {}),
+    ("report empty --data nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
+    ("report {folder}/empty --out page.html", ("--out", "$PWD/page.html"), JOB),
     # prepare
     ("prepare coco --split train --out out", ("--images and --annotations",), {}),
     ("prepare coco nowhere --split train --out out", ("instances_train.json", "no such file"), {}),
@@ -457,7 +475,7 @@ def test_all_set_options_count_in_their_order() -> None:
         parse_overrides(["a=1", "b=1", "a=1"])
 
 
-@pytest.mark.parametrize("command", ["train", "tune", "pretrain_finetune"])
+@pytest.mark.parametrize("command", ["fit", "train", "tune", "pretrain_finetune"])
 def test_set_options_extend_each_other(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"jobs.{command}")
     taken: list[list[str]] = []

@@ -4,7 +4,7 @@
         ema.safetensors                     averaged weights; other tensor files lie beside them
         metadata.json                       written last: a folder without it is incomplete and ignored
     exported/mine/                          written by `LoadedDetector.save` and by exports
-        detector.json                       {"config": ..., "categories": [names], "category_ids": [ids]}
+        detector.json                       {"config": ..., "categories": [names], "category_ids": [ids], "thresholds": ...}
         model.safetensors
     huggingface/mine/                       layout of Transformers, written by it or by exports
         config.json                         with class names; the input size is in preprocessor_config.json
@@ -36,11 +36,13 @@ from dfine_core.checkpoints.transformers_layout import (
     labels_from_transformers,
 )
 from dfine_core.config import ModelConfig
+from dfine_core.thresholds import ClassThresholds
 
 METADATA = "metadata.json"
 DIGEST = "digest"  # key of the metadata: SHA-256 of its other values, in canonical JSON
 DESCRIPTION = "detector.json"
 WEIGHTS = "model.safetensors"
+THRESHOLDS = "thresholds"  # key in metadata.json, detector.json and Transformers' config.json
 AVERAGED = "ema"  # tensor file of a checkpoint that is evaluated and shipped
 CHECKPOINTS = "checkpoints"  # below the folder of a run
 TRANSFORMERS_CONFIG, TRANSFORMERS_PROCESSOR = "config.json", "preprocessor_config.json"
@@ -81,6 +83,16 @@ class StoredDetector:
     sha256: str | None = None  # content of that file; None for a released one
     metadata: dict[str, Any] | None = None  # metadata.json of a checkpoint, as written
     named: bool = True  # False: nothing names the classes, the categories are guessed by their number
+    thresholds: ClassThresholds | None = None
+
+
+@dataclass(frozen=True)
+class DetectorDescription:
+    """Content of a `detector.json`."""
+
+    config: ModelConfig
+    categories: list[tuple[int, str]]  # COCO id and name of each class, by label
+    thresholds: ClassThresholds | None
 
 
 # Checkpoints of a run
@@ -208,8 +220,8 @@ def is_timm_folder(folder: str, files: FileReader = ON_DISK) -> bool:
     return isinstance(content, dict) and "architecture" in content and "model_type" not in content
 
 
-def parse_description(description: bytes, origin: str) -> tuple[ModelConfig, list[tuple[int, str]]]:
-    """Read configuration and categories out of the content of a `detector.json`.
+def parse_description(description: bytes, origin: str) -> DetectorDescription:
+    """Read configuration, categories and thresholds out of the content of a `detector.json`.
 
     Without "category_ids", classes have their labels as ids.
     """
@@ -217,15 +229,26 @@ def parse_description(description: bytes, origin: str) -> tuple[ModelConfig, lis
         content = json.loads(description)
         config, names = ModelConfig.from_plain(content["config"]), content["categories"]
         ids = content.get("category_ids") or range(len(names))
-        return config, [(int(number), str(name)) for number, name in zip(ids, names, strict=True)]
+        categories = [(int(number), str(name)) for number, name in zip(ids, names, strict=True)]
+        return DetectorDescription(config, categories, _thresholds_in(content, len(categories)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"{origin}: its {DESCRIPTION} cannot be read: {error!r}") from None
 
 
-def make_description(config: ModelConfig, names: Sequence[str], category_ids: Sequence[int]) -> bytes:
+def make_description(
+    config: ModelConfig, names: Sequence[str], category_ids: Sequence[int], thresholds: ClassThresholds | None = None
+) -> bytes:
     """Content of a `detector.json`."""
     content = {"config": config.to_plain(), "categories": list(names), "category_ids": list(category_ids)}
+    if thresholds is not None:
+        content[THRESHOLDS] = thresholds.to_plain()
     return json.dumps(content, indent=1).encode()
+
+
+def _thresholds_in(content: Mapping[str, Any], num_classes: int) -> ClassThresholds | None:
+    """Thresholds of a description, of a checkpoint's metadata or of Transformers' configuration; None without them."""
+    plain = content.get(THRESHOLDS)
+    return None if plain is None else ClassThresholds.from_plain(plain, num_classes)
 
 
 def tensors_from_bytes(content: bytes, origin: str) -> dict[str, Tensor]:
@@ -258,13 +281,14 @@ def _from_checkpoint(folder: str, files: FileReader) -> StoredDetector:
         config = ModelConfig.from_plain(metadata["model"])
         categories = [(int(category["original_id"]), str(category["name"])) for category in metadata["categories"]]
         sha256 = metadata["sha256"][AVERAGED]
+        thresholds = _thresholds_in(metadata, len(categories))
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(
             f"{folder}/{METADATA}: not the metadata of a checkpoint that this version reads: {error!r}"
         ) from None
     path = f"{folder}/{AVERAGED}.safetensors"
     weights = tensors_from_bytes(read_tensor_file(folder, AVERAGED, sha256, files), path)
-    return StoredDetector(config, weights, categories, folder, path, sha256, metadata)
+    return StoredDetector(config, weights, categories, folder, path, sha256, metadata, thresholds=thresholds)
 
 
 def _from_export(folder: str, names: Collection[str], files: FileReader) -> StoredDetector:
@@ -282,9 +306,12 @@ def _from_exported(folder: str, weights: Sequence[str], files: FileReader) -> St
         raise LoadError(f"{folder}: {len(weights)} safetensors files beside {DESCRIPTION}, expected one")
     path = f"{folder}/{weights[0]}"
     description, content = files.read(f"{folder}/{DESCRIPTION}"), files.read(path)
-    config, categories = parse_description(description, folder)
+    described = parse_description(description, folder)
     sha256 = hashlib.sha256(content).hexdigest()
-    return StoredDetector(config, tensors_from_bytes(content, folder), categories, folder, path, sha256)
+    tensors = tensors_from_bytes(content, folder)
+    return StoredDetector(
+        described.config, tensors, described.categories, folder, path, sha256, thresholds=described.thresholds
+    )
 
 
 def _from_transformers(folder: str, names: Collection[str], files: FileReader) -> StoredDetector:
@@ -306,6 +333,7 @@ def _from_transformers(folder: str, names: Collection[str], files: FileReader) -
         weights = from_transformers(tensors_from_bytes(stored, path))
         config = config_from_transformers(content, size, weights)
         labels = labels_from_transformers(content, config.num_classes)
+        thresholds = _thresholds_in(content, config.num_classes)
     except LoadError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -313,7 +341,8 @@ def _from_transformers(folder: str, names: Collection[str], files: FileReader) -
         raise LoadError(f"{folder}: its {TRANSFORMERS_CONFIG} is no D-FINE that can be read: {reason}") from None
     categories = categories_of(config.num_classes, labels)
     sha256 = hashlib.sha256(stored).hexdigest()
-    return StoredDetector(config, weights, categories, folder, path, sha256, named=labels is not None)
+    named = labels is not None
+    return StoredDetector(config, weights, categories, folder, path, sha256, named=named, thresholds=thresholds)
 
 
 def _names_in(folder: str, files: FileReader) -> set[str]:

@@ -19,6 +19,7 @@ from pipeline.evaluation.error_types import class_gains
 from pipeline.evaluation.exchange import await_files, read_arrays, read_classes, write_arrays
 from pipeline.evaluation.ground_truth import GroundTruth
 from pipeline.evaluation.image_shards import ImageShards, table_of
+from pipeline.evaluation.operating_points import class_points
 
 SHARD_DETECTIONS = 3_000_000  # in memory at once: about 1 GiB with hotcoco's copies; a class is never divided
 EXACT_WORK = 4_000_000  # detections plus images x classes; 1.9 million in COCO val2017 with 300 detections an image
@@ -32,6 +33,7 @@ class ClassResults:
 
     fast: ClassMetrics  # by hotcoco
     gains: NDArray[np.float64]  # [6, k] AP50, see `class_gains`
+    points: NDArray[np.float64]  # [2, 3, k] see `class_points`
     # If pycocotools is asked: the metrics of both programs in the images that it sees.
     compared: tuple[ClassMetrics, ClassMetrics] | None
 
@@ -67,13 +69,19 @@ def exact_images(ground_truth: GroundTruth, detections: int) -> GroundTruth:
 
 
 def evaluate_classes(
-    shards: ImageShards, ground_truth: GroundTruth, classes: range, exact: GroundTruth | None, seconds: dict[str, float]
+    shards: ImageShards,
+    ground_truth: GroundTruth,
+    classes: range,
+    exact: GroundTruth | None,
+    seconds: dict[str, float],
+    wanted_precision: float,
 ) -> ClassResults:
     """Evaluate a range of classes in all images.
 
     Args:
         exact: images for pycocotools: `ground_truth` itself, a part of it, or None.
         seconds: the time by part is added here.
+        wanted_precision: see `class_points`.
     """
     # 1. hotcoco on all images.
     with _timed(seconds, "evaluator"):
@@ -91,12 +99,14 @@ def evaluate_classes(
             compared = same, class_metrics(exact, table, classes, evaluator="pycocotools")
     del table
 
-    # 3. Gains of corrected errors.
+    # 3. Gains of corrected errors, and thresholds.
     with _timed(seconds, "analysis"):
         counted = ground_truth.counted_boxes_of_class
         missed = counted - shards.results.accounted
-        gains = class_gains(*read_classes(shards.errors, classes), counted, missed, classes)
-    return ClassResults(fast, gains, compared)
+        label, rows = read_classes(shards.errors, classes)
+        gains = class_gains(label, rows, counted, missed, classes)
+        points = class_points(label, rows, counted, classes, wanted_precision)
+    return ClassResults(fast, gains, points, compared)
 
 
 def share_classes(folder: str, classes: range, results: ClassResults) -> None:
@@ -105,7 +115,7 @@ def share_classes(folder: str, classes: range, results: ClassResults) -> None:
     if results.compared is not None:
         parts["same"], parts["exact"] = results.compared
     arrays = {f"{name}-{field}": value for name, part in parts.items() for field, value in vars(part).items()}
-    write_arrays(folder, _name(classes), gains=results.gains, **arrays)
+    write_arrays(folder, _name(classes), gains=results.gains, points=results.points, **arrays)
 
 
 def await_classes(folder: str, ranges: Sequence[range], own: Mapping[range, ClassResults]) -> ClassResults:
@@ -121,6 +131,7 @@ def await_classes(folder: str, ranges: Sequence[range], own: Mapping[range, Clas
     return ClassResults(
         fast=merged([part.fast for part in parts]),
         gains=np.concatenate([part.gains for part in parts], axis=1),
+        points=np.concatenate([part.points for part in parts], axis=2),
         compared=(merged([same for same, _ in compared]), merged([exact for _, exact in compared]))
         if compared
         else None,
@@ -136,7 +147,7 @@ def _read(folder: str, classes: range) -> ClassResults:
         if f"{name}-recall" in arrays
     }
     compared = (found["same"], found["exact"]) if "exact" in found else None
-    return ClassResults(found["fast"], arrays["gains"], compared)
+    return ClassResults(found["fast"], arrays["gains"], arrays["points"], compared)
 
 
 def _name(classes: range) -> str:

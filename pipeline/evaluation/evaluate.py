@@ -19,6 +19,7 @@ from torch import nn
 from dfine_core import Detector
 from dfine_core.inference import predict_batch
 from dfine_core.structures import Targets
+from dfine_core.thresholds import WANTED_PRECISION
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.settings import DecodeIn
@@ -42,6 +43,7 @@ from pipeline.evaluation.error_types import errors_of
 from pipeline.evaluation.exchange import exchange_folder
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
 from pipeline.evaluation.image_shards import ImageResults, await_image_shards, write_image_shard
+from pipeline.evaluation.operating_points import OperatingPoints, points_of
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.progress import Progress
 
@@ -65,6 +67,7 @@ def evaluate(
     micro_batch_size: int,
     decode_in: DecodeIn = "task",
     final: bool = False,
+    wanted_precision: float = WANTED_PRECISION,
     progress: bool = False,
     on_detections: Callable[[DetectionTable], None] | None = None,
 ) -> EvaluationReport | None:
@@ -76,6 +79,7 @@ def evaluate(
         shared: folder or URI for files between several workers, which all of them can read and nothing else uses.
         micro_batch_size: images per batch and worker.
         final: report the numbers of pycocotools, or compare it with hotcoco on a sample of a large set.
+        wanted_precision: look for the lowest score of every class that reaches it.
         progress: display a progress bar, on rank 0.
         on_detections: receives the detections of this worker, batch after batch.
     """
@@ -109,7 +113,7 @@ def evaluate(
             analysis_s = write_image_shard(folder, rank, ground_truth, tables(), diagnostics.state)
         detected_s = time.perf_counter() - started_at
         seconds = waiting | {"model": detected_s - waiting["data"] - analysis_s, "analysis": analysis_s}
-        return _report(folder, ground_truth, diagnostics.numbers, seconds, rank, world_size, final)
+        return _report(folder, ground_truth, diagnostics.numbers, seconds, rank, world_size, final, wanted_precision)
 
 
 def evaluate_detections(
@@ -121,6 +125,7 @@ def evaluate_detections(
     broadcast: Broadcast = _itself,
     shared: str | None = None,
     final: bool = False,
+    wanted_precision: float = WANTED_PRECISION,
 ) -> EvaluationReport | None:
     """Evaluate detections that are there already; like `evaluate`, without the behaviour of the layers.
 
@@ -129,7 +134,8 @@ def evaluate_detections(
     """
     with exchange_folder(shared, rank, world_size, broadcast) as folder:
         analysis_s = write_image_shard(folder, rank, ground_truth, tables, lambda: np.zeros(0))
-        return _report(folder, ground_truth, lambda _: {}, {"analysis": analysis_s}, rank, world_size, final)
+        seconds = {"analysis": analysis_s}
+        return _report(folder, ground_truth, lambda _: {}, seconds, rank, world_size, final, wanted_precision)
 
 
 def _report(
@@ -140,6 +146,7 @@ def _report(
     rank: int,
     world_size: int,
     final: bool,
+    wanted_precision: float,
 ) -> EvaluationReport | None:
     """Evaluate this worker's classes; on rank 0 join those of all workers to a report."""
     # 1. pycocotools sees all images of a small set, and a sample of a large one.
@@ -153,7 +160,7 @@ def _report(
     ranges = class_ranges(detections, limit, world_size, overhead=overhead)
     own = {}
     for classes in ranges[rank::world_size]:
-        results = evaluate_classes(shards, ground_truth, classes, exact, seconds)
+        results = evaluate_classes(shards, ground_truth, classes, exact, seconds, wanted_precision)
         if rank > 0:
             share_classes(folder, classes, results)
         else:
@@ -161,7 +168,8 @@ def _report(
     if rank > 0:
         return None
     every = await_classes(folder, ranges, own)
-    return _joined(shards.results, every, ground_truth, exact, layers(shards.results.layers), seconds)
+    points = points_of(every.points, wanted_precision)
+    return _joined(shards.results, every, ground_truth, exact, points, layers(shards.results.layers), seconds)
 
 
 def _joined(
@@ -169,6 +177,7 @@ def _joined(
     classes: ClassResults,
     ground_truth: GroundTruth,
     exact: GroundTruth | None,
+    points: OperatingPoints,
     layers: dict[str, float],
     seconds: dict[str, float],
 ) -> EvaluationReport:
@@ -194,6 +203,7 @@ def _joined(
     return EvaluationReport(
         numbers=result.numbers,
         per_class=result.per_class,
+        points=points,
         curves=precision_recall(result),
         confusion=confusion(images.confusion, ground_truth),
         errors=errors_of(counts, classes.gains, counted),

@@ -17,10 +17,12 @@ from pipeline.evaluation.coco_metrics import EQUAL, ClassResult, Evaluator
 from pipeline.evaluation.decoder_layers import by_layer
 from pipeline.evaluation.error_types import Errors
 from pipeline.evaluation.figures import format_number
+from pipeline.evaluation.operating_points import POINT_FIELDS, OperatingPoints
 from pipeline.mlflow_access import ACCURACY, FINAL, VAL
 from pipeline.wording import plural
 
 LOWEST_CLASSES = 5  # classes in the console table
+THRESHOLD_CLASSES = 10  # likewise
 REPORT = "report.json"
 HEADLINES = ("AP", "AP50", "AP75")  # the first charts of a run in MLflow
 
@@ -31,6 +33,7 @@ class EvaluationReport:
 
     numbers: dict[str, float]  # COCO's twelve
     per_class: tuple[ClassResult, ...]  # by label
+    points: OperatingPoints
     curves: Curves
     confusion: Confusion
     errors: Errors
@@ -46,6 +49,13 @@ class EvaluationReport:
         """Number of true boxes, without crowd regions."""
         return sum(result.boxes for result in self.per_class)
 
+    @property
+    def mean_f1(self) -> float:
+        """Mean of the best F1 over the classes with true boxes, 0 for one that is never found; NaN without true boxes."""
+        pairs = zip(self.per_class, self.points.best_f1, strict=True)
+        known = [0.0 if point is None else point.f1 for result, point in pairs if result.boxes]
+        return sum(known) / len(known) if known else math.nan
+
     def metrics(self, *, final: bool = False) -> dict[str, float]:
         """Metrics by their names in MLflow, without values that are NaN: "accuracy/AP", "val/AR_100", "val/layers/iou_0".
 
@@ -57,6 +67,7 @@ class EvaluationReport:
             **{f"errors/{name}": gain for name, gain in self.errors.gain.items()},
             **{f"seconds/{name}": seconds for name, seconds in self.seconds.items()},
         }
+        details["best_F1"] = self.mean_f1
         if self.agreement is not None:
             details["evaluators_differ_by"] = self.agreement
         groups = {name: FINAL if final else ACCURACY if name in HEADLINES else VAL for name in self.numbers}
@@ -85,11 +96,33 @@ class EvaluationReport:
             lines.append(
                 "  lowest AP  " + ", ".join(f"{c.name} {format_number(c.ap)} ({plural(c.boxes, 'box')})" for c in worst)
             )
+        lines += self._threshold_lines()
         if self.agreement is not None:
             verdict = "agree" if self.agreement <= EQUAL else "DISAGREE: see the log"
             of = "" if self.agreement_images == self.images else f" on a sample of {self.agreement_images:,} images"
             lines.append(f"  hotcoco and pycocotools {verdict}{of}, largest difference {self.agreement:.1g}")
         return "\n".join(lines)
+
+    def _threshold_lines(self) -> list[str]:
+        """Thresholds of the classes with the most boxes."""
+        wanted = self.points.wanted_precision
+        known = [
+            (result, best, precise)
+            for result, best, precise in zip(self.per_class, self.points.best_f1, self.points.at_precision, strict=True)
+            if best is not None
+        ]
+        if not known:
+            return []
+        shown = sorted(known, key=lambda row: -row[0].boxes)[:THRESHOLD_CLASSES]
+        more = f", {len(shown)} of {len(known)} classes" if len(shown) < len(known) else ""
+        lines = [f"  thresholds (best F1; precision {wanted:g}){more}"]
+        for result, best, precise in shown:
+            at = "none" if precise is None else f"{precise.score:.2f} with recall {precise.recall:.2f}"
+            lines.append(
+                f"    {result.name}: {best.score:.2f} with precision {best.precision:.2f}, recall {best.recall:.2f},"
+                f" F1 {best.f1:.2f}; {at}"
+            )
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Figures by name, without those that would be empty."""
@@ -117,14 +150,38 @@ class EvaluationReport:
         return {name: _plain(value) for name, value in plain.items()}
 
     def per_class_csv(self) -> str:
-        """AP per class as CSV; empty for NaN."""
+        """AP and thresholds per class as CSV; empty for NaN and where there is no threshold."""
         lines = io.StringIO()
         writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow(["category_id", "name", "boxes", "AP", "AP50"])
-        for result in self.per_class:
-            known = ["" if math.isnan(value) else f"{value:.6f}" for value in (result.ap, result.ap50)]
-            writer.writerow([result.original_id, result.name, result.boxes, *known])
+        columns = self.class_columns()
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([_csv_text(value) for value in row])
         return lines.getvalue()
+
+    def class_columns(self) -> dict[str, list[Any]]:
+        """Table of the classes by column; NaN where there is no value."""
+        columns: dict[str, list[Any]] = {
+            "category_id": [result.original_id for result in self.per_class],
+            "name": [result.name for result in self.per_class],
+            "boxes": [result.boxes for result in self.per_class],
+            "AP": [result.ap for result in self.per_class],
+            "AP50": [result.ap50 for result in self.per_class],
+        }
+        kinds = {
+            "best_F1": self.points.best_f1,
+            f"precision_{self.points.wanted_precision:g}": self.points.at_precision,
+        }
+        for kind, points in kinds.items():
+            for name in POINT_FIELDS:
+                columns[f"{kind}_{name}"] = [math.nan if each is None else getattr(each, name) for each in points]
+        return columns
+
+
+def _csv_text(value: float | str) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6f}"
+    return f"{value}"
 
 
 def _plain(value: Any) -> Any:

@@ -39,9 +39,9 @@ def ground_truth_and_detections(
     true_labels: NDArray[np.integer],
     detections: DetectionTable,
     names: Sequence[str],
-    threshold: float = DEFAULT_THRESHOLD,
+    thresholds: Sequence[float] | None = None,
 ) -> Image.Image:
-    """Render the ground truth on the left, and detections of at least `threshold` on the right.
+    """Render the ground truth on the left, and detections that reach their threshold on the right.
 
     Args:
         image: [H, W, 3] RGB.
@@ -49,12 +49,14 @@ def ground_truth_and_detections(
         true_labels: [G].
         detections: of this image alone.
         names: class names by label.
+        thresholds: least score by label; None: the default for all.
     """
     pixels = Image.fromarray(image)
     true_names = [names[label] for label in true_labels.tolist()]
     left = draw_boxes(pixels, true_boxes.tolist(), true_labels.tolist(), true_names, sides=PANEL_SIDES)
 
-    kept = detections[detections.score >= threshold]
+    least = np.full(len(names), DEFAULT_THRESHOLD) if thresholds is None else np.array(thresholds)
+    kept = detections[detections.score >= least[detections.label]]
     rows = sorted(zip(kept.score.tolist(), kept.label.tolist(), kept.box.tolist(), strict=True), reverse=True)
     texts = [f"{names[label]} {score:.2f}" for score, label, _ in rows]
     right = draw_boxes(pixels, [box for *_, box in rows], [label for _, label, _ in rows], texts, sides=PANEL_SIDES)
@@ -63,9 +65,14 @@ def ground_truth_and_detections(
     return side_by_side(
         [
             (f"ground truth: {len(true_boxes)}", left),
-            (f"detections with a score of {threshold:g} or more: {len(rows)}{left_out}", right),
+            (f"detections {_from_text(least)}: {len(rows)}{left_out}", right),
         ]
     )
+
+
+def _from_text(least: NDArray[np.float64]) -> str:
+    low, high = least.min(), least.max()
+    return f"with a score of {low:g} or more" if low == high else "above the threshold of their class"
 
 
 def refinement_view(
@@ -181,33 +188,39 @@ def sample_images(
 
     "images/<image id>" has ground truth and detections, "refinement/<image id>" the box with the highest score, layer by layer.
     """
-    config = detector.config
     names = [category.name for category in shards.categories]
     for record in _sampled_records(shards, count, seed):
-        output = _detect(detector, record, device)
+        output = detect_record(detector, record, device)
         image = decode_rgb(record.image, record.width, record.height)
         rendered = ground_truth_and_detections(image, output.true_boxes, output.true_labels, output.detections, names)
         yield f"images/{record.image_id}", png_bytes(rendered)
-        if output.predictions.edge_logits is None:
-            continue
-        logits = output.predictions.logits[-1, 0]
-        query, label = divmod(int(logits.flatten().argmax()), config.num_classes)
-        box = output.predictions.boxes[-1, 0, query].cpu()
-        figure = refinement_view(
-            image,
-            output.predictions,
-            index=0,
-            query=query,
-            bins=detector.decoder.bins,
-            reg_scale=config.reg_scale,
-            title=f"{names[label]} {float(logits[query, label].sigmoid()):.2f}",
-            true_box=_nearest(box, output.normalised_boxes),
-        )
-        yield f"refinement/{record.image_id}", png(figure)
+        if output.predictions.edge_logits is not None:
+            yield f"refinement/{record.image_id}", png(best_refinement(detector, image, output, names))
+
+
+def best_refinement(
+    detector: Detector, image: NDArray[np.uint8], output: "SampleOutput", names: Sequence[str]
+) -> Figure:
+    """Render the refinement of the box with the highest score; see `refinement_view`."""
+    logits = output.predictions.logits[-1, 0]
+    query, label = divmod(int(logits.flatten().argmax()), detector.config.num_classes)
+    box = output.predictions.boxes[-1, 0, query].cpu()
+    return refinement_view(
+        image,
+        output.predictions,
+        index=0,
+        query=query,
+        bins=detector.decoder.bins,
+        reg_scale=detector.config.reg_scale,
+        title=f"{names[label]} {float(logits[query, label].sigmoid()):.2f}",
+        true_box=_nearest(box, output.normalised_boxes),
+    )
 
 
 @dataclass(frozen=True)
-class _SampleOutput:
+class SampleOutput:
+    """Ground truth of one image, and what the detector finds in it."""
+
     true_boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels, without crowd regions
     true_labels: NDArray[np.int32]  # [G]
     normalised_boxes: Tensor  # [G', 4] cxcywh, of the visible boxes
@@ -215,7 +228,8 @@ class _SampleOutput:
     detections: DetectionTable
 
 
-def _detect(detector: Detector, record: ImageRecord, device: torch.device) -> _SampleOutput:
+def detect_record(detector: Detector, record: ImageRecord, device: torch.device) -> SampleOutput:
+    """Detect in one image, with the queries of every decoder layer."""
     boxes, labels = record.boxes[~record.crowd], record.labels[~record.crowd]
     sample = plain_sample(without_crowd(record), canvas=detector.config.input_size)
     pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None].to(device)
@@ -224,14 +238,20 @@ def _detect(detector: Detector, record: ImageRecord, device: torch.device) -> _S
         detections, output = predict_batch(detector, pixels, size, every_layer=True)
     assert output.matching is not None
     table = DetectionTable.from_batch(detections, torch.tensor([record.image_id]), padding=[False])
-    return _SampleOutput(boxes, labels, torch.from_numpy(sample.boxes).reshape(-1, 4), output.matching, table)
+    return SampleOutput(boxes, labels, torch.from_numpy(sample.boxes).reshape(-1, 4), output.matching, table)
 
 
 def _sampled_records(shards: ShardSet, count: int, seed: int) -> Iterator[ImageRecord]:
+    images = shards.manifest.images
+    numbers = np.random.default_rng(seed).choice(images, min(count, images), replace=False)
+    yield from records_at(shards, np.sort(numbers).tolist())
+
+
+def records_at(shards: ShardSet, numbers: Iterable[int]) -> Iterator[ImageRecord]:
+    """Read images by their number in the order of the shards, which is that of `GroundTruth.image_id`."""
     source = locate_row_groups(shards)
     begins = np.cumsum(source.rows) - source.rows
-    images = int(source.rows.sum())
-    for number in np.sort(np.random.default_rng(seed).choice(images, min(count, images), replace=False)):
+    for number in numbers:
         group = int(np.searchsorted(begins, number, side="right")) - 1
         yield from records_from_table(read_row_groups(source, [group])[group].slice(number - begins[group], 1))
 

@@ -21,7 +21,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from dfine_core import DISTRIBUTION, Detector, __version__
-from dfine_core.checkpoints.folder import DESCRIPTION
+from dfine_core.checkpoints.folder import DESCRIPTION, THRESHOLDS, TRANSFORMERS_CONFIG
 from dfine_core.checkpoints.weights import save_released
 from dfine_core.inference import LoadedDetector, predict_batch
 from pipeline.redaction import redact
@@ -72,6 +72,7 @@ class ExportSource:
     @cached_property
     def description(self) -> dict[str, Any]:
         """Metadata stored in every exported file."""
+        thresholds = self.model.thresholds
         return {
             "names": list(self.model.names),
             "category_ids": list(self.model.category_ids),
@@ -79,6 +80,7 @@ class ExportSource:
             "source": redact(self.model.origin),
             "weights_sha256": self.digest,
             "made_by": f"{DISTRIBUTION} {__version__}",
+            **({} if thresholds is None else {THRESHOLDS: thresholds.to_plain()}),
         }
 
     @cached_property
@@ -178,6 +180,10 @@ def write_huggingface(source: ExportSource, path: Path) -> None:
     from pipeline.export.huggingface import save_transformers
 
     save_transformers(source.model.config, source.model.detector.state_dict(), source.model.names, path)
+    if source.model.thresholds is not None:  # Transformers keeps keys that it does not know
+        content = json.loads((path / TRANSFORMERS_CONFIG).read_text())
+        content[THRESHOLDS] = source.model.thresholds.to_plain()
+        (path / TRANSFORMERS_CONFIG).write_text(json.dumps(content, indent=2))
 
 
 def write_safetensors(source: ExportSource, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 detections.json               all detections, at most DETECTIONS_PER_FILE
 detections/000000.json        or that many in each file, an image never in two
-images.json                   images and categories, for pycocotools' `COCO(...)`
+images.json                   images, and categories with their thresholds, for pycocotools' `COCO(...)`
 """
 
 import json
@@ -100,8 +100,12 @@ def write_images(out: str, plan: PredictPlan) -> None:
                     file.write(separator + text.encode())
                     separator = b",\n"
         start = b"" if separator == b",\n" else separator
-        categories = [{"id": category.original_id, "name": category.name} for category in plan.categories]
-        file.write(start + f'], "annotations": [], "categories": {json.dumps(categories)}}}'.encode())
+        categories = [
+            {"id": category.original_id, "name": category.name, "threshold": least}
+            for category, least in zip(plan.categories, plan.thresholds, strict=True)
+        ]
+        rest = {"annotations": [], "categories": categories, "info": {"threshold": plan.threshold_text}}
+        file.write(start + b"], " + json.dumps(rest)[1:].encode())
 
 
 def _write_detections(uri: str, batches: Iterable[pa.RecordBatch], categories: Sequence[Category]) -> None:

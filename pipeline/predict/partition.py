@@ -143,12 +143,13 @@ def _detect_batch(loaded: LoadedDetector, batch: list[_DecodedImage], plan: Pred
     detections, deviations = detect_with_deviations(loaded, pixels, sizes, deviations=plan.deviations)
     scores, boxes, labels = detections.scores.cpu(), detections.boxes.cpu(), detections.labels.cpu()
     deviations = deviations.cpu()
+    least = torch.tensor(plan.thresholds)
     for index, decoded in enumerate(batch):
         if not (scores[index].isfinite().all() and boxes[index].isfinite().all()):
             raise ConfigError(
                 f"{decoded.row['file_name']}: its detections are not finite; the weights of this detector have diverged"
             )
-        kept = scores[index] >= plan.threshold
+        kept = scores[index] >= least[labels[index]]
         decoded.row["boxes"] = boxes[index][kept].float().flatten().numpy()
         decoded.row["labels"] = labels[index][kept].int().numpy()
         decoded.row["scores"] = scores[index][kept].numpy()

@@ -30,13 +30,14 @@ SCHEMA = pa.schema(
 class PredictPlan(FrozenModel):
     """Everything that the content of the parts depends on: parts of equal plans belong together."""
 
-    version: int = 2
+    version: int = 3
     inputs: str  # digest
     detector: str  # digest
     num_images: PositiveInt
     part_size: PositiveInt  # images per part; the last one may have fewer
     batch_size: PositiveInt  # images per forward pass
-    threshold: float
+    thresholds: tuple[float, ...]  # least score by label
+    threshold_text: str  # where they come from
     deviations: bool
     categories: tuple[Category, ...]  # by label
 
@@ -104,7 +105,7 @@ def claim_folder(out: str, plan: PredictPlan) -> None:
         storage.write_atomic(storage.join(out, PLAN_FILE), plan.model_dump_json(indent=1).encode())
         return
     old = read_plan(out).model_dump()
-    changed = [name for name, value in plan.model_dump().items() if old[name] != value]
+    changed = [name for name, value in plan.model_dump(exclude={"threshold_text"}).items() if old[name] != value]
     if changed:
         raise ConfigError(
             f"{out} contains another prediction: {', '.join(changed)} changed. Choose another --out, or delete that folder"

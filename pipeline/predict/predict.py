@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dfine_core.inference import DEFAULT_THRESHOLD, LoadedDetector
+from dfine_core.inference import LoadedDetector
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.classes import with_classes_of
@@ -44,7 +44,7 @@ FEW_IMAGES = 256  # one part of the default size, which Ray could not divide: st
 class PredictOptions:
     """Options of a prediction."""
 
-    threshold: float = DEFAULT_THRESHOLD  # minimum score
+    threshold: float | None = None  # minimum score; None: the detector's own, see `LoadedDetector.least_scores`
     part_size: int = 256  # images per part, the most that an interruption repeats
     batch_size: int = 8  # images per forward pass
     num_images: int = 12  # images to draw
@@ -63,11 +63,16 @@ class PredictResult:
     num_rejected: int
     rejected: tuple[tuple[str, str], ...]  # file and reason of the first few
     json_files: int  # files with COCO results; 0 if they were left out
+    threshold_text: str
 
     def summary(self) -> str:
         """Lines for the console."""
         by_class = ", ".join(f"{count} {name}" for name, count in self.detections.most_common(12))
-        lines = [f"{self.out}: {self.detections.total()} detections in {self.num_images} images", f"  {by_class}"]
+        lines = [
+            f"{self.out}: {self.detections.total()} detections in {self.num_images} images",
+            f"  {by_class}",
+            f"  threshold: {self.threshold_text}",
+        ]
         if not self.json_files:
             lines.append(
                 f"{DETECTIONS_FILE} is left out above {SMALL_RESULT:,} detections; the same command with --json"
@@ -99,7 +104,8 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
         num_images=inputs.num_images,
         part_size=options.part_size,
         batch_size=options.batch_size,
-        threshold=options.threshold,
+        thresholds=loaded.least_scores(options.threshold),
+        threshold_text=loaded.threshold_text(options.threshold),
         deviations=options.num_explanations > 0,
         categories=output_categories(loaded, inputs),
     )
@@ -126,7 +132,15 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
     write_drawings(out, inputs, plan, loaded, num_images=options.num_images, num_explanations=options.num_explanations)
     for folder in ("", PARTS_FOLDER, DETECTIONS_FOLDER, DRAWINGS_FOLDER, EXPLAINED_FOLDER):
         storage.remove_temporaries(storage.join(out, folder))
-    return PredictResult(out, plan.num_images, totals.detections, totals.num_rejected, totals.rejected, json_files)
+    return PredictResult(
+        out,
+        plan.num_images,
+        totals.detections,
+        totals.num_rejected,
+        totals.rejected,
+        json_files,
+        plan.threshold_text,
+    )
 
 
 def detector_digest(loaded: LoadedDetector) -> str:

@@ -19,8 +19,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from torch import Tensor
 
-from dfine_core.inference import DEFAULT_THRESHOLD
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections
 from pipeline.config import Config, Share
 from pipeline.open_detector import open_detector
@@ -31,7 +31,6 @@ from pipeline.serve.metrics import Metrics, observe
 from pipeline.serve.proxy import RETRY_AFTER_S
 from pipeline.serve.request_error import RequestError
 from pipeline.serve.request_parsing import (
-    DetectRequest,
     RequestLimits,
     parse_request,
     read_body,
@@ -46,7 +45,7 @@ class ServeSettings(Config):
     """Detector to serve, and limits of its requests."""
 
     source: str  # any source of `open_detector`
-    threshold: Share = DEFAULT_THRESHOLD  # unless a request has its own
+    threshold: Share | None = None  # unless a request has its own; default: the detector's, class by class
     batch_size: PositiveInt = 8  # images per forward pass, at most
     timeout_s: PositiveFloat = 30.0  # per request, from its arrival at a replica to the response
     header_s: PositiveFloat = 10.0  # for the headers of a request to arrive; of the proxy
@@ -120,7 +119,8 @@ class DetectionService:
             "input_size": list(config.input_size),  # height, width
             "num_queries": config.num_queries,
             "device": str(self.loaded.device),
-            "threshold": self.settings.threshold,
+            "thresholds": list(self.loaded.least_scores(self.settings.threshold)),  # in the order of the names
+            "threshold_text": self.loaded.threshold_text(self.settings.threshold),
             "max_detections": MAX_DETECTIONS,
             "batch_size": self.settings.batch_size,
             "limits": asdict(self.settings.limits) | {"timeout_s": self.settings.timeout_s},
@@ -148,7 +148,9 @@ class DetectionService:
         limits = self.settings.limits
         body = await self._body(http_request)
         content_type = http_request.headers.get("content-type", "")
-        request = await parse_request(content_type, http_request.query_params, body, limits, self.settings.threshold)
+        request = await parse_request(content_type, http_request.query_params, body, limits)
+        threshold = self.settings.threshold if request.threshold is None else request.threshold
+        least = torch.tensor(self.loaded.least_scores(threshold))
 
         # 2. Decode in another process, then detect together with images of other requests.
         images = await self.decoders.decode(
@@ -158,8 +160,10 @@ class DetectionService:
         return {
             "model": self.loaded.origin,
             "detections": [
-                self._as_json(each, image.size, request) for each, image in zip(detections, images, strict=True)
+                self._as_json(each, image.size, least, request.max_detections)
+                for each, image in zip(detections, images, strict=True)
             ],
+            "threshold": self.loaded.threshold_text(threshold),
         }
 
     async def _body(self, request: Request) -> bytes:
@@ -194,13 +198,15 @@ class DetectionService:
         labels, boxes, scores = batch.labels.cpu(), batch.boxes.cpu(), batch.scores.cpu()
         return [Detections(*each) for each in zip(labels, boxes, scores, strict=True)]
 
-    def _as_json(self, detections: Detections, size: tuple[int, int], request: DetectRequest) -> dict[str, Any]:
+    def _as_json(
+        self, detections: Detections, size: tuple[int, int], least: Tensor, max_detections: int
+    ) -> dict[str, Any]:
         # Detections are sorted, best first.
-        count = min(int((detections.scores >= request.threshold).sum()), request.max_detections)
-        labels = detections.labels[:count].tolist()
+        kept = (detections.scores >= least[detections.labels]).nonzero().flatten()[:max_detections]
+        labels = detections.labels[kept].tolist()
         return {
-            "boxes": detections.boxes[:count].tolist(),
-            "scores": detections.scores[:count].tolist(),
+            "boxes": detections.boxes[kept].tolist(),
+            "scores": detections.scores[kept].tolist(),
             "labels": labels,
             "names": [self.loaded.names[label] for label in labels],
             "width": size[0],

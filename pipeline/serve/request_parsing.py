@@ -40,7 +40,7 @@ class DetectRequest:
     """Parsed request: images, still encoded, and options."""
 
     images: tuple[EncodedImage, ...]
-    threshold: float
+    threshold: float | None  # None: that of the server
     max_detections: int  # per image
 
 
@@ -75,7 +75,7 @@ async def read_body(chunks: AsyncIterable[bytes], headers: Mapping[str, str], ma
 
 
 async def parse_request(
-    content_type: str, query: Mapping[str, str], body: bytes, limits: RequestLimits, default_threshold: float
+    content_type: str, query: Mapping[str, str], body: bytes, limits: RequestLimits
 ) -> DetectRequest:
     """Parse a request. Options are in the query, or in the form or JSON next to the images, which takes precedence.
 
@@ -101,8 +101,7 @@ async def parse_request(
         raise RequestError(422, f"the request contains no image: send {BODY_FORMATS}", field="image")
     _refuse_too_many(len(images), limits.max_images)
     valid = _validated(_Options, options)
-    threshold = default_threshold if valid.threshold is None else valid.threshold
-    return DetectRequest(images, threshold, valid.max_detections)
+    return DetectRequest(images, valid.threshold, valid.max_detections)
 
 
 def _refuse_too_many(images: int, limit: int) -> None:

@@ -231,6 +231,20 @@ def find_tracked_run(settings: TrackingSettings, named: str, run_key: str | None
     return client, found
 
 
+def metric_histories(client: "MlflowClient", run_id: str, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every report of some metrics, by step; of a step that was repeated the last value.
+
+    Raises:
+        RunLookupError: the server cannot be reached.
+    """
+    histories = {}
+    for name in names:
+        with mlflow_errors(f"{name} of run {run_id}"):
+            rows = sorted(client.get_metric_history(run_id, name), key=lambda row: (row.step, row.timestamp))
+        histories[name] = sorted({row.step: row.value for row in rows}.items())
+    return histories
+
+
 # Files attached to a run after its end
 
 

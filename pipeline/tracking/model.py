@@ -5,18 +5,17 @@ as source, a signature and an example. Nothing in it is pickled.
 """
 
 import base64
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dfine_core
 from dfine_core import ModelConfig
-from dfine_core.inference import DEFAULT_THRESHOLD
+from dfine_core.checkpoints.folder import make_description
+from dfine_core.thresholds import ClassThresholds
 from pipeline.mlflow_access import import_mlflow
 from pipeline.tracking.tracker import DatasetInput, Tracker
 
@@ -27,7 +26,13 @@ REQUIREMENTS = ("torch", "torchvision", "scipy", "numpy", "pandas", "safetensors
 
 
 def save_detector(
-    folder: Path, *, config: ModelConfig, weights: Path, categories: Sequence[str], example: bytes
+    folder: Path,
+    *,
+    config: ModelConfig,
+    weights: Path,
+    categories: Sequence[str],
+    example: bytes,
+    thresholds: ClassThresholds | None = None,
 ) -> None:
     """Write the MLflow model into `folder`, which must not exist. No server is needed.
 
@@ -43,7 +48,7 @@ def save_detector(
         raise ValueError(f"{len(categories)} categories for a detector of num_classes {config.num_classes}")
     with tempfile.TemporaryDirectory() as temporary:
         description = Path(temporary, "detector.json")
-        description.write_text(json.dumps({"config": asdict(config), "categories": list(categories)}, indent=1))
+        description.write_bytes(make_description(config, categories, range(len(categories)), thresholds))
         # Copied, because MLflow records where the files were, and packs everything in their folder.
         served = Path(shutil.copy(Path(__file__).with_name("served_detector.py"), temporary))
         package = Path(temporary, "dfine_core")
@@ -72,13 +77,16 @@ def log_detector(
     step: int,
     name: str = "detector",
     dataset: DatasetInput | None = None,
+    thresholds: ClassThresholds | None = None,
     registered_model_name: str | None = None,
     alias: str | None = None,
 ) -> None:
     """Log the detector as a model of the tracker's run; see `save_detector` and `Tracker.model`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
-        save_detector(folder, config=config, weights=weights, categories=categories, example=example)
+        save_detector(
+            folder, config=config, weights=weights, categories=categories, example=example, thresholds=thresholds
+        )
         tracker.model(
             folder,
             name=name,
@@ -106,7 +114,7 @@ def _signature() -> "ModelSignature":
                 ColSpec(Array(DataType.string), "names"),
             ]
         ),
-        params=ParamSchema([ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD)]),
+        params=ParamSchema([ParamSpec("threshold", DataType.double, None)]),
     )
 
 

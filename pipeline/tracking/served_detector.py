@@ -11,7 +11,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from dfine_core.inference import DEFAULT_THRESHOLD, ImageDetections, from_description
+from dfine_core.inference import ImageDetections, from_description
 
 
 class ServedDetector(PythonModel):
@@ -31,9 +31,10 @@ class ServedDetector(PythonModel):
 
         Args:
             model_input: images in the column "image".
-            params: "threshold" of the score.
+            params: "threshold" of the score; without it the detector's own, class by class.
         """
-        threshold = float((params or {}).get("threshold", DEFAULT_THRESHOLD))
+        given = (params or {}).get("threshold")
+        threshold = None if given is None else float(given)
         return [_as_plain(detections) for detections in self.loaded(list(model_input["image"]), threshold)]
 
 

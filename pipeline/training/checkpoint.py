@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from dfine_core.checkpoints import folder as checkpoint_folder
 from dfine_core.checkpoints.folder import METADATA as METADATA
-from dfine_core.checkpoints.folder import LoadError
+from dfine_core.checkpoints.folder import THRESHOLDS, LoadError
 from dfine_core.checkpoints.folder import step_folder as step_folder
+from dfine_core.thresholds import ClassThresholds
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
@@ -71,6 +72,7 @@ class Metadata(BaseModel):
     versions: dict[str, str] = {}
     commit: str | None = None
     sha256: dict[str, str] = {}  # by tensor file, and of experiment.yaml
+    thresholds: dict[str, Any] | None = None  # of the best weights, once the run has evaluated them at its end
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,7 @@ def write(snapshot: Snapshot, folder: str) -> str:
     experiment = yaml.safe_dump(snapshot.experiment, sort_keys=False).encode()
     hashes["experiment"] = hashlib.sha256(experiment).hexdigest()
     storage.write_atomic(storage.join(aside, EXPERIMENT), experiment)
-    metadata = snapshot.metadata.model_copy(update={"sha256": hashes})
-    sealed = checkpoint_folder.sealed_metadata(json.loads(metadata.model_dump_json()))
-    storage.write_atomic(storage.join(aside, METADATA), sealed)
+    _write_metadata(aside, snapshot.metadata.model_copy(update={"sha256": hashes}))
     # On a disk the whole folder appears at once.
     if on_disk:
         _set_stray_file_aside(target)
@@ -205,6 +205,20 @@ def _set_stray_file_aside(folder: str) -> None:
     path = Path(storage.resolve(folder)[1])
     if path.is_file():
         path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.stray"))
+
+
+def write_thresholds(uri: str, thresholds: ClassThresholds) -> None:
+    """Add thresholds to the metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its metadata is damaged.
+    """
+    _write_metadata(uri, read_metadata(uri).model_copy(update={THRESHOLDS: thresholds.to_plain()}))
+
+
+def _write_metadata(uri: str, metadata: Metadata) -> None:
+    sealed = checkpoint_folder.sealed_metadata(json.loads(metadata.model_dump_json()))
+    storage.write_atomic(storage.join(uri, METADATA), sealed)
 
 
 def read_metadata(uri: str) -> Metadata:

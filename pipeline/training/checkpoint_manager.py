@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from dfine_core.thresholds import ClassThresholds
 from pipeline import provenance, storage
 from pipeline.config_files import dump_shareable
 from pipeline.redaction import redact_values
@@ -134,6 +135,14 @@ class CheckpointManager:
         self.wait()
         if taken != state.step:
             checkpoint.load_tensors(state, self.uri(taken))
+
+    def keep_thresholds(self, state: TrainState, thresholds: ClassThresholds) -> None:
+        """Write the thresholds of the best weights, which are loaded, to their checkpoint. On rank 0."""
+        step = state.history.best_step
+        try:
+            checkpoint.write_thresholds(self.uri(state.step if step is None else step), thresholds)
+        except checkpoint.CheckpointError as error:
+            self._context.print(f"WARNING: {error}; its thresholds are not kept")
 
     def rewind(self, state: TrainState) -> None:
         """Return to the newest checkpoint; the count of skipped steps goes on."""

@@ -25,6 +25,7 @@ class EvaluationRequest:
     val: ShardSet
     micro_batch_size: int
     num_images: int  # rendered with ground truth and detections
+    wanted_precision: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ def run_evaluation(request: EvaluationRequest) -> EvaluationResult:
     load_weights(detector, tensors_from_bytes(request.weights))
     detector.to(device).eval()
     report = evaluate(
-        detector, request.val, device=device, micro_batch_size=request.micro_batch_size, decode_in="inline"
+        detector,
+        request.val,
+        device=device,
+        micro_batch_size=request.micro_batch_size,
+        decode_in="inline",
+        wanted_precision=request.wanted_precision,
     )
     assert report is not None  # it is the only rank
     rendered = sample_images(detector, request.val, device=device, count=request.num_images)

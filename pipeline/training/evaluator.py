@@ -99,6 +99,7 @@ class Evaluator:
                 micro_batch_size=self._micro_batch,
                 decode_in="inline" if few else context.decode_in or self._job.experiment.data.decode_in,
                 final=final,
+                wanted_precision=self._settings.wanted_precision,
                 on_detections=self._stop_if_asked,
             )
             if report is not None:
@@ -149,6 +150,7 @@ class Evaluator:
             val=self._val,
             micro_batch_size=self._micro_batch,
             num_images=self._settings.num_images,
+            wanted_precision=self._settings.wanted_precision,
         )
         self._in_flight = self._context.submit_evaluation(request)
 

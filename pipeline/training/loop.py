@@ -112,6 +112,8 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
         evaluator.poll(state, wait=True)
         checkpoints.load_best(state)
         report = evaluator.evaluate_best(state)
+        if report is not None:  # on rank 0
+            checkpoints.keep_thresholds(state, report.points.thresholds)
         if context.rank == 0:
             log.finish(state, report, latency_ms(job, context, state))
         unrecorded = log.deliver(state.step)

@@ -38,6 +38,7 @@ NEUTRAL = (
     "evaluation.before_training",
     "evaluation.asynchronous",
     "evaluation.latency",
+    "evaluation.wanted_precision",
     "data.decode_in",
     "data.prefetch",
     "non_finite.",

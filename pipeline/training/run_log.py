@@ -320,6 +320,7 @@ class RunLog:
                 example=_first_image(shards),
                 step=state.step,
                 dataset=dataset_input(job.data.val, "validation") if job.data.val else None,
+                thresholds=report.points.thresholds if report else None,
                 registered_model_name=job.experiment.tracking.registered_model_name,
                 alias=job.experiment.tracking.alias,
             )
@@ -340,12 +341,9 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
 def _log_figures(tracker: Tracker, report: "EvaluationReport") -> None:
     for name, figure in report.figures().items():
         tracker.figure(figure, f"evaluation/{name}.png")
-    columns: dict[str, list[Scalar]] = {
-        "class": [c.name for c in report.per_class],
-        "AP": [c.ap for c in report.per_class],
-        "boxes": [c.boxes for c in report.per_class],
-    }
-    tracker.table(columns, "evaluation/per_class.json")
+    columns = report.class_columns()
+    table: dict[str, list[Scalar]] = {"class": [*columns.pop("name")], **columns}
+    tracker.table(table, "evaluation/per_class.json")
 
 
 def _first_image(shards: ShardSet) -> bytes:

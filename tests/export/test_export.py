@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from dfine_core import load
 from dfine_core.checkpoints.weights import read_checkpoint
 from dfine_core.inference import LoadedDetector
+from dfine_core.thresholds import ClassThresholds
 from jobs import export as export_job
 from pipeline.config import ConfigError
 from pipeline.evaluation.ground_truth import GroundTruth
@@ -35,7 +36,8 @@ QUICK = ["onnx", "onnx-fp16", "released", "safetensors"]  # for a single layer, 
 
 @pytest.fixture(scope="module")
 def model() -> LoadedDetector:
-    return loaded(small(num_layers=1))
+    thresholds = ClassThresholds((0.25, None, 0.5, *(None,) * 5), (None,) * 8, 0.9)
+    return replace(loaded(small(num_layers=1)), thresholds=thresholds)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,7 @@ def test_the_folder_of_an_export_opens_as_it_is(model: LoadedDetector, tmp_path:
     export(model, ["safetensors"], tmp_path, from_synthetic_images(1, longest_side=96))
     opened = load(tmp_path)
     assert opened.path == str(tmp_path / "safetensors" / "model.safetensors")
+    assert opened.thresholds == model.thresholds is not None
     for name, tensor in opened.detector.state_dict().items():
         assert torch.equal(tensor, model.detector.state_dict()[name]), name
 
@@ -118,6 +121,7 @@ def test_an_onnx_file_carries_its_metadata(exported: ExportResult, folder: Path,
         metadata = session.get_modelmeta().custom_metadata_map
         assert json.loads(metadata["names"]) == list(model.names)
         assert json.loads(metadata["input_size"]) == [64, 64]
+        assert json.loads(metadata["thresholds"])["best_f1"] == [0.25, None, 0.5, *[None] * 5]
         assert metadata["weights_sha256"] == exported.source.digest
         assert metadata["made_by"].startswith("ray-dfine")
         assert [(one.name, one.type, one.shape[1:]) for one in session.get_inputs()] == [

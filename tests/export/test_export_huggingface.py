@@ -1,5 +1,6 @@
 """D-FINE of Transformers as an independent implementation: renamed weights give the same logits and boxes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from dfine_core import ModelConfig, load
 from dfine_core.checkpoints.transformers_layout import from_transformers
 from dfine_core.images import read_image
 from dfine_core.inference import prepare
+from dfine_core.thresholds import ClassThresholds
+from pipeline.export.formats import ExportSource, write_huggingface
 from pipeline.export.huggingface import (
     save_transformers,
     transformers_config,
@@ -17,7 +20,7 @@ from pipeline.export.huggingface import (
     unsupported_settings,
 )
 from tests.support.synthetic_shards import synthetic_records
-from tests.support.varied_detectors import varied_detector
+from tests.support.varied_detectors import loaded, varied_detector
 
 NAMES = ("cat", "dog", "traffic light")
 
@@ -113,6 +116,15 @@ def test_a_model_made_by_transformers_opens_here_with_its_logits_and_boxes(varia
     assert (our.boxes - their.pred_boxes).abs().max() < 1e-5
     dumped = from_transformers(theirs.state_dict())  # names of modules in memory
     assert all(torch.equal(dumped[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+def test_thresholds_travel_in_the_configuration_which_transformers_still_reads(tmp_path: Path) -> None:
+    thresholds = ClassThresholds((0.25, None, 0.5), (None, None, 0.75), 0.9)
+    model = replace(loaded(config_of("n")), thresholds=thresholds)
+    write_huggingface(ExportSource(model), tmp_path / "hf")
+    assert load(tmp_path / "hf", "cpu").thresholds == thresholds
+    opened = DFineForObjectDetection.from_pretrained(tmp_path / "hf")
+    assert opened.config.thresholds == thresholds.to_plain()
 
 
 def test_a_folder_opens_like_any_other_with_its_classes_and_image_processor(tmp_path: Path) -> None:

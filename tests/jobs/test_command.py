@@ -63,7 +63,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_module_with_a_main_is_a_command() -> None:
     modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
     assert {module_of(command) for command in COMMANDS} == {f"jobs.{module}" for module in modules}
-    assert len(COMMANDS) == 16
+    assert len(COMMANDS) == 18
 
 
 def test_help_lists_every_command_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +169,7 @@ def test_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --allow" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain-finetune", "tune"])
+@pytest.mark.parametrize("command", ["fit", "train", "pretrain-finetune", "tune"])
 def test_commands_that_train_take_the_same_flags(command: str) -> None:
     assert {"--set", "--cluster", "--dry-run", "--log-level"} <= flags(parser_of(command))
 
@@ -257,7 +257,7 @@ def test_defaults_in_the_help_of_serve_are_those_of_its_settings() -> None:
         for action in serve.parser()._actions
         if action.default is None and (match := re.search(r"\(([\d.]+)\)$", action.help or ""))
     }
-    assert len(stated) == 7
+    assert len(stated) == 6
     fields = {name: field.default for name, field in ServeSettings.model_fields.items()}
     fields.setdefault("batch_size", fields.get("batch"))
     assert stated == {name: fields[name] for name in stated}

@@ -24,10 +24,12 @@ from dfine_core.images import SUFFIXES
 from dfine_core.inference import prepare
 from dfine_core.model import distribution
 from dfine_core.model.postprocess import best_pairs, postprocess
+from dfine_core.thresholds import ClassThresholds
 from jobs import predict as predict_job
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import ImageRecord
+from pipeline.data.sources.synthetic import CLASSES
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.predict.drawings import contact_sheet, draw_detections
@@ -187,6 +189,27 @@ def test_a_prediction_equals_the_detections_of_each_image(loaded: LoadedDetector
     assert str(result.summary()).startswith(f"{tmp_path}/out: {result.detections.total()} detections in 10 images")
 
 
+def test_the_thresholds_of_the_detector_decide_unless_one_is_given(photos: Path, tmp_path: Path) -> None:
+    own = ClassThresholds((0.3, None, 0.6), (None,) * 3, 0.9)
+    detector = replace(small_detector(CLASSES[:3]), thresholds=own)
+    inputs = list_inputs([str(photos)])
+    result = predict(detector, inputs, str(tmp_path / "own"), OPTIONS)
+    predict(small_detector(CLASSES[:3]), inputs, str(tmp_path / "every"), replace(OPTIONS, threshold=0.0))
+    compared = 0
+    for row, every in zip(rows_of(tmp_path / "own"), rows_of(tmp_path / "every"), strict=True):
+        pairs = zip(every["scores"], every["labels"], strict=True)
+        expected = [score for score, label in pairs if score >= (0.3, 0.4, 0.6)[label]]
+        assert row["scores"] == pytest.approx(expected)
+        compared += len(expected)
+    assert compared
+    assert "threshold: best F1 on the validation images: " in result.summary()
+    written = json.loads((tmp_path / "own" / "images.json").read_text())
+    assert [category["threshold"] for category in written["categories"]] == [0.3, 0.4, 0.6]
+    assert written["info"]["threshold"] == detector.threshold_text()
+    with pytest.raises(ConfigError, match="thresholds changed"):
+        predict(detector, inputs, str(tmp_path / "own"), replace(OPTIONS, threshold=0.5))
+
+
 def test_results_do_not_depend_on_part_size_and_batch_size(photos: Path, tmp_path: Path) -> None:
     inputs = list_inputs([str(photos)])
     rows = []
@@ -257,7 +280,7 @@ def test_another_prediction_in_the_same_folder_is_refused(photos: Path, tmp_path
     for detector, given, options, message in (
         (small_detector(seed=1), inputs, OPTIONS, "detector changed"),
         (small_detector(), fewer, OPTIONS, "inputs, num_images changed"),
-        (small_detector(), inputs, replace(OPTIONS, threshold=0.1), "threshold changed"),
+        (small_detector(), inputs, replace(OPTIONS, threshold=0.1), "thresholds changed"),
     ):
         with pytest.raises(ConfigError, match=f"contains another prediction: {message}"):
             predict(detector, given, out, options)
@@ -325,7 +348,7 @@ def boxes_of(shards: ShardSet) -> Sequence[tuple[int, int, list[float]]]:
 def test_other_inputs_have_the_categories_of_the_detector(loaded: LoadedDetector, photos: Path, tmp_path: Path) -> None:
     predict(loaded, list_inputs([str(photos / "0.jpg")]), str(tmp_path / "out"), OPTIONS)
     described = json.loads((tmp_path / "out/images.json").read_text())
-    assert described["categories"][0] == {"id": 11, "name": "circle"}
+    assert described["categories"][0] == {"id": 11, "name": "circle", "threshold": 0.4}
     ids = {row["category_id"] for row in json.loads((tmp_path / "out/detections.json").read_text())}
     assert ids <= set(range(11, 19))
     assert ids
@@ -430,7 +453,7 @@ def test_the_command_predicts_and_prints_a_summary(
     output = capsys.readouterr().out
     assert "on 2 images (2 image files)" in output
     assert "class_0" in output
-    with pytest.raises(SystemExit, match="threshold changed"):
+    with pytest.raises(SystemExit, match="thresholds changed"):
         predict_job.main([*command, "--threshold", "0.9"])
     with pytest.raises(SystemExit, match="no detector"):
         predict_job.main([str(photos), *command[1:]])

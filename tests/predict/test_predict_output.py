@@ -119,7 +119,8 @@ def test_a_slow_reader_holds_a_few_parts_however_many_there_are(tmp_path: Path) 
         num_images=64 * 20,
         part_size=20,
         batch_size=1,
-        threshold=0.0,
+        thresholds=(0.0,),
+        threshold_text="0, as given",
         deviations=False,
         categories=(Category(label=0, original_id=1, name="a"),),
     )

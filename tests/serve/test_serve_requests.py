@@ -64,7 +64,7 @@ def base64_of(content: bytes) -> str:
 
 
 def parsed(content_type: str, body: bytes, **query: str) -> DetectRequest:
-    return asyncio.run(parse_request(content_type, query, body, LIMITS, 0.4))
+    return asyncio.run(parse_request(content_type, query, body, LIMITS))
 
 
 def read(*chunks: bytes, **headers: str) -> tuple[bytes, int]:
@@ -95,7 +95,7 @@ def test_the_three_forms_of_a_request_hold_the_same_images() -> None:
 
 
 def test_options_have_defaults_and_the_body_takes_precedence_over_the_query() -> None:
-    assert parsed("image/png", b"x").threshold == 0.4
+    assert parsed("image/png", b"x").threshold is None
     body = as_json(images=[base64_of(b"x")], threshold=0.5)
     assert parsed("application/json; charset=utf-8", body, threshold="0.1", max_detections="9") == DetectRequest(
         (EncodedImage("images[0]", b"x"),), 0.5, 9

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfine_core import Criterion
+from dfine_core import Criterion, load
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, run_dir, run_log
 from pipeline.training.context import TrainJob, WorkerContext
@@ -184,7 +184,17 @@ def test_an_evaluated_run_keeps_its_last_and_best_checkpoints_and_its_result(
     written = result_of(tmp_path, "run")
     assert written["step"] == result["step"] == 18
     assert written["numbers"].keys() == result["numbers"].keys()
-    assert Path(f"{tmp_path}/runs/run/evaluation/final/report.json").exists()
+    # The thresholds of the final evaluation lie with the weights that it measured, and with no others.
+    final = json.loads(Path(f"{tmp_path}/runs/run/evaluation/final/report.json").read_text())["points"]
+    best = load(f"{tmp_path}/runs/run", "cpu")
+    assert best.origin.endswith(checkpoint.step_folder(history.best_step or 18))
+    assert best.thresholds is not None
+    assert [each and each["score"] for each in final["best_f1"]] == list(best.thresholds.best_f1)
+    others = set(steps) - {history.best_step}
+    assert all(
+        checkpoint.read_metadata(f"{tmp_path}/runs/run/checkpoints/{checkpoint.step_folder(step)}").thresholds is None
+        for step in others
+    )
 
 
 def make_infinite(
