@@ -5,6 +5,7 @@ it, after `configure_mlflow`.
 """
 
 import os
+import threading
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"  # environment variable: the server or database
 # Groups of metrics. MLflow sorts charts by them: accuracy, then loss, rates and speed in train/, then the details in val/.
@@ -20,6 +21,10 @@ SETTINGS = {
 }
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 LOOKUP_RETRIES = 2  # a dropped connection fails nothing, and an unreachable server is reported within seconds
+
+# Two threads that import MLflow at once see half of its modules: the uploader's, and the one that logs the detector of a run that
+# is over within seconds.
+import_lock = threading.RLock()
 
 _set_here: dict[str, str] = {}  # other values in the environment are the user's
 

@@ -17,7 +17,7 @@ import dfine_core
 from dfine_core import ModelConfig
 from dfine_core.checkpoints.folder import make_description
 from dfine_core.thresholds import ClassThresholds
-from pipeline.mlflow_access import configure_mlflow
+from pipeline.mlflow_access import configure_mlflow, import_lock
 from pipeline.tracking.tracker import DatasetInput, Tracker
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def save_detector(
         example: an encoded image that the UI and `mlflow models serve` display as input.
     """
     configure_mlflow()
-    with warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
+    with import_lock, warnings.catch_warnings():  # on import, MLflow warns about type hints of its own
         warnings.simplefilter("ignore")
         import mlflow.pyfunc
     if len(categories) != config.num_classes:

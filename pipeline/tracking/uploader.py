@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import psutil
 
-from pipeline.mlflow_access import configure_mlflow
+from pipeline.mlflow_access import configure_mlflow, import_lock
 from pipeline.redaction import redact
 from pipeline.tracking.outbox import Event, Outbox, Pending
 from pipeline.tracking.settings import TrackingSettings
@@ -229,7 +229,8 @@ class SentBytes:
 def import_writer() -> "type[MlflowWriter]":
     """Import mlflow, which takes seconds in which the training can run."""
     configure_mlflow(retries=0)  # the uploader's thread retries itself, and waits without blocking
-    from pipeline.tracking.mlflow_writer import MlflowWriter
+    with import_lock:
+        from pipeline.tracking.mlflow_writer import MlflowWriter
 
     return MlflowWriter
 
