@@ -65,7 +65,7 @@ def test_a_run_without_a_weakness_gets_no_advice() -> None:
     [
         ({"finished": False}, "Let the training finish: the same command goes on. it is at step 30"),
         (
-            {"report": report_on(*((100 + n, 0, 0.9, AWAY) for n in range(60)))},
+            {"aps": [0, 0, 0], "report": report_on(*((100 + n, 0, 0.9, AWAY) for n in range(60)))},
             "little was learned: AP is 0.000 after 30",
         ),
         ({"aps": [0.3, 0.5, 0.6]}, "Train longer: more schedule.epochs. AP rose by 0.100 over the last 1 evaluation"),
