@@ -56,7 +56,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train empty", ("empty", "is a directory"), {}),
     ("train broken.yaml", ("broken.yaml", "not readable as YAML"), {}),
     ("train list.yaml", ("list.yaml", "expected keys with values"), {}),
-    ("train binary.yaml", ("binary.yaml", "not readable as YAML"), {}),
+    ("train binary.yaml", ("binary.yaml", "expected keys with values"), {}),
     ("train twice.yaml", ("twice.yaml", "seed is given twice"), {}),
     ("train run.yaml --set optimiser.lr=1", ("unknown key 'optimiser'", "did you mean optimizer"), {}),
     ("train run.yaml --set schedule.epoch=1", ("unknown key 'epoch'", "did you mean epochs"), {}),

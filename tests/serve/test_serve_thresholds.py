@@ -42,25 +42,36 @@ def detected_by(service: DetectionService, query: str, content: bytes) -> dict[s
     return answer
 
 
+@contextmanager
+def opened(source: str, **settings: Any) -> Iterator[DetectionService]:
+    """Service whose decoders end with the block."""
+    service = DetectionService(ServeSettings(source=source, **settings))
+    try:
+        yield service
+    finally:
+        service.decoders.close()
+
+
 def test_the_thresholds_of_the_detector_decide_unless_a_request_or_the_server_has_one(tmp_path: Path) -> None:
     own = ClassThresholds((0.3, None, 0.6), (None,) * 3, 0.9)
     detector = replace(small_detector(CLASSES[:3]), thresholds=own)
     folder = str(detector.save(tmp_path / "detector"))
     content = synthetic_records(1)[0].image
-    service = DetectionService(ServeSettings(source=folder))
-    every = detected_by(service, "threshold=0", content)
-    found = detected_by(service, "", content)
+    with opened(folder) as service:
+        every = detected_by(service, "threshold=0", content)
+        found = detected_by(service, "", content)
+        two = detected_by(service, "max_detections=2", content)
+        assert service.description()["thresholds"] == [0.3, 0.4, 0.6]
     pairs = zip(every["detections"][0]["scores"], every["detections"][0]["labels"], strict=True)
     expected = [score for score, label in pairs if score >= (0.3, 0.4, 0.6)[label]]
     assert 0 < len(expected) < len(every["detections"][0]["scores"])
     assert found["detections"][0]["scores"] == expected
     assert found["threshold"] == detector.threshold_text()
     assert every["threshold"] == "0, as given"
-    assert len(detected_by(service, "max_detections=2", content)["detections"][0]["scores"]) == 2
-    assert service.description()["thresholds"] == [0.3, 0.4, 0.6]
-    one = DetectionService(ServeSettings(source=folder, threshold=0.5))
-    assert one.description()["thresholds"] == [0.5, 0.5, 0.5]
-    assert all(score >= 0.5 for score in detected_by(one, "", content)["detections"][0]["scores"])
+    assert len(two["detections"][0]["scores"]) == 2
+    with opened(folder, threshold=0.5) as one:
+        assert one.description()["thresholds"] == [0.5, 0.5, 0.5]
+        assert all(score >= 0.5 for score in detected_by(one, "", content)["detections"][0]["scores"])
 
 
 @contextmanager
@@ -95,9 +106,12 @@ def test_the_page_starts_with_the_models_thresholds_and_names_them(tmp_path: Pat
     own = ClassThresholds((0.3, None, 0.6), (None,) * 3, 0.9)
     detector = replace(small_detector(CLASSES[:3]), thresholds=own)
     for name, each in (("own", detector), ("plain", replace(detector, thresholds=None))):
-        service = DetectionService(ServeSettings(source=str(each.save(tmp_path / name))))
         (tmp_path / f"browser-{name}").mkdir()
-        with browser(tmp_path / f"browser-{name}") as page, served(service) as address:
+        with (
+            opened(str(each.save(tmp_path / name))) as service,
+            browser(tmp_path / f"browser-{name}") as page,
+            served(service) as address,
+        ):
             page.open(f"{address}/?example")
             page.wait_for("document.body.dataset.state === 'done'")
             assert page.evaluate("element('own').checked") == (name == "own")

@@ -36,6 +36,9 @@ class RecordedTrainer:
 
     def _register_sigint_handler(self, controller: Any) -> None: ...
 
+    def _create_default_callbacks(self) -> list[Any]:
+        return []
+
     def fit(self) -> Any:
         RecordedTrainer.variables = get_env_vars_to_propagate()
         RecordedTrainer.message = str(WorkerGroupStartupTimeoutError(num_workers=2))
