@@ -143,7 +143,7 @@ def test_the_demo_chain_beats_scratch_is_left_alone_when_finished_and_tells_its_
         "demo-chain-pretrain",
         "model shapes-pretrained/1",
         "model shapes/1",
-        "training: few,",
-        "training: many,",
+        "training: chain/few,",
+        "training: chain/many,",
     ):
         assert part in tree, tree
