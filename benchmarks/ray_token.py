@@ -41,6 +41,12 @@ def measure(private: bool) -> tuple[float, float]:
 
     from pipeline.ray_cluster import LOCAL_ENVIRONMENT, QUIET_ENVIRONMENT, private_cluster
 
+    # Inside, so that Ray's workers need not import this program.
+    def empty() -> None: ...
+
+    class Empty:
+        def call(self) -> None: ...
+
     os.environ.update(QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"})
     os.environ.pop("RAY_ADDRESS", None)
     before = cpu_seconds()
@@ -54,17 +60,6 @@ def measure(private: bool) -> tuple[float, float]:
     ended = cpu_seconds()
     ray.shutdown()
     return started - before, ended - started
-
-
-def empty() -> None:
-    """Do nothing, as a task."""
-
-
-class Empty:
-    """Does nothing, as an actor."""
-
-    def call(self) -> None:
-        """Do nothing."""
 
 
 def cpu_seconds() -> float:
