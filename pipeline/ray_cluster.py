@@ -22,9 +22,8 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every line of a worker twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DATA_LOGGING_CONFIG": str(
-        Path(__file__).with_name("ray_data_logging.yaml")
-    ),  # of this process alone, if it joins a cluster
+    # Where a cluster is joined, of this process alone.
+    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray_data_logging.yaml")),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's report waits for the next health check
 }
 LOCAL_ENVIRONMENT = {

@@ -308,7 +308,7 @@ class Decoder(nn.Module):
         """Decode edge distributions [B, Q, 4, N] to boxes [B, Q, 4]; outside autocast unless `numerics` is "released"."""
         full_precision = torch.autocast(probabilities.device.type, enabled=False)
         with full_precision if self.config.numerics == "float32" else nullcontext():
-            offsets = probabilities @ self.bins.to(dtype)
+            offsets = distribution.expectation(probabilities, self.bins.to(dtype))
         return distribution.decode_boxes(initial_boxes, offsets.float(), self.config.reg_scale)
 
     def deploy(self) -> None:

@@ -28,7 +28,12 @@ def weighting_function(reg_max: int, up: float, reg_scale: float) -> Tensor:
 
 def integral(edge_logits: Tensor, bins: Tensor) -> Tensor:
     """Expected offset of every edge, [..., 4, N] to [..., 4], in units of W(n)."""
-    return edge_logits.softmax(-1) @ bins.to(edge_logits.dtype)
+    return expectation(edge_logits.softmax(-1), bins.to(edge_logits.dtype))
+
+
+def expectation(probabilities: Tensor, bins: Tensor) -> Tensor:
+    """Expected offset of every edge from its distribution, [..., 4, N] to [..., 4], in units of W(n)."""
+    return probabilities @ bins
 
 
 def edge_deviations(initial_boxes: Tensor, edge_logits: Tensor, bins: Tensor, reg_scale: float) -> Tensor:
