@@ -36,22 +36,6 @@ def expectation(probabilities: Tensor, bins: Tensor) -> Tensor:
     return probabilities @ bins
 
 
-def edge_deviations(initial_boxes: Tensor, edge_logits: Tensor, bins: Tensor, reg_scale: float) -> Tensor:
-    """Uncertainty of every edge: the standard deviation of its distribution.
-
-    Args:
-        initial_boxes: [..., 4] cxcywh.
-        edge_logits: [..., 4, N].
-
-    Returns:
-        [..., 4] of the left, top, right, bottom edge, in the units of the boxes.
-    """
-    probabilities = edge_logits.float().softmax(-1)
-    away = bins - (probabilities @ bins).unsqueeze(-1)  # [..., 4, N]
-    size = torch.cat([initial_boxes[..., 2:]] * 2, dim=-1)  # width, height, width, height
-    return (probabilities * away**2).sum(-1).sqrt() * size / reg_scale
-
-
 def decode_boxes(initial_boxes: Tensor, offsets: Tensor, reg_scale: float) -> Tensor:
     """Move the edges of the initial boxes: positive offsets move outwards.
 

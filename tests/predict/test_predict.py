@@ -22,7 +22,6 @@ from dfine_core import ImageDetections, LoadedDetector
 from dfine_core.drawing import label_colour
 from dfine_core.images import SUFFIXES
 from dfine_core.inference import prepare
-from dfine_core.model import distribution
 from dfine_core.model.postprocess import best_pairs, postprocess
 from dfine_core.thresholds import ClassThresholds
 from jobs import predict as predict_job
@@ -362,16 +361,6 @@ def test_no_detections_are_an_empty_list(loaded: LoadedDetector, photos: Path, t
 
 
 # Deviations of the edges
-
-
-def test_the_deviation_of_an_edge_is_that_of_its_distribution() -> None:
-    bins = torch.tensor([-2.0, 0.0, 1.0])
-    certain, uniform, bimodal = [[0.0, 100, 0]], [[0.0, 0, 0]], [[50.0, -50, 50]]
-    logits = torch.tensor([certain + uniform + bimodal + certain])
-    box = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
-    uniform_deviation = ((4 + 0 + 1) / 3 - (-1 / 3) ** 2) ** 0.5
-    expected = [0.0, uniform_deviation * 0.4 / 4, 1.5 * 0.2 / 4, 0.0]
-    assert distribution.edge_deviations(box, logits, bins, 4.0)[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_explained_parts_have_the_deviation_of_each_edge_in_pixels(
