@@ -70,6 +70,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "run_report": {
         *("data.shards", "data.augment", "config", "open_detector", "evaluation", "tracking", "training"),
     },
+    "calibration": {"data.shards", "data.stream", "config", "open_detector", "evaluation"},
     "fit": {
         *("data.shards", "data.sources", "data.prepare", "data.doctor", "config", "config_files", "output_folder"),
         *("open_detector", "evaluation", "export", "training", "run_report"),
