@@ -73,6 +73,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         ({"spcae": {}}, "unknown key 'spcae'; did you mean space"),
         ({"metric": "mAP"}, "'mAP' is not measured: choose from AP, AP50"),
         ({"metric": "latency"}, "known only at the end of a trial"),
+        ({"metric": "edges/width_error"}, "is better when it is lower: add mode: min"),
         ({"searcher": {"kind": "random", "objectives": ["AP", "latency"]}}, "two objectives need searcher.kind optuna"),
         ({"searcher": {"objectives": ["AP50", "latency"]}}, "give the metric (AP)"),
         ({"searcher": {"kind": "grid"}, "space": {"loss.ddf": {"uniform": [0, 1]}}}, "grid needs a list of values"),
