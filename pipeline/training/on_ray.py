@@ -15,7 +15,7 @@ from ray.train import (
     UserCallback,
     WorkerGroupError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from pipeline import storage
 from pipeline.config import Cluster
@@ -25,6 +25,7 @@ from pipeline.ray_internals import drop_placement_group_cleaner, keep_signal_han
 from pipeline.training.context import TrainJob
 from pipeline.training.heartbeat import ProgressMonitor, start_progress_board
 from pipeline.training.preflight import Request, waits_for
+from pipeline.training.rendezvous import LocalTorchConfig
 from pipeline.training.stop_request import stop_signals
 from pipeline.training.worker import train_worker
 
@@ -75,7 +76,7 @@ def _trainer(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "board": board},
-        torch_config=TorchConfig(
+        torch_config=LocalTorchConfig(
             backend="nccl" if request.gpus else "gloo", timeout_s=int(cluster.collective_timeout_s)
         ),
         scaling_config=ScalingConfig(
