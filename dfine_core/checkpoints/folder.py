@@ -13,8 +13,8 @@
         export.json
         safetensors/, huggingface/          one of the two layouts above; the first that is there is read
 
-The folder of a run stands for its best checkpoint; for the next best where that is damaged, and a warning names both. The folder of
-an MLflow model stands for its artifacts. No code from a file is run.
+The folder of a run stands for its best checkpoint; for the next best where that is damaged, and a warning names both. The folder
+of an MLflow model stands for its artifacts. No code from a file is run.
 safetensors is imported with the first file that needs it.
 """
 
