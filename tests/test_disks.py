@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from jobs import evaluate, export, predict, train, weights
+from jobs import evaluate, export, predict, train, tune, weights
 from jobs.command import user_errors
 from pipeline import storage
 from pipeline.errors import os_error_text
@@ -22,21 +23,25 @@ from tests.support.synthetic_shards import synthetic_records, write_shards
 FULL, READ_ONLY = "no space is left on its disk: free some", "its file system is read-only: choose another folder"
 
 
-@pytest.fixture(params=["full", "read-only"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A disk of its own that cannot be written, and the sentence about it."""
-    folder = tmp_path / "disk"
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
     folder.mkdir()
-    options = "size=64k" if request.param == "full" else "ro"
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("only root mounts a disk")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(params=["full", "read-only"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A disk of its own that cannot be written, and the sentence about it."""
+    with small_disk(tmp_path / "disk", "size=64k" if request.param == "full" else "ro") as folder:
         if request.param == "full":
             (folder / "ballast").write_bytes(bytes(48 << 10))
         yield folder, FULL if request.param == "full" else READ_ONLY
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_failed_write_names_its_file_and_leaves_nothing(disk: tuple[Path, str], tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_full_disk_for_temporary_files_is_named(disk: tuple[Path, str]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["predict", "export", "weights", "evaluate", "train"])
+@pytest.mark.parametrize("command", ["predict", "export", "weights", "evaluate", "train", "tune"])
 def test_every_command_ends_with_the_path_of_a_disk(disk: tuple[Path, str], tmp_path: Path, command: str) -> None:
     folder, sentence = disk
     records = synthetic_records(6, longest_side=64)
@@ -117,14 +122,56 @@ def test_every_command_ends_with_the_path_of_a_disk(disk: tuple[Path, str], tmp_
     }
     (tmp_path / "run.yaml").write_text(json.dumps(experiment))
     detector, out = str(tmp_path / "detector"), str(folder / "out")
+    sweep = {"name": "sweep", "storage": out, "experiment": str(tmp_path / "run.yaml"), "searcher": {"kind": "grid"}}
+    sweep |= {"space": {"loss.ddf": {"grid": [0.0]}}, "scheduler": {"kind": "none"}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     run, arguments = {
         "predict": (predict.main, [detector, str(tmp_path / "images"), "--out", out, "--workers", "0"]),
         "export": (export.main, [detector, "--to", "safetensors", "--out", out]),
         "weights": (weights.main, ["convert", detector, "--to", "safetensors", "--out", out]),
         "evaluate": (evaluate.main, [detector, str(tmp_path / "shards"), "--out", out]),
         "train": (train.main, [str(tmp_path / "run.yaml"), "--set", f"storage={out}"]),
+        "tune": (tune.main, [str(tmp_path / "sweep.yaml")]),
     }[command]
     with pytest.raises(SystemExit) as ended:
         run(arguments)
     assert str(ended.value).startswith(str(folder))
     assert sentence in str(ended.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_a_disk_that_fills_under_processes_of_ray_is_named(tmp_path: Path, command: str) -> None:
+    """The files of the start fit on the disk, the first checkpoint does not."""
+    with small_disk(tmp_path / "disk", "size=8m") as folder:
+        write_shards(tmp_path / "shards", synthetic_records(6, longest_side=64))
+        experiment = {
+            "storage": str(folder / "runs"),
+            "data": {"train": str(tmp_path / "shards"), "val": str(tmp_path / "shards")},
+            "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
+            "schedule": {"steps": 2, "global_batch_size": 2, "no_aug_epochs": 0, "micro_batch_size": 1},
+            "checkpoints": {"every_steps": 1},
+        }
+        workers = 2 if command == "train" else 1
+        cluster = {"workers": workers, "gpus_per_worker": 0, "cpus_per_worker": 0.5, "threads_per_worker": 1}
+        sweep = {"name": "sweep", "storage": str(folder / "runs"), "experiment": str(tmp_path / "run.json")}
+        sweep |= {"cluster": str(tmp_path / "cluster.json"), "replicates": 1, "confirm": {"top": 0}}
+        sweep |= {"space": {"loss.ddf": {"grid": [0.0]}}, "scheduler": {"kind": "none"}, "searcher": {"kind": "grid"}}
+        for name, content in {"run": experiment, "cluster": cluster, "sweep": sweep}.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        words = {
+            "train": ["jobs.train", f"{tmp_path}/run.json", "--cluster", f"{tmp_path}/cluster.json", "--name", "run"],
+            "tune": ["jobs.tune", f"{tmp_path}/sweep.json"],
+        }[command]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        ended = subprocess.run(
+            [sys.executable, "-m", *words],
+            env=environment | {"RAY_TMPDIR": "/tmp"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said = ended.stdout + ended.stderr
+        assert ended.returncode != 0, said
+        assert any(f"{folder}/" in line and FULL in line for line in said.splitlines()), said
+        assert "Traceback" not in said
