@@ -5,7 +5,7 @@ import pytest
 from tests.support.chaos import BLOWS_LANDED
 
 LEAST_BLOWS = 40
-TESTS = 8
+TESTS = 9  # of `tests/chaos`
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -19,7 +19,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a session of too few blows."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     landed = _landed(reporter) if reporter else []
-    if len(landed) == TESTS and sum(landed) < LEAST_BLOWS:
+    if len(landed) >= TESTS and sum(landed) < LEAST_BLOWS:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
