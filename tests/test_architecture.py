@@ -120,7 +120,10 @@ ENTRANCES = {
         *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "groups", "ray_executions")),
         *(
             f"pipeline/training/{name}.py"
-            for name in ("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "worker", "worker_console")
+            for name in (
+                *("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "rendezvous", "worker"),
+                "worker_console",
+            )
         ),
         *("pipeline/predict/on_ray.py", "pipeline/serve/deployment.py"),
         *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),

@@ -70,7 +70,7 @@ class PredictResult:
         by_class = ", ".join(f"{count} {name}" for name, count in self.detections.most_common(12))
         lines = [
             f"{self.out}: {self.detections.total()} detections in {self.num_images} images",
-            f"  {by_class}",
+            *([f"  {by_class}"] if by_class else []),
             f"  threshold: {self.threshold_text}",
         ]
         if not self.json_files:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -107,6 +108,8 @@ def test_a_few_images_in_this_process_give_the_files_of_ray_bit_for_bit(folder: 
         log = folder / f"{name}.log"
         driver = start(folder, str(folder / "photos" / "00*.jpg"), str(outs[name]), log, "--part-size", "50", *options)
         assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
+        assert "100%" in log.read_text()
+        assert not re.search(r"\.cc:\d+|Actor with class name|pid=", log.read_text())  # of Ray
     files = [
         {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         for out in outs.values()
