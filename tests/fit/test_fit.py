@@ -15,13 +15,14 @@ from dfine_core import load
 from pipeline.config import ConfigError
 from pipeline.config_files import load_experiment
 from pipeline.data.shards.manifest import load_shards
+from pipeline.data.sources.synthetic import CLASSES
 from pipeline.fit.choices import Choice
 from pipeline.fit.fit import FitRequest, plan_fit, round_of, run_fit
 from pipeline.fit.plan import available_weights, experiment_yaml
 from pipeline.fit.prepared import FitError, find_splits
 from pipeline.fit.source_record import digest, read_record, read_source
 from pipeline.storage import StorageError
-from tests.support.exported_layouts import LAYOUTS, drawn_splits
+from tests.support.exported_layouts import LAYOUTS, WITHOUT_SPLITS, drawn_splits
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -216,6 +217,21 @@ def test_a_planned_fit_trains_exports_and_ends_with_the_page_and_the_next_comman
     assert "exported before" in again
     assert (planned.out / "exported" / "detector.onnx").stat().st_mtime_ns == written
     assert again.rstrip().splitlines()[-5:] == said.rstrip().splitlines()[-5:]
+
+
+@pytest.mark.slow  # Ray
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_every_layout_reaches_the_plan_without_a_word_about_its_format(layout: str, tmp_path: Path) -> None:
+    splits = drawn_splits(train=20) if layout in WITHOUT_SPLITS else drawn_splits(train=16, val=6, test=2)
+    LAYOUTS[layout](tmp_path / "mine", splits)
+    request, experiment = plan_fit(FitRequest(folder=tmp_path / "mine", out=tmp_path / "out", given=SMALL))
+    assert experiment == load_experiment(request.experiment_file)
+    assert experiment.data.val is not None
+    parts = [load_shards(uri).manifest for uri in (experiment.data.train, experiment.data.val)]
+    assert sum(part.images for part in parts) == sum(len(splits[name]) for name in splits if name != "test")
+    assert {category.name for part in parts for category in part.categories} <= set(CLASSES)
+    assert all(part.boxes > 0 for part in parts)
+    assert (tmp_path / "out" / "doctor.html").exists()
 
 
 @pytest.mark.slow  # Ray, a training and an export
