@@ -83,8 +83,7 @@ def _with_overrides(content: dict[str, Any], path: Path, overrides: Mapping[str,
 def _with_absolute_weights(content: dict[str, Any]) -> dict[str, Any]:
     """Make paths among candidates for `init` absolute: trials run in other working directories."""
     space = content.get("space")
-    domain = space.get("init") if isinstance(space, dict) else None
-    if not isinstance(domain, dict):
+    if not isinstance(space, dict) or not isinstance(domain := space.get("init"), dict):
         return content
     listed = {
         kind: [_absolute_weights(value) for value in values]
