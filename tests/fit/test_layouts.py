@@ -23,6 +23,7 @@ def boxes_of(source: DatasetSource) -> Counter[tuple[Box, ...]]:
     found = []
     for entry, boxes in index.ordered():
         assert Path(entry.uri).is_file()
+        assert entry.width is None or (entry.width, entry.height) == _size(entry.uri)  # its own, not one of that name
         width, height = (1, 1) if entry.width is not None else _size(entry.uri)
         rows = [
             (names[box.label], *(round(v) for v in (box.x1 * width, box.y1 * height, box.x2 * width, box.y2 * height)))
