@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dfine_core.thresholds import Threshold, wanted_precision
 from jobs import recipes
 from pipeline.errors import DISK_FAULTS, UserError, in_one_line, os_error_text
 from pipeline.mlflow_access import is_mlflow_uri
@@ -282,6 +283,16 @@ def share(text: str) -> float:
     """Argument type: number in 0..1."""
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return value
+
+
+def threshold(text: str) -> Threshold:
+    """Argument type: score in 0..1, or `precision=SHARE`."""
+    value: Threshold = text if "=" in text else share(text)
+    try:
+        wanted_precision(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}") from None
     return value
 
 

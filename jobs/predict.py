@@ -21,7 +21,7 @@ from jobs.command import (
     location,
     parsed,
     refuse_missing,
-    share,
+    threshold,
     user_errors,
 )
 
@@ -77,8 +77,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
     arguments.add_argument(
         "--threshold",
-        type=share,
-        help="minimum score of all classes; default: by class the best on the validation images, or 0.4; 0 keeps all detections",
+        type=threshold,
+        help="minimum score of all classes; default: by class the best on the validation images, or 0.4; 0 keeps all detections"
+        "; precision=0.9: by class the score that reached it",
     )
     arguments.add_argument(
         "--frame-stride", type=number, default=1, metavar="N", help="take every N-th frame of videos"

@@ -56,12 +56,13 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "output_folder": {"config"},
     "exported_files": {"config"},
     "open_detector": {"config"},
+    "thresholds": {"config", "open_detector"},
     "benchmark": {"config", "exported_files", "open_detector"},
     "evaluation": {"config", "data.shards", "data.augment", "data.stream"},
     "tracking": {"config"},
     "training": {
         *("data.shards", "data.augment", "data.stream", "config", "config_files"),
-        *("open_detector", "benchmark", "evaluation", "tracking"),
+        *("open_detector", "thresholds", "benchmark", "evaluation", "tracking"),
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
@@ -76,7 +77,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
         *("open_detector", "evaluation", "export", "training", "run_report"),
     },
     "weight_files": {"config", "open_detector", "export"},
-    "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "evaluation"},
+    "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "thresholds", "evaluation"},
     "serve": {"config", "open_detector"},
     "tuning": {
         *("data.shards", "data.stream", "config", "config_files"),

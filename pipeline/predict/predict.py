@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dfine_core.inference import LoadedDetector
+from dfine_core.thresholds import Threshold
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.classes import with_classes_of
@@ -32,6 +33,7 @@ from pipeline.predict.plan import PARTS_FOLDER, SCHEMA, PredictPlan, claim_folde
 from pipeline.predict.predicted_images import record_batches
 from pipeline.progress import Progress
 from pipeline.ray_job import cluster_to_join
+from pipeline.thresholds import refuse_unmeasured
 
 REJECTED_FILE = "rejected.parquet"
 REJECTED_COLUMNS = ["image_id", "file_name", "frame", "rejected"]
@@ -44,7 +46,7 @@ FEW_IMAGES = 256  # one part of the default size, which Ray could not divide: st
 class PredictOptions:
     """Options of a prediction."""
 
-    threshold: float | None = None  # minimum score; None: the detector's own, see `LoadedDetector.least_scores`
+    threshold: Threshold | None = None  # minimum score; None: the detector's own, see `LoadedDetector.least_scores`
     part_size: int = 256  # images per part, the most that an interruption repeats
     batch_size: int = 8  # images per forward pass
     num_images: int = 12  # images to draw
@@ -91,10 +93,12 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
         out: path or URI, shared by all nodes.
 
     Raises:
-        ConfigError: the folder contains other files or another prediction, or the detector has no distributions to measure.
+        ConfigError: the folder contains other files or another prediction, or the detector has no distributions or no
+            thresholds of the kind that the options ask for.
     """
     if options.num_explanations and loaded.config.regression != "fdr":
         raise ConfigError("this detector regresses boxes directly: its edges have no distributions to explain")
+    refuse_unmeasured(loaded, options.threshold)
 
     # 1. The plan: everything that the parts depend on. A folder with another one is refused.
     out = storage.absolute(out)

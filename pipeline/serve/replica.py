@@ -12,17 +12,18 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch import Tensor
 
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections
-from pipeline.config import Config, Share
+from dfine_core.thresholds import Threshold, wanted_precision
+from pipeline.config import Config
 from pipeline.open_detector import open_detector
 from pipeline.serve.batching import Batcher
 from pipeline.serve.decoder_pool import DECODE_LIMIT_S, DecoderPool
@@ -41,11 +42,19 @@ NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 CLIENT_CLOSED_REQUEST = 499  # status of a request whose client disconnected; counted only
 
 
+def _a_threshold(threshold: Threshold) -> Threshold:
+    wanted_precision(threshold)
+    return threshold
+
+
+ServedThreshold = Annotated[Threshold, AfterValidator(_a_threshold)]
+
+
 class ServeSettings(Config):
     """Detector to serve, and limits of its requests."""
 
     source: str  # any source of `open_detector`
-    threshold: Share | None = None  # unless a request has its own; default: the detector's, class by class
+    threshold: ServedThreshold | None = None  # unless a request has its own; default: the detector's, class by class
     batch_size: PositiveInt = 8  # images per forward pass, at most
     timeout_s: PositiveFloat = 30.0  # per request, from its arrival at a replica to the response
     header_s: PositiveFloat = 10.0  # for the headers of a request to arrive; of the proxy

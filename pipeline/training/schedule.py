@@ -82,7 +82,7 @@ class Schedule:
         decay = "constant" if self.min_lr_ratio == 1 else f"a cosine to {self.min_lr_ratio:g} of it"
         return [
             f"{self.steps} steps of {self.global_batch_size} images, {self.steps_per_epoch} per epoch of {self.images} images:"
-            f" {self.epochs:g} epochs",
+            f" {self.epochs:g} epoch{'' if self.epochs == 1 else 's'}",
             f"stage two (no strong augmentation): {stage_two}",
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
