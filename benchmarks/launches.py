@@ -91,10 +91,10 @@ class LaunchCounter(TorchDispatchMode):
         return call
 
 
-def training_state(variant: str, precision: str) -> TrainState:
-    """Small state of a training of a variant, with random weights."""
+def training_state(variant: str, precision: str, **settings: Any) -> TrainState:
+    """Small state of a training of a variant, with random weights; `settings` are fields of its `ModelConfig`."""
     torch.manual_seed(0)
-    config = ModelConfig.variant(variant, num_classes=CLASSES, input_size=(SIDE, SIDE), num_queries=QUERIES)
+    config = ModelConfig.variant(variant, num_classes=CLASSES, input_size=(SIDE, SIDE), num_queries=QUERIES, **settings)
     detector = Detector(config).train()
     return TrainState(
         detector=detector,
