@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from dfine_core.boxes import inverse_sigmoid
 from dfine_core.config import ModelConfig
-from dfine_core.model import distribution
-from dfine_core.model.attention import DeformableAttention, split_levels
+from dfine_core.model import distribution, sampling
+from dfine_core.model.attention import DeformableAttention, Levels, split_levels
 from dfine_core.model.layers import (
     MLP,
     ConvNorm,
@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor], mask: Tensor | None
+        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Levels, mask: Tensor | None
     ) -> Tensor:
         """Return the refined content [B, Q, D].
 
@@ -203,7 +203,8 @@ class Decoder(nn.Module):
             # Every parameter takes part in every step, or DistributedDataParallel would wait for its gradient.
             content = content + 0 * self.denoising_class_embed.weight.sum()
 
-        levels = split_levels(memory, shapes, self.config.decoder_heads)
+        fused = self.config.sampling == "default" and sampling.usable(memory, len(shapes))
+        levels = split_levels(memory, shapes, self.config.decoder_heads, fused=fused)
         predictions = self._refine(content, reference_logits, levels, allowed, every_layer)
         if not every_layer:
             return DetectorOutput(logits=predictions.logits[-1], boxes=predictions.boxes[-1])
@@ -245,7 +246,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         reference_logits: Tensor,
-        levels: list[Tensor],
+        levels: Levels,
         allowed: Tensor | None,
         every_layer: bool,
     ) -> QueryPredictions:
