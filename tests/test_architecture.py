@@ -131,6 +131,7 @@ ENTRANCES = {
     "jinja2": ("pipeline/html_pages.py",),
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
+    "triton": ("pipeline/data/augment/photometric_triton.py",),
     "onnx": ("pipeline/export/formats.py",),
     "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
     "transformers": ("pipeline/export/huggingface.py",),

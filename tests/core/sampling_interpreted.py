@@ -124,6 +124,7 @@ def test_deterministic_gradients_do_not_depend_on_the_order_of_queries() -> None
     torch.testing.assert_close(first, usual[0], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, for the interpreter
 def test_deterministic_gradients_do_not_hide_what_is_not_finite() -> None:
     tokens, locations, weights = arguments(9, queries=2)
     weights[0, 0, 0, 0] = math.inf
