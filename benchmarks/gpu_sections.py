@@ -244,9 +244,10 @@ def speed(proof: Proof) -> Iterator[Row]:
     row: Row = {"case": proof.label(), "images/s": 1e3 * proof.batch / step, "step ms": step, "first step s": first}
     if proof.device == "cuda":
         row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    if proof.compiled == "off":
+    if proof.device == "cuda" and proof.compiled == "off":
         gflop = step_gflop(proof)
         row |= {"GFLOP/s": 1e3 * gflop / step, "GFLOP an image": gflop / proof.batch}
+    if proof.compiled == "off":
         row |= shares(proof, state, batch, PARTS)
     yield row
 
@@ -293,15 +294,16 @@ def shares(proof: Proof, state: Any, batch: Any, parts: tuple[str, ...]) -> Row:
 
 def collectives(proof: Proof) -> Iterator[Row]:
     """Two workers of Ray Train that share one device exchange a tensor."""
-    import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.ray_cluster import start_ray
 
     if proof.device == "cpu" and proof.backend == "nccl":
         yield {"case": "nccl", "result": "no GPU"}
         return
     gpus = 1 if proof.device == "cuda" else 0
-    ray.init(num_cpus=4, num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+    start_ray()
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             _exchange,
@@ -355,7 +357,11 @@ def whole_training(proof: Proof) -> Iterator[Row]:
             "name": "proof",
             "storage": f"{folder}/runs",
             "data": {"train": f"{folder}/train"},
-            "model": {"variant": proof.variant, "input_size": [proof.size, proof.size], "num_queries": 60},
+            "model": {
+                "variant": proof.variant,
+                "input_size": [proof.size, proof.size],
+                "num_queries": 60 if gpu else 20,
+            },
             "schedule": {"steps": 40 if gpu else 20, "global_batch_size": 16 if gpu else 2, "no_aug_epochs": 0},
             "numerics": {"compile": False},
         }
@@ -432,7 +438,7 @@ def step_gflop(proof: Proof) -> float:
     from benchmarks.train_step import Settings, Training
 
     fixed: dict[str, Any] = {"device": "cpu", "amp": "no", "compile": False, "channels_last": False}
-    one = Settings(variant=proof.variant, batch=1, size=max(proof.size, 320), classes=CLASSES, objects=BOXES, **fixed)
+    one = Settings(variant=proof.variant, batch=1, size=proof.size, classes=CLASSES, objects=BOXES, **fixed)
     return Training(one, "fdr").gflops * proof.batch
 
 
