@@ -20,7 +20,9 @@ BELOW = {
 OURS = set(BELOW)
 CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the standard library
 # Files of the core that use more; the detector needs none of this.
-ALSO = {f"dfine_core/{name}.py": {"PIL"} for name in ("drawing", "image_work", "images")}
+ALSO = {f"dfine_core/{name}.py": {"PIL"} for name in ("drawing", "image_work", "images")} | {
+    "dfine_core/model/sampling_triton.py": {"triton"}  # imported at the first call, where Triton is installed
+}
 BORROWED = {"dfine_core/checkpoints/folder.py": {"safetensors"}}  # imported when it is needed, inside a function
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
@@ -134,6 +136,7 @@ ENTRANCES = {
     "jinja2": ("pipeline/html_pages.py",),
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
+    "triton": ("pipeline/data/augment/photometric_triton.py",),
     "onnx": ("pipeline/export/formats.py",),
     "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
     "transformers": ("pipeline/export/huggingface.py",),

@@ -262,16 +262,16 @@ class Criterion(nn.Module):
 
         # How much a query matters: the IoU of its box where it is matched, else the teacher's confidence.
         factor = self._precise(stages.queries.logits[-1].detach()).amax(-1).sigmoid()  # [B, Q]
-        factor[:, noised:] *= outside[0]
-        factor[:, :noised] *= outside[1]
+        factor[:, noised:].mul_(outside[0])
+        factor[:, :noised].mul_(outside[1])
         factor = factor.repeat(students, 1, 1)
         shared = slice(pairs.shared)
         matched = ious[:students, : pairs.union] * inside[0], ious[:students, pairs.union : pairs.shared] * inside[1]
         factor[:, pairs.image[0, shared], pairs.query[0, shared]] = torch.cat(matched, dim=1).to(factor.dtype)
 
         divergence = losses.edge_divergence(self._precise(edge_logits), weights.ddf_temperature)  # [L - 1, B, Q]
-        per_query = divergence * factor
-        return per_query[:, :, noised:].sum((1, 2)), per_query[:, :, :noised].sum((1, 2))
+        of_noised, of_matching = (divergence * factor).split((noised, queries - noised), dim=2)
+        return of_matching.sum((1, 2)), of_noised.sum((1, 2))
 
     def _precise(self, x: Tensor) -> Tensor:
         return x.float() if self.config.numerics == "float32" else x

@@ -3,6 +3,8 @@
 Letters: S stages (or layers) side by side, M pairs, Q queries, N bins. A loss that is computed for S stages at once returns [S].
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,9 +51,8 @@ def fine_grained_localization_loss(edge_logits: Tensor, target_offsets: Tensor, 
 
     Source: D-FINE, arXiv:2410.13842, equation 6.
     """
-    left, toward_right = bracketing_bins(target_offsets, bins)  # [M, 4]
-    bracket = torch.stack([left, left + 1], dim=-1).expand(*edge_logits.shape[:-1], 2)
-    share = torch.stack([1 - toward_right, toward_right], dim=-1)
+    bracket, share = bracketing_bins(target_offsets, bins)  # [M, 4, 2]
+    bracket = bracket.expand(*edge_logits.shape[:-1], 2)
     log_likelihood = (F.log_softmax(edge_logits, dim=-1).gather(-1, bracket) * share).sum((-1, -2))  # [S, M]
     return log_likelihood * -ious.detach()
 
@@ -69,6 +70,29 @@ def edge_divergence(edge_logits: Tensor, temperature: float) -> Tensor:
 
     Source: D-FINE, arXiv:2410.13842, equations 7-8.
     """
-    log_probabilities = F.log_softmax(edge_logits / temperature, dim=-1)
-    student, teacher = log_probabilities[:-1], log_probabilities[-1].detach()
-    return (teacher.exp() * (teacher - student)).sum((-1, -2)) * (temperature**2 / 4)
+    divergence: Tensor = _EdgeDivergence.apply(edge_logits, temperature)
+    return divergence
+
+
+class _EdgeDivergence(torch.autograd.Function):
+    """`edge_divergence`, whose gradient is the difference of two distributions.
+
+    It keeps the logits alone, which exist anyway; autograd would keep the distributions of every layer too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, edge_logits: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(edge_logits)
+        ctx.temperature = temperature
+        log_probabilities = F.log_softmax(edge_logits / temperature, dim=-1)
+        student, teacher = log_probabilities[:-1], log_probabilities[-1]
+        return (teacher.exp() * (teacher - student)).sum((-1, -2)) * (temperature**2 / 4)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (edge_logits,), temperature = ctx.saved_tensors, ctx.temperature
+        probabilities = F.softmax(edge_logits / temperature, dim=-1)
+        scale = (gradients[0] * (temperature / 4)).unsqueeze(-1).unsqueeze(-1)
+        learned = probabilities - probabilities[-1]  # 0 in the last layer, the teacher
+        learned[:-1].mul_(scale)
+        return learned, None

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from dfine_core.boxes import inverse_sigmoid
 from dfine_core.config import ModelConfig
-from dfine_core.model import distribution
-from dfine_core.model.attention import DeformableAttention, split_levels
+from dfine_core.model import distribution, sampling
+from dfine_core.model.attention import DeformableAttention, Levels, split_levels
 from dfine_core.model.layers import (
     MLP,
     ConvNorm,
@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor], mask: Tensor | None
+        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Levels, mask: Tensor | None
     ) -> Tensor:
         """Return the refined content [B, Q, D].
 
@@ -203,7 +203,8 @@ class Decoder(nn.Module):
             # Every parameter takes part in every step, or DistributedDataParallel would wait for its gradient.
             content = content + 0 * self.denoising_class_embed.weight.sum()
 
-        levels = split_levels(memory, shapes, self.config.decoder_heads)
+        fused = self.config.sampling == "default" and sampling.usable(memory, len(shapes))
+        levels = split_levels(memory, shapes, self.config.decoder_heads, fused=fused)
         predictions = self._refine(content, reference_logits, levels, allowed, every_layer)
         if not every_layer:
             return DetectorOutput(logits=predictions.logits[-1], boxes=predictions.boxes[-1])
@@ -245,7 +246,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         reference_logits: Tensor,
-        levels: list[Tensor],
+        levels: Levels,
         allowed: Tensor | None,
         every_layer: bool,
     ) -> QueryPredictions:
@@ -256,7 +257,7 @@ class Decoder(nn.Module):
         edge_logits: Tensor | None = None
         reference = reference_logits.sigmoid()
         kept: list[int] = []  # layers
-        contents, boxes, edges, distributions = [], [], [], []
+        contents, boxes, edges = [], [], []
         mask = None if allowed is None else additive_mask(allowed, x)
 
         for index, layer in enumerate(self.decoder.layers):
@@ -271,41 +272,50 @@ class Decoder(nn.Module):
                 step = step.unflatten(-1, (4, config.num_bins))
                 step = step.float() if config.numerics == "float32" else step
                 edge_logits = step if edge_logits is None else step + edge_logits
-                probabilities = edge_logits.softmax(-1)
-                moved = self._decode(probabilities, edge_logits.dtype, initial_boxes.detach())
+                if index < last:  # gradients come from the boxes of all layers, decoded at once below
+                    reference = self._decode(
+                        edge_logits.detach().softmax(-1), edge_logits.dtype, initial_boxes.detach()
+                    )
             else:
                 moved = (step.float() + inverse_sigmoid(reference)).sigmoid()
+                reference = moved.detach()
             if every_layer or index == last:
                 kept.append(index)
                 contents.append(x)
-                boxes.append(moved)
                 if edge_logits is not None:
                     edges.append(edge_logits)
-                    distributions.append(probabilities)
-            reference, previous = moved.detach(), x.detach()
+                else:
+                    boxes.append(moved)
+            previous = x.detach()
 
-        class_logits, scores = self._score(kept, contents, distributions)
+        if edges:
+            every_edge = torch.stack(edges)
+            probabilities = every_edge.softmax(-1)
+            moved = self._decode(probabilities, every_edge.dtype, initial_boxes.detach())
+        else:
+            every_edge, probabilities, moved = None, None, torch.stack(boxes)
+        class_logits, scores = self._score(kept, contents, probabilities)
         return QueryPredictions(
             logits=scores,
-            boxes=torch.stack(boxes),
-            edge_logits=torch.stack(edges) if edges else None,
+            boxes=moved,
+            edge_logits=every_edge,
             initial_logits=class_logits[0],
             initial_boxes=initial_boxes,
         )
 
-    def _score(self, layers: list[int], contents: list[Tensor], distributions: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _score(self, layers: list[int], contents: list[Tensor], probabilities: Tensor | None) -> tuple[Tensor, Tensor]:
         """Class logits of layers, and the same corrected by the quality of their distributions: [L, B, Q, C] each."""
         heads = [cast(nn.Linear, self.dec_score_head[index]) for index in layers]
         shape = contents[0].shape[:2]
         logits = side_by_side(heads, torch.stack(contents).flatten(1, 2)).unflatten(1, shape)
-        if not distributions:
+        if probabilities is None:
             return logits, logits
         estimators = [cast(QualityEstimator, self.decoder.lqe_layers[index]).reg_conf for index in layers]
-        statistics = edge_statistics(torch.stack(distributions)).flatten(1, 2)
+        statistics = edge_statistics(probabilities).flatten(1, 2)
         return logits, logits + mlps_side_by_side(estimators, statistics).unflatten(1, shape)
 
     def _decode(self, probabilities: Tensor, dtype: torch.dtype, initial_boxes: Tensor) -> Tensor:
-        """Decode edge distributions [B, Q, 4, N] to boxes [B, Q, 4]; outside autocast unless `numerics` is "released"."""
+        """Decode edge distributions [..., 4, N] to boxes [..., 4]; outside autocast unless `numerics` is "released"."""
         full_precision = torch.autocast(probabilities.device.type, enabled=False)
         with full_precision if self.config.numerics == "float32" else nullcontext():
             offsets = distribution.expectation(probabilities, self.bins.to(dtype))
