@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfine_core.model.products import Linear
+
 
 def split_levels(memory: Tensor, shapes: Sequence[tuple[int, int]], heads: int) -> list[Tensor]:
     """Cut tokens [B, T, D] of all levels, row-major and end to end, into one map [B * heads, D / heads, h, w] per level."""
@@ -41,8 +43,8 @@ class DeformableAttention(nn.Module):
         self.sampling = sampling
         self.register_buffer("num_points_scale", torch.tensor([1 / n for n in num_points for _ in range(n)]))
         points = sum(num_points)
-        self.sampling_offsets = nn.Linear(dim, heads * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * points)
+        self.sampling_offsets = Linear(dim, heads * points * 2)
+        self.attention_weights = Linear(dim, heads * points)
         self._reset_parameters()
         if sampling == "discrete":
             self.sampling_offsets.requires_grad_(False)
