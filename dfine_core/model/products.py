@@ -5,12 +5,13 @@ The choice follows from the CPU alone, never from a measurement, so that equal m
 """
 
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dfine_core.cpu import made_by_amd
 
 
 @cache
@@ -19,10 +20,7 @@ def mkl_is_slow() -> bool:
     built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not built or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # no Linux
-        return False
+    return made_by_amd()
 
 
 def on_onednn(x: Tensor) -> bool:
