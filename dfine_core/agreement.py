@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dfine_core.model.postprocess import Detections
@@ -52,6 +51,8 @@ def _differences_in_image(
     scale: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Pair detections with least total difference: [n, 2] for n expected ones, `MISMATCH` for those without a partner."""
+    from scipy.optimize import linear_sum_assignment  # half a second of CPU
+
     score = np.abs(scores[:, None] - actual_scores)
     box = (np.abs(boxes[:, None] - actual_boxes) / scale).max(-1)
     pair = np.stack([score, box], axis=-1)

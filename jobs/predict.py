@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         precision=args.precision,
         json=args.json,
     )
-    print(predict(loaded, inputs, args.out, options).summary())
+    print(predict(loaded, inputs, args.out, options, announce=lambda line: print(line, flush=True)).summary())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,8 +9,9 @@ drawings/*.jpg       images with boxes; contact_sheet.jpg shows all of them; exp
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -43,6 +44,7 @@ from pipeline.predict.predicted_images import record_batches
 from pipeline.progress import Progress
 from pipeline.ray_job import cluster_to_join
 
+log = logging.getLogger(__name__)
 REJECTED_FILE = "rejected.parquet"
 REJECTED_COLUMNS = ["image_id", "file_name", "frame", "rejected"]
 REJECTED_SHOWN = 5  # in the summary
@@ -95,11 +97,18 @@ class PredictResult:
         return "\n".join(lines)
 
 
-def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOptions) -> PredictResult:
+def predict(
+    loaded: LoadedDetector,
+    inputs: Inputs,
+    out: str,
+    options: PredictOptions,
+    announce: Callable[[str], None] = log.info,
+) -> PredictResult:
     """Detect in all inputs and write the results to `out`, or resume the prediction there.
 
     Args:
         out: path or URI, shared by all nodes.
+        announce: receives the line about a precision that was measured.
 
     Raises:
         ConfigError: the folder contains other files or another prediction, or the detector has no distributions to measure.
@@ -113,7 +122,7 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
     digest = detector_digest(loaded)
     if not options.num_explanations:
         loaded = loaded.deploy()
-    loaded = loaded.with_precision(precision_of(loaded, out, options.precision))
+    loaded = loaded.with_precision(precision_of(loaded, out, options.precision, announce))
     plan = PredictPlan(
         inputs=inputs.digest,
         detector=digest,
@@ -158,7 +167,7 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
     )
 
 
-def precision_of(loaded: LoadedDetector, out: str, wanted: str) -> str:
+def precision_of(loaded: LoadedDetector, out: str, wanted: str, announce: Callable[[str], None] = log.info) -> str:
     """Precision of the whole prediction: as wanted; for `auto` that of an earlier start, else the fastest one on this CPU."""
     if wanted != AUTO:
         return wanted
@@ -167,7 +176,7 @@ def precision_of(loaded: LoadedDetector, out: str, wanted: str) -> str:
     if torch.cuda.is_available():  # the workers' device, even if the detector is still on the CPU
         return "fp32"
     choice = choose_precision(loaded)
-    print(choice.line(), flush=True)
+    announce(choice.line())
     return choice.name
 
 

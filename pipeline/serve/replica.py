@@ -228,7 +228,7 @@ def _precision_of(loaded: LoadedDetector, settings: ServeSettings) -> str:
     if settings.gpus or settings.replicas > 1:
         return "fp32" if settings.gpus else "fp32-channels-last"
     choice = choose_precision(loaded)
-    print(choice.line(), flush=True)
+    logger.info(choice.line())
     return choice.name
 
 
