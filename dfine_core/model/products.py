@@ -4,20 +4,25 @@ On AMD's CPUs MKL computes with half of the vector width: 105 GFLOP/s a core in 
 The choice follows from the CPU alone, never from a measurement, so that equal machines round equally.
 """
 
+import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from dfine_core.cpu import made_by_amd
+
+LINEAR = "_linear_pointwise"  # operator that Inductor generates for a linear layer on a CPU
 
 
 @cache
 def mkl_is_slow() -> bool:
     """Whether this CPU has wide vectors that MKL leaves unused."""
-    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    built = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, LINEAR)
     if not built or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return made_by_amd()
@@ -65,7 +70,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # What Inductor generates for a linear layer on a CPU.
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
@@ -88,3 +92,12 @@ class _Product(torch.autograd.Function):
             _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
+
+
+def _operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of a product, from the shapes of its inputs."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if hasattr(torch.ops.mkldnn, LINEAR):
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_operations)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Detector, ModelConfig
 from dfine_core.model import products
@@ -88,6 +89,12 @@ def test_other_precisions_graphs_and_autocast_are_left_to_pytorch() -> None:
     program = torch.export.export(Linear(12, 20), (x.detach(),))
     assert "mkldnn" not in str(program.graph)
     assert "linear" in str(program.graph)
+
+
+def test_operations_are_counted_forward_and_backward() -> None:
+    with FlopCounterMode(display=False) as counter:
+        linear(random(3, 5, 12), random(20, 12), random(20)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 15 * 12 * 20
 
 
 def test_every_linear_layer_and_convolution_of_the_network_takes_the_faster_product() -> None:
