@@ -1,6 +1,5 @@
 """The fastest precision of a detector on this CPU, by a short measurement."""
 
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ class PrecisionChoice:
     """Chosen precision, with what was measured."""
 
     name: str
-    milliseconds: dict[str, float]  # median of one image, by candidate
+    milliseconds: dict[str, float]  # of one image, by candidate: the shortest, which other load disturbs least
     refused: dict[str, float]  # share of agreeing detections of candidates that differ too much
 
     def line(self) -> str:
@@ -71,7 +70,7 @@ def choose_precision(loaded: LoadedDetector) -> PrecisionChoice:
             started_at = time.perf_counter()
             variant.detect(images[:1], sizes)
             spent[name].append(time.perf_counter() - started_at)
-    times = {name: 1e3 * statistics.median(seconds) for name, seconds in spent.items()}
+    times = {name: 1e3 * min(seconds) for name, seconds in spent.items()}
     best = min(times, key=times.__getitem__)
     chosen = best if times[best] < (1 - LEAST_GAIN) * times[names[0]] else names[0]
     return PrecisionChoice(chosen, times, refused)
