@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
+# Precisions of inference, see `dfine_core.precision`.
+PrecisionName = Literal["auto", "fp32", "fp32-channels-last", "bf16", "bf16-channels-last", "fp16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:

@@ -37,6 +37,7 @@ from dfine_core.drawing import draw_boxes
 from dfine_core.images import ImageSource, OpenedImage, as_list, read_image, stretch_image
 from dfine_core.model.detector import Detector
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections, postprocess
+from dfine_core.precision import AUTO, PRECISIONS
 from dfine_core.structures import DetectorOutput
 from dfine_core.thresholds import NO_SCORE, ClassThresholds, Threshold, wanted_precision
 
@@ -92,6 +93,7 @@ class LoadedDetector:
     device: torch.device
     path: str | None = None  # file of the weights; None if it is gone or there never was one
     thresholds: ClassThresholds | None = None  # measured at the end of its training; None if they are not known
+    precision: str = "fp32"  # one of PRECISIONS; see `with_precision`
 
     @property
     def config(self) -> ModelConfig:
@@ -197,19 +199,38 @@ class LoadedDetector:
 
     @torch.no_grad()
     def predict(self, pixels: Tensor, sizes: Tensor, *, every_layer: bool = False) -> tuple[Detections, DetectorOutput]:
-        """Return all detections and the network's output, on the detector's device and in float32.
+        """Return all detections, in float32, and the network's output; both on the detector's device.
 
         Args:
             pixels: [B, 3, H, W] uint8, see `prepare`.
             sizes: [B, 2] (width, height) of the images before they were stretched.
             every_layer: needs the detector as it was before `deploy()`.
         """
-        with torch.autocast(self.device.type, enabled=False):
-            return predict_batch(self.detector, pixels.to(self.device), sizes.to(self.device), every_layer=every_layer)
+        arithmetic = PRECISIONS[self.precision]
+        images = arithmetic.arrange(pixels.to(self.device))
+        with arithmetic.autocast(self.device):
+            return predict_batch(self.detector, images, sizes.to(self.device), every_layer=every_layer)
 
     def to(self, device: str | torch.device) -> "LoadedDetector":
         """Move the network to another device; the original moves with it, as modules do."""
         return replace(self, detector=self.detector.to(device), device=torch.device(device))
+
+    def with_precision(self, name: str) -> "LoadedDetector":
+        """Compute in another precision: a name of PRECISIONS, or "auto" for the fastest one on this CPU, which takes seconds.
+
+        The layout of the original's weights changes, too, but not their values.
+
+        Raises:
+            ValueError: there is no such precision.
+        """
+        if name == AUTO:
+            from dfine_core.precision_choice import choose_precision
+
+            name = choose_precision(self).name
+        if name not in PRECISIONS:
+            raise ValueError(f"unknown precision {name!r}: choose {AUTO} or one of {', '.join(PRECISIONS)}")
+        self.detector.to(memory_format=PRECISIONS[name].layout)
+        return replace(self, precision=name)
 
     def deploy(self) -> Self:
         """Fuse what can be fused, in place: faster, equal up to rounding, and no longer to be trained, saved or looked into."""

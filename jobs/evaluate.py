@@ -85,6 +85,8 @@ def evaluate(
 
     # 1. Detect, write the detections, and compare them with the ground truth.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        loaded = loaded.with_precision("fp32-channels-last")  # faster, and no other arithmetic
     detector = loaded.detector.to(device)
     here = device.type == "cpu" and not cluster_to_join()  # one thread decodes faster than a CPU detects
     if not here:

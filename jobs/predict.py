@@ -14,6 +14,7 @@ processed here, more on Ray; paths must be readable from every node of its clust
 import argparse
 
 from jobs.command import (
+    add_precision,
     announce,
     at_least,
     command_parser,
@@ -53,9 +54,10 @@ def main(argv: list[str] | None = None) -> None:
         workers=args.workers,
         num_images=args.num_images,
         num_explanations=args.num_explanations,
+        precision=args.precision,
         json=args.json,
     )
-    print(predict(loaded, inputs, args.out, options).summary())
+    print(predict(loaded, inputs, args.out, options, announce=lambda line: print(line, flush=True)).summary())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="detectors on Ray; default: one per GPU, or one. 0: in this process, without Ray, as by default up to 256 images",
     )
+    add_precision(arguments)
     arguments.add_argument(
         "--json",
         action="store_true",

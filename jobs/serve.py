@@ -17,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from jobs.command import (
+    add_precision,
     announce,
     at_least,
     command_parser,
@@ -159,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--max-megabytes", type=positive, help="size limit per request (20)")
     arguments.add_argument("--max-images", type=count, help="image limit per request (16)")
     arguments.add_argument("--max-megapixels", type=positive, help="limit on all images of a request together (50)")
+    add_precision(arguments)
     arguments.add_argument("--detach", action="store_true", help="on a cluster: end here, and leave the server running")
     return arguments
 

@@ -229,7 +229,7 @@ class Numerics(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
     tf32: bool = True  # for fp32 matrix products on CUDA
     compile: bool = False
-    channels_last: bool = False
+    channels_last: Literal["auto"] | bool = "auto"  # auto: on the CPU, where convolutions are faster in this layout
     sync_batch_norm: bool = False  # statistics over all workers instead of each micro-batch; CUDA only
 
 

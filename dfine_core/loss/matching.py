@@ -14,7 +14,6 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy, giou
@@ -118,6 +117,8 @@ def solve(cost: NDArray[np.floating], counts: Sequence[int]) -> Indices:
     Returns:
         [S, T] the query of each box; -1 for a box without one, where an image has more boxes than queries.
     """
+    from scipy.optimize import linear_sum_assignment  # a driver or a detection never needs it: half a second of CPU
+
     query_of = np.full(cost.shape[:2], -1, dtype=np.int64)
     ends = np.cumsum(counts)
     blocks = [(s, end - n, end) for s in range(len(cost)) for n, end in zip(counts, ends, strict=True) if n]

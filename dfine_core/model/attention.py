@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfine_core.model.products import Linear
 from dfine_core.model.sampling import deformable_sampling
 
 
@@ -57,8 +58,8 @@ class DeformableAttention(nn.Module):
         self.sampling = sampling
         self.register_buffer("num_points_scale", torch.tensor([1 / n for n in num_points for _ in range(n)]))
         points = sum(num_points)
-        self.sampling_offsets = nn.Linear(dim, heads * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * points)
+        self.sampling_offsets = Linear(dim, heads * points * 2)
+        self.attention_weights = Linear(dim, heads * points)
         self._reset_parameters()
         if sampling == "discrete":
             self.sampling_offsets.requires_grad_(False)

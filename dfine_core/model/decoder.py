@@ -34,6 +34,7 @@ from dfine_core.model.layers import (
     mlps_side_by_side,
     side_by_side,
 )
+from dfine_core.model.products import Linear
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions
 
 LQE_TOP = 4  # largest probabilities per edge, the quality estimator's input
@@ -45,7 +46,7 @@ class Gate(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.gate = nn.Linear(2 * dim, 2 * dim)
+        self.gate = Linear(2 * dim, 2 * dim)
         self.norm = nn.LayerNorm(dim)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)  # both halves start at a weight of one half
@@ -66,8 +67,8 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attn = DeformableAttention(dim, heads, config.num_points, config.sampling)
         self.gateway = Gate(dim)
-        self.linear1 = nn.Linear(dim, config.decoder_ffn_dim)
-        self.linear2 = nn.Linear(config.decoder_ffn_dim, dim)
+        self.linear1 = Linear(dim, config.decoder_ffn_dim)
+        self.linear2 = Linear(config.decoder_ffn_dim, dim)
         self.norm3 = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
@@ -126,7 +127,7 @@ class EncoderOutput(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.proj.weight)
 
@@ -361,7 +362,7 @@ def _projection(in_channels: int, out_channels: int) -> ConvNorm:
 
 
 def _score_head(dim: int, classes: int) -> nn.Linear:
-    head = nn.Linear(dim, classes)
+    head = Linear(dim, classes)
     nn.init.constant_(head.bias, bias_for_prior())
     return head
 

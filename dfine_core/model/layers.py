@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from dfine_core.model.products import Conv2d, Linear, linear
+
 T = TypeVar("T")
 MAX_TABLES = 32  # more sizes than multi-scale training has
 
@@ -36,7 +38,7 @@ class ConvNorm(nn.Module):
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, groups: int = 1, silu: bool = False
     ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        self.conv = Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
         self.norm = BatchNorm2d(out_channels)
         self.silu = silu
 
@@ -82,7 +84,7 @@ class MLP(nn.Module):
 
     def __init__(self, dims: Iterable[int]):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform the last dimension."""
@@ -105,16 +107,16 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend among tokens [B, T, D]; position may broadcast; mask: [T, T] from `additive_mask`."""
         dim = x.shape[-1]
-        query_key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
+        query_key = linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
         query, key = query_key.chunk(2, dim=-1)
-        value = F.linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
+        value = linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(-2))

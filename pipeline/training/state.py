@@ -81,7 +81,8 @@ def build_train_state(
     # The weights are drawn on the CPU, so that they are the same on every device.
     detector = Detector(config).to(device)
     detector.train()
-    if numerics.channels_last:
+    channels_last = device.type == "cpu" if numerics.channels_last == "auto" else numerics.channels_last
+    if channels_last:
         detector.to(memory_format=torch.channels_last)
     ema = ExponentialMovingAverage(detector, schedule.ema_decay, schedule.ema_warmup_steps)
     if numerics.sync_batch_norm and device.type == "cuda" and world_size > 1:
@@ -114,7 +115,7 @@ def build_train_state(
         device=device,
         precision=precision,
         max_grad_norm=experiment.optimizer.max_grad_norm,
-        channels_last=numerics.channels_last,
+        channels_last=channels_last,
     )
 
 

@@ -225,7 +225,7 @@ def test_defaults_of_predict_are_those_of_its_options(monkeypatch: pytest.Monkey
 
     taken: list[PredictOptions] = []
 
-    def note(loaded: Any, inputs: Any, out: str, options: PredictOptions) -> Any:
+    def note(loaded: Any, inputs: Any, out: str, options: PredictOptions, announce: Any) -> Any:
         taken.append(options)
         return SimpleNamespace(summary=lambda: "done")
 
