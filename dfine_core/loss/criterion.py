@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dfine_core.boxes import cxcywh_to_xyxy, iou_and_giou
 from dfine_core.config import ModelConfig
 from dfine_core.loss import losses
-from dfine_core.loss.matching import ClassGroups, Matches, Pairs, match
+from dfine_core.loss.matching import ClassGroups, Matches, Pairs, match, matching_cost
 from dfine_core.loss.padding import Padding, distillation_factors
 from dfine_core.model.distribution import true_offsets, weighting_function
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions, Targets
@@ -147,10 +147,21 @@ class Criterion(nn.Module):
             packed = Targets.pack(targets, self.config.num_classes, device)
             return self._match(self._stages(output, packed), packed)
 
+    def matching_cost(self, output: DetectorOutput, targets: Targets) -> Tensor:
+        """Costs [S, T, Q] from which `matching.assign` makes the matches: a graph without any count."""
+        with torch.autocast(output.boxes.device.type, enabled=False):
+            groups, boxes = self._matched(self._stages(output, targets))
+            return matching_cost(groups, boxes, targets, self.config.loss)
+
     def _match(self, stages: Stages, targets: Targets) -> Matches:
+        groups, boxes = self._matched(stages)
+        return match(groups, boxes, targets, self.config.loss)
+
+    def _matched(self, stages: Stages) -> tuple[ClassGroups, Tensor]:
         matching = slice(stages.noised, None)
-        groups = [(logits[:, :, matching], labels) for logits, labels in stages.class_groups]
-        return match(groups, stages.boxes[:, :, matching], targets, self.config.loss)
+        return [(logits[:, :, matching], labels) for logits, labels in stages.class_groups], stages.boxes[
+            :, :, matching
+        ]
 
     def _stages(self, output: DetectorOutput, targets: Targets) -> Stages:
         queries = output.all_queries()

@@ -5,7 +5,7 @@ losses and gradients equal the unpadded ones up to rounding. Sizes are doublings
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -136,11 +136,6 @@ def distillation_factors(
         far / max(1, matching - union),
         far / max(1, noised - positive),
     )
-
-
-def without_counts(targets: Targets, denoising: DenoisingQueries | None) -> tuple[Targets, DenoisingQueries | None]:
-    """The same tensors with numbers of no batch, on which a graph cannot come to depend."""
-    return replace(targets, counts=()), None if denoising is None else replace(denoising, groups=1)
 
 
 def _pad_pairs(pairs: Pairs, size: int) -> Pairs:
