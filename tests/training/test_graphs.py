@@ -22,6 +22,8 @@ from pipeline.training.step import MicroBatch, train_step
 from tests.support import recorded
 
 CPU = torch.device("cpu")
+# The compiler looks at every input's gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 def batch(state: TrainState, counts: Sequence[int], side: int, seed: int) -> MicroBatch:
