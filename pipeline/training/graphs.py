@@ -43,7 +43,7 @@ def loss_values(
     padding: Padding | None = None,
 ) -> tuple[tuple[str, ...], Tensor]:
     """Names of the loss terms, and their values side by side [T]; arguments as of `Criterion.forward`."""
-    terms = criterion.forward(output, targets, matches, normalizers, padding)
+    terms: dict[str, Tensor] = criterion(output, targets, matches, normalizers, padding)
     return tuple(terms), torch.stack(list(terms.values()))
 
 
