@@ -21,6 +21,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -228,9 +229,16 @@ class Numerics(Config):
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
     tf32: bool = True  # for fp32 matrix products on CUDA
-    compile: bool = False
+    compile: Literal["auto", "off", "detector", "step"] = "off"  # graphs; auto: step on CUDA in long trainings
     channels_last: Literal["auto"] | bool = "auto"  # auto: on the CPU, where convolutions are faster in this layout
     sync_batch_norm: bool = False  # statistics over all workers instead of each micro-batch; CUDA only
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object) -> object:
+        if value is True:
+            raise ValueError("true is no longer a choice: write step (detector, matching costs and losses) or detector")
+        return "off" if value is False else value  # YAML reads `off` as false
 
 
 class Evaluation(Config):

@@ -153,3 +153,10 @@ def test_every_shipped_experiment_and_cluster_is_valid() -> None:
     assert len(ours) >= 3
     for path in ours:
         load_cluster(path)
+
+
+def test_the_switch_for_compilation_has_words_now(tmp_path: Path) -> None:
+    for given, found in ((False, "off"), ("off", "off"), ("step", "step")):
+        assert load_experiment(written(tmp_path, MINIMAL), {"numerics.compile": given}).numerics.compile == found
+    with pytest.raises(ConfigError, match=r"numerics\.compile: .*write step"):
+        load_experiment(written(tmp_path, MINIMAL), {"numerics.compile": True})

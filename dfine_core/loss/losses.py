@@ -13,7 +13,12 @@ from dfine_core.model.distribution import bracketing_bins
 
 
 def varifocal_loss(
-    logits: Tensor, index: tuple[Tensor, Tensor, Tensor, Tensor], ious: Tensor, alpha: float, gamma: float
+    logits: Tensor,
+    index: tuple[Tensor, Tensor, Tensor, Tensor],
+    ious: Tensor,
+    alpha: float,
+    gamma: float,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """VFL: scores learn to predict the IoU of their box.
 
@@ -24,6 +29,7 @@ def varifocal_loss(
         logits: [S, B, Q, C].
         index: stage, image, query and class of the matched entries, broadcasting to [S, M]; none twice.
         ious: [S, M] of predicted and true box; a target, so no gradient flows through it.
+        real: [M] 1, or 0 for an entry that only pads: it repeats another one, or all are pads.
 
     Returns:
         Two parts, for sums over any queries: the loss is the sum of the first, [S, B, Q], less that of the second, [S, M].
@@ -32,9 +38,10 @@ def varifocal_loss(
     """
     target = ious.detach().to(logits.dtype)
     weight = alpha * logits.detach().sigmoid() ** gamma
-    weight[index] = target
+    weight[index] = target if real is None else torch.where(real.amax() > 0, target, weight[index])
     # The cross-entropy of z towards y is softplus(z) - y z, and y is 0 almost everywhere.
-    return (weight * F.softplus(logits)).sum(-1), target**2 * logits[index]
+    hits = target**2 * logits[index]
+    return (weight * F.softplus(logits)).sum(-1), hits if real is None else hits * real
 
 
 def fine_grained_localization_loss(edge_logits: Tensor, target_offsets: Tensor, bins: Tensor, ious: Tensor) -> Tensor:

@@ -215,9 +215,9 @@ def _schedule(
     least, most = (1, 1) if request is None else (request.least, request.most)
     images = data.train.manifest.images
     schedule = derive(experiment, images=images, workers=most, micro_batch_size=start.micro_batch_size)
-    if experiment.numerics.compile and (request is None or not request.gpus):
+    if experiment.numerics.compile in ("detector", "step") and (request is None or not request.gpus):
         raise ConfigError(
-            "numerics.compile: on a CPU, TorchInductor computes wrong gradients of the encoder (torch 2.14): leave it out,"
+            "numerics.compile: on a CPU, TorchInductor computes wrong gradients of the encoder (torch 2.14): write off,"
             " or train on GPUs"
         )
     uneven = [n for n in range(least, most + 1) if schedule.micro_batches % n]

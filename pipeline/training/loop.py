@@ -19,6 +19,7 @@ from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.directives import Directive, Directives
 from pipeline.training.evaluator import Evaluator
+from pipeline.training.graphs import graphs_compiled
 from pipeline.training.multiscale import multiscale_side, multiscale_sides
 from pipeline.training.nonfinite import NonFiniteGuard
 from pipeline.training.profiler import StepProfiler
@@ -153,7 +154,11 @@ def run_step(
     size = step_size(job, state)
     micro_batches = [to_micro_batch(batch, state, size=size, seed=job.experiment.seed) for batch in taken]
     share = job.schedule.micro_batches / context.world_size
+    known, began_at = graphs_compiled(), time.perf_counter()
     result = train_step(state, micro_batches, share=share, decide=decide)
+    if state.graphs is not None and (made := graphs_compiled() - known):
+        seconds = time.perf_counter() - began_at
+        context.print(f"step {state.step}, {size[0]} x {size[1]} pixels: {made} graphs compiled, {seconds:.0f} s")
 
     guard.watch(state, taken, result)
     state.step += 1

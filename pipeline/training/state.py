@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
-import torch._dynamo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +13,7 @@ from dfine_core import Criterion, Detector
 from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.optim import make_optimizer
 from pipeline.config import Experiment
+from pipeline.training.graphs import StepGraphs, compile_step, keep_graphs_in_cache, resolve_compile
 from pipeline.training.low_precision import CastDetector
 from pipeline.training.multiscale import multiscale_sides
 from pipeline.training.numerics import LossScale, RunningStatistics
@@ -48,6 +48,7 @@ class TrainState:
     precision: Precision
     max_grad_norm: float
     channels_last: bool = False
+    graphs: StepGraphs | None = None  # where the step is compiled
 
     step: int = 0  # optimiser steps done
     history: EvaluationHistory = field(default_factory=EvaluationHistory)
@@ -93,12 +94,22 @@ def build_train_state(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 
-    if numerics.compile:
-        compile_parts(detector, sizes=len(set(multiscale_sides(config, experiment.base_size_repeat))))
+    criterion = Criterion(config).to(device)
+    graphs = None
+    compiled = resolve_compile(numerics.compile, device, schedule.steps)
+    if compiled != "off":
+        keep_graphs_in_cache()
+        graphs = compile_step(
+            detector,
+            criterion,
+            losses=compiled == "step",
+            sizes=len(set(multiscale_sides(config, experiment.base_size_repeat))),
+            replay=device.type == "cuda" and schedule.micro_batches <= world_size,
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
     precision = resolve_precision(numerics.precision, device)
     model: torch.nn.Module = detector
-    if precision != "fp32" and not numerics.compile:  # a compiled part fuses its casts
+    if precision != "fp32" and graphs is None:  # a compiled detector fuses its casts
         model = CastDetector(detector, AUTOCAST[precision])
     if world_size > 1:
         # DDP does not sync buffers: `RunningStatistics` averages them in the step.
@@ -107,7 +118,8 @@ def build_train_state(
     return TrainState(
         detector=detector,
         model=model,
-        criterion=Criterion(config).to(device),
+        criterion=criterion,
+        graphs=graphs,
         optimizer=optimizer,
         ema=ema,
         loss_scale=LossScale(device, enabled=precision == "fp16"),
@@ -117,20 +129,6 @@ def build_train_state(
         max_grad_norm=experiment.optimizer.max_grad_norm,
         channels_last=channels_last,
     )
-
-
-def compile_parts(detector: Detector, sizes: int) -> None:
-    """Compile backbone and encoder, a graph for each size of images: Inductor cannot build the encoder's gradient for any size.
-
-    Args:
-        sizes: number of sizes that the training draws from.
-    """
-    graphs = 2 * sizes  # with gradients and, where a step has several micro-batches, without
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, graphs
-    )  # else the rest would run eagerly
-    for part in (detector.backbone, detector.encoder):
-        part.compile(dynamic=False)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:

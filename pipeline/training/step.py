@@ -21,10 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dfine_core import Targets
 from dfine_core.loss.criterion import Normalizers, count
 from dfine_core.loss.matching import Matches
+from dfine_core.loss.padding import pad_denoising, pad_targets
 from dfine_core.model.denoising import sample_queries_for
-from dfine_core.structures import DenoisingQueries
+from dfine_core.structures import DenoisingQueries, DetectorOutput
 from pipeline.data.augment.photometric import leaves_unchanged, photometric_distort, resize_images
 from pipeline.data.stream.batch import Batch
+from pipeline.training.graphs import loss_values
 from pipeline.training.state import TrainState
 
 
@@ -66,7 +68,10 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     images = images.contiguous(memory_format=layout)
     generator = torch.Generator(state.device)
     generator.manual_seed(int(np.random.SeedSequence((seed, batch.step, batch.micro_batch)).generate_state(1)[0]))
-    return MicroBatch(images, targets, sample_queries_for(config, targets, generator))
+    denoising = sample_queries_for(config, targets, generator)
+    if state.graphs is not None:
+        targets, denoising = pad_targets(targets), None if denoising is None else pad_denoising(denoising, config)
+    return MicroBatch(images, targets, denoising)
 
 
 def train_step(
@@ -85,6 +90,8 @@ def train_step(
     """
     share = share or len(micro_batches)
     state.statistics.begin_step()
+    if state.graphs is not None and state.graphs.replay:
+        torch.compiler.cudagraph_mark_step_begin()
     matches, normalizers = _match_ahead(state, micro_batches, share)
 
     # Forward and backward; gradients are exchanged in the last micro-batch alone.
@@ -94,8 +101,8 @@ def train_step(
     for number, micro_batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with nullcontext() if last else _without_exchange(state.model):
-            terms = _losses(state, micro_batch, matches[number], normalizers)
-            names, values = tuple(terms), torch.stack(list(terms.values())) / share
+            names, values = _losses(state, micro_batch, matches[number], normalizers)
+            values = values / share
             loss = values.sum()
             (loss * state.loss_scale.scale if state.loss_scale.enabled else loss).backward()
         state.statistics.accumulate()
@@ -128,11 +135,16 @@ def _match_ahead(
 
 def _losses(
     state: TrainState, micro_batch: MicroBatch, matches: Matches | None, normalizers: Normalizers | None
-) -> dict[str, Tensor]:
-    with state.autocast():
-        output = state.model(micro_batch.images, micro_batch.targets, micro_batch.denoising or False)
-    terms: dict[str, Tensor] = state.criterion(output, micro_batch.targets, matches, normalizers)
-    return terms
+) -> tuple[tuple[str, ...], Tensor]:
+    def detect() -> DetectorOutput:
+        with state.autocast():
+            output: DetectorOutput = state.model(micro_batch.images, targets, micro_batch.denoising or False)
+        return output
+
+    targets = micro_batch.targets
+    if state.graphs is None:
+        return loss_values(state.criterion, detect(), targets, matches, normalizers)
+    return state.graphs.losses(state.criterion, detect, targets, matches, normalizers)
 
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
