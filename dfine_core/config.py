@@ -1,6 +1,6 @@
 """Configuration of a detector: every setting as a field, the five published variants as values.
 
-Source: D-FINE, arXiv:2410.13842, and its released configurations.
+Sources: D-FINE, arXiv:2410.13842, DEIM, arXiv:2412.04234, and their released configurations.
 """
 
 import difflib
@@ -18,7 +18,10 @@ class LossConfig:
         "extra": "forbid"
     }  # an experiment's file with another key is refused
 
-    vfl: float = 1.0  # varifocal classification
+    # "vfl": varifocal loss, as in D-FINE; "mal": matchability-aware loss, as in DEIM
+    classification: Literal["vfl", "mal"] = "vfl"
+    vfl: float = 1.0
+    mal: float = 1.0
     bbox: float = 5.0  # L1 of normalised cxcywh
     giou: float = 2.0
     fgl: float = 0.15  # fine-grained localisation, over the edge distributions
@@ -26,6 +29,8 @@ class LossConfig:
     ddf_temperature: float = 5.0
     vfl_alpha: float = 0.75
     vfl_gamma: float = 2.0
+    mal_gamma: float = 1.5
+    mal_alpha: float | None = None  # weight of the negatives; None: 1, as released
     match_class: float = 2.0
     match_bbox: float = 5.0
     match_giou: float = 2.0
@@ -34,8 +39,12 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{f.name} ({value}) must not be negative" for f in fields(self) if (value := getattr(self, f.name)) < 0
+            f"{name} ({value}) must not be negative"
+            for name, value in vars(self).items()
+            if isinstance(value, int | float) and value < 0
         ]
+        if self.classification not in ("vfl", "mal"):
+            problems.append(f"classification ({self.classification!r}) must be 'vfl' or 'mal'")
         if self.ddf_temperature == 0:
             problems.append("ddf_temperature (0) must be positive")
         _refuse(problems)
@@ -95,6 +104,7 @@ class ModelConfig:
     positional_table: Literal["released", "grid"] = "released"
 
     # Decoder
+    activation: Literal["relu", "silu"] = "relu"  # feed-forward networks and MLPs; D-FINE: relu, DEIM: silu
     decoder_dim: int = 256
     decoder_ffn_dim: int = 1024
     decoder_heads: int = 8
@@ -179,6 +189,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         height, width = self.input_size
         problems = []
+        if self.activation not in ("relu", "silu"):
+            problems.append(f"activation ({self.activation!r}) must be 'relu' or 'silu'")
         if self.num_classes < 1:
             problems.append(f"num_classes ({self.num_classes}) must be at least 1")
         if self.reg_max < 4 or self.reg_max % 2:
