@@ -18,10 +18,7 @@ class LossConfig:
         "extra": "forbid"
     }  # an experiment's file with another key is refused
 
-    # "vfl": varifocal loss, as in D-FINE; "mal": matchability-aware loss, as in DEIM
-    classification: Literal["vfl", "mal"] = "vfl"
-    vfl: float = 1.0
-    mal: float = 1.0
+    vfl: float = 1.0  # varifocal classification
     bbox: float = 5.0  # L1 of normalised cxcywh
     giou: float = 2.0
     fgl: float = 0.15  # fine-grained localisation, over the edge distributions
@@ -29,6 +26,9 @@ class LossConfig:
     ddf_temperature: float = 5.0
     vfl_alpha: float = 0.75
     vfl_gamma: float = 2.0
+    # "vfl" or "mal": matchability-aware classification in place of the varifocal one, as in DEIM
+    classification: Literal["vfl", "mal"] = "vfl"
+    mal: float = 1.0
     mal_gamma: float = 1.5
     mal_alpha: float | None = None  # weight of the negatives; None: 1, as released
     match_class: float = 2.0
@@ -52,18 +52,26 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW as released. `released` groups decay the backbone's norms and affine scalars; `fixed` groups do not."""
+    """AdamW as released.
+
+    Groups of D-FINE (`released`) decay the backbone's norms and affine scalars. Those of DEIM (`deim`) train its norms at the
+    full rate without decay. `fixed` ones train both at the backbone's rate without decay.
+    """
 
     lr: float = 2e-4
     backbone_lr: float = 1e-4
     weight_decay: float = 1e-4
     decay_biases: bool = False  # encoder and decoder alone; the released l and x decay them
-    param_groups: Literal["released", "fixed"] = "released"
+    param_groups: Literal["released", "deim", "fixed"] = "released"
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod
     def for_variant(cls, name: str, **settings: Any) -> "OptimizerConfig":
-        """Return the COCO recipe of a published variant (n, s, m, l, x), with any field replaced by `settings`."""
+        """Return the COCO recipe of a published variant (n, s, m, l, x), with any field replaced by `settings`.
+
+        With the groups `deim`, biases are decayed in all variants but n. N, l and x keep the groups of D-FINE, because DEIM's
+        rule for the backbone's norms does not match their names.
+        """
         recipes: dict[str, dict[str, Any]] = {
             "n": {"lr": 8e-4, "backbone_lr": 4e-4},
             "s": {"lr": 2e-4, "backbone_lr": 1e-4},
@@ -71,6 +79,9 @@ class OptimizerConfig:
             "l": {"lr": 2.5e-4, "backbone_lr": 1.25e-5, "weight_decay": 1.25e-4, "decay_biases": True},
             "x": {"lr": 2.5e-4, "backbone_lr": 2.5e-6, "weight_decay": 1.25e-4, "decay_biases": True},
         }
+        if settings.get("param_groups") == "deim":
+            groups = "deim" if name in ("s", "m") else "released"
+            settings = {"decay_biases": name != "n", **settings, "param_groups": groups}
         return cls(**{**recipes[name], **settings})
 
 

@@ -31,6 +31,7 @@ from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
 from pipeline.pretrained import weights_location
 from pipeline.ray_job import absolute_location
+from pipeline.recipes import Recipe, with_recipe
 
 MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -128,7 +129,7 @@ def plain_message(text: str) -> str:
     return text.removeprefix("Value error, ")
 
 
-MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss"))
+MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss", "activation"))
 
 
 class Data(Config):
@@ -148,13 +149,14 @@ class Model(Config):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     variant: Literal["n", "s", "m", "l", "x"] = "s"
+    activation: Literal["relu", "silu"] | None = None  # default: that of the initial weights, else the recipe's
 
     @model_validator(mode="before")
     @classmethod
     def _fields_of_the_detector(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or value.get("variant", "s") not in VARIANTS:
             return value
-        known = ("variant", *MODEL_KEYS)
+        known = ("variant", "activation", *MODEL_KEYS)
         problems = [unknown_key(key, known) for key in value if key not in known]
         if "num_classes" in value:
             problems = ["num_classes comes from the data's manifest: leave it out"]
@@ -165,11 +167,13 @@ class Model(Config):
             problems += [f"{key_prefix(e['loc'])}{plain_message(e['msg'])}" for e in error.errors()]
         if problems:
             raise ValueError("; ".join(problems))
-        return {"variant": value.get("variant", "s"), **{key: getattr(config, key) for key in MODEL_KEYS}}
+        own = {"variant": value.get("variant", "s"), "activation": value.get("activation")}
+        return own | {key: getattr(config, key) for key in MODEL_KEYS}
 
     def config(self, num_classes: int, loss: LossConfig) -> ModelConfig:
         """Complete configuration of the detector."""
-        return ModelConfig(num_classes=num_classes, loss=loss, **(self.model_extra or {}))
+        activation = self.activation or "relu"
+        return ModelConfig(num_classes=num_classes, loss=loss, activation=activation, **(self.model_extra or {}))
 
 
 _MODEL = TypeAdapter(ModelConfig)
@@ -183,8 +187,13 @@ class Schedule(Config):
     global_batch_size: PositiveInt | None = None  # images per step over all workers; default: the variant's recipe
     micro_batch_size: PositiveInt | None = None  # images per forward pass of a worker; default: its whole share
     no_aug_epochs: NonNegativeInt | None = None  # last epochs, without strong augmentation (stage two)
-    warmup_steps: NonNegativeInt | None = None
-    min_lr_ratio: Share = 1.0  # final / initial learning rate of a cosine; 1 keeps it constant, as released
+    warmup_steps: NonNegativeInt | None = None  # 0: none
+    warmup_power: PositiveFloat = 1  # 1: linear, as in D-FINE; 2: quadratic, as in DEIM
+    # After the warm-up. constant: as in D-FINE. cosine: down to `min_lr_ratio` at the end. flat_cosine, as in DEIM: constant for
+    # `flat_epochs`, a cosine, then `min_lr_ratio` in the last epochs. Default: cosine if `min_lr_ratio` is below 1.
+    shape: Literal["constant", "cosine", "flat_cosine"] | None = None
+    min_lr_ratio: Share = 1.0  # final / initial learning rate
+    flat_epochs: NonNegativeFloat | None = None  # below 1: share of the run; default: until the middle of stage one
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -202,7 +211,7 @@ class Optimizer(Config):
     backbone_lr: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat | None = None
     decay_biases: bool | None = None
-    param_groups: Literal["released", "fixed"] = "released"
+    param_groups: Literal["released", "deim", "fixed"] = "released"
     betas: tuple[Share, Share] = (0.9, 0.999)
     base_batch_size: PositiveInt | None = None  # default: the batch of the variant's recipe
     scale_lr: Literal["linear", "sqrt", "none"] = "linear"  # with global_batch_size / base_batch_size
@@ -286,6 +295,7 @@ class Experiment(Config):
     name: FolderName | None = None  # name of the run; default: the file's name
     # Folder or URI that holds the runs, reachable from every node.
     storage: Location = Field(default="runs", validate_default=True)
+    recipe: Recipe = "dfine"  # values of the keys that the file leaves out, see `pipeline/recipes.py`
     seed: NonNegativeInt = 0
     init: WeightsLocation | None = None  # initial weights: a published name, run, checkpoint, file or model of MLflow
     data: Data
@@ -301,6 +311,11 @@ class Experiment(Config):
     checkpoints: Checkpoints = Checkpoints()
     non_finite: NonFinite = NonFinite()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_of_the_recipe(cls, value: Any) -> Any:
+        return with_recipe(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _multiscale_needs_squares(self) -> Self:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
 from pipeline.config import ConfigError, Experiment
+from pipeline.recipes import WARMUP_STEPS
 from pipeline.wording import plural
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
+FIRST_EPOCHS = 4  # of DEIM, without strong augmentation; at most a tenth of stage one
 NO_AUG_SHARE = 0.09  # last share of the epochs; 0.075 to 0.17 in the published recipes
 EMA_HORIZON_SHARE = 0.2  # EMA horizon is at most this share of the run, so that short runs forget the initial weights
 
@@ -27,11 +29,15 @@ class Schedule:
     strong_epochs: int | None  # strong augmentation and multi-scale end before this epoch; None: never
     stage_two_step: int | None  # first step without strong augmentation
     warmup_steps: int
-    min_lr_ratio: float  # final / initial learning rate
+    warmup_power: float
+    min_lr_ratio: float  # final / initial learning rate; 1: constant
+    flat_steps: int  # the cosine begins after so many steps, and not before the end of the warm-up
+    clean_steps: int  # last steps, at the final learning rate
     ema_decay: float
     ema_warmup_steps: int
     evaluation_steps: int  # steps between two evaluations
     optimizer: OptimizerConfig
+    left_out: tuple[str, ...] = ()  # parts of the recipe for which the run is too short
 
     @property
     def epochs(self) -> float:
@@ -52,7 +58,13 @@ class Schedule:
         from dfine_core.optim import learning_rate_factor  # here: commands derive a schedule without loading torch
 
         return learning_rate_factor(
-            step, warmup_steps=self.warmup_steps, total_steps=self.steps, min_lr_ratio=self.min_lr_ratio
+            step,
+            warmup_steps=self.warmup_steps,
+            warmup_power=self.warmup_power,
+            total_steps=self.steps,
+            min_lr_ratio=self.min_lr_ratio,
+            flat_steps=self.flat_steps,
+            clean_steps=self.clean_steps,
         )
 
     def is_strong(self, step: int) -> bool:
@@ -79,16 +91,25 @@ class Schedule:
             "none" if self.stage_two_step is None else f"from epoch {self.strong_epochs}, step {self.stage_two_step}"
         )
         rates = self.optimizer
-        decay = "constant" if self.min_lr_ratio == 1 else f"a cosine to {self.min_lr_ratio:g} of it"
         return [
             f"{self.steps} steps of {self.global_batch_size} images, {self.steps_per_epoch} per epoch of {self.images} images:"
             f" {self.epochs:g} epochs",
             f"stage two (no strong augmentation): {stage_two}",
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
-            f" warm-up over {self.warmup_steps} steps, then {decay}",
+            f" {self._rate_over_time()}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
             f"evaluations: {evaluations if evaluates else 'none, as there is no data.val'}",
+            *self.left_out,
         ]
+
+    def _rate_over_time(self) -> str:
+        power = f" (power {self.warmup_power:g})" if self.warmup_power != 1 else ""
+        warmup = f"warm-up over {self.warmup_steps} steps{power}" if self.warmup_steps else "no warm-up"
+        if self.min_lr_ratio == 1:
+            return f"{warmup}, then constant"
+        flat = f"constant until step {self.flat_steps}, then " if self.flat_steps > self.warmup_steps else ""
+        end = f" at step {self.steps - self.clean_steps}" if self.clean_steps else ""
+        return f"{warmup}, then {flat}a cosine to {self.min_lr_ratio:g} of it{end}"
 
 
 def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_size: int | None = None) -> Schedule:
@@ -120,7 +141,10 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     # 3. Rates, warm-ups and the EMA scale with the batch; short runs shorten the warm-ups.
     scale = global_batch_size / (experiment.optimizer.base_batch_size or BASE_BATCH_SIZE[variant])
     lr_factor = {"linear": scale, "sqrt": math.sqrt(scale), "none": 1.0}[experiment.optimizer.scale_lr]
-    warmup = given.warmup_steps
+    stage_two_step = None if strong_epochs is None else strong_epochs * steps_per_epoch
+    published_warmup = round(WARMUP_STEPS[experiment.recipe] / scale)
+    warmup = min(published_warmup, steps // 10) if given.warmup_steps is None else given.warmup_steps
+    shape = given.shape or ("cosine" if given.min_lr_ratio < 1 else "constant")
     decay, ema_warmup = experiment.ema.decay, experiment.ema.warmup_steps
     return Schedule(
         images=images,
@@ -129,14 +153,51 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         strong_epochs=strong_epochs,
-        stage_two_step=None if strong_epochs is None else strong_epochs * steps_per_epoch,
-        warmup_steps=min(round(500 / scale), steps // 10) if warmup is None else warmup,
-        min_lr_ratio=given.min_lr_ratio,
+        stage_two_step=stage_two_step,
+        warmup_steps=warmup,
+        warmup_power=given.warmup_power,
+        min_lr_ratio=1.0 if shape == "constant" else given.min_lr_ratio,
+        flat_steps=_flat_steps(given.flat_epochs, epochs, no_aug, steps_per_epoch) if shape == "flat_cosine" else 0,
+        clean_steps=max(0, steps - (stage_two_step or steps)) if shape == "flat_cosine" else 0,
         ema_decay=ema_horizon(scale, steps) if decay is None else decay,
         ema_warmup_steps=min(round(1000 / scale), steps // 20) if ema_warmup is None else ema_warmup,
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
         optimizer=experiment.optimizer.config(variant, lr_factor),
+        left_out=tuple(left_out(epochs, no_aug)) if experiment.recipe == "deim" else (),
     )
+
+
+def recipe_stages(epochs: int, clean_epochs: int) -> tuple[int, int, int]:
+    """First epochs of DEIM's three later stages: dense one-to-one, ordinary, clean; the first one has no strong augmentation.
+
+    The published boundaries of all sizes follow this rule: 4 epochs, then half of the epochs before the clean ones. In short runs
+    the first stage is a tenth of those.
+
+    Source: DEIM, arXiv:2412.04234, and its released configurations.
+    """
+    clean = epochs - clean_epochs
+    dense = min(FIRST_EPOCHS, clean // 10)
+    return dense, min(clean, dense + -(-clean // 2)), clean
+
+
+def left_out(epochs: int, clean_epochs: int) -> list[str]:
+    """Lines about the stages of DEIM that a run of so few epochs does not have."""
+    dense, ordinary, clean = recipe_stages(epochs, clean_epochs)
+    lengths = {
+        "first epochs without strong augmentation": dense,
+        "epochs with mosaic and mixup": ordinary - dense,
+        "ordinary epochs after these": clean - ordinary,
+        "last epochs without strong augmentation": epochs - clean,
+    }
+    missing = [stage for stage, length in lengths.items() if length == 0]
+    return [f"recipe deim: {plural(epochs, 'epoch')} are too few for: {'; '.join(missing)}"] if missing else []
+
+
+def _flat_steps(flat_epochs: float | None, epochs: int, clean_epochs: int, steps_per_epoch: int) -> int:
+    """Steps at the full rate; by default DEIM's, which end with its dense stage."""
+    if flat_epochs is None:
+        flat_epochs = recipe_stages(epochs, clean_epochs)[1]
+    return round((flat_epochs * epochs if flat_epochs < 1 else flat_epochs) * steps_per_epoch)
 
 
 def evaluations_without_data(experiment: Experiment) -> int | None:

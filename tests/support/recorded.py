@@ -80,6 +80,12 @@ def keys_and_shapes(variant: str) -> dict[str, list[int]]:
     return shapes
 
 
+def deim_rates(variant: str) -> dict[str, Any]:
+    """Parameter groups and learning rates that the released code of DEIM has on COCO."""
+    rates: dict[str, Any] = json.loads((FOLDER / f"deim_lr_{variant}.json").read_text())
+    return rates
+
+
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> None:
     """Give every learnt tensor and running statistic its deterministic value."""
