@@ -36,9 +36,9 @@ def with_recipe(experiment: Mapping[str, Any]) -> dict[str, Any]:
 
     The activation is filled in where no initial weights decide it. Wrong values stay as they are, for the check that follows.
     """
-    recipe = experiment.get("recipe", "dfine")
+    recipe = str(experiment.get("recipe", "dfine"))
     model = experiment.get("model") or {}
-    variant = model.get("variant", "s") if isinstance(model, Mapping) else None
+    variant = str(model.get("variant", "s")) if isinstance(model, Mapping) else ""
     filled = dict(experiment)
     if recipe == "deim" and variant in DEIM_BY_VARIANT:
         for values in (DEIM_BY_VARIANT[variant], DEIM):

@@ -190,7 +190,9 @@ def left_out(epochs: int, clean_epochs: int) -> list[str]:
         "last epochs without strong augmentation": epochs - clean,
     }
     missing = [stage for stage, length in lengths.items() if length == 0]
-    return [f"recipe deim: {plural(epochs, 'epoch')} are too few for: {'; '.join(missing)}"] if missing else []
+    return (
+        [f"recipe deim: a run of {plural(epochs, 'epoch')} is too short for: {'; '.join(missing)}"] if missing else []
+    )
 
 
 def _flat_steps(flat_epochs: float | None, epochs: int, clean_epochs: int, steps_per_epoch: int) -> int:
