@@ -179,6 +179,42 @@ def test_the_stages_follow_each_other_in_any_run(epochs: int, clean: int) -> Non
     assert bool(left_out(epochs, clean)) == (0 in (dense, ordinary - dense, last - ordinary, epochs - last))
 
 
+@pytest.mark.parametrize(
+    ("file", "epochs", "stages", "batch", "lr", "backbone_lr", "decay", "floor", "flat", "warmup", "repeat"),
+    [
+        ("coco/deim_n.yaml", 160, (4, 78, 148), 128, 8e-4, 4e-4, 1e-4, 1.0, 78, 2000, 0),
+        ("coco/deim_s.yaml", 132, (4, 64, 120), 32, 4e-4, 2e-4, 1e-4, 0.5, 64, 2000, 20),
+        ("coco/deim_m.yaml", 102, (4, 49, 90), 32, 4e-4, 4e-5, 1e-4, 0.5, 49, 2000, 6),
+        ("coco/deim_l.yaml", 58, (4, 29, 50), 32, 5e-4, 2.5e-5, 1.25e-4, 0.5, 29, 2000, 4),
+        ("coco/deim_x.yaml", 58, (4, 29, 50), 32, 5e-4, 5e-6, 1.25e-4, 0.5, 29, 2000, 3),
+        ("objects365_to_coco/deim_x.yaml", 24, (2, 12, 20), 32, 2.5e-4, 2.5e-6, 1.25e-4, 1.0, 12, 0, 3),
+    ],
+)
+def test_the_recipes_of_deim_are_the_published_ones(
+    file: str,
+    epochs: int,
+    stages: tuple[int, int, int],
+    batch: int,
+    lr: float,
+    backbone_lr: float,
+    decay: float,
+    floor: float,
+    flat: int,
+    warmup: int,
+    repeat: int,
+) -> None:
+    recipe = load_experiment(CONFIGS / "deim" / file)
+    schedule = derive(recipe, images=COCO, workers=4)
+    assert (schedule.epochs, schedule.strong_epochs, schedule.global_batch_size) == (epochs, stages[2], batch)
+    assert recipe_stages(epochs, epochs - stages[2]) == stages
+    optimizer = schedule.optimizer
+    assert (optimizer.lr, optimizer.backbone_lr, optimizer.weight_decay) == pytest.approx((lr, backbone_lr, decay))
+    assert (schedule.min_lr_ratio, schedule.warmup_steps, recipe.base_size_repeat) == (floor, warmup, repeat)
+    assert schedule.flat_steps == flat * schedule.steps_per_epoch
+    assert schedule.ema_decay == pytest.approx(0.9999, abs=1e-9)
+    assert schedule.left_out == ()
+
+
 def test_a_short_run_says_which_stages_of_deim_it_lacks() -> None:
     assert left_out(58, 8) == []
     assert left_out(8, 1) == [
