@@ -135,7 +135,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     # 2. Its length, and stage two at the end.
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
     epochs = -(-steps // steps_per_epoch)
-    no_aug = given.no_aug_epochs if given.no_aug_epochs is not None else round(NO_AUG_SHARE * epochs)
+    no_aug = _clean_epochs(epochs, given.no_aug_epochs)
     strong_epochs = epochs - no_aug if no_aug else None
 
     # 3. Rates, warm-ups and the EMA scale with the batch; short runs shorten the warm-ups.
@@ -163,7 +163,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         ema_warmup_steps=min(round(1000 / scale), steps // 20) if ema_warmup is None else ema_warmup,
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
         optimizer=experiment.optimizer.config(variant, lr_factor),
-        left_out=tuple(left_out(epochs, no_aug)) if experiment.recipe == "deim" else (),
+        left_out=tuple(left_out(epochs, given.no_aug_epochs)) if experiment.recipe == "deim" else (),
     )
 
 
@@ -180,19 +180,27 @@ def recipe_stages(epochs: int, clean_epochs: int) -> tuple[int, int, int]:
     return dense, min(clean, dense + -(-clean // 2)), clean
 
 
-def left_out(epochs: int, clean_epochs: int) -> list[str]:
-    """Lines about the stages of DEIM that a run of so few epochs does not have."""
-    dense, ordinary, clean = recipe_stages(epochs, clean_epochs)
+def left_out(epochs: int, clean_epochs: int | None) -> list[str]:
+    """Lines about the stages of DEIM that a run of so few epochs does not have.
+
+    Args:
+        clean_epochs: as given by the user, who may want none; None: a share of the run.
+    """
+    dense, ordinary, clean = recipe_stages(epochs, _clean_epochs(epochs, clean_epochs))
     lengths = {
         "first epochs without strong augmentation": dense,
         "epochs with mosaic and mixup": ordinary - dense,
         "ordinary epochs after these": clean - ordinary,
-        "last epochs without strong augmentation": epochs - clean,
+        "last epochs without strong augmentation": epochs - clean if clean_epochs is None else 1,
     }
     missing = [stage for stage, length in lengths.items() if length == 0]
     return (
         [f"recipe deim: a run of {plural(epochs, 'epoch')} is too short for: {'; '.join(missing)}"] if missing else []
     )
+
+
+def _clean_epochs(epochs: int, given: int | None) -> int:
+    return round(NO_AUG_SHARE * epochs) if given is None else given
 
 
 def _flat_steps(flat_epochs: float | None, epochs: int, clean_epochs: int, steps_per_epoch: int) -> int:
