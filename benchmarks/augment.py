@@ -166,6 +166,7 @@ def coco_images(folder: Path, annotations: Path, limit: int) -> list[Annotated]:
             height=image["height"],
             boxes=np.array(boxes.get(image["id"], []), np.float32).reshape(-1, 4),
             labels=np.zeros(len(boxes.get(image["id"], [])), np.int64),
+            areas=np.ones(len(boxes.get(image["id"], [])), np.float32),
         )
         for image in content["images"][:limit]
     ]
@@ -191,6 +192,7 @@ def synthetic_images(count: int, width: int = 640, height: int = 480) -> list[An
                 height=height,
                 boxes=boxes.astype(np.float32),
                 labels=np.zeros(len(boxes), np.int64),
+                areas=np.ones(len(boxes), np.float32),
             )
         )
     return images

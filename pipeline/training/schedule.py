@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
 from pipeline.config import ConfigError, Experiment
+from pipeline.data.augment.stages import Stages
+from pipeline.training.augment_stages import left_out, resolve_stages, stage_lines
 from pipeline.wording import plural
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
@@ -25,6 +27,8 @@ class Schedule:
     steps_per_epoch: int
     steps: int
     strong_epochs: int | None  # strong augmentation and multi-scale end before this epoch; None: never
+    stages: Stages  # of the augmentation
+    left_out: tuple[str, ...]  # parts of the augmentation that this length or batch leaves no room for
     stage_two_step: int | None  # first step without strong augmentation
     warmup_steps: int
     min_lr_ratio: float  # final / initial learning rate
@@ -84,6 +88,8 @@ class Schedule:
             f"{self.steps} steps of {self.global_batch_size} images, {self.steps_per_epoch} per epoch of {self.images} images:"
             f" {self.epochs:g} epochs",
             f"stage two (no strong augmentation): {stage_two}",
+            *stage_lines(self.stages, math.ceil(self.epochs)),
+            *(f"left out: {part}" for part in self.left_out),
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
@@ -115,7 +121,8 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
     epochs = -(-steps // steps_per_epoch)
     no_aug = given.no_aug_epochs if given.no_aug_epochs is not None else round(NO_AUG_SHARE * epochs)
-    strong_epochs = epochs - no_aug if no_aug else None
+    stages = resolve_stages(given.stages, epochs, no_aug)
+    strong_epochs = stages.clean
 
     # 3. Rates, warm-ups and the EMA scale with the batch; short runs shorten the warm-ups.
     scale = global_batch_size / (experiment.optimizer.base_batch_size or BASE_BATCH_SIZE[variant])
@@ -129,6 +136,10 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         strong_epochs=strong_epochs,
+        stages=stages,
+        left_out=tuple(
+            left_out(experiment.augment, stages, epochs=epochs, images=images, micro_batch_size=micro_batch_size)
+        ),
         stage_two_step=None if strong_epochs is None else strong_epochs * steps_per_epoch,
         warmup_steps=min(round(500 / scale), steps // 10) if warmup is None else warmup,
         min_lr_ratio=given.min_lr_ratio,
