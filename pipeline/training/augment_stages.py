@@ -9,25 +9,20 @@ from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import Stages
 from pipeline.wording import plural
 
-WARMUP_EPOCHS = 4  # published; shorter runs take a twelfth of their length
-
-
-def recipe_stages(epochs: int, clean_epochs: int) -> tuple[int, int, int]:
-    """First dense, ordinary and clean epoch of the DEIM recipe: half of the epochs before the clean ones are dense."""
-    warmup = min(WARMUP_EPOCHS, epochs // 12)
-    clean = epochs - clean_epochs
-    return min(warmup, clean), min(warmup + clean // 2, clean), clean
-
 
 def resolve_stages(
-    given: Literal["deim"] | Sequence[int] | Sequence[float] | None, epochs: int, no_aug_epochs: int
+    given: Literal["deim"] | Sequence[int] | Sequence[float] | None,
+    epochs: int,
+    no_aug_epochs: int,
+    recipe: tuple[int, int, int],
 ) -> Stages:
     """Stages in epochs.
 
     Args:
         given: `schedule.stages`: whole numbers are epochs, fractions shares of all epochs. None: neither a warm-up nor an
             ordinary stage, so that what `augment` asks for happens in all epochs but the clean ones.
-        no_aug_epochs: clean epochs at the end, unless they are given.
+        no_aug_epochs: clean epochs at the end, unless stages are given.
+        recipe: stages of the DEIM recipe for this length.
 
     Raises:
         ConfigError: the stages do not lie within the run.
@@ -35,7 +30,7 @@ def resolve_stages(
     if given is None:
         dense, ordinary, clean = 0, epochs - no_aug_epochs, epochs - no_aug_epochs
     elif given == "deim":
-        dense, ordinary, clean = recipe_stages(epochs, no_aug_epochs)
+        dense, ordinary, clean = recipe
     elif all(isinstance(bound, int) for bound in given):
         dense, ordinary, clean = (int(bound) for bound in given)
     else:
@@ -58,7 +53,7 @@ def stage_lines(stages: Stages, epochs: int) -> Iterator[str]:
     )
 
 
-def left_out(
+def augmentation_left_out(
     augment: AugmentSettings, stages: Stages, *, epochs: int, images: int, micro_batch_size: int
 ) -> Iterator[str]:
     """Name parts of the augmentation that never happen, or lose their sense, in this run."""
@@ -68,14 +63,17 @@ def left_out(
         if probability
     ]
     if wanted and stages.ordinary <= stages.dense:
-        yield f"{' and '.join(wanted)}: {plural(epochs, 'epoch')} leave none for the dense stage"
+        yield f"left out: {' and '.join(wanted)}, as {plural(epochs, 'epoch')} leave none for the dense stage"
         return
     if augment.mosaic_probability and images < TILES:
-        yield f"mosaics of different images: there are only {images}, so each shows some of them twice"
+        yield f"left out: mosaics of four images, as there are only {images}; they repeat some"
     blends = [
         name
         for name, probability in (("mixup", augment.mixup_probability), ("copy-paste", augment.copy_paste_probability))
         if probability
     ]
     if blends and micro_batch_size < 2:
-        yield f"{' and '.join(blends)}: a micro-batch has one image; schedule.micro_batch_size of 2 or more brings them back"
+        yield (
+            f"left out: {' and '.join(blends)}, as a micro-batch has one image; a schedule.micro_batch_size of 2 or more"
+            " brings them back"
+        )

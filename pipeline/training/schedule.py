@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from dfine_core.config import OptimizerConfig
 from pipeline.config import ConfigError, Experiment
 from pipeline.data.augment.stages import Stages
-from pipeline.training.augment_stages import left_out, resolve_stages, stage_lines
+from pipeline.training.augment_stages import augmentation_left_out, resolve_stages, stage_lines
 from pipeline.wording import plural
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
+FIRST_EPOCHS = 4  # of DEIM, without strong augmentation; at most a tenth of stage one
 NO_AUG_SHARE = 0.09  # last share of the epochs; 0.075 to 0.17 in the published recipes
 EMA_HORIZON_SHARE = 0.2  # EMA horizon is at most this share of the run, so that short runs forget the initial weights
 
@@ -28,7 +29,6 @@ class Schedule:
     steps: int
     strong_epochs: int | None  # strong augmentation and multi-scale end before this epoch; None: never
     stages: Stages  # of the augmentation
-    left_out: tuple[str, ...]  # parts of the augmentation that this length or batch leaves no room for
     stage_two_step: int | None  # first step without strong augmentation
     warmup_steps: int
     min_lr_ratio: float  # final / initial learning rate
@@ -36,6 +36,7 @@ class Schedule:
     ema_warmup_steps: int
     evaluation_steps: int  # steps between two evaluations
     optimizer: OptimizerConfig
+    left_out: tuple[str, ...] = ()  # lines about parts of the recipe for which the run or the batch is too small
 
     @property
     def epochs(self) -> float:
@@ -89,11 +90,11 @@ class Schedule:
             f" {self.epochs:g} epochs",
             f"stage two (no strong augmentation): {stage_two}",
             *stage_lines(self.stages, math.ceil(self.epochs)),
-            *(f"left out: {part}" for part in self.left_out),
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" warm-up over {self.warmup_steps} steps, then {decay}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
             f"evaluations: {evaluations if evaluates else 'none, as there is no data.val'}",
+            *self.left_out,
         ]
 
 
@@ -121,7 +122,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
     epochs = -(-steps // steps_per_epoch)
     no_aug = given.no_aug_epochs if given.no_aug_epochs is not None else round(NO_AUG_SHARE * epochs)
-    stages = resolve_stages(given.stages, epochs, no_aug)
+    stages = resolve_stages(given.stages, epochs, no_aug, recipe_stages(epochs, no_aug))
     strong_epochs = stages.clean
 
     # 3. Rates, warm-ups and the EMA scale with the batch; short runs shorten the warm-ups.
@@ -137,9 +138,6 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         steps=steps,
         strong_epochs=strong_epochs,
         stages=stages,
-        left_out=tuple(
-            left_out(experiment.augment, stages, epochs=epochs, images=images, micro_batch_size=micro_batch_size)
-        ),
         stage_two_step=None if strong_epochs is None else strong_epochs * steps_per_epoch,
         warmup_steps=min(round(500 / scale), steps // 10) if warmup is None else warmup,
         min_lr_ratio=given.min_lr_ratio,
@@ -147,7 +145,25 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         ema_warmup_steps=min(round(1000 / scale), steps // 20) if ema_warmup is None else ema_warmup,
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
         optimizer=experiment.optimizer.config(variant, lr_factor),
+        left_out=tuple(
+            augmentation_left_out(
+                experiment.augment, stages, epochs=epochs, images=images, micro_batch_size=micro_batch_size
+            )
+        ),
     )
+
+
+def recipe_stages(epochs: int, clean_epochs: int) -> tuple[int, int, int]:
+    """First epochs of DEIM's three later stages: dense one-to-one, ordinary, clean; the first one has no strong augmentation.
+
+    The published boundaries of all sizes follow this rule: 4 epochs, then half of the epochs before the clean ones. In short runs
+    the first stage is a tenth of those.
+
+    Source: DEIM, arXiv:2412.04234, and its released configurations.
+    """
+    clean = epochs - clean_epochs
+    dense = min(FIRST_EPOCHS, clean // 10)
+    return dense, min(clean, dense + -(-clean // 2)), clean
 
 
 def evaluations_without_data(experiment: Experiment) -> int | None:

@@ -164,6 +164,19 @@ def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_na
     assert all(records[replacement.image_id - 1].file_name in replacement.reason for replacement in batch.replaced)
 
 
+def test_a_broken_partner_is_named_and_leaves_its_part_of_the_mosaic_black() -> None:
+    records = synthetic_records(4)
+    records[2] = broken(records[2])
+    block = encoded([records[0], records[1], records[2]], real=[2])
+    partners = pa.array([[1, 0, 2, -1, -1, -1]], pa.list_(pa.int32()))
+    block = block.set_column(block.schema.get_field_index("partners"), "partners", partners)
+    (batch,) = batches_from_arrow(decode_block(block, replace(TRAINING, micro_batch_size=2)), CANVAS)
+    assert batch.image_id.tolist() == [records[0].image_id, records[1].image_id]
+    (lost,) = batch.replaced
+    assert lost.image_id == records[2].image_id
+    assert f"left black: {records[2].file_name}, in the mosaic of image {records[0].image_id}" in lost.reason
+
+
 def test_a_micro_batch_without_a_decodable_image_is_an_error_that_names_every_image() -> None:
     records = [broken(record) for record in synthetic_records(4)]
     with pytest.raises(UndecodableImageError) as error:
