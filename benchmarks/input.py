@@ -101,7 +101,7 @@ def print_augmentation(shards: ShardSet) -> None:
         )
         for r in records_from_table(table)
     ]
-    timed = {name: work for name, work in augment_benchmark.rows().items() if not name.startswith(" ")}
+    timed = {name: work for name, work in augment_benchmark.rows(images).items() if not name.startswith(" ")}
     seconds = augment_benchmark.fastest_seconds(timed, images, rounds=3)
     for name, value in seconds.items():
         times = seconds[augment_benchmark.RELEASED] / value
