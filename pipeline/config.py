@@ -35,6 +35,7 @@ from pipeline.recipes import Recipe, with_recipe
 
 MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
 Share = Annotated[float, Field(ge=0, le=1)]
+Stages = Literal["deim"] | tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | tuple[Share, Share, Share]
 
 
 def _a_folder_name(name: str) -> str:
@@ -94,6 +95,7 @@ RENAMED_KEYS = {
     "groups": "param_groups",
     "in_a_row": "max_consecutive",
     "micro_batch": "micro_batch_size",
+    "mixup_weight": "mixup_ratio",
     "multiscale_repeat": "base_size_repeat",
     "not_finite": "non_finite",
     "pictures": "num_images",
@@ -104,6 +106,14 @@ RENAMED_KEYS = {
     "together": "max_concurrent_trials",
 }
 
+# Keys that have no successor, and what to do without them.
+REMOVED_KEYS = {
+    "copy_paste_max_covered": "pasted objects are blended, so covered ones keep their boxes; leave it out",
+    "copy_paste_object_probability": "give the number of objects, copy_paste_objects",
+    "mosaic_centre": "the four images of a mosaic fill equal cells; its map is given by mosaic_rotation, mosaic_translation and"
+    " mosaic_scale",
+}
+
 
 class Config(BaseModel):
     """Base of all config models: frozen, unknown keys are errors."""
@@ -112,9 +122,11 @@ class Config(BaseModel):
 
 
 def unknown_key(key: object, known: Sequence[str]) -> str:
-    """Message about an unknown key: its new name if it was renamed, otherwise the known keys that resemble it."""
+    """Message about an unknown key: its new name or the way without it, otherwise the known keys that resemble it."""
     if key in RENAMED_KEYS and RENAMED_KEYS[str(key)] in known:
         return f"unknown key {key!r}; it is called {RENAMED_KEYS[str(key)]}"
+    if key in REMOVED_KEYS:
+        return f"unknown key {key!r}; {REMOVED_KEYS[str(key)]}"
     close = difflib.get_close_matches(str(key), known, n=3)
     return f"unknown key {key!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}")
 
@@ -187,6 +199,8 @@ class Schedule(Config):
     global_batch_size: PositiveInt | None = None  # images per step over all workers; default: the variant's recipe
     micro_batch_size: PositiveInt | None = None  # images per forward pass of a worker; default: its whole share
     no_aug_epochs: NonNegativeInt | None = None  # last epochs, without strong augmentation (stage two)
+    # First dense, ordinary and clean epoch of the augmentation, or shares of the epochs; deim: derived from the length.
+    stages: Stages | None = None
     warmup_steps: NonNegativeInt | None = None  # 0: none
     warmup_power: PositiveFloat = 1  # 1: linear, as in D-FINE; 2: quadratic, as in DEIM
     # After the warm-up. constant: as in D-FINE. cosine: down to `min_lr_ratio` at the end. flat_cosine, as in DEIM: constant for
@@ -201,6 +215,16 @@ class Schedule(Config):
             raise ValueError("give either epochs or steps")
         if self.epochs is not None and self.no_aug_epochs is not None and self.no_aug_epochs > self.epochs:
             raise ValueError(f"no_aug_epochs ({self.no_aug_epochs}) must lie in 0..epochs ({self.epochs})")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Self:
+        if self.stages is None or self.stages == "deim":
+            return self
+        if list(self.stages) != sorted(self.stages):
+            raise ValueError(f"stages {list(self.stages)} must ascend: first dense, ordinary and clean epoch")
+        if self.no_aug_epochs is not None:
+            raise ValueError(f"give either no_aug_epochs ({self.no_aug_epochs}) or stages {list(self.stages)}")
         return self
 
 

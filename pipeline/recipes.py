@@ -18,7 +18,7 @@ WARMUP_STEPS = {"dfine": 500, "deim": 2000}  # at the published batch, and at mo
 DEIM: dict[str, dict[str, Any]] = {
     "model": {"freeze_at": -1, "freeze_norm": False},
     "loss": {"classification": "mal"},
-    "schedule": {"shape": "flat_cosine", "warmup_power": 2, "min_lr_ratio": 0.5},
+    "schedule": {"shape": "flat_cosine", "warmup_power": 2, "min_lr_ratio": 0.5, "stages": "deim"},
     "optimizer": {"param_groups": "deim"},
     "augment": {"mosaic_probability": 0.5, "mixup_probability": 0.5},
 }

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from dfine_core.config import OptimizerConfig
 from pipeline.config import ConfigError, Experiment
+from pipeline.data.augment.stages import Stages
 from pipeline.recipes import WARMUP_STEPS
+from pipeline.training.augment_stages import augmentation_left_out, resolve_stages, stage_lines
 from pipeline.wording import plural
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
@@ -27,6 +29,7 @@ class Schedule:
     steps_per_epoch: int
     steps: int
     strong_epochs: int | None  # strong augmentation and multi-scale end before this epoch; None: never
+    stages: Stages  # of the augmentation
     stage_two_step: int | None  # first step without strong augmentation
     warmup_steps: int
     warmup_power: float
@@ -37,7 +40,7 @@ class Schedule:
     ema_warmup_steps: int
     evaluation_steps: int  # steps between two evaluations
     optimizer: OptimizerConfig
-    left_out: tuple[str, ...] = ()  # parts of the recipe for which the run is too short
+    left_out: tuple[str, ...] = ()  # lines about parts of the recipe for which the run or the batch is too small
 
     @property
     def epochs(self) -> float:
@@ -95,6 +98,7 @@ class Schedule:
             f"{self.steps} steps of {self.global_batch_size} images, {self.steps_per_epoch} per epoch of {self.images} images:"
             f" {self.epochs:g} epochs",
             f"stage two (no strong augmentation): {stage_two}",
+            *stage_lines(self.stages, math.ceil(self.epochs)),
             f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
             f" {self._rate_over_time()}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
@@ -136,7 +140,8 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     steps = given.steps or (given.epochs or 0) * steps_per_epoch
     epochs = -(-steps // steps_per_epoch)
     no_aug = _clean_epochs(epochs, given.no_aug_epochs)
-    strong_epochs = epochs - no_aug if no_aug else None
+    stages = resolve_stages(given.stages, epochs, no_aug, recipe_stages(epochs, no_aug))
+    strong_epochs = stages.clean
 
     # 3. Rates, warm-ups and the EMA scale with the batch; short runs shorten the warm-ups.
     scale = global_batch_size / (experiment.optimizer.base_batch_size or BASE_BATCH_SIZE[variant])
@@ -153,17 +158,25 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         strong_epochs=strong_epochs,
+        stages=stages,
         stage_two_step=stage_two_step,
         warmup_steps=warmup,
         warmup_power=given.warmup_power,
         min_lr_ratio=1.0 if shape == "constant" else given.min_lr_ratio,
-        flat_steps=_flat_steps(given.flat_epochs, epochs, no_aug, steps_per_epoch) if shape == "flat_cosine" else 0,
+        flat_steps=_flat_steps(given.flat_epochs, epochs, stages.ordinary, steps_per_epoch)
+        if shape == "flat_cosine"
+        else 0,
         clean_steps=max(0, steps - (stage_two_step or steps)) if shape == "flat_cosine" else 0,
         ema_decay=ema_horizon(scale, steps) if decay is None else decay,
         ema_warmup_steps=min(round(1000 / scale), steps // 20) if ema_warmup is None else ema_warmup,
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
         optimizer=experiment.optimizer.config(variant, lr_factor),
-        left_out=tuple(left_out(epochs, given.no_aug_epochs)) if experiment.recipe == "deim" else (),
+        left_out=(
+            *(left_out(epochs, given.no_aug_epochs) if given.stages == "deim" else ()),
+            *augmentation_left_out(
+                experiment.augment, stages, epochs=epochs, images=images, micro_batch_size=micro_batch_size
+            ),
+        ),
     )
 
 
@@ -203,11 +216,10 @@ def _clean_epochs(epochs: int, given: int | None) -> int:
     return round(NO_AUG_SHARE * epochs) if given is None else given
 
 
-def _flat_steps(flat_epochs: float | None, epochs: int, clean_epochs: int, steps_per_epoch: int) -> int:
+def _flat_steps(flat_epochs: float | None, epochs: int, ordinary: int, steps_per_epoch: int) -> int:
     """Steps at the full rate; by default DEIM's, which end with its dense stage."""
-    if flat_epochs is None:
-        flat_epochs = recipe_stages(epochs, clean_epochs)[1]
-    return round((flat_epochs * epochs if flat_epochs < 1 else flat_epochs) * steps_per_epoch)
+    flat = float(ordinary) if flat_epochs is None else flat_epochs * epochs if flat_epochs < 1 else flat_epochs
+    return round(flat * steps_per_epoch)
 
 
 def evaluations_without_data(experiment: Experiment) -> int | None:
