@@ -56,14 +56,22 @@ def test_every_value_of_the_recipe_is_in_the_resolved_experiment_and_gives_way_t
             given["model"]["variant"] = variant
         if section == "schedule":
             given["schedule"]["epochs"] = 58
-        assert flatten(dump(experiment(recipe="deim", **given)))[key] == _other(plain[key], key)
+        assert (
+            flatten(dump(experiment(recipe="deim", **given)))[key]
+            == flatten({"given": _other(plain[key], key)})["given"]
+        )
 
 
 def _other(plain: Any, key: str) -> Any:
-    """The value without the recipe, or where that follows from the variant, a number."""
-    return {"optimizer.lr": 3e-4, "optimizer.backbone_lr": 3e-5, "optimizer.weight_decay": 0.5}.get(
-        key, "constant" if key == "schedule.shape" else plain
-    )
+    """The value without the recipe; another one where that follows from the variant or the length."""
+    others: dict[str, Any] = {
+        "optimizer.lr": 3e-4,
+        "optimizer.backbone_lr": 3e-5,
+        "optimizer.weight_decay": 0.5,
+        "schedule.shape": "constant",
+        "schedule.stages": [0.1, 0.5, 0.9],
+    }
+    return others.get(key, plain)
 
 
 def test_a_resolved_experiment_resolves_to_itself() -> None:

@@ -233,10 +233,10 @@ def test_deim_on_coco_has_the_recorded_schedule() -> None:
     rates = [schedule.learning_rate_factor(i) * schedule.optimizer.lr for i in recording["iterations"][1:]]
     assert rates == pytest.approx([rates[2] for rates in recording["rates"][1:]], rel=1e-12)
     assert schedule.steps == recording["total_iterations"]
-    assert (
+    rate = (
         "warm-up over 2000 steps (power 2), then constant until step 107184, then a cosine to 0.5 of it at step 184800"
-        in (schedule.lines(evaluates=True)[2])
     )
+    assert any(rate in line for line in schedule.lines(evaluates=True))
 
 
 def test_the_warm_up_of_deim_is_scaled_to_the_set() -> None:
