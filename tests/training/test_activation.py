@@ -13,10 +13,10 @@ from dfine_core.checkpoints.weights import load_weights
 from pipeline.config import ConfigError, Experiment
 from pipeline.config_files import check
 from pipeline.data.sources.synthetic import CLASSES
-from pipeline.training import loop
+from pipeline.training import loop, run_dir
 from pipeline.training.activation import with_activation
+from pipeline.training.context import resolve_data
 from pipeline.training.launch import launch
-from pipeline.training.run_dir import RunFinishedError
 from tests.support import training_runs
 from tests.support.varied_detectors import varied_detector
 
@@ -104,6 +104,7 @@ def test_a_checkpoint_of_deim_names_its_activation(tmp_path: Path) -> None:
     assert (activation, lines) == ("silu", [])
 
 
+@pytest.mark.slow  # MLflow's first start
 def test_a_fine_tuning_by_deim_keeps_the_relu_of_its_initial_weights_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,8 +119,8 @@ def test_a_fine_tuning_by_deim_keeps_the_relu_of_its_initial_weights_and_says_so
     assert (Path(result.run) / "checkpoints" / "step-00000001" / "experiment.yaml").read_text().count(
         "activation: relu"
     ) == 1
-    with pytest.raises(RunFinishedError):  # the same settings still
-        launch(tuned)
+    with pytest.raises(run_dir.RunFinishedError):  # the same settings still
+        run_dir.begin_or_continue(result.run, tuned, resolve_data(tuned.data), tracking_key="", allow_changes=False)
 
 
 def test_weights_with_frozen_norms_load_into_a_network_that_trains_them() -> None:
