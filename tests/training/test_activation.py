@@ -6,18 +6,21 @@ from typing import Any
 import pytest
 import torch
 
-from dfine_core import Detector, ModelConfig
+from dfine_core import Detector, ModelConfig, load
 from dfine_core.checkpoints.folder import DESCRIPTION, WEIGHTS, make_description, tensors_to_bytes
 from dfine_core.checkpoints.transformers_layout import to_transformers
 from dfine_core.checkpoints.weights import load_weights
 from pipeline.config import ConfigError, Experiment
 from pipeline.config_files import check
-from pipeline.training import loop
+from pipeline.data.sources.synthetic import CLASSES
+from pipeline.training import loop, run_dir
 from pipeline.training.activation import with_activation
+from pipeline.training.context import resolve_data
+from pipeline.training.launch import launch
 from tests.support import training_runs
 from tests.support.varied_detectors import varied_detector
 
-NAMES = ("red", "green", "blue")
+NAMES = CLASSES[:3]
 SMALL = ModelConfig.variant("n", num_classes=3, input_size=(64, 64), num_queries=20)
 
 
@@ -99,6 +102,25 @@ def test_a_checkpoint_of_deim_names_its_activation(tmp_path: Path) -> None:
     run = f"{first.storage}/{first.name}"
     activation, lines = settled(run, recipe="deim")
     assert (activation, lines) == ("silu", [])
+
+
+@pytest.mark.slow  # MLflow's first start
+def test_a_fine_tuning_by_deim_keeps_the_relu_of_its_initial_weights_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    data = training_runs.shard_folders(tmp_path)
+    folder = folder_of("relu", tmp_path / "init")
+    values = {"recipe": "deim", "init": folder, "schedule": {"steps": 1}}
+    tuned = training_runs.experiment(tmp_path, data, **values)
+    result = launch(tuned)
+    assert "activation relu, as the initial weights were trained with it" in capsys.readouterr().out
+    assert load(result.run, "cpu").config.activation == "relu"
+    assert (Path(result.run) / "checkpoints" / "step-00000001" / "experiment.yaml").read_text().count(
+        "activation: relu"
+    ) == 1
+    with pytest.raises(run_dir.RunFinishedError):  # the same settings still
+        run_dir.begin_or_continue(result.run, tuned, resolve_data(tuned.data), tracking_key="", allow_changes=False)
 
 
 def test_weights_with_frozen_norms_load_into_a_network_that_trains_them() -> None:
