@@ -53,7 +53,8 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "data.augment": {"data.shards"},
     "data.stream": {"data.shards", "data.augment"},
     "data.doctor": {"data.shards", "data.augment", "data.prepare"},
-    "config": {"data.augment", "data.stream"},
+    "recipes": set(),
+    "config": {"data.augment", "data.stream", "recipes"},
     "config_files": {"config"},
     "output_folder": {"config"},
     "exported_files": {"config"},
@@ -63,7 +64,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "evaluation": {"config", "data.shards", "data.augment", "data.stream"},
     "tracking": {"config"},
     "training": {
-        *("data.shards", "data.augment", "data.stream", "config", "config_files"),
+        *("data.shards", "data.augment", "data.stream", "recipes", "config", "config_files"),
         *("open_detector", "thresholds", "benchmark", "evaluation", "tracking"),
     },
     "export": {

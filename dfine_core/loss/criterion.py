@@ -7,7 +7,7 @@ Denoising queries need no matching: each was made from a known box.
 
 | term             | which outputs              | which pairs             | divided by                             |
 |------------------|----------------------------|-------------------------|----------------------------------------|
-| vfl              | all                        | the stage's own matches | boxes of the batch                     |
+| vfl or mal       | all                        | the stage's own matches | boxes of the batch                     |
 | bbox (L1), giou  | all                        | GO union                | pairs of the union                     |
 | fgl              | decoder layers             | GO union                | pairs of the union                     |
 | ddf              | decoder layers but the last | GO union and the rest  | its own averages                       |
@@ -208,24 +208,26 @@ class Criterion(nn.Module):
 
         layers = len(stages.queries.logits)
         suffixes: list[str | None] = [*(f"_aux_{i}" for i in range(layers - 1)), "", "_pre", "_enc_0"]
-        terms = _named(["vfl"], scores[0] / normalizers.boxes, suffixes)
+        classification = self.config.loss.classification
+        terms = _named([classification], scores[0] / normalizers.boxes, suffixes)
         terms |= _named(["bbox", "giou", "fgl"], edges[0] / normalizers.pairs, suffixes)
         terms |= _named(["ddf"], ddf[0], suffixes[: layers - 1])
         if noised is None:
             return terms
         norm = normalizers.boxes * (noised.groups if padding is None else padding.groups)
         suffixes = [*(f"_dn_{i}" for i in range(layers)), "_dn_pre", None]
-        terms |= _named(["vfl"], scores[1] / norm, suffixes)
+        terms |= _named([classification], scores[1] / norm, suffixes)
         terms |= _named(["bbox", "giou", "fgl"], edges[1] / norm, suffixes)
         terms |= _named(["ddf"], ddf[1], suffixes[: layers - 1])
-        if stages.queries.edge_logits is not None:  # the last layer is its own teacher: the released log lists it as 0
+        # The last layer is its own teacher: the released log of D-FINE lists it as 0, that of DEIM leaves it out.
+        if stages.queries.edge_logits is not None and classification == "vfl":
             terms[f"loss_ddf_dn_{layers - 1}"] = torch.zeros_like(norm)
         return terms
 
     def _score_losses(
         self, stages: Stages, pairs: ComparedPairs, ious: Tensor, padding: Padding | None
     ) -> tuple[Tensor, Tensor]:
-        """VFL of every stage on its own matches, [S]; groups of stages may differ in their classes."""
+        """VFL or MAL of every stage on its own matches, [S]; groups of stages may differ in their classes."""
         weights = self.config.loss
         first = 0
         sums: list[tuple[Tensor, Tensor]] = []
@@ -235,9 +237,7 @@ class Criterion(nn.Module):
             target = pairs.target[rows, columns]
             index = (pairs.stage[: len(logits)], pairs.image[rows, columns], pairs.query[rows, columns], labels[target])
             real = None if pairs.real is None else pairs.real[columns]
-            entries, hits = losses.varifocal_loss(
-                logits, index, ious[rows, columns], weights.vfl_alpha, weights.vfl_gamma, real
-            )
+            entries, hits = self._classification_loss(logits, index, ious[rows, columns], real)
             of_noised = entries[:, :, : stages.noised]
             if padding is not None:
                 of_noised = of_noised * padding.slots
@@ -248,7 +248,16 @@ class Criterion(nn.Module):
                 )
             )
         matching, noised = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*sums, strict=True))
-        return _weighted(matching, weights.vfl), _weighted(noised, weights.vfl)
+        weight = weights.vfl if weights.classification == "vfl" else weights.mal
+        return _weighted(matching, weight), _weighted(noised, weight)
+
+    def _classification_loss(
+        self, logits: Tensor, index: tuple[Tensor, Tensor, Tensor, Tensor], ious: Tensor, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        weights = self.config.loss
+        if weights.classification == "vfl":
+            return losses.varifocal_loss(logits, index, ious, weights.vfl_alpha, weights.vfl_gamma, real)
+        return losses.matchability_aware_loss(logits, index, ious, weights.mal_alpha, weights.mal_gamma, real)
 
     def _box_and_edge_losses(
         self, stages: Stages, pairs: ComparedPairs, predicted: Tensor, targets: Targets, gious: Tensor, ious: Tensor

@@ -44,6 +44,33 @@ def varifocal_loss(
     return (weight * F.softplus(logits)).sum(-1), hits if real is None else hits * real
 
 
+def matchability_aware_loss(
+    logits: Tensor,
+    index: tuple[Tensor, Tensor, Tensor, Tensor],
+    ious: Tensor,
+    alpha: float | None,
+    gamma: float,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MAL: scores learn to predict a power of the IoU of their box, and poor matches count in full.
+
+    A matched entry is pulled towards IoU ** gamma with a weight of 1, where VFL's weight vanishes with the IoU; every other
+    entry is pulled towards 0 and weighs alpha * score ** gamma. Arguments and result are those of `varifocal_loss`.
+
+    Args:
+        alpha: None stands for 1.
+
+    Source: DEIM, arXiv:2412.04234, equation 3.
+    """
+    target = (ious.detach() ** gamma).to(logits.dtype)
+    weight = logits.detach().sigmoid() ** gamma
+    if alpha is not None:
+        weight = alpha * weight
+    weight[index] = 1 if real is None else torch.where(real.amax() > 0, 1, weight[index])
+    hits = target * logits[index]
+    return (weight * F.softplus(logits)).sum(-1), hits if real is None else hits * real
+
+
 def fine_grained_localization_loss(edge_logits: Tensor, target_offsets: Tensor, bins: Tensor, ious: Tensor) -> Tensor:
     """FGL, [S, M] summed over edges: cross-entropy towards the two bins around each true edge, weighted by IoU.
 

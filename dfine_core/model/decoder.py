@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine_core.boxes import inverse_sigmoid
@@ -25,6 +24,7 @@ from dfine_core.config import ModelConfig
 from dfine_core.model import distribution, sampling
 from dfine_core.model.attention import DeformableAttention, Levels, split_levels
 from dfine_core.model.layers import (
+    ACTIVATIONS,
     MLP,
     ConvNorm,
     SelfAttention,
@@ -67,6 +67,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attn = DeformableAttention(dim, heads, config.num_points, config.sampling)
         self.gateway = Gate(dim)
+        self.activation = config.activation
         self.linear1 = Linear(dim, config.decoder_ffn_dim)
         self.linear2 = Linear(config.decoder_ffn_dim, dim)
         self.norm3 = nn.LayerNorm(dim)
@@ -87,16 +88,16 @@ class DecoderLayer(nn.Module):
         """
         x = self.norm1(x + self.self_attn(x, position, mask))
         x = self.gateway(x, self.cross_attn(x + position, reference_boxes, levels))
-        y = x + self.linear2(F.relu(self.linear1(x)))
+        y = x + self.linear2(ACTIVATIONS[self.activation](self.linear1(x)))
         return self.norm3(y.clamp(-FFN_LIMIT, FFN_LIMIT))
 
 
 class QualityEstimator(nn.Module):
     """Location quality estimation (LQE): peaked edge distributions raise the class scores, flat ones lower them."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str) -> None:
         super().__init__()
-        self.reg_conf = MLP([4 * (LQE_TOP + 1), 64, 1])
+        self.reg_conf = MLP([4 * (LQE_TOP + 1), 64, 1], activation)
         self.reg_conf.zero_last()
 
     def forward(self, probabilities: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class DecoderStack(nn.Module):
         layer = DecoderLayer(config)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(config.num_layers))
         if config.regression == "fdr":
-            self.lqe_layers = nn.ModuleList(QualityEstimator() for _ in range(config.num_layers))
+            self.lqe_layers = nn.ModuleList(QualityEstimator(config.activation) for _ in range(config.num_layers))
 
 
 class EncoderOutput(nn.Module):
@@ -163,17 +164,17 @@ class Decoder(nn.Module):
         if config.learn_query_content:
             self.tgt_embed = nn.Embedding(config.num_queries, dim)
             nn.init.xavier_uniform_(self.tgt_embed.weight)
-        self.query_pos_head = MLP([4, 2 * dim, dim])
+        self.query_pos_head = MLP([4, 2 * dim, dim], config.activation)
         for linear in self.query_pos_head.layers:
             nn.init.xavier_uniform_(cast(nn.Linear, linear).weight)
 
         self.enc_output = EncoderOutput(dim)
         self.enc_score_head = _score_head(dim, 1 if config.query_selection == "agnostic" else classes)
-        self.enc_bbox_head = _box_head(dim, 4)
+        self.enc_bbox_head = _box_head(dim, 4, config.activation)
         self.dec_score_head = nn.ModuleList(_score_head(dim, classes) for _ in range(layers))
-        self.pre_bbox_head = _box_head(dim, 4)
+        self.pre_bbox_head = _box_head(dim, 4, config.activation)
         outputs = 4 * config.num_bins if config.regression == "fdr" else 4
-        self.dec_bbox_head = nn.ModuleList(_box_head(dim, outputs) for _ in range(layers))
+        self.dec_bbox_head = nn.ModuleList(_box_head(dim, outputs, config.activation) for _ in range(layers))
 
     def forward(
         self, maps: list[Tensor], denoising: DenoisingQueries | None = None, every_layer: bool = False
@@ -367,7 +368,7 @@ def _score_head(dim: int, classes: int) -> nn.Linear:
     return head
 
 
-def _box_head(dim: int, outputs: int) -> MLP:
-    head = MLP([dim, dim, dim, outputs])
+def _box_head(dim: int, outputs: int, activation: str) -> MLP:
+    head = MLP([dim, dim, dim, outputs], activation)
     head.zero_last()
     return head

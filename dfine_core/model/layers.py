@@ -1,7 +1,7 @@
 """Small blocks shared by several parts of the network. Attribute names follow the released state dict."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -14,6 +14,7 @@ from dfine_core.model.products import Conv2d, Linear, linear
 
 T = TypeVar("T")
 MAX_TABLES = 32  # more sizes than multi-scale training has
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -80,16 +81,17 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with an activation between them."""
 
-    def __init__(self, dims: Iterable[int]):
+    def __init__(self, dims: Iterable[int], activation: str = "relu"):
         super().__init__()
+        self.activation = activation
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform the last dimension."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = ACTIVATIONS[self.activation](layer(x))
         return self.layers[-1](x)
 
     def zero_last(self) -> None:
@@ -142,7 +144,7 @@ def mlps_side_by_side(mlps: Sequence[MLP], x: Tensor) -> Tensor:
     """Apply an MLP of its own to each of L inputs at once, [L, R, D] to [L, R, E]."""
     *inner, last = zip(*(cast(Iterable[nn.Linear], mlp.layers) for mlp in mlps), strict=True)
     for linears in inner:
-        x = F.relu(side_by_side(linears, x))
+        x = ACTIVATIONS[mlps[0].activation](side_by_side(linears, x))
     return side_by_side(last, x)
 
 

@@ -20,6 +20,7 @@ from pipeline.tracking.delivery import missing_from_mlflow
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import PATIENCE_AFTER_ERROR_S, Tracker
 from pipeline.training import run_dir
+from pipeline.training.activation import with_activation
 from pipeline.training.context import ResolvedData, TrainJob, resolve_data
 from pipeline.training.driver_lock import driver_lock
 from pipeline.training.in_process import is_enough, train_in_process
@@ -124,9 +125,10 @@ def launch(
         if request is not None:
             _refuse_problems_on_nodes(request, run, data)
         tracking = replace(tracking, run_key=start.tracking_key)
+        notes: list[str] = []
         if experiment.init:
             init = materialize_init(experiment.init, run, tracking.uri)
-            experiment = experiment.model_copy(update={"init": init})
+            experiment, notes = with_activation(experiment.model_copy(update={"init": init}))
 
         # 5. Hand everything to the workers.
         job = TrainJob(
@@ -150,6 +152,7 @@ def launch(
             where,
             *data.class_lines(),
             *schedule.lines(evaluates=data.val is not None),
+            *notes,
             *_warnings(job, request),
         ):
             print(text, flush=True)

@@ -149,7 +149,7 @@ def run_step(
 
     context.console.heartbeat(state.step, "training")
     for replaced in (replaced for batch in taken for replaced in batch.replaced):
-        context.console.print(f"image {replaced.image_id} was replaced by the next one: {replaced.reason}")
+        context.console.print(f"image {replaced.image_id} is {replaced.reason}")
     state.set_learning_rate(job.schedule.learning_rate_factor(state.step))
     size = step_size(job, state)
     micro_batches = [to_micro_batch(batch, state, size=size, seed=job.experiment.seed) for batch in taken]
@@ -190,7 +190,7 @@ def open_stream(job: TrainJob, context: WorkerContext, state: TrainState) -> Ite
         micro_batch_size=schedule.micro_batch_size,
         canvas=state.detector.config.input_size,
         augment=experiment.augment,
-        augment_epochs=schedule.strong_epochs,
+        stages=schedule.stages,
         distort_on_device=context.device.type != "cpu",
         seed=experiment.seed,
         window_rows=experiment.data.window_rows,

@@ -24,6 +24,7 @@ from dfine_core.loss.matching import Matches
 from dfine_core.loss.padding import pad_denoising, pad_targets
 from dfine_core.model.denoising import sample_queries_for
 from dfine_core.structures import DenoisingQueries, DetectorOutput
+from pipeline.data.augment.blend_pixels import blend_images
 from pipeline.data.augment.photometric import leaves_unchanged, photometric_distort, resize_images
 from pipeline.data.stream.batch import Batch
 from pipeline.training.graphs import loss_values
@@ -52,7 +53,7 @@ class StepResult:
 
 
 def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], seed: int) -> MicroBatch:
-    """Move a batch to the device, distort its colours and resize it to the size of the step.
+    """Move a batch to the device, distort its colours, blend its images and resize it to the size of the step.
 
     Args:
         size: height and width in this step.
@@ -63,7 +64,7 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     images = batch.images.to(state.device, non_blocking=True).float().div_(255)
     if not leaves_unchanged(batch.photometric):  # as when the colours were distorted where the images were decoded
         images = photometric_distort(images, batch.photometric.to(state.device, non_blocking=True))
-    images = resize_images(images, size)
+    images = resize_images(blend_images(images, batch.blend), size)
     layout = torch.channels_last if state.channels_last else torch.contiguous_format
     images = images.contiguous(memory_format=layout)
     generator = torch.Generator(state.device)

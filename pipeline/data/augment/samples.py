@@ -17,6 +17,7 @@ from pipeline.data.augment.decode import crop_and_place, decode_rgb, stretch
 from pipeline.data.augment.generators import keyed_generator
 from pipeline.data.augment.geometry import (
     Rectangle,
+    View,
     boxes_on_canvas,
     clip_boxes,
     composed_view,
@@ -42,12 +43,20 @@ class AnnotatedImage:
     height: int
     boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels; clipped to the image, and dropped where nothing remains
     labels: NDArray[np.integer]  # [G]
+    areas: NDArray[np.float32]  # [G] px^2 as annotated
 
 
 def without_crowd(record: ImageRecord) -> AnnotatedImage:
     """An image of a shard with the boxes to learn from: all but crowd regions."""
     learned = ~record.crowd
-    return AnnotatedImage(record.image, record.width, record.height, record.boxes[learned], record.labels[learned])
+    return AnnotatedImage(
+        record.image,
+        record.width,
+        record.height,
+        record.boxes[learned],
+        record.labels[learned],
+        record.areas[learned],
+    )
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Sample:
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     boxes: NDArray[np.float32]  # [G, 4] cxcywh, normalised to the canvas
     labels: NDArray[np.int64]  # [G]
+    areas: NDArray[np.float32]  # [G] px^2 of the canvas: the annotated area times the scale, whatever was cut off
     photometric: NDArray[np.float32]  # [P], columns of `Photometric`
 
 
@@ -73,26 +83,27 @@ def augmented_sample(
     """
     # All draws, before any pixel is decoded.
     generator = keyed_generator("image", seed, epoch, image_id)
-    boxes, labels = _within_image(image)
+    boxes, labels, areas = within_image(image)
     photometric = draw_photometric(generator, settings)
     view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas)
 
     # Pixels are decoded as small as the view allows.
     pixels = decode_rgb(image.encoded, image.width, image.height, view.divisor)
-    if photometric[Photometric.CONTRAST] != 1 or settings.mixes:
+    if photometric[Photometric.CONTRAST] != 1:
         photometric[Photometric.MEAN_GREY] = mean_grey(pixels)
     photometric[Photometric.LEFT :] = view.region
     return Sample(
         image=crop_and_place(pixels, view, canvas, view.divisor),
         boxes=to_normalised_cxcywh(boxes_on_canvas(view, boxes[kept]), canvas),
         labels=labels[kept].astype(np.int64),
+        areas=_scaled(areas[kept], view),
         photometric=photometric,
     )
 
 
 def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
     """Stretch an image to the canvas, for evaluation; errors as in `augmented_sample`."""
-    boxes, labels = _within_image(image)
+    boxes, labels, areas = within_image(image)
     whole = Rectangle(0, 0, image.width, image.height)
     view = composed_view(whole, image.width, image.height, canvas, flip=False)
     pixels = decode_rgb(image.encoded, image.width, image.height)
@@ -102,13 +113,21 @@ def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
         image=stretch(pixels, canvas),
         boxes=to_normalised_cxcywh(boxes_on_canvas(view, boxes), canvas),
         labels=labels.astype(np.int64),
+        areas=_scaled(areas, view),
         photometric=photometric,
     )
 
 
-def _within_image(image: AnnotatedImage) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
-    """Boxes clipped to the image, and their labels; those without area are dropped."""
+def within_image(
+    image: AnnotatedImage,
+) -> tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32]]:
+    """Boxes clipped to the image, their labels and areas; those of which nothing is left are dropped."""
     clipped = clip_boxes(image.boxes, Rectangle(0, 0, image.width, image.height))
     left, top, right, bottom = clipped.T
     kept = (right > left) & (bottom > top)
-    return clipped[kept], image.labels[kept]
+    return clipped[kept], image.labels[kept], image.areas[kept]
+
+
+def _scaled(areas: NDArray[np.float32], view: View) -> NDArray[np.float32]:
+    scale_x, scale_y = view.scale
+    return (areas * (scale_x * scale_y)).astype(np.float32)
