@@ -1,14 +1,12 @@
 """Partners of mosaics: how close drawing from a window is to drawing from the whole set, and what reading them costs.
 
-    python -m benchmarks.partners
-
-The first table is arithmetic on a plan of COCO's size. The second reads one window of generated images in a process of its own.
+python -m benchmarks.partners                   arithmetic on a plan of COCO's size
+python -m benchmarks.partners data/mine/train   also reads one window, the whole of that shard set
 """
 
 import argparse
 import multiprocessing
 import re
-import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,11 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import WHOLLY_DENSE
-from pipeline.data.prepare.prepare import prepare
-from pipeline.data.prepare.shard_writer import PrepareOptions
 from pipeline.data.shards.manifest import load_shards
 from pipeline.data.shards.reader import locate_row_groups
-from pipeline.data.sources.synthetic import synthetic_source
 from pipeline.data.stream.partners import MIN_POOL_ROWS, PARTNERS, partner_pools
 from pipeline.data.stream.plan import BatchPlan
 from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS
@@ -36,7 +31,7 @@ EPOCHS, WATCHED = 25, 60  # dense epochs of L, and images whose partners are col
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2048, help="generated images for the second table")
+    parser.add_argument("manifest", nargs="?", help="shard set of about 2,000 images, to be read as one window")
     args = parser.parse_args(argv)
     print(f"{IMAGES} images; partners of one image over {EPOCHS} epochs with p 0.5\n")
     print(
@@ -44,15 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     for lanes, micro_batch_size in ((1, 32), (4, 8), (8, 4), (32, 4)):
         print_closeness(lanes, micro_batch_size)
-    print(f"\none window of {args.rows} rows, four lanes of 8 images\n")
-    print(f"{'':22}{'most memory':>14}{'encoded':>10}{'CPU':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        source = synthetic_source(args.rows, longest_side=640)
-        prepare(source, f"{folder}/train", split="train", options=PrepareOptions())
+    if args.manifest:
+        print(f"\n{'one window, 4 x 8':22}{'most memory':>14}{'encoded':>10}{'CPU':>8}")
         for name, probability in (("plain", 0.0), ("mosaics with p 0.5", 0.5)):
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(1) as pool:
-                memory, encoded, seconds = pool.apply(read, (f"{folder}/train", probability))
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own has its own peak
+                memory, encoded, seconds = pool.apply(read, (args.manifest, probability))
             print(f"{name:22}{memory:>10.0f} MiB{encoded:>6.0f} MiB{seconds:>6.2f} s")
 
 

@@ -58,7 +58,7 @@ def photograph(width: int, height: int, seed: int) -> NDArray[np.uint8]:
 
 
 def sampled(images: list[AnnotatedImage], settings: AugmentSettings = STILL, **changes: Any) -> Sample:
-    keyed = {"seed": 1, "epoch": 0, "image_id": 7, "canvas": (120, 160)} | changes
+    keyed: dict[str, Any] = {"seed": 1, "epoch": 0, "image_id": 7, "canvas": (120, 160)} | changes
     sample, failures = mosaic_sample(images, settings=settings, **keyed)
     assert not failures
     return sample

@@ -109,3 +109,17 @@ def test_each_stage_has_its_operations() -> None:
     ordinary = stages.settings_of(2, everything)
     assert ordinary == AugmentSettings(copy_paste_probability=0.5)
     assert Stages(0, 9, None).settings_of(99, everything) == ordinary
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("mixup_weight", "it is called mixup_ratio"),
+        ("mosaic_centre", "its map is given by mosaic_rotation"),
+        ("copy_paste_object_probability", "copy_paste_objects"),
+        ("copy_paste_max_covered", "leave it out"),
+    ],
+)
+def test_former_keys_are_refused_with_what_takes_their_place(key: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"augment: unknown key '{key}'; .*{said}"):
+        derived(epochs=2, augment={key: 0.5})
