@@ -384,6 +384,7 @@ def training(proof: Proof) -> tuple[Any, Any]:
     from benchmarks.criterion import random_targets
     from pipeline.config import Experiment
     from pipeline.config_files import check
+    from pipeline.data.augment.blend import Blend
     from pipeline.data.augment.photometric_parameters import draw_photometric
     from pipeline.data.augment.settings import AugmentSettings
     from pipeline.data.stream.batch import Batch
@@ -416,6 +417,7 @@ def training(proof: Proof) -> tuple[Any, Any]:
         micro_batch=0,
         images=images.permute(0, 3, 1, 2),
         photometric=torch.from_numpy(rows),
+        blend=Blend(),
         boxes=torch.cat([t["boxes"] for t in targets]),
         labels=torch.cat([t["labels"] for t in targets]),
         counts=(BOXES,) * proof.batch,

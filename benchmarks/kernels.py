@@ -66,8 +66,8 @@ class _CapturedError(Exception):
 @contextmanager
 def code_for_h100(codes: list[str]) -> Iterator[None]:
     """Let Inductor generate code for a device that is not there, and keep the code instead of loading it."""
-    import triton.runtime  # type: ignore[import-untyped]
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    import triton.runtime
+    from triton.backends.compiler import GPUTarget
 
     def keep(_: GraphLowering, code: Any) -> SimpleNamespace:
         codes.append(code.value)
