@@ -68,6 +68,7 @@ def mosaic(tiles: Sequence[Sample], centre_x: int, centre_y: int, min_box_size: 
         boxes=joined[kept],
         labels=np.concatenate([tile.labels for tile in tiles])[kept],
         photometric=_covering(tiles[0].photometric, whole, mean_grey),
+        teacher_scores=np.concatenate([tile.scores for tile in tiles])[kept],
     )
 
 
@@ -82,6 +83,7 @@ def mixup(sample: Sample, other: Sample, weight: float) -> Sample:
         boxes=np.concatenate([sample.boxes, other.boxes]),
         labels=np.concatenate([sample.labels, other.labels]),
         photometric=_covering(sample.photometric, _united(sample, other), (1 - weight) * greys[0] + weight * greys[1]),
+        teacher_scores=np.concatenate([sample.scores, other.scores]),
     )
 
 

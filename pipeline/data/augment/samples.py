@@ -32,32 +32,51 @@ from pipeline.data.augment.photometric_parameters import (
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.records import ImageRecord
 
+TRUTH = -1.0  # in the place of a teacher's score: a true box
+
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An encoded image and the G boxes to learn from."""
+    """An encoded image and the G boxes to learn from: the true ones and, after them, those of a teacher."""
 
     encoded: bytes
     width: int  # stored pixels
     height: int
     boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels; clipped to the image, and dropped where nothing remains
     labels: NDArray[np.integer]  # [G]
+    teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
 
 
 def without_crowd(record: ImageRecord) -> AnnotatedImage:
-    """An image of a shard with the boxes to learn from: all but crowd regions."""
-    learned = ~record.crowd
-    return AnnotatedImage(record.image, record.width, record.height, record.boxes[learned], record.labels[learned])
+    """An image of a shard with the boxes to learn from: all but crowd regions, and those of a teacher."""
+    learned, teacher = ~record.crowd, record.teacher
+    boxes, labels = record.boxes[learned], record.labels[learned]
+    if teacher is None:
+        return AnnotatedImage(record.image, record.width, record.height, boxes, labels)
+    scores = np.concatenate([np.full(len(labels), TRUTH, np.float32), teacher.scores])
+    boxes, labels = np.concatenate([boxes, teacher.boxes]), np.concatenate([labels, teacher.labels])
+    return AnnotatedImage(record.image, record.width, record.height, boxes, labels, scores)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image on its canvas, with G boxes."""
+    """One image on its canvas, with G boxes: true ones, and perhaps some of a teacher among them."""
 
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     boxes: NDArray[np.float32]  # [G, 4] cxcywh, normalised to the canvas
     labels: NDArray[np.int64]  # [G]
     photometric: NDArray[np.float32]  # [P], columns of `Photometric`
+    teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """Score of each box, [G]; TRUTH for true ones."""
+        return np.full(len(self.labels), TRUTH, np.float32) if self.teacher_scores is None else self.teacher_scores
+
+    @property
+    def truth(self) -> NDArray[np.bool_]:
+        """Mask [G] of the true boxes."""
+        return self.scores == TRUTH
 
 
 def augmented_sample(
@@ -73,9 +92,10 @@ def augmented_sample(
     """
     # All draws, before any pixel is decoded.
     generator = keyed_generator("image", seed, epoch, image_id)
-    boxes, labels = _within_image(image)
+    boxes, labels, scores = _within_image(image)
     photometric = draw_photometric(generator, settings)
-    view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas)
+    truth = None if scores is None else scores == TRUTH
+    view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas, truth)
 
     # Pixels are decoded as small as the view allows.
     pixels = decode_rgb(image.encoded, image.width, image.height, view.divisor)
@@ -87,12 +107,13 @@ def augmented_sample(
         boxes=to_normalised_cxcywh(boxes_on_canvas(view, boxes[kept]), canvas),
         labels=labels[kept].astype(np.int64),
         photometric=photometric,
+        teacher_scores=None if scores is None else scores[kept],
     )
 
 
 def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
     """Stretch an image to the canvas, for evaluation; errors as in `augmented_sample`."""
-    boxes, labels = _within_image(image)
+    boxes, labels, _ = _within_image(image)
     whole = Rectangle(0, 0, image.width, image.height)
     view = composed_view(whole, image.width, image.height, canvas, flip=False)
     pixels = decode_rgb(image.encoded, image.width, image.height)
@@ -106,9 +127,12 @@ def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
     )
 
 
-def _within_image(image: AnnotatedImage) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
-    """Boxes clipped to the image, and their labels; those without area are dropped."""
+def _within_image(
+    image: AnnotatedImage,
+) -> tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32] | None]:
+    """Boxes clipped to the image, their labels and scores; those without area are dropped."""
     clipped = clip_boxes(image.boxes, Rectangle(0, 0, image.width, image.height))
     left, top, right, bottom = clipped.T
     kept = (right > left) & (bottom > top)
-    return clipped[kept], image.labels[kept]
+    scores = image.teacher_scores
+    return clipped[kept], image.labels[kept], None if scores is None else scores[kept]

@@ -18,7 +18,7 @@ from pipeline.data.augment.photometric_parameters import identity_photometric
 from pipeline.data.augment.photometric_pixels import distort_pixels
 from pipeline.data.augment.samples import Sample, augmented_sample, plain_sample, without_crowd
 from pipeline.data.augment.settings import AugmentSettings
-from pipeline.data.shards.reader import ROW_TYPE, RowGroups, Rows, read_row_groups, take_rows
+from pipeline.data.shards.reader import ROW_TYPE, RowGroups, Rows, read_training_rows, take_rows
 from pipeline.data.shards.records import ImageRecord, records_from_table
 from pipeline.data.stream.plan import BatchPlan, Window
 
@@ -44,6 +44,10 @@ DECODED_SCHEMA = pa.schema(
         ("counts", pa.list_(pa.int64())),  # [sum of real] boxes of each image
         ("boxes", pa.list_(pa.float32())),  # flat [T, 4] cxcywh, normalised to the canvas, image after image
         ("labels", pa.list_(pa.int64())),  # [T]
+        ("teacher_counts", pa.list_(pa.int64())),  # [sum of real] boxes of a teacher, and in the same way
+        ("teacher_boxes", pa.list_(pa.float32())),
+        ("teacher_labels", pa.list_(pa.int64())),
+        ("teacher_scores", pa.list_(pa.float32())),
         ("replaced_in", pa.list_(pa.int64())),  # index in 0..K - 1 of the micro-batch of each undecodable image
         ("replaced_id", pa.list_(pa.int64())),
         ("replaced_why", pa.list_(pa.string())),
@@ -99,7 +103,7 @@ def read_window(
     flat = [lane for row in lanes for lane in row if lane is not None]
     rows_of = dict(zip(flat, plan.rows(window, flat), strict=True))
     wanted = np.unique(np.concatenate([rows.group for rows in rows_of.values()]))
-    tables = read_row_groups(source, wanted)
+    tables = read_training_rows(source, wanted)
     groups = {group: table.combine_chunks().to_batches()[0].to_struct_array() for group, table in tables.items()}
 
     size = plan.micro_batch_size
@@ -150,6 +154,7 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
         kept += names
         replaced += [(k, image_id, reason) for image_id, reason in failures]
         first += count
+    truth = [sample.truth for sample in samples]
     return _one_row(
         DECODED_SCHEMA,
         step=encoded.column("step")[0],
@@ -159,9 +164,13 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
         photometric=photometric.reshape(-1),
         image_id=[record.image_id for record in kept],
         orig_size=[side for record in kept for side in (record.width, record.height)],
-        counts=[len(sample.labels) for sample in samples],
-        boxes=_joined([sample.boxes for sample in samples], np.float32),
-        labels=_joined([sample.labels for sample in samples], np.int64),
+        counts=[int(mask.sum()) for mask in truth],
+        boxes=_joined([sample.boxes[mask] for sample, mask in zip(samples, truth, strict=True)], np.float32),
+        labels=_joined([sample.labels[mask] for sample, mask in zip(samples, truth, strict=True)], np.int64),
+        teacher_counts=[int((~mask).sum()) for mask in truth],
+        teacher_boxes=_joined([sample.boxes[~mask] for sample, mask in zip(samples, truth, strict=True)], np.float32),
+        teacher_labels=_joined([sample.labels[~mask] for sample, mask in zip(samples, truth, strict=True)], np.int64),
+        teacher_scores=_joined([sample.scores[~mask] for sample, mask in zip(samples, truth, strict=True)], np.float32),
         replaced_in=[k for k, _, _ in replaced],
         replaced_id=[image_id for _, image_id, _ in replaced],
         replaced_why=[reason for _, _, reason in replaced],
