@@ -51,7 +51,8 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "data.augment": {"data.shards"},
     "data.stream": {"data.shards", "data.augment"},
     "data.doctor": {"data.shards", "data.augment", "data.prepare"},
-    "config": {"data.augment", "data.stream"},
+    "teacher_settings": set(),
+    "config": {"data.augment", "data.stream", "teacher_settings"},
     "config_files": {"config"},
     "output_folder": {"config"},
     "exported_files": {"config"},
@@ -61,7 +62,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "tracking": {"config"},
     "training": {
         *("data.shards", "data.augment", "data.stream", "config", "config_files"),
-        *("open_detector", "benchmark", "evaluation", "tracking"),
+        *("open_detector", "benchmark", "evaluation", "tracking", "teacher_settings"),
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
@@ -131,7 +132,7 @@ ENTRANCES = {
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
     "onnx": ("pipeline/export/formats.py",),
     "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
-    "transformers": ("pipeline/export/huggingface.py",),
+    "transformers": ("pipeline/export/huggingface.py", "pipeline/training/teachers/vision.py"),
     "huggingface_hub": ("pipeline/hub.py",),
 }
 

@@ -28,6 +28,7 @@ from pipeline.training.recording import deliver_run
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.sigterm import sigterm_kills
 from pipeline.training.stop_request import TrainingStoppedError, status_after
+from pipeline.training.teachers.checks import with_teachers
 
 if TYPE_CHECKING:  # a training in this process does without Ray
     from ray.train import UserCallback
@@ -92,7 +93,7 @@ def launch(
     run = storage.join(experiment.storage, experiment.name or "run")
 
     # 1. Check on this machine everything that could fail later: data, tracking server, initial weights.
-    data = resolve_data(experiment.data)
+    data = with_teachers(experiment, resolve_data(experiment.data))
     for shards in filter(None, (data.train, data.val)):
         refuse_changed_files(shards, contents=verify_data)
     tracking = TrackingSettings.resolve(

@@ -35,6 +35,8 @@ class MicroBatch:
     images: Tensor  # [B, 3, H, W] in [0, 1]
     targets: Targets
     denoising: DenoisingQueries | None
+    teacher: Targets | None = None  # boxes of a teacher
+    teacher_scores: Tensor | None = None  # [T]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     images = images.contiguous(memory_format=layout)
     generator = torch.Generator(state.device)
     generator.manual_seed(int(np.random.SeedSequence((seed, batch.step, batch.micro_batch)).generate_state(1)[0]))
-    return MicroBatch(images, targets, sample_queries_for(config, targets, generator))
+    denoising = sample_queries_for(config, targets, generator)
+    if state.teachers is None:
+        return MicroBatch(images, targets, denoising)
+    taught = Targets.pack(batch.teacher_targets(), config.num_classes, state.device)
+    scores = batch.teacher_scores.to(state.device, non_blocking=True)
+    return MicroBatch(images, targets, denoising, taught, scores)
 
 
 def train_step(
@@ -86,6 +93,8 @@ def train_step(
     share = share or len(micro_batches)
     state.statistics.begin_step()
     matches, normalizers = _match_ahead(state, micro_batches, share)
+    if state.teachers is not None:
+        state.teachers.begin_step(micro_batches, share)
 
     # Forward and backward; gradients are exchanged in the last micro-batch alone.
     state.optimizer.zero_grad(set_to_none=True)
@@ -101,6 +110,8 @@ def train_step(
         state.statistics.accumulate()
         summed = summed + values.detach()
 
+    if state.teachers is not None:
+        state.teachers.exchange_gradients()
     return _update(state, names, summed, share, decide())
 
 
@@ -132,7 +143,7 @@ def _losses(
     with state.autocast():
         output = state.model(micro_batch.images, micro_batch.targets, micro_batch.denoising or False)
     terms: dict[str, Tensor] = state.criterion(output, micro_batch.targets, matches, normalizers)
-    return terms
+    return terms if state.teachers is None else terms | state.teachers.terms(micro_batch, output)
 
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
@@ -145,7 +156,7 @@ def _update(state: TrainState, names: tuple[str, ...], terms: Tensor, share: flo
     if state.loss_scale.enabled:
         gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(gradients, state.loss_scale.scale)
-    grad_norm = nn.utils.clip_grad_norm_(state.detector.parameters(), state.max_grad_norm, foreach=True)
+    grad_norm = nn.utils.clip_grad_norm_(state.named_parameters().values(), state.max_grad_norm, foreach=True)
 
     # One reduction carries the loss terms, the running statistics, whether any worker saw a non-finite value, and the directive.
     everything = torch.cat([terms.float(), state.statistics.mean(share)])
@@ -156,6 +167,8 @@ def _update(state: TrainState, names: tuple[str, ...], terms: Tensor, share: flo
         dist.all_reduce(shared)
         shared /= workers
     finite = (shared[-2] == 0) & grad_norm.isfinite()
+    if state.teachers is not None:
+        state.teachers.measure(state.detector, finite)
 
     # The fused optimiser takes the flag meant for loss scaling: where set, it neither moves weights nor counts the step.
     state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
