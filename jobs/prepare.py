@@ -8,7 +8,7 @@
     dfine prepare auto /data/export --out /shards/mine
     dfine prepare auto /data/export --split train --split-off val=0.2 --out /shards/mine
     dfine prepare synthetic --images 2000 --split train --out /tmp/shapes/train
-    dfine prepare teacher /shards/mine/train --results /predictions/large --out /shards/mine/train-teacher
+    dfine prepare teacher /shards/mine/train --results /found/large --out /shards/mine/train-teacher
 
 One command writes one split into one folder; `auto` and --split-off write one folder for each split. The same
 command again resumes an interrupted preparation. Rejected images and boxes are listed with the reason in rejected.parquet.
