@@ -2,6 +2,7 @@
 # make test         run the test suite
 # make test-cluster three machines on this one, as namespaces (root on Linux; skipped elsewhere)
 # make demo         a first look: generate images, train, evaluate, track; rm -r demo to do it again
+#                   make demo recipe=deim trains by the other recipe
 # make demo-chain   pretrain on one set of generated images and fine-tune on another, as one job
 # make demo-sweep   search bins and distillation on generated images, with verdict and report
 # Also: make check (format, lint, types), make test-slow (the longer proofs), make format, make lock (new versions), make clean.
@@ -31,8 +32,8 @@ test-cluster: $(READY)
 
 demo: $(READY)
 	$(BIN)/dfine prepare synthetic --images 12 --image-side 128 --max-shapes 4 --split drawn --out demo/shards
-	$(BIN)/dfine train configs/demo.yaml
-	@echo "open the run in MLflow: $(BIN)/dfine ui demo/runs/demo"
+	$(BIN)/dfine train configs/demo.yaml $(if $(recipe),--set recipe=$(recipe) --name demo-$(recipe))
+	@echo "open the run in MLflow: $(BIN)/dfine ui demo/runs/demo$(if $(recipe),-$(recipe))"
 
 demo-chain: $(READY)
 	$(BIN)/dfine pretrain-finetune configs/chains/demo.yaml

@@ -27,11 +27,13 @@ from dfine_core.images import read_image
 from pipeline.data.augment.decode import crop_and_place, decode_rgb
 from pipeline.data.augment.generators import keyed_generator
 from pipeline.data.augment.geometry import View, draw_view
+from pipeline.data.augment.mosaic import mosaic_sample
 from pipeline.data.augment.photometric import photometric_distort
 from pipeline.data.augment.photometric_parameters import draw_photometric
 from pipeline.data.augment.photometric_pixels import distort_pixels
 from pipeline.data.augment.samples import AnnotatedImage, Sample, augmented_sample, plain_sample
 from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.stream.partners import draw_partners
 
 CANVAS = (640, 640)
 SETTINGS = AugmentSettings()
@@ -58,17 +60,23 @@ def main(argv: list[str] | None = None) -> None:
     kilobytes = np.mean([len(image.encoded) for image in images]) / 1000
     width, height = np.mean([(image.width, image.height) for image in images], axis=0)
     print(f"{len(images)} images, on average {kilobytes:.0f} kB and {width:.0f}x{height:.0f} pixels, to {CANVAS}\n")
-    print_table(fastest_seconds(rows(), images, args.rounds))
+    print_table(fastest_seconds(rows(images), images, args.rounds))
 
 
-def rows() -> dict[str, Callable[[Annotated], object]]:
-    """Operations to time, each for one image."""
+def rows(images: list[Annotated]) -> dict[str, Callable[[Annotated], object]]:
+    """Operations to time, each for one image.
+
+    Args:
+        images: partners of mosaics are drawn from.
+    """
     released = v2.Compose(released_transforms(CANVAS))
     return {
         RELEASED: lambda image: released(*released_inputs(image)),
         "ours: decode, draws, resampling": augmented,
         "ours with the photometric part, as a CPU training decodes": lambda image: distorted_pixels(augmented(image)),
         "ours with the photometric part in tensors": lambda image: distorted(augmented(image)),
+        "ours, a mosaic: four images decoded": lambda image: mosaicked(image, images),
+        "ours, dense stage: mosaics with p 0.5": lambda image: dense(image, images),
         "    libjpeg-turbo alone, the limit": lambda image: simplejpeg.decode_jpeg(image.encoded, "RGB"),
         "    draws": sampled_view,
         "    decode": lambda image: decode_rgb(image.encoded, image.width, image.height),
@@ -125,6 +133,17 @@ def augmented(image: Annotated) -> Sample:
     return augmented_sample(image, seed=0, epoch=0, image_id=image.image_id, settings=SETTINGS, canvas=CANVAS)
 
 
+def mosaicked(image: Annotated, images: list[Annotated]) -> Sample:
+    partners = draw_partners(np.array([image.image_id]), len(images), seed=0, epoch=0, probability=1)[0]
+    four = [image, *(images[partner] for partner in partners)]
+    return mosaic_sample(four, seed=0, epoch=0, image_id=image.image_id, settings=SETTINGS, canvas=CANVAS)[0]
+
+
+def dense(image: Annotated, images: list[Annotated]) -> Sample:
+    partners = draw_partners(np.array([image.image_id]), len(images), seed=0, epoch=0, probability=0.5)[0]
+    return mosaicked(image, images) if partners[0] >= 0 else augmented(image)
+
+
 def distorted(sample: Sample) -> torch.Tensor:
     image = torch.from_numpy(sample.image).permute(2, 0, 1).unsqueeze(0).float() / 255
     return photometric_distort(image, torch.from_numpy(sample.photometric).unsqueeze(0))
@@ -166,6 +185,7 @@ def coco_images(folder: Path, annotations: Path, limit: int) -> list[Annotated]:
             height=image["height"],
             boxes=np.array(boxes.get(image["id"], []), np.float32).reshape(-1, 4),
             labels=np.zeros(len(boxes.get(image["id"], [])), np.int64),
+            areas=np.ones(len(boxes.get(image["id"], [])), np.float32),
         )
         for image in content["images"][:limit]
     ]
@@ -191,6 +211,7 @@ def synthetic_images(count: int, width: int = 640, height: int = 480) -> list[An
                 height=height,
                 boxes=boxes.astype(np.float32),
                 labels=np.zeros(len(boxes), np.int64),
+                areas=np.ones(len(boxes), np.float32),
             )
         )
     return images

@@ -97,10 +97,11 @@ def print_augmentation(shards: ShardSet) -> None:
             height=r.height,
             boxes=r.boxes[~r.crowd],
             labels=r.labels[~r.crowd].astype(np.int64),
+            areas=r.areas[~r.crowd],
         )
         for r in records_from_table(table)
     ]
-    timed = {name: work for name, work in augment_benchmark.rows().items() if not name.startswith(" ")}
+    timed = {name: work for name, work in augment_benchmark.rows(images).items() if not name.startswith(" ")}
     seconds = augment_benchmark.fastest_seconds(timed, images, rounds=3)
     for name, value in seconds.items():
         times = seconds[augment_benchmark.RELEASED] / value
@@ -150,7 +151,7 @@ def print_throughput(shards: ShardSet, settings: StreamSettings, steps: int, pro
     source = locate_row_groups(shards)
     encoded = [table for window in plan.windows(0, steps) for table in micro_batches_of(window, source, plan)]
     decoding = DecodeSettings(
-        settings.canvas, settings.micro_batch_size, Augmentation(settings.seed, settings.augment, strong_epochs=None)
+        settings.canvas, settings.micro_batch_size, Augmentation(settings.seed, settings.augment, settings.stages)
     )
     loader = DataLoader(
         MicroBatches(encoded, decoding), batch_size=None, num_workers=processes, persistent_workers=True

@@ -5,7 +5,8 @@
 
 Counted below autograd and autocast, in a real step of `pipeline.training` on tiny images: the counts depend on neither size nor
 batch. Views and allocations launch nothing and are left out; a fused operator over a list of tensors counts once, though a
-GPU cuts long lists into several kernels. On a GPU the casts of grid sampling fall away, which autocast makes on a CPU alone.
+GPU cuts long lists into several kernels. On a GPU the casts of grid sampling fall away, which autocast makes on a CPU alone, and
+so do most launches of what is fused there; the last lines count these on tensors of a GPU that need not be there.
 """
 
 import argparse
@@ -17,14 +18,19 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.criterion import random_targets
-from dfine_core import Criterion, Detector, ModelConfig, Targets
+from dfine_core import Criterion, Detector, ModelConfig, Targets, fused_kernels
 from dfine_core.config import VARIANTS, OptimizerConfig
 from dfine_core.ema import ExponentialMovingAverage
+from dfine_core.model import sampling
+from dfine_core.model.attention import DeformableAttention, split_levels
 from dfine_core.model.denoising import sample_queries_for
 from dfine_core.optim import make_optimizer
+from pipeline.data.augment.photometric import photometric_distort
+from pipeline.data.augment.photometric_parameters import Photometric
 from pipeline.training.low_precision import CastDetector
 from pipeline.training.numerics import LossScale, RunningStatistics
 from pipeline.training.state import AUTOCAST, TrainState
@@ -33,6 +39,7 @@ from pipeline.training.step import MicroBatch, train_step
 SIDE, BATCH, BOXES, CLASSES, QUERIES = 64, 2, 6, 80, 16
 CPU = torch.device("cpu")
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+QUESTIONS = {"device"}  # that fake tensors are asked
 CASTS = {"_to_copy"}
 PARTS = (
     "denoising",
@@ -58,7 +65,7 @@ class LaunchCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in ALLOCATIONS:
+        if not func.is_view and name not in ALLOCATIONS | QUESTIONS:
             self.launches[self.part][name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -91,10 +98,10 @@ class LaunchCounter(TorchDispatchMode):
         return call
 
 
-def training_state(variant: str, precision: str) -> TrainState:
-    """Small state of a training of a variant, with random weights."""
+def training_state(variant: str, precision: str, **settings: Any) -> TrainState:
+    """Small state of a training of a variant, with random weights; `settings` are fields of its `ModelConfig`."""
     torch.manual_seed(0)
-    config = ModelConfig.variant(variant, num_classes=CLASSES, input_size=(SIDE, SIDE), num_queries=QUERIES)
+    config = ModelConfig.variant(variant, num_classes=CLASSES, input_size=(SIDE, SIDE), num_queries=QUERIES, **settings)
     detector = Detector(config).train()
     return TrainState(
         detector=detector,
@@ -139,6 +146,28 @@ def count_step(state: TrainState) -> LaunchCounter:
     return counter
 
 
+def count_fused(name: str, enabled: bool) -> int:
+    """Count the launches of the photometric distortion, or of one layer's sampling, forward, with or without fused kernels."""
+    counter = LaunchCounter()
+    attention = DeformableAttention(128, 8, (6, 6))
+    shapes = ((8, 8), (4, 4))
+    with FakeTensorMode() as mode, torch.no_grad(), patch.object(fused_kernels, "ENABLED", enabled):
+        images, tokens = torch.rand(2, 3, 64, 64, device="cuda"), torch.rand(2, 80, 128, device="cuda")
+        parameters = torch.rand(2, len(Photometric), device="cuda")
+        query, boxes = torch.rand(2, 10, 128, device="cuda"), torch.rand(2, 10, 4, device="cuda")
+        for module in (attention, attention.sampling_offsets, attention.attention_weights):
+            for registered in (module._parameters, module._buffers):
+                for key, tensor in registered.items():
+                    registered[key] = mode.from_tensor(tensor).to("cuda")  # type: ignore[arg-type, assignment]
+        with counter:
+            if name == "photometric":
+                photometric_distort(images, parameters)
+            else:
+                fused = sampling.usable(tokens, len(shapes))
+                attention(query, boxes, split_levels(tokens, shapes, 8, fused=fused))
+    return counter.total
+
+
 def main() -> None:
     """Run the command."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,6 +187,12 @@ def main() -> None:
         for name, number in counter.by_name.most_common(args.top):
             split = ", ".join(f"{part} {names[name]}" for part, names in counter.launches.items() if names[name])
             print(f"    {number:5} {name}: {split}")
+    print()
+    for name, what in (
+        ("photometric", "photometric distortion"),
+        ("attention", "deformable attention of a layer, forward"),
+    ):
+        print(f"{what}: {count_fused(name, False)} launches, with Triton on a GPU {count_fused(name, True)}")
 
 
 if __name__ == "__main__":

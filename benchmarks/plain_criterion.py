@@ -99,7 +99,8 @@ def denoising_terms(
     if queries.edge_logits is not None:
         for layer in decoder:
             terms |= fgl_term(layer, queries.initial_boxes, pairs, norm, config)
-            terms |= ddf_term(layer, decoder[-1], pairs, balance, config.loss)
+            if config.loss.classification == "vfl" or layer is not decoder[-1]:  # DEIM's log lacks the last layer's 0
+                terms |= ddf_term(layer, decoder[-1], pairs, balance, config.loss)
     return terms
 
 
@@ -146,14 +147,22 @@ def as_pairs(query: list[int], box: list[int], device: torch.device) -> Pairs:
 
 
 def class_term(layer: Layer, pairs: Sequence[Pairs], norm: int, weights: LossConfig) -> dict[str, Tensor]:
-    """Varifocal loss of one layer."""
+    """Varifocal or matchability-aware loss of one layer."""
+    mal = weights.classification == "mal"
+    gamma, alpha, factor = (
+        (weights.mal_gamma, weights.mal_alpha, weights.mal)
+        if mal
+        else (weights.vfl_gamma, weights.vfl_alpha, weights.vfl)
+    )
     truth = torch.zeros_like(layer.logits)
-    weight = weights.vfl_alpha * layer.logits.detach().sigmoid() ** weights.vfl_gamma
+    weight = (1 if alpha is None else alpha) * layer.logits.detach().sigmoid() ** gamma
     for image, (query, box) in enumerate(pairs):
         label = layer.targets[image]["labels"][box]
-        truth[image, query, label] = weight[image, query, label] = layer.ious[image][query, box]
+        iou = layer.ious[image][query, box]
+        truth[image, query, label] = iou**gamma if mal else iou
+        weight[image, query, label] = 1 if mal else iou
     loss = F.binary_cross_entropy_with_logits(layer.logits, truth, weight=weight, reduction="sum")
-    return {f"loss_vfl{layer.suffix}": weights.vfl * loss / norm}
+    return {f"loss_{weights.classification}{layer.suffix}": factor * loss / norm}
 
 
 def box_terms(layer: Layer, pairs: Sequence[Pairs], norm: int, weights: LossConfig) -> dict[str, Tensor]:

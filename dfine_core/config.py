@@ -1,6 +1,6 @@
 """Configuration of a detector: every setting as a field, the five published variants as values.
 
-Source: D-FINE, arXiv:2410.13842, and its released configurations.
+Sources: D-FINE, arXiv:2410.13842, DEIM, arXiv:2412.04234, and their released configurations.
 """
 
 import difflib
@@ -8,6 +8,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self
+
+# Precisions of inference, see `dfine_core.precision`.
+PrecisionName = Literal["auto", "fp32", "fp32-channels-last", "bf16", "bf16-channels-last", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,11 @@ class LossConfig:
     ddf_temperature: float = 5.0
     vfl_alpha: float = 0.75
     vfl_gamma: float = 2.0
+    # "vfl" or "mal": matchability-aware classification in place of the varifocal one, as in DEIM
+    classification: Literal["vfl", "mal"] = "vfl"
+    mal: float = 1.0
+    mal_gamma: float = 1.5
+    mal_alpha: float | None = None  # weight of the negatives; None: 1, as released
     match_class: float = 2.0
     match_bbox: float = 5.0
     match_giou: float = 2.0
@@ -34,8 +42,12 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{f.name} ({value}) must not be negative" for f in fields(self) if (value := getattr(self, f.name)) < 0
+            f"{name} ({value}) must not be negative"
+            for name, value in vars(self).items()
+            if isinstance(value, int | float) and value < 0
         ]
+        if self.classification not in ("vfl", "mal"):
+            problems.append(f"classification ({self.classification!r}) must be 'vfl' or 'mal'")
         if self.ddf_temperature == 0:
             problems.append("ddf_temperature (0) must be positive")
         _refuse(problems)
@@ -43,18 +55,26 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW as released. `released` groups decay the backbone's norms and affine scalars; `fixed` groups do not."""
+    """AdamW as released.
+
+    Groups of D-FINE (`released`) decay the backbone's norms and affine scalars. Those of DEIM (`deim`) train its norms at the
+    full rate without decay. `fixed` ones train both at the backbone's rate without decay.
+    """
 
     lr: float = 2e-4
     backbone_lr: float = 1e-4
     weight_decay: float = 1e-4
     decay_biases: bool = False  # encoder and decoder alone; the released l and x decay them
-    param_groups: Literal["released", "fixed"] = "released"
+    param_groups: Literal["released", "deim", "fixed"] = "released"
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod
     def for_variant(cls, name: str, **settings: Any) -> "OptimizerConfig":
-        """Return the COCO recipe of a published variant (n, s, m, l, x), with any field replaced by `settings`."""
+        """Return the COCO recipe of a published variant (n, s, m, l, x), with any field replaced by `settings`.
+
+        With the groups `deim`, biases are decayed in all variants but n. N, l and x keep the groups of D-FINE, because DEIM's
+        rule for the backbone's norms does not match their names.
+        """
         recipes: dict[str, dict[str, Any]] = {
             "n": {"lr": 8e-4, "backbone_lr": 4e-4},
             "s": {"lr": 2e-4, "backbone_lr": 1e-4},
@@ -62,6 +82,9 @@ class OptimizerConfig:
             "l": {"lr": 2.5e-4, "backbone_lr": 1.25e-5, "weight_decay": 1.25e-4, "decay_biases": True},
             "x": {"lr": 2.5e-4, "backbone_lr": 2.5e-6, "weight_decay": 1.25e-4, "decay_biases": True},
         }
+        if settings.get("param_groups") == "deim":
+            groups = "deim" if name in ("s", "m") else "released"
+            settings = {"decay_biases": name != "n", **settings, "param_groups": groups}
         return cls(**{**recipes[name], **settings})
 
 
@@ -95,6 +118,7 @@ class ModelConfig:
     positional_table: Literal["released", "grid"] = "released"
 
     # Decoder
+    activation: Literal["relu", "silu"] = "relu"  # feed-forward networks and MLPs; D-FINE: relu, DEIM: silu
     decoder_dim: int = 256
     decoder_ffn_dim: int = 1024
     decoder_heads: int = 8
@@ -179,6 +203,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         height, width = self.input_size
         problems = []
+        if self.activation not in ("relu", "silu"):
+            problems.append(f"activation ({self.activation!r}) must be 'relu' or 'silu'")
         if self.num_classes < 1:
             problems.append(f"num_classes ({self.num_classes}) must be at least 1")
         if self.reg_max < 4 or self.reg_max % 2:

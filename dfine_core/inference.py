@@ -6,6 +6,7 @@ for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +37,9 @@ from dfine_core.drawing import draw_boxes
 from dfine_core.images import ImageSource, OpenedImage, as_list, read_image, stretch_image
 from dfine_core.model.detector import Detector
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections, postprocess
+from dfine_core.precision import AUTO, PRECISIONS
 from dfine_core.structures import DetectorOutput
-from dfine_core.thresholds import ClassThresholds
+from dfine_core.thresholds import NO_SCORE, ClassThresholds, Threshold, wanted_precision
 
 DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller or the detector has one
 SHOWN_NAMES = 8  # class names that printing a detector shows
@@ -91,6 +93,7 @@ class LoadedDetector:
     device: torch.device
     path: str | None = None  # file of the weights; None if it is gone or there never was one
     thresholds: ClassThresholds | None = None  # measured at the end of its training; None if they are not known
+    precision: str = "fp32"  # one of PRECISIONS; see `with_precision`
 
     @property
     def config(self) -> ModelConfig:
@@ -121,43 +124,64 @@ class LoadedDetector:
         ]
         return "\n".join(lines)
 
-    def least_scores(self, threshold: float | None = None) -> tuple[float, ...]:
+    def least_scores(self, threshold: Threshold | None = None) -> tuple[float, ...]:
         """Least score of a detection by label: `threshold`, else that of the best F1, else the default.
 
+        Args:
+            threshold: a score, or "precision=0.9": the lowest scores that reached it. A class that never did keeps nothing.
+
         Raises:
-            ValueError: the threshold lies outside 0..1.
+            ValueError: the threshold lies outside 0..1, or is a precision that was not measured.
         """
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold ({threshold}) must lie in 0..1: it is compared with scores")
+        if threshold is not None and (wanted := wanted_precision(threshold)) is not None:
+            return tuple(NO_SCORE if score is None else score for score in self._scores_at(wanted))
         own = (
             self.thresholds.best_f1 if self.thresholds is not None and threshold is None else (None,) * len(self.names)
         )
-        rest = DEFAULT_THRESHOLD if threshold is None else threshold
+        rest = DEFAULT_THRESHOLD if threshold is None else float(threshold)
         return tuple(rest if score is None else score for score in own)
 
-    def threshold_text(self, threshold: float | None = None) -> str:
+    def _scores_at(self, precision: float) -> tuple[float | None, ...]:
+        measured = None if self.thresholds is None else self.thresholds.precision
+        if self.thresholds is None or not math.isclose(precision, self.thresholds.precision):
+            known = "none" if measured is None else f"those of precision {measured:g} alone"
+            raise ValueError(
+                f"no scores were measured for precision {precision:g}, the detector has {known}; measure them by"
+                f" dfine evaluate DETECTOR SHARDS --precision {precision:g} --write-thresholds"
+            )
+        return self.thresholds.at_precision
+
+    def threshold_text(self, threshold: Threshold | None = None) -> str:
         """Least scores as text, with their origin."""
-        if threshold is not None:
+        wanted = None if threshold is None else wanted_precision(threshold)
+        if threshold is not None and wanted is None:
             return f"{threshold:g}, as given"
-        if self.thresholds is None or not any(self.thresholds.best_f1):
+        if wanted is None and (self.thresholds is None or not any(self.thresholds.best_f1)):
             return f"{DEFAULT_THRESHOLD:g}, the default"
-        scores = self.least_scores()
-        known = zip(self.names, scores, strict=True)
-        shown = ", ".join(f"{name} {score:.2f}" for name, score in list(known)[:SHOWN_NAMES])
-        more = f", {min(scores):.2f} to {max(scores):.2f} over all" if len(scores) > SHOWN_NAMES else ""
-        return f"best F1 on the validation images: {shown}{more}"
+        scores = self.least_scores(threshold)
+        known = [(name, score) for name, score in zip(self.names, scores, strict=True) if score != NO_SCORE]
+        never = [name for name, score in zip(self.names, scores, strict=True) if score == NO_SCORE]
+        parts = [", ".join(f"{name} {score:.2f}" for name, score in known[:SHOWN_NAMES])] if known else []
+        if len(known) > SHOWN_NAMES:
+            kept = [score for _, score in known]
+            parts.append(f"{min(kept):.2f} to {max(kept):.2f} over all")
+        if never:
+            more = f" and {len(never) - SHOWN_NAMES} more" if len(never) > SHOWN_NAMES else ""
+            parts.append(f"nothing of {', '.join(never[:SHOWN_NAMES])}{more}, which never reached it")
+        title = "best F1" if wanted is None else f"precision {wanted:g}"
+        return f"{title} on the validation images: {', '.join(parts)}"
 
     def __call__(
-        self, images: Sequence[ImageSource] | ImageSource, threshold: float | None = None, batch_size: int = 8
+        self, images: Sequence[ImageSource] | ImageSource, threshold: Threshold | None = None, batch_size: int = 8
     ) -> list[ImageDetections]:
         """Detect objects: one `ImageDetections` per image, in a list even for a single image.
 
         Args:
-            threshold: least score of all classes, in 0..1; None: see `least_scores`.
+            threshold: least score of all classes, in 0..1, or "precision=0.9"; see `least_scores`.
             batch_size: images that go through the network at once.
 
         Raises:
-            ValueError: an image cannot be read, or the threshold lies outside 0..1.
+            ValueError: an image cannot be read, or `least_scores` refuses the threshold.
         """
         least = torch.tensor(self.least_scores(threshold))
         sources = as_list(images)
@@ -175,19 +199,38 @@ class LoadedDetector:
 
     @torch.no_grad()
     def predict(self, pixels: Tensor, sizes: Tensor, *, every_layer: bool = False) -> tuple[Detections, DetectorOutput]:
-        """Return all detections and the network's output, on the detector's device and in float32.
+        """Return all detections, in float32, and the network's output; both on the detector's device.
 
         Args:
             pixels: [B, 3, H, W] uint8, see `prepare`.
             sizes: [B, 2] (width, height) of the images before they were stretched.
             every_layer: needs the detector as it was before `deploy()`.
         """
-        with torch.autocast(self.device.type, enabled=False):
-            return predict_batch(self.detector, pixels.to(self.device), sizes.to(self.device), every_layer=every_layer)
+        arithmetic = PRECISIONS[self.precision]
+        images = arithmetic.arrange(pixels.to(self.device))
+        with arithmetic.autocast(self.device):
+            return predict_batch(self.detector, images, sizes.to(self.device), every_layer=every_layer)
 
     def to(self, device: str | torch.device) -> "LoadedDetector":
         """Move the network to another device; the original moves with it, as modules do."""
         return replace(self, detector=self.detector.to(device), device=torch.device(device))
+
+    def with_precision(self, name: str) -> "LoadedDetector":
+        """Compute in another precision: a name of PRECISIONS, or "auto" for the fastest one on this CPU, which takes seconds.
+
+        The layout of the original's weights changes, too, but not their values.
+
+        Raises:
+            ValueError: there is no such precision.
+        """
+        if name == AUTO:
+            from dfine_core.precision_choice import choose_precision
+
+            name = choose_precision(self).name
+        if name not in PRECISIONS:
+            raise ValueError(f"unknown precision {name!r}: choose {AUTO} or one of {', '.join(PRECISIONS)}")
+        self.detector.to(memory_format=PRECISIONS[name].layout)
+        return replace(self, precision=name)
 
     def deploy(self) -> Self:
         """Fuse what can be fused, in place: faster, equal up to rounding, and no longer to be trained, saved or looked into."""

@@ -15,6 +15,7 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 
 def parameter_groups(detector: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Sort the trainable parameters into named groups for torch.optim: each into exactly one, empty groups left out."""
+    # DEIM's s and m train the backbone's norms at the full rate, without decay.
     groups: dict[str, dict[str, Any]] = {
         "backbone": {"lr": config.backbone_lr, "weight_decay": config.weight_decay},
         "backbone_no_decay": {"lr": config.backbone_lr, "weight_decay": 0.0},
@@ -30,7 +31,7 @@ def parameter_groups(detector: nn.Module, config: OptimizerConfig) -> list[dict[
 def _group_of(module: nn.Module, name: str, config: OptimizerConfig) -> str:
     is_norm = isinstance(module, NORMS)
     is_bias = name.rsplit(".", 1)[-1].endswith("bias")
-    if name.startswith("backbone."):
+    if name.startswith("backbone.") and not (is_norm and config.param_groups == "deim"):
         undecayed = config.param_groups == "fixed" and (is_norm or isinstance(module, LearnableAffine))
         return "backbone_no_decay" if undecayed else "backbone"
     return "no_decay" if is_norm or (is_bias and not config.decay_biases) else "rest"
@@ -50,16 +51,29 @@ def make_optimizer(detector: nn.Module, config: OptimizerConfig, *, fused: bool 
 
 
 def learning_rate_factor(
-    step: int, *, warmup_steps: int = 500, total_steps: int | None = None, min_lr_ratio: float = 1.0
+    step: int,
+    *,
+    warmup_steps: int = 500,
+    warmup_power: float = 1.0,
+    total_steps: int | None = None,
+    min_lr_ratio: float = 1.0,
+    flat_steps: int = 0,
+    clean_steps: int = 0,
 ) -> float:
     """Factor on every group's learning rate at `step` (from 0).
 
-    Linear warm-up to 1 at step `warmup_steps` - 1, then constant as released; with `total_steps` and a `min_lr_ratio` below 1
-    a cosine from 1 to that ratio.
+    A warm-up, (step / `warmup_steps`) ** `warmup_power`, then constant as in D-FINE. With `total_steps` and a `min_lr_ratio`
+    below 1 it is constant until `flat_steps`, then a cosine to that ratio, which it keeps in the last `clean_steps`.
+
+    A linear warm-up counts steps from 1, so that no step has a rate of 0 and the last one has the full rate: D-FINE's. Every
+    other one counts from 0: DEIM's, whose loop uses each rate one step late and so begins with rates 0.002 and 0 of the base
+    rate. That delay is not repeated, and the first step has the rate of the second.
     """
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if total_steps is None or min_lr_ratio == 1.0:
+        count = step + 1 if warmup_power == 1 else max(step, 1)
+        return float((count / warmup_steps) ** warmup_power)
+    start = max(flat_steps, warmup_steps)
+    if total_steps is None or min_lr_ratio == 1.0 or step <= start:
         return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = min(1.0, (step - start) / max(1, total_steps - clean_steps - start))
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -6,6 +6,29 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 WANTED_PRECISION = 0.9
+Threshold = float | str  # least score of all classes, or "precision=0.9": of each class the score that reaches it
+PRECISION = "precision="
+NO_SCORE = 2.0  # least score that no detection has
+
+
+def wanted_precision(threshold: Threshold) -> float | None:
+    """Precision that a threshold asks for; None if it is a score.
+
+    Raises:
+        ValueError: it is neither, or lies outside 0..1.
+    """
+    if isinstance(threshold, str):
+        try:
+            if threshold.startswith(PRECISION) and 0 <= (wanted := float(threshold.removeprefix(PRECISION))) <= 1:
+                return wanted
+        except ValueError:
+            pass
+        raise ValueError(
+            f"threshold ({threshold!r}) must be a score in 0..1, or {PRECISION}SHARE such as {PRECISION}0.9"
+        )
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold ({threshold}) must lie in 0..1: it is compared with scores")
+    return None
 
 
 @dataclass(frozen=True)

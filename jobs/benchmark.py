@@ -13,6 +13,7 @@ import json
 from typing import TYPE_CHECKING
 
 from jobs.command import (
+    add_precision,
     announce,
     at_least,
     command_parser,
@@ -76,9 +77,7 @@ def parser() -> argparse.ArgumentParser:
         help="dfine-s-coco or another published name, run or checkpoint folder, .pth, runs:/ID, models:/NAME@ALIAS, .onnx, .pt2",
     )
     arguments.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    arguments.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast, except for exported files"
-    )
+    add_precision(arguments, default="fp32")
     arguments.add_argument(
         "--batch-sizes", type=at_least(1), nargs="+", metavar="N", help="default: 1 4 16, and 64 on a GPU"
     )

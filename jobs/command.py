@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
+from dfine_core.config import PrecisionName
+from dfine_core.thresholds import Threshold, wanted_precision
 from jobs import recipes
 from pipeline.errors import DISK_FAULTS, UserError, in_one_line, os_error_text
 from pipeline.mlflow_access import is_mlflow_uri
@@ -285,9 +287,31 @@ def share(text: str) -> float:
     return value
 
 
+def threshold(text: str) -> Threshold:
+    """Argument type: score in 0..1, or `precision=SHARE`."""
+    value: Threshold = text if "=" in text else share(text)
+    try:
+        wanted_precision(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}") from None
+    return value
+
+
 def profile(text: str) -> int:
     """Argument type: `steps=N`, the number of steps to profile."""
     name, _, count = text.partition("=")
     if name != "steps":
         raise argparse.ArgumentTypeError(f"{text!r}: write steps=N")
     return at_least(1)(count)
+
+
+def add_precision(arguments: argparse.ArgumentParser, default: str = "auto") -> None:
+    """Add `--precision`: a name of `dfine_core.precision`, or auto."""
+    names = get_args(PrecisionName)
+    arguments.add_argument(
+        "--precision",
+        choices=names,
+        default=default,
+        metavar="NAME",
+        help=f"{', '.join(names)}; auto: the fastest on this CPU that agrees with fp32, measured ({default})",
+    )

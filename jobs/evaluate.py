@@ -4,7 +4,10 @@
     dfine evaluate runs/mine/checkpoints/step-00001300 s3://bucket/val --out report
     dfine evaluate runs:/RUN_ID /shards/mine/val                   a run of MLflow, likewise models:/NAME@ALIAS
 
+    dfine evaluate runs/mine /shards/mine/val --precision 0.95 --write-thresholds
+
 The metrics are those of pycocotools. --out writes the report with its figures, and detections.json in COCO's result format.
+--write-thresholds replaces the thresholds in the detector's folder, which predict and serve take, by those measured here.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from jobs.command import (
 if TYPE_CHECKING:
     from dfine_core import LoadedDetector
     from pipeline.data.shards.manifest import ShardSet
+    from pipeline.evaluation.report import EvaluationReport
 
 
 REPORT = "report.json"  # marks the folder of an evaluation
@@ -49,13 +53,17 @@ def main(argv: list[str] | None = None) -> None:
     refuse_changed_files(shards)
 
     from pipeline.open_detector import open_detector
+    from pipeline.thresholds import thresholds_file
 
     loaded = open_detector(args.detector)
     shards = with_classes_of(shards, loaded.names, f"the detector {args.detector}")
     for line in class_lines(shards, "the data"):
         print(line, flush=True)
+    file = thresholds_file(args.detector, loaded) if args.write_thresholds else None
     print(f"{loaded.origin} on {shards.uri}: {shards.manifest.images} images", flush=True)
-    evaluate(loaded, shards, args.out, args.batch_size, args.num_images, args.precision)
+    report = evaluate(loaded, shards, args.out, args.batch_size, args.num_images, args.precision)
+    if file is not None:
+        keep_thresholds(file, report)
 
 
 def evaluate(
@@ -65,7 +73,7 @@ def evaluate(
     batch_size: int,
     num_images: int,
     wanted_precision: float,
-) -> None:
+) -> "EvaluationReport":
     """Detect in all images, print the metrics, and write the report to `out`."""
     import torch
 
@@ -77,6 +85,8 @@ def evaluate(
 
     # 1. Detect, write the detections, and compare them with the ground truth.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        loaded = loaded.with_precision("fp32-channels-last")  # faster, and no other arithmetic
     detector = loaded.detector.to(device)
     here = device.type == "cpu" and not cluster_to_join()  # one thread decodes faster than a CPU detects
     if not here:
@@ -102,13 +112,30 @@ def evaluate(
     assert report is not None  # it is the only rank
     print(report.table())
     if out is None:
-        return
+        return report
 
     # 2. Write report and sample images.
     report.write(out)
     for name, content in sample_images(detector, shards, device=device, count=num_images):
         storage.write_atomic(storage.join(out, f"{name.replace('/', '_')}.png"), content)
     print(f"report, detections and images: {out}")
+    return report
+
+
+def keep_thresholds(file: str, report: "EvaluationReport") -> None:
+    """Write the measured thresholds beside the weights.
+
+    Raises:
+        ConfigError: no class was ever found, or the file is gone.
+    """
+    from pipeline.config import ConfigError
+    from pipeline.thresholds import write_thresholds
+
+    thresholds = report.points.thresholds
+    if not any(thresholds.best_f1):
+        raise ConfigError(f"{file}: stays as it is, no class was found in these images, so there are no thresholds")
+    write_thresholds(file, thresholds)
+    print(f"thresholds written: {file}; files that were exported before keep theirs, export them again")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -133,6 +160,11 @@ def parser() -> argparse.ArgumentParser:
         default=WANTED_PRECISION,
         metavar="SHARE",
         help="report the lowest score of every class whose detections reach it (%(default)s)",
+    )
+    arguments.add_argument(
+        "--write-thresholds",
+        action="store_true",
+        help="keep the measured scores in the detector's folder, as the default of predict and serve",
     )
     return arguments
 

@@ -6,7 +6,8 @@
 
 Splits a validation part off where there is none, and chooses variant, input size, batch and epochs from the data and this
 machine; one table says why. --set, --init and --cluster override a choice as in dfine train. The same command again goes on
-where it was. OUT has the shards, the doctor's page, the experiment as YAML, the run, the exported file and a page of results.
+where it was; if images or annotations have changed, it says which and trains again beside what is there. OUT has the shards, the
+doctor's page, the experiment as YAML, the run, the exported file and a page of results.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     from pipeline.fit.fit import FitRequest, plan_fit, run_fit
 
     request = FitRequest(folder=args.folder, out=out, given=given, split=args.split_off, cluster=cluster)
-    experiment = plan_fit(request)
+    request, experiment = plan_fit(request)
     if args.dry_run:
         print(f"the plan: {request.experiment_file}; the same command without --dry-run goes on")
     elif not run_fit(request, experiment):

@@ -14,6 +14,7 @@ processed here, more on Ray; paths must be readable from every node of its clust
 import argparse
 
 from jobs.command import (
+    add_precision,
     announce,
     at_least,
     command_parser,
@@ -21,7 +22,7 @@ from jobs.command import (
     location,
     parsed,
     refuse_missing,
-    share,
+    threshold,
     user_errors,
 )
 
@@ -53,9 +54,10 @@ def main(argv: list[str] | None = None) -> None:
         workers=args.workers,
         num_images=args.num_images,
         num_explanations=args.num_explanations,
+        precision=args.precision,
         json=args.json,
     )
-    print(predict(loaded, inputs, args.out, options).summary())
+    print(predict(loaded, inputs, args.out, options, announce=lambda line: print(line, flush=True)).summary())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,8 +79,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
     arguments.add_argument(
         "--threshold",
-        type=share,
-        help="minimum score of all classes; default: by class the best on the validation images, or 0.4; 0 keeps all detections",
+        type=threshold,
+        help="minimum score of all classes; default: by class the best on the validation images, or 0.4; 0 keeps all detections"
+        "; precision=0.9: by class the score that reached it",
     )
     arguments.add_argument(
         "--frame-stride", type=number, default=1, metavar="N", help="take every N-th frame of videos"
@@ -105,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="detectors on Ray; default: one per GPU, or one. 0: in this process, without Ray, as by default up to 256 images",
     )
+    add_precision(arguments)
     arguments.add_argument(
         "--json",
         action="store_true",

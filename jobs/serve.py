@@ -17,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from jobs.command import (
+    add_precision,
     announce,
     at_least,
     command_parser,
@@ -25,7 +26,7 @@ from jobs.command import (
     parsed,
     positive,
     refuse_missing,
-    share,
+    threshold,
     user_errors,
 )
 from pipeline.ray_job import cluster_address
@@ -47,11 +48,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from pipeline.open_detector import open_detector
     from pipeline.pretrained import pinned
+    from pipeline.thresholds import refuse_unmeasured
     from pipeline.wording import plural
 
     settings = settings_of(args)
     settings = settings.model_copy(update={"source": pinned(settings.source)})  # for replicas that start later
     loaded = open_detector(settings.source)  # fails before anything starts if it is no detector
+    refuse_unmeasured(loaded, settings.threshold)
     print(f"{loaded.origin}: {plural(len(loaded.names), 'class')}, starting", flush=True)
     del loaded
     serve(settings, args.host, args.port, detach=args.detach)
@@ -147,8 +150,9 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument(
         "--threshold",
-        type=share,
-        help="minimum score for requests that give none; default: by class the best on the validation images, or 0.4",
+        type=threshold,
+        help="minimum score for requests that give none; default: by class the best on the validation images, or 0.4"
+        "; precision=0.9: by class the score that reached it",
     )
     arguments.add_argument("--batch-size", type=count, metavar="N", help="images per forward pass (8)")
     arguments.add_argument("--timeout-s", type=positive, help="time limit per request (30)")
@@ -156,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--max-megabytes", type=positive, help="size limit per request (20)")
     arguments.add_argument("--max-images", type=count, help="image limit per request (16)")
     arguments.add_argument("--max-megapixels", type=positive, help="limit on all images of a request together (50)")
+    add_precision(arguments)
     arguments.add_argument("--detach", action="store_true", help="on a cluster: end here, and leave the server running")
     return arguments
 

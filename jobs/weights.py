@@ -4,6 +4,7 @@
     dfine weights fetch dfine-s-obj365          into the cache of huggingface_hub (HF_HOME), compared by SHA-256
     dfine weights verify dfine_s_coco.pth       what a file or folder holds, and whether it fits
     dfine weights convert dfine-s-coco --to released --out dfine_s_coco.pth
+    dfine weights convert deim_s_coco.pth --activation silu --to safetensors --out deim_s_coco
 
 HF_HUB_OFFLINE=1 uses the cache alone; HF_TOKEN opens gated repositories; HF_ENDPOINT names a mirror. Layouts of `convert`:
 safetensors (a folder for dfine_core.load), huggingface (a folder for Transformers), released (a .pth file). Each is read back
@@ -55,7 +56,7 @@ def _convert(args: argparse.Namespace) -> None:
     announce("weights", f"convert {args.source}: opening it …")
     from pipeline.weight_files import convert
 
-    out = convert(args.source, args.to, args.out)
+    out = convert(args.source, args.to, args.out, args.activation)
     print(f"{out}: as {args.to}, read back and equal in every tensor")
 
 
@@ -79,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
         if name == "convert":
             action.add_argument("source", type=detector, help="any detector: file, folder, URI or published name")
             action.add_argument("--to", choices=LAYOUTS, required=True, help="layout, see above")
+            action.add_argument(
+                "--activation",
+                choices=("relu", "silu"),
+                help="of a released file, which does not name it; DEIM's is silu",
+            )
             action.add_argument("--out", type=local_path, required=True, metavar="PATH", help="folder, or .pth file")
     return arguments
 

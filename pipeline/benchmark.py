@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Detector, LoadedDetector, ModelConfig
 from dfine_core.inference import predict_batch
+from dfine_core.precision import PRECISIONS
 from pipeline.config import ConfigError
 from pipeline.exported_files import EXPORTED_SUFFIXES, open_exported
 from pipeline.open_detector import open_detector
 
-Precision = Literal["fp32", "bf16", "fp16"]
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PERCENTILES = (50, 90, 99)
 MODEL_PARTS = ("backbone", "encoder", "decoder")
 WARM_UP_CALLS, WARM_UP_SECONDS = 5, 1.0  # both are reached before anything is timed
@@ -85,7 +84,7 @@ class BenchmarkReport:
         return asdict(self)
 
 
-def open_subject(source: str, *, device: torch.device, precision: Precision = "fp32") -> Subject:
+def open_subject(source: str, *, device: torch.device, precision: str = "fp32") -> Subject:
     """Open a trained or exported detector for `measure`.
 
     Args:
@@ -105,15 +104,16 @@ def open_subject(source: str, *, device: torch.device, precision: Precision = "f
     return replace(detector_subject(loaded, precision=precision), gflops=sum(counts[part] for part in MODEL_PARTS))
 
 
-def detector_subject(loaded: LoadedDetector, *, precision: Precision = "fp32") -> Subject:
+def detector_subject(loaded: LoadedDetector, *, precision: str = "fp32") -> Subject:
     """Wrap a loaded detector for `measure`. The detector is deployed in place."""
     config, device = loaded.config, loaded.device
-    detector = loaded.deploy().detector
+    loaded = loaded.deploy().with_precision(precision)
+    arithmetic = PRECISIONS[loaded.precision]
 
     @torch.inference_mode()
     def run(images: Tensor, sizes: Tensor) -> object:
-        with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            detections, _ = predict_batch(detector, images, sizes)
+        with arithmetic.autocast(device):
+            detections, _ = predict_batch(loaded.detector, arithmetic.arrange(images), sizes)
         _synchronize(device)
         return detections
 
@@ -123,8 +123,8 @@ def detector_subject(loaded: LoadedDetector, *, precision: Precision = "fp32") -
         input_size=config.input_size,
         device=device,
         hardware=hardware_name(device),
-        runtime=f"torch {torch.__version__} {precision}",
-        parameters=sum(parameter.numel() for parameter in detector.parameters()),
+        runtime=f"torch {torch.__version__} {loaded.precision}",
+        parameters=sum(parameter.numel() for parameter in loaded.detector.parameters()),
     )
 
 

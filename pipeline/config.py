@@ -21,6 +21,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -31,10 +32,12 @@ from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import UserError
 from pipeline.pretrained import weights_location
 from pipeline.ray_job import absolute_location
+from pipeline.recipes import Recipe, with_recipe
 from pipeline.teacher_settings import TeacherSettings
 
 MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
 Share = Annotated[float, Field(ge=0, le=1)]
+Stages = Literal["deim"] | tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | tuple[Share, Share, Share]
 
 
 def _a_folder_name(name: str) -> str:
@@ -94,6 +97,7 @@ RENAMED_KEYS = {
     "groups": "param_groups",
     "in_a_row": "max_consecutive",
     "micro_batch": "micro_batch_size",
+    "mixup_weight": "mixup_ratio",
     "multiscale_repeat": "base_size_repeat",
     "not_finite": "non_finite",
     "pictures": "num_images",
@@ -104,6 +108,14 @@ RENAMED_KEYS = {
     "together": "max_concurrent_trials",
 }
 
+# Keys that have no successor, and what to do without them.
+REMOVED_KEYS = {
+    "copy_paste_max_covered": "pasted objects are blended, so covered ones keep their boxes; leave it out",
+    "copy_paste_object_probability": "give the number of objects, copy_paste_objects",
+    "mosaic_centre": "the four images of a mosaic fill equal cells; its map is given by mosaic_rotation, mosaic_translation and"
+    " mosaic_scale",
+}
+
 
 class Config(BaseModel):
     """Base of all config models: frozen, unknown keys are errors."""
@@ -112,9 +124,11 @@ class Config(BaseModel):
 
 
 def unknown_key(key: object, known: Sequence[str]) -> str:
-    """Message about an unknown key: its new name if it was renamed, otherwise the known keys that resemble it."""
+    """Message about an unknown key: its new name or the way without it, otherwise the known keys that resemble it."""
     if key in RENAMED_KEYS and RENAMED_KEYS[str(key)] in known:
         return f"unknown key {key!r}; it is called {RENAMED_KEYS[str(key)]}"
+    if key in REMOVED_KEYS:
+        return f"unknown key {key!r}; {REMOVED_KEYS[str(key)]}"
     close = difflib.get_close_matches(str(key), known, n=3)
     return f"unknown key {key!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}")
 
@@ -129,7 +143,7 @@ def plain_message(text: str) -> str:
     return text.removeprefix("Value error, ")
 
 
-MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss"))
+MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss", "activation"))
 
 
 class Data(Config):
@@ -149,13 +163,14 @@ class Model(Config):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     variant: Literal["n", "s", "m", "l", "x"] = "s"
+    activation: Literal["relu", "silu"] | None = None  # default: that of the initial weights, else the recipe's
 
     @model_validator(mode="before")
     @classmethod
     def _fields_of_the_detector(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or value.get("variant", "s") not in VARIANTS:
             return value
-        known = ("variant", *MODEL_KEYS)
+        known = ("variant", "activation", *MODEL_KEYS)
         problems = [unknown_key(key, known) for key in value if key not in known]
         if "num_classes" in value:
             problems = ["num_classes comes from the data's manifest: leave it out"]
@@ -166,11 +181,13 @@ class Model(Config):
             problems += [f"{key_prefix(e['loc'])}{plain_message(e['msg'])}" for e in error.errors()]
         if problems:
             raise ValueError("; ".join(problems))
-        return {"variant": value.get("variant", "s"), **{key: getattr(config, key) for key in MODEL_KEYS}}
+        own = {"variant": value.get("variant", "s"), "activation": value.get("activation")}
+        return own | {key: getattr(config, key) for key in MODEL_KEYS}
 
     def config(self, num_classes: int, loss: LossConfig) -> ModelConfig:
         """Complete configuration of the detector."""
-        return ModelConfig(num_classes=num_classes, loss=loss, **(self.model_extra or {}))
+        activation = self.activation or "relu"
+        return ModelConfig(num_classes=num_classes, loss=loss, activation=activation, **(self.model_extra or {}))
 
 
 _MODEL = TypeAdapter(ModelConfig)
@@ -184,8 +201,15 @@ class Schedule(Config):
     global_batch_size: PositiveInt | None = None  # images per step over all workers; default: the variant's recipe
     micro_batch_size: PositiveInt | None = None  # images per forward pass of a worker; default: its whole share
     no_aug_epochs: NonNegativeInt | None = None  # last epochs, without strong augmentation (stage two)
-    warmup_steps: NonNegativeInt | None = None
-    min_lr_ratio: Share = 1.0  # final / initial learning rate of a cosine; 1 keeps it constant, as released
+    # First dense, ordinary and clean epoch of the augmentation, or shares of the epochs; deim: derived from the length.
+    stages: Stages | None = None
+    warmup_steps: NonNegativeInt | None = None  # 0: none
+    warmup_power: PositiveFloat = 1  # 1: linear, as in D-FINE; 2: quadratic, as in DEIM
+    # After the warm-up. constant: as in D-FINE. cosine: down to `min_lr_ratio` at the end. flat_cosine, as in DEIM: constant for
+    # `flat_epochs`, a cosine, then `min_lr_ratio` in the last epochs. Default: cosine if `min_lr_ratio` is below 1.
+    shape: Literal["constant", "cosine", "flat_cosine"] | None = None
+    min_lr_ratio: Share = 1.0  # final / initial learning rate
+    flat_epochs: NonNegativeFloat | None = None  # below 1: share of the run; default: until the middle of stage one
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -193,6 +217,16 @@ class Schedule(Config):
             raise ValueError("give either epochs or steps")
         if self.epochs is not None and self.no_aug_epochs is not None and self.no_aug_epochs > self.epochs:
             raise ValueError(f"no_aug_epochs ({self.no_aug_epochs}) must lie in 0..epochs ({self.epochs})")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Self:
+        if self.stages is None or self.stages == "deim":
+            return self
+        if list(self.stages) != sorted(self.stages):
+            raise ValueError(f"stages {list(self.stages)} must ascend: first dense, ordinary and clean epoch")
+        if self.no_aug_epochs is not None:
+            raise ValueError(f"give either no_aug_epochs ({self.no_aug_epochs}) or stages {list(self.stages)}")
         return self
 
 
@@ -203,7 +237,7 @@ class Optimizer(Config):
     backbone_lr: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat | None = None
     decay_biases: bool | None = None
-    param_groups: Literal["released", "fixed"] = "released"
+    param_groups: Literal["released", "deim", "fixed"] = "released"
     betas: tuple[Share, Share] = (0.9, 0.999)
     base_batch_size: PositiveInt | None = None  # default: the batch of the variant's recipe
     scale_lr: Literal["linear", "sqrt", "none"] = "linear"  # with global_batch_size / base_batch_size
@@ -229,9 +263,16 @@ class Numerics(Config):
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
     tf32: bool = True  # for fp32 matrix products on CUDA
-    compile: bool = False
-    channels_last: bool = False
+    compile: Literal["auto", "off", "detector", "step"] = "off"  # graphs; auto: step on CUDA in long trainings
+    channels_last: Literal["auto"] | bool = "auto"  # auto: on the CPU, where convolutions are faster in this layout
     sync_batch_norm: bool = False  # statistics over all workers instead of each micro-batch; CUDA only
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object) -> object:
+        if value is True:
+            raise ValueError("true is no longer a choice: write step (detector, matching costs and losses) or detector")
+        return "off" if value is False else value  # YAML reads `off` as false
 
 
 class Evaluation(Config):
@@ -287,6 +328,7 @@ class Experiment(Config):
     name: FolderName | None = None  # name of the run; default: the file's name
     # Folder or URI that holds the runs, reachable from every node.
     storage: Location = Field(default="runs", validate_default=True)
+    recipe: Recipe = "dfine"  # values of the keys that the file leaves out, see `pipeline/recipes.py`
     seed: NonNegativeInt = 0
     init: WeightsLocation | None = None  # initial weights: a published name, run, checkpoint, file or model of MLflow
     data: Data
@@ -303,6 +345,11 @@ class Experiment(Config):
     checkpoints: Checkpoints = Checkpoints()
     non_finite: NonFinite = NonFinite()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_of_the_recipe(cls, value: Any) -> Any:
+        return with_recipe(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _multiscale_needs_squares(self) -> Self:

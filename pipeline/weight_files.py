@@ -18,7 +18,7 @@ from dfine_core.checkpoints.folder import WEIGHTS, LoadError, is_timm_folder
 from dfine_core.checkpoints.released import read_weights
 from dfine_core.checkpoints.weights import save_released
 from dfine_core.config import VARIANTS, ModelConfig
-from dfine_core.inference import LoadedDetector, load
+from dfine_core.inference import LoadedDetector, build, load
 from dfine_core.model.hgnetv2 import SIZES, HGNetv2
 from pipeline.config import ConfigError
 from pipeline.open_detector import open_detector
@@ -26,6 +26,7 @@ from pipeline.pretrained import fetch, is_published
 from pipeline.storage import named_in_errors
 
 Layout = Literal["safetensors", "huggingface", "released"]
+Activation = Literal["relu", "silu"]
 FILE_ENDINGS = (".pth", ".pt", ".safetensors")
 
 
@@ -54,12 +55,13 @@ def examine(source: str) -> list[str]:
     return [*lines, *_describe_detector(open_detector(source))]
 
 
-def convert(source: str, layout: Layout, out: Path) -> Path:
+def convert(source: str, layout: Layout, out: Path, activation: Activation | None = None) -> Path:
     """Write a detector in another layout, and read it back to compare every tensor.
 
     Args:
         source: file, folder, URI or published name.
         out: folder, or the `.pth` file of the layout "released"; must not exist.
+        activation: of a released file, which does not name it: DEIM's is "silu". Default: as named, else D-FINE's.
 
     Raises:
         ConfigError: `out` exists, the layout cannot express the detector, or the copy differs.
@@ -67,6 +69,10 @@ def convert(source: str, layout: Layout, out: Path) -> Path:
     if out.exists():
         raise ConfigError(f"{out} exists already; give another path")
     model = open_detector(source)
+    if activation is not None:
+        categories = list(zip(model.category_ids, model.names, strict=True))
+        config = model.config.with_(activation=activation)
+        model = build(config, model.detector.state_dict(), categories, source, "cpu", thresholds=model.thresholds)
     writers: dict[str, Callable[[], object]] = {
         "safetensors": lambda: model.save(out),
         "huggingface": lambda: _save_transformers(model, out),
@@ -112,7 +118,8 @@ def _describe_detector(model: LoadedDetector) -> list[str]:
     bins = f"reg_max {config.reg_max}, reg_scale {config.reg_scale:g}" if config.regression == "fdr" else "direct boxes"
     shown = ", ".join(model.names[:5]) + (", …" if len(model.names) > 5 else "")
     return [
-        f"  detector: D-FINE-{variant.upper() if variant else ', another configuration'}, {width} x {height}, {bins}",
+        f"  detector: D-FINE-{variant.upper() if variant else ', another configuration'}, {width} x {height}, {bins},"
+        f" activation {config.activation}",
         f"  classes: {len(model.names)} ({shown})",
         "  every tensor fits; no known fault",
     ]

@@ -20,7 +20,9 @@ BELOW = {
 OURS = set(BELOW)
 CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the standard library
 # Files of the core that use more; the detector needs none of this.
-ALSO = {f"dfine_core/{name}.py": {"PIL"} for name in ("drawing", "image_work", "images")}
+ALSO = {f"dfine_core/{name}.py": {"PIL"} for name in ("drawing", "image_work", "images")} | {
+    "dfine_core/model/sampling_triton.py": {"triton"}  # imported at the first call, where Triton is installed
+}
 BORROWED = {"dfine_core/checkpoints/folder.py": {"safetensors"}}  # imported when it is needed, inside a function
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
@@ -51,18 +53,20 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "data.augment": {"data.shards"},
     "data.stream": {"data.shards", "data.augment"},
     "data.doctor": {"data.shards", "data.augment", "data.prepare"},
+    "recipes": set(),
     "teacher_settings": set(),
-    "config": {"data.augment", "data.stream", "teacher_settings"},
+    "config": {"data.augment", "data.stream", "recipes", "teacher_settings"},
     "config_files": {"config"},
     "output_folder": {"config"},
     "exported_files": {"config"},
     "open_detector": {"config"},
+    "thresholds": {"config", "open_detector"},
     "benchmark": {"config", "exported_files", "open_detector"},
     "evaluation": {"config", "data.shards", "data.augment", "data.stream"},
     "tracking": {"config"},
     "training": {
-        *("data.shards", "data.augment", "data.stream", "config", "config_files"),
-        *("open_detector", "benchmark", "evaluation", "tracking", "teacher_settings"),
+        *("data.shards", "data.augment", "data.stream", "recipes", "config", "config_files"),
+        *("open_detector", "thresholds", "benchmark", "evaluation", "tracking", "teacher_settings"),
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
@@ -71,12 +75,13 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "run_report": {
         *("data.shards", "data.augment", "config", "open_detector", "evaluation", "tracking", "training"),
     },
+    "calibration": {"data.shards", "data.stream", "config", "open_detector", "evaluation"},
     "fit": {
         *("data.shards", "data.sources", "data.prepare", "data.doctor", "config", "config_files", "output_folder"),
         *("open_detector", "evaluation", "export", "training", "run_report"),
     },
     "weight_files": {"config", "open_detector", "export"},
-    "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "evaluation"},
+    "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "thresholds", "evaluation"},
     "serve": {"config", "open_detector"},
     "tuning": {
         *("data.shards", "data.stream", "config", "config_files"),
@@ -90,8 +95,8 @@ WITHOUT_TORCH = (
     "dfine_core.images",
     "pipeline.storage",
     *(f"pipeline.data.shards.{name}" for name in ("records", "manifest", "reader")),
-    *(f"pipeline.data.augment.{name}" for name in ("geometry", "samples", "decode", "mixing")),
-    *(f"pipeline.data.stream.{name}" for name in ("plan", "tasks")),
+    *(f"pipeline.data.augment.{name}" for name in ("geometry", "samples", "decode", "mosaic", "blend", "stages")),
+    *(f"pipeline.data.stream.{name}" for name in ("plan", "partners", "tasks")),
     *(f"pipeline.data.prepare.{name}" for name in ("prepare", "shard_writer", "image_files")),
     *(f"pipeline.data.doctor.{name}" for name in ("findings", "row_checks", "shard_checks")),
 )
@@ -120,7 +125,10 @@ ENTRANCES = {
         *(f"pipeline/data/stream/{name}.py" for name in ("backpressure", "groups", "ray_executions")),
         *(
             f"pipeline/training/{name}.py"
-            for name in ("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "worker", "worker_console")
+            for name in (
+                *("evaluation_task", "heartbeat", "launch", "on_ray", "preflight", "rendezvous", "worker"),
+                "worker_console",
+            )
         ),
         *("pipeline/predict/on_ray.py", "pipeline/serve/deployment.py"),
         *(f"pipeline/tuning/{name}.py" for name in ("callbacks", "driver", "schedulers", "searcher", "trial")),
@@ -130,6 +138,7 @@ ENTRANCES = {
     "jinja2": ("pipeline/html_pages.py",),
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
+    "triton": ("pipeline/data/augment/photometric_triton.py",),
     "onnx": ("pipeline/export/formats.py",),
     "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
     "transformers": ("pipeline/export/huggingface.py", "pipeline/training/teachers/vision.py"),

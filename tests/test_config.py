@@ -139,11 +139,11 @@ def test_a_cluster_has_defaults_and_refuses_nonsense(tmp_path: Path) -> None:
 def test_every_shipped_experiment_and_cluster_is_valid() -> None:
     configs = Path(__file__).parent.parent / "configs"
     clusters = sorted((configs / "clusters").glob("*.yaml"))
-    experiments = sorted(path for path in configs.rglob("dfine_*.yaml"))
-    assert len(experiments) >= 20
+    experiments = sorted(path for path in configs.rglob("d*_?*.yaml") if path.stem.split("_")[0] in ("dfine", "deim"))
+    assert len(experiments) >= 34
     for path in experiments:
         experiment = load_experiment(path)
-        assert path.stem.startswith(f"dfine_{experiment.model.variant}"), path
+        assert path.stem.startswith(f"{experiment.recipe}_{experiment.model.variant}"), path
     for path in configs.glob("*.yaml"):
         assert f"configs/{path.name}" in path.read_text() or "make" in path.read_text(), "no command to run it"
         load_experiment(path)
@@ -153,3 +153,10 @@ def test_every_shipped_experiment_and_cluster_is_valid() -> None:
     assert len(ours) >= 3
     for path in ours:
         load_cluster(path)
+
+
+def test_the_switch_for_compilation_has_words_now(tmp_path: Path) -> None:
+    for given, found in ((False, "off"), ("off", "off"), ("step", "step")):
+        assert load_experiment(written(tmp_path, MINIMAL), {"numerics.compile": given}).numerics.compile == found
+    with pytest.raises(ConfigError, match=r"numerics\.compile: .*write step"):
+        load_experiment(written(tmp_path, MINIMAL), {"numerics.compile": True})

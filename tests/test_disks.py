@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from jobs import evaluate, export, predict, train, weights
+from jobs import evaluate, export, predict, train, tune, weights
 from jobs.command import user_errors
 from pipeline import storage
 from pipeline.errors import os_error_text
@@ -22,21 +23,25 @@ from tests.support.synthetic_shards import synthetic_records, write_shards
 FULL, READ_ONLY = "no space is left on its disk: free some", "its file system is read-only: choose another folder"
 
 
-@pytest.fixture(params=["full", "read-only"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A disk of its own that cannot be written, and the sentence about it."""
-    folder = tmp_path / "disk"
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
     folder.mkdir()
-    options = "size=64k" if request.param == "full" else "ro"
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("only root mounts a disk")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(params=["full", "read-only"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A disk of its own that cannot be written, and the sentence about it."""
+    with small_disk(tmp_path / "disk", "size=64k" if request.param == "full" else "ro") as folder:
         if request.param == "full":
             (folder / "ballast").write_bytes(bytes(48 << 10))
         yield folder, FULL if request.param == "full" else READ_ONLY
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_failed_write_names_its_file_and_leaves_nothing(disk: tuple[Path, str], tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_full_disk_for_temporary_files_is_named(disk: tuple[Path, str]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["predict", "export", "weights", "evaluate", "train"])
+@pytest.mark.parametrize("command", ["predict", "export", "weights", "evaluate", "train", "tune"])
 def test_every_command_ends_with_the_path_of_a_disk(disk: tuple[Path, str], tmp_path: Path, command: str) -> None:
     folder, sentence = disk
     records = synthetic_records(6, longest_side=64)
@@ -117,12 +122,16 @@ def test_every_command_ends_with_the_path_of_a_disk(disk: tuple[Path, str], tmp_
     }
     (tmp_path / "run.yaml").write_text(json.dumps(experiment))
     detector, out = str(tmp_path / "detector"), str(folder / "out")
+    sweep = {"name": "sweep", "storage": out, "experiment": str(tmp_path / "run.yaml"), "searcher": {"kind": "grid"}}
+    sweep |= {"space": {"loss.ddf": {"grid": [0.0]}}, "scheduler": {"kind": "none"}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     run, arguments = {
         "predict": (predict.main, [detector, str(tmp_path / "images"), "--out", out, "--workers", "0"]),
         "export": (export.main, [detector, "--to", "safetensors", "--out", out]),
         "weights": (weights.main, ["convert", detector, "--to", "safetensors", "--out", out]),
         "evaluate": (evaluate.main, [detector, str(tmp_path / "shards"), "--out", out]),
         "train": (train.main, [str(tmp_path / "run.yaml"), "--set", f"storage={out}"]),
+        "tune": (tune.main, [str(tmp_path / "sweep.yaml")]),
     }[command]
     with pytest.raises(SystemExit) as ended:
         run(arguments)

@@ -246,6 +246,8 @@ def takes(module: str, key: str) -> bool:
     section, _, rest = key.partition(".")
     if module == "jobs.pretrain_finetune":
         return key in keys_of(Chain) or (section in STAGES and rest in experiment_keys())
+    if module == "jobs.tune" and section == "space":
+        return rest in experiment_keys()
     return key in experiment_keys() or (module == "jobs.tune" and key in keys_of(Sweep))
 
 

@@ -129,6 +129,11 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("tune --promote empty", ("empty", "not the folder of a sweep"), {}),
     ("tune --promote brokensweep", ("brokensweep/sweep.json",), {}),
     ("tune sweep.yaml", ("storage", "$PWD/runs"), JOB),
+    # calibrate
+    ("calibrate nowhere train", ("nowhere", "no detector"), {}),
+    ("calibrate detector nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
+    ("calibrate detector train --out photos", ("photos", "holds other files"), {}),
+    ("calibrate detector train --score 2", ("--score", "0..1"), {}),
     # fit, report
     ("fit nowhere", ("nowhere does not exist", "no data set"), {}),
     ("fit empty --out fitted", ("empty", "no data set was recognised"), {}),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
         (0, "class", "0 classes"),
         (2, "box", "2 boxes"),
         (3, "micro-batch", "3 micro-batches"),
+        (2, "epoch", "2 epochs"),
         (1204, "image", "1,204 images"),
         (2, "broken one", "2 broken ones"),
     ],

@@ -13,12 +13,14 @@
         export.json
         safetensors/, huggingface/          one of the two layouts above; the first that is there is read
 
-The folder of a run stands for its best checkpoint, that of an MLflow model for its artifacts. No code from a file is run.
+The folder of a run stands for its best checkpoint; for the next best where that is damaged, and a warning names both. The folder
+of an MLflow model stands for its artifacts. No code from a file is run.
 safetensors is imported with the first file that needs it.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -54,6 +56,7 @@ _EXPECTED = (
     f"the folder of a run or of a checkpoint, of an exported detector ({DESCRIPTION} beside safetensors), of Transformers"
     f" ({TRANSFORMERS_CONFIG} beside safetensors), of an MLflow model, or a released .pth file"
 )
+log = logging.getLogger(__name__)
 
 
 class LoadError(ValueError):
@@ -112,14 +115,32 @@ def complete_steps(checkpoints: str, files: FileReader = ON_DISK) -> list[int]:
     return sorted(step for step in steps if METADATA in _names_in(f"{checkpoints}/{step_folder(step)}", files))
 
 
-def best_checkpoint(checkpoints: str, files: FileReader = ON_DISK) -> str | None:
-    """Folder of the best checkpoint, of the newest where nothing was evaluated; None if there is no complete one."""
-    steps = complete_steps(checkpoints, files)
-    if not steps:
-        return None
-    newest = f"{checkpoints}/{step_folder(steps[-1])}"
-    best = (read_metadata(newest, files).get("history") or {}).get("best_step")
-    return newest if best is None else f"{checkpoints}/{step_folder(best)}"
+def checkpoints_by_rank(checkpoints: str, files: FileReader = ON_DISK) -> list[str]:
+    """Folders of the complete checkpoints: the best one, others by their AP, then the newest.
+
+    The newest metadata that can be read has the results of all evaluations; damaged ones after it are named in warnings.
+
+    Raises:
+        LoadError: no metadata can be read, though there are checkpoints; the message is about the newest.
+    """
+    steps = complete_steps(checkpoints, files)[::-1]
+    errors: list[LoadError] = []
+    for newest in steps:
+        try:
+            history = read_metadata(f"{checkpoints}/{step_folder(newest)}", files).get("history") or {}
+        except LoadError as error:
+            errors.append(error)
+            log.warning("%s; trying the checkpoint before it", error)
+            continue
+        best = history.get("best_step")
+        if best is not None and best not in steps:
+            log.warning("%s: the best checkpoint, of step %s, is missing", checkpoints, best)
+        evaluated = sorted(history.get("evaluated") or (), key=lambda pair: -pair[1])
+        ranked = dict.fromkeys([best, *(step for step, _ in evaluated), newest, *steps])
+        return [f"{checkpoints}/{step_folder(step)}" for step in ranked if step in steps]
+    if errors:
+        raise errors[0]
+    return []
 
 
 def read_metadata(folder: str, files: FileReader = ON_DISK) -> dict[str, Any]:
@@ -202,8 +223,8 @@ def read_detector(folder: str, files: FileReader = ON_DISK) -> StoredDetector:
         return read_detector(f"{folder}/artifacts", files)
     if EXPORT_REPORT in names:
         return _from_export(folder, names, files)
-    if CHECKPOINTS in names and (best := best_checkpoint(f"{folder}/{CHECKPOINTS}", files)):
-        return _from_checkpoint(best, files)
+    if CHECKPOINTS in names and (ranked := checkpoints_by_rank(f"{folder}/{CHECKPOINTS}", files)):
+        return _from_first_intact(ranked, files)
     content = f"it holds {', '.join(sorted(names)[:6])}" if names else "it is empty"
     raise LoadError(f"{folder}: no detector ({content}). Expected {_EXPECTED}")
 
@@ -289,6 +310,20 @@ def _from_checkpoint(folder: str, files: FileReader) -> StoredDetector:
     path = f"{folder}/{AVERAGED}.safetensors"
     weights = tensors_from_bytes(read_tensor_file(folder, AVERAGED, sha256, files), path)
     return StoredDetector(config, weights, categories, folder, path, sha256, metadata, thresholds=thresholds)
+
+
+def _from_first_intact(folders: Sequence[str], files: FileReader) -> StoredDetector:
+    errors: list[LoadError] = []
+    for folder in folders:
+        try:
+            stored = _from_checkpoint(folder, files)
+        except LoadError as error:
+            errors.append(error)
+            continue
+        if errors:
+            log.warning("%s: %s takes the place of the best checkpoint", errors[0], folder)
+        return stored
+    raise errors[0]
 
 
 def _from_export(folder: str, names: Collection[str], files: FileReader) -> StoredDetector:

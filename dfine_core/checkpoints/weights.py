@@ -30,6 +30,7 @@ SELF_ATTENTION = "self_attn.in_proj_weight"  # query, key and value, one below t
 SAME_PROJECTION = (
     0.5  # largest |key - value| / |key| of one matrix stored twice and trained on; 1.4 if they are independent
 )
+COUNTER = "num_batches_tracked"
 DIRECT_OUTPUTS = 4  # outputs of a box head without distributions
 SHOWN = 5  # keys of each kind that an error lists
 
@@ -69,7 +70,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> str | None:
     """Load weights into a detector, or into one of its parts, with every key accounted for.
 
-    Anchors and their mask are ignored, whatever their size; so are batch counters where the model's norm is frozen.
+    Anchors and their mask are ignored, whatever their size; so are batch counters where the model's norm is frozen. Where the
+    weights come from a model with frozen norms, counters start at 0.
 
     Returns:
         One sentence about the constants that got their exact values back; None if all had them.
@@ -85,6 +87,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> str | N
         for key, tensor in state_dict.items()
         if key not in DERIVED_KEYS and not _counts_frozen(key, expected)
     }
+    given |= _counters_of_frozen_norms(given, expected)
     missing = [key for key in expected if key not in given]
     unknown = [key for key in given if key not in expected]
     shared = [key for key in expected if key in given]
@@ -202,7 +205,14 @@ def _is_state_dict(value: Any) -> bool:
 def _counts_frozen(key: str, expected: Mapping[str, Tensor]) -> bool:
     """Whether a key is the batch counter of a norm that is frozen in the model, and so has none."""
     norm, _, leaf = key.rpartition(".")
-    return leaf == "num_batches_tracked" and key not in expected and f"{norm}.running_mean" in expected
+    return leaf == COUNTER and key not in expected and f"{norm}.running_mean" in expected
+
+
+def _counters_of_frozen_norms(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Batch counters, 0, of norms that were frozen where the weights come from, and so have none."""
+    counters = [key for key in expected if key.endswith(f".{COUNTER}") and key not in given]
+    frozen = [key for key in counters if f"{key.removesuffix(COUNTER)}running_mean" in given]
+    return {key: torch.zeros_like(expected[key]) for key in frozen}
 
 
 def _ways_out(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], changed: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ Denoising queries need no matching: each was made from a known box.
 
 | term             | which outputs              | which pairs             | divided by                             |
 |------------------|----------------------------|-------------------------|----------------------------------------|
-| vfl              | all                        | the stage's own matches | boxes of the batch                     |
+| vfl or mal       | all                        | the stage's own matches | boxes of the batch                     |
 | bbox (L1), giou  | all                        | GO union                | pairs of the union                     |
 | fgl              | decoder layers             | GO union                | pairs of the union                     |
 | ddf              | decoder layers but the last | GO union and the rest  | its own averages                       |
@@ -18,7 +18,6 @@ averaged over all workers. Names follow the released logs: no suffix for the las
 _dn_pre.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -31,7 +30,8 @@ from torch import Tensor, nn
 from dfine_core.boxes import cxcywh_to_xyxy, iou_and_giou
 from dfine_core.config import ModelConfig
 from dfine_core.loss import losses
-from dfine_core.loss.matching import ClassGroups, Matches, Pairs, match
+from dfine_core.loss.matching import ClassGroups, Matches, Pairs, match, matching_cost
+from dfine_core.loss.padding import Padding, distillation_factors
 from dfine_core.model.distribution import true_offsets, weighting_function
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions, Targets
 
@@ -70,9 +70,12 @@ class ComparedPairs:
     target: Tensor
     union: int  # number of pairs of the GO union
     positive: int  # and of positive slots
+    real: Tensor | None  # [P] 1, or 0 for a pair that only pads; None: all are real
 
     @classmethod
-    def of(cls, matches: Matches, noised: DenoisingQueries | None, stages: Stages) -> Self:
+    def of(
+        cls, matches: Matches, noised: DenoisingQueries | None, stages: Stages, padding: Padding | None = None
+    ) -> Self:
         """Lay the three kinds of pairs side by side."""
         own, union, count = matches.own, matches.union, len(stages.boxes)
         slots = (
@@ -92,6 +95,7 @@ class ComparedPairs:
             target=join(union.target, slots.target, own.target),
             union=len(union),
             positive=len(slots),
+            real=None if padding is None else torch.cat([padding.union, padding.positive, padding.own]),
         )
 
     @property
@@ -117,20 +121,24 @@ class Criterion(nn.Module):
         targets: Sequence[Mapping[str, Tensor]] | Targets,
         matches: Matches | None = None,
         normalizers: Normalizers | None = None,
+        padding: Padding | None = None,
     ) -> dict[str, Tensor]:
         """Compute the weighted terms, whose plain sum is the loss. One device-to-host copy; the same collectives on every rank.
 
         Args:
             matches: from `match`, if they are known already; then nothing is copied to the host.
             normalizers: from `count`, where a step has more images than these; else those of this batch over all workers.
+            padding: from `padding_of`, where targets, denoising queries and matches are padded; needs the two before.
 
         Raises:
             ValueError: for targets that cannot be trained on, or an output of evaluation.
         """
         device = output.boxes.device
-        self.bins = self.bins.to(device)
+        if self.bins.device != device:
+            self.bins = self.bins.to(device)
         with torch.autocast(device.type, enabled=False):
-            return self._terms(output, Targets.pack(targets, self.config.num_classes, device), matches, normalizers)
+            packed = Targets.pack(targets, self.config.num_classes, device)
+            return self._terms(output, packed, matches, normalizers, padding)
 
     def match(self, output: DetectorOutput, targets: Sequence[Mapping[str, Tensor]] | Targets) -> Matches:
         """Assign queries to boxes, in every stage and in their union."""
@@ -139,10 +147,21 @@ class Criterion(nn.Module):
             packed = Targets.pack(targets, self.config.num_classes, device)
             return self._match(self._stages(output, packed), packed)
 
+    def matching_cost(self, output: DetectorOutput, targets: Targets) -> Tensor:
+        """Costs [S, T, Q] from which `matching.assign` makes the matches: a graph without any count."""
+        with torch.autocast(output.boxes.device.type, enabled=False):
+            groups, boxes = self._matched(self._stages(output, targets))
+            return matching_cost(groups, boxes, targets, self.config.loss)
+
     def _match(self, stages: Stages, targets: Targets) -> Matches:
+        groups, boxes = self._matched(stages)
+        return match(groups, boxes, targets, self.config.loss)
+
+    def _matched(self, stages: Stages) -> tuple[ClassGroups, Tensor]:
         matching = slice(stages.noised, None)
-        groups = [(logits[:, :, matching], labels) for logits, labels in stages.class_groups]
-        return match(groups, stages.boxes[:, :, matching], targets, self.config.loss)
+        return [(logits[:, :, matching], labels) for logits, labels in stages.class_groups], stages.boxes[
+            :, :, matching
+        ]
 
     def _stages(self, output: DetectorOutput, targets: Targets) -> Stages:
         queries = output.all_queries()
@@ -164,13 +183,18 @@ class Criterion(nn.Module):
         return Stages(queries, class_groups, boxes, noised)
 
     def _terms(
-        self, output: DetectorOutput, targets: Targets, matches: Matches | None, normalizers: Normalizers | None
+        self,
+        output: DetectorOutput,
+        targets: Targets,
+        matches: Matches | None,
+        normalizers: Normalizers | None,
+        padding: Padding | None,
     ) -> dict[str, Tensor]:
         stages = self._stages(output, targets)
         matches = matches or self._match(stages, targets)
         normalizers = normalizers or count(targets.total, len(matches.union), stages.boxes.device)
         noised = output.denoising_queries
-        pairs = ComparedPairs.of(matches, noised, stages)
+        pairs = ComparedPairs.of(matches, noised, stages, padding)
 
         predicted = stages.boxes[pairs.stage, pairs.image, pairs.query]  # [S, P, 4]
         true_xyxy = targets.boxes_xyxy
@@ -178,28 +202,32 @@ class Criterion(nn.Module):
         ious = ious.detach()
 
         # Each is a pair of sums: of the matching queries, and of the denoising ones.
-        scores = self._score_losses(stages, pairs, ious)
+        scores = self._score_losses(stages, pairs, ious, padding)
         edges = self._box_and_edge_losses(stages, pairs, predicted, targets, gious, ious)
-        ddf = self._distillation_losses(stages, pairs, ious)
+        ddf = self._distillation_losses(stages, pairs, ious, padding)
 
         layers = len(stages.queries.logits)
         suffixes: list[str | None] = [*(f"_aux_{i}" for i in range(layers - 1)), "", "_pre", "_enc_0"]
-        terms = _named(["vfl"], scores[0] / normalizers.boxes, suffixes)
+        classification = self.config.loss.classification
+        terms = _named([classification], scores[0] / normalizers.boxes, suffixes)
         terms |= _named(["bbox", "giou", "fgl"], edges[0] / normalizers.pairs, suffixes)
         terms |= _named(["ddf"], ddf[0], suffixes[: layers - 1])
         if noised is None:
             return terms
-        norm = normalizers.boxes * noised.groups
+        norm = normalizers.boxes * (noised.groups if padding is None else padding.groups)
         suffixes = [*(f"_dn_{i}" for i in range(layers)), "_dn_pre", None]
-        terms |= _named(["vfl"], scores[1] / norm, suffixes)
+        terms |= _named([classification], scores[1] / norm, suffixes)
         terms |= _named(["bbox", "giou", "fgl"], edges[1] / norm, suffixes)
         terms |= _named(["ddf"], ddf[1], suffixes[: layers - 1])
-        if stages.queries.edge_logits is not None:  # the last layer is its own teacher: the released log lists it as 0
+        # The last layer is its own teacher: the released log of D-FINE lists it as 0, that of DEIM leaves it out.
+        if stages.queries.edge_logits is not None and classification == "vfl":
             terms[f"loss_ddf_dn_{layers - 1}"] = torch.zeros_like(norm)
         return terms
 
-    def _score_losses(self, stages: Stages, pairs: ComparedPairs, ious: Tensor) -> tuple[Tensor, Tensor]:
-        """VFL of every stage on its own matches, [S]; groups of stages may differ in their classes."""
+    def _score_losses(
+        self, stages: Stages, pairs: ComparedPairs, ious: Tensor, padding: Padding | None
+    ) -> tuple[Tensor, Tensor]:
+        """VFL or MAL of every stage on its own matches, [S]; groups of stages may differ in their classes."""
         weights = self.config.loss
         first = 0
         sums: list[tuple[Tensor, Tensor]] = []
@@ -208,17 +236,20 @@ class Criterion(nn.Module):
             first += len(logits)
             target = pairs.target[rows, columns]
             index = (pairs.stage[: len(logits)], pairs.image[rows, columns], pairs.query[rows, columns], labels[target])
-            entries, hits = losses.varifocal_loss(
-                logits, index, ious[rows, columns], weights.vfl_alpha, weights.vfl_gamma
-            )
+            real = None if pairs.real is None else pairs.real[columns]
+            entries, hits = losses.classification_loss(logits, index, ious[rows, columns], weights, real)
+            of_noised = entries[:, :, : stages.noised]
+            if padding is not None:
+                of_noised = of_noised * padding.slots
             sums.append(
                 (
                     entries[:, :, stages.noised :].sum((1, 2)) - hits[:, pairs.positive :].sum(1),
-                    entries[:, :, : stages.noised].sum((1, 2)) - hits[:, : pairs.positive].sum(1),
+                    of_noised.sum((1, 2)) - hits[:, : pairs.positive].sum(1),
                 )
             )
         matching, noised = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*sums, strict=True))
-        return _weighted(matching, weights.vfl), _weighted(noised, weights.vfl)
+        weight = weights.vfl if weights.classification == "vfl" else weights.mal
+        return _weighted(matching, weight), _weighted(noised, weight)
 
     def _box_and_edge_losses(
         self, stages: Stages, pairs: ComparedPairs, predicted: Tensor, targets: Targets, gious: Tensor, ious: Tensor
@@ -238,40 +269,43 @@ class Criterion(nn.Module):
             )
             rows.append(fgl * weights.fgl)
         per_pair = torch.cat(rows)
+        if pairs.real is not None:
+            per_pair = per_pair * pairs.real[shared]
         return per_pair[:, : pairs.union].sum(1), per_pair[:, pairs.union :].sum(1)
 
-    def _distillation_losses(self, stages: Stages, pairs: ComparedPairs, ious: Tensor) -> tuple[Tensor, Tensor]:
-        """DDF of every layer but the last, which is the teacher: [L - 1]; nothing with direct regression.
-
-        Averaged apart over the matched queries and the others; the roots of how many matching queries there are of each
-        balance the two averages, for the denoising queries too.
-        """
+    def _distillation_losses(
+        self, stages: Stages, pairs: ComparedPairs, ious: Tensor, padding: Padding | None
+    ) -> tuple[Tensor, Tensor]:
+        """DDF of every layer but the last, which is the teacher: [L - 1]; nothing with direct regression."""
         edge_logits = stages.queries.edge_logits
         if edge_logits is None:
             return ious.new_zeros(0), ious.new_zeros(0)
         weights, noised = self.config.loss, stages.noised
         students = len(edge_logits) - 1
         batch, queries = edge_logits.shape[1:3]
-
-        # Factors of a matched and of another query, in both kinds.
-        everyone = batch * (queries - noised)
-        near, far = math.sqrt(pairs.union), math.sqrt(everyone - pairs.union)
-        near, far = weights.ddf * near / (near + far), weights.ddf * far / (near + far)
-        inside = near / max(1, pairs.union), near / max(1, pairs.positive)
-        outside = far / max(1, everyone - pairs.union), far / max(1, batch * noised - pairs.positive)
+        factors: Sequence[float] | Sequence[Tensor]
+        if padding is None:
+            factors = distillation_factors(
+                pairs.union, pairs.positive, batch * (queries - noised), batch * noised, weight=weights.ddf
+            )
+        else:
+            factors = padding.distillation.unbind()
 
         # How much a query matters: the IoU of its box where it is matched, else the teacher's confidence.
         factor = self._precise(stages.queries.logits[-1].detach()).amax(-1).sigmoid()  # [B, Q]
-        factor[:, noised:] *= outside[0]
-        factor[:, :noised] *= outside[1]
+        factor[:, noised:].mul_(factors[2])
+        factor[:, :noised].mul_(factors[3] if padding is None else factors[3] * padding.slots)
         factor = factor.repeat(students, 1, 1)
-        shared = slice(pairs.shared)
-        matched = ious[:students, : pairs.union] * inside[0], ious[:students, pairs.union : pairs.shared] * inside[1]
-        factor[:, pairs.image[0, shared], pairs.query[0, shared]] = torch.cat(matched, dim=1).to(factor.dtype)
+        image, query = pairs.image[0, : pairs.shared], pairs.query[0, : pairs.shared]
+        matched = ious[:students, : pairs.union] * factors[0], ious[:students, pairs.union : pairs.shared] * factors[1]
+        value = torch.cat(matched, dim=1).to(factor.dtype)
+        if pairs.real is not None:  # without any box, pads have nothing to repeat
+            value = torch.where(pairs.real.amax() > 0, value, factor[:, image, query])
+        factor[:, image, query] = value
 
         divergence = losses.edge_divergence(self._precise(edge_logits), weights.ddf_temperature)  # [L - 1, B, Q]
-        per_query = divergence * factor
-        return per_query[:, :, noised:].sum((1, 2)), per_query[:, :, :noised].sum((1, 2))
+        of_noised, of_matching = (divergence * factor).split((noised, queries - noised), dim=2)
+        return of_matching.sum((1, 2)), of_noised.sum((1, 2))
 
     def _precise(self, x: Tensor) -> Tensor:
         return x.float() if self.config.numerics == "float32" else x

@@ -14,7 +14,6 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy, giou
@@ -54,7 +53,6 @@ class Matches:
     union: Pairs  # [M'] the GO union, the same for all stages; a query occurs at most once
 
 
-@torch.no_grad()
 def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: LossConfig) -> Matches:
     """Match every stage, and form the GO union.
 
@@ -62,8 +60,12 @@ def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: Lo
         class_groups: their stages add up to S.
         boxes: [S, B, Q, 4] cxcywh.
     """
-    cost = matching_cost(class_groups, boxes, targets, config)
-    stages, _, queries, _ = boxes.shape
+    return assign(matching_cost(class_groups, boxes, targets, config), targets)
+
+
+def assign(cost: Tensor, targets: Targets) -> Matches:
+    """Solve the assignments of all stages from their costs [S, T, Q], and form the GO union."""
+    stages, _, queries = cost.shape
     query_of = solve(cost.cpu().numpy(), targets.counts)  # the step's one device-to-host copy
     stage, target = np.nonzero(query_of >= 0)
     image = np.repeat(np.arange(len(targets.counts)), targets.counts)[target]
@@ -71,9 +73,9 @@ def match(class_groups: ClassGroups, boxes: Tensor, targets: Targets, config: Lo
     union = go_union(own, queries, targets.total)
 
     indices = torch.from_numpy(np.concatenate([own, union], axis=1))
-    if boxes.is_cuda:
+    if cost.is_cuda:
         indices = indices.pin_memory()
-    indices = indices.to(boxes.device, non_blocking=True)
+    indices = indices.to(cost.device, non_blocking=True)
     # Every stage matches min(G, Q) boxes of an image, so its pairs are as many as any other's.
     return Matches(
         own=Pairs(*indices[:, : own.shape[1]].reshape(3, stages, -1)),
@@ -118,6 +120,8 @@ def solve(cost: NDArray[np.floating], counts: Sequence[int]) -> Indices:
     Returns:
         [S, T] the query of each box; -1 for a box without one, where an image has more boxes than queries.
     """
+    from scipy.optimize import linear_sum_assignment  # a driver or a detection never needs it: half a second of CPU
+
     query_of = np.full(cost.shape[:2], -1, dtype=np.int64)
     ends = np.cumsum(counts)
     blocks = [(s, end - n, end) for s in range(len(cost)) for n, end in zip(counts, ends, strict=True) if n]

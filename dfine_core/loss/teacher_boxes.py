@@ -40,7 +40,7 @@ def teacher_box_losses(
     config: ModelConfig,
     unmatched: float = UNMATCHED,
 ) -> dict[str, Tensor]:
-    """Weighted terms, each a sum over all stages: vfl, bbox, giou and fgl.
+    """Weighted terms, each a sum over all stages: vfl or mal, bbox, giou and fgl.
 
     Args:
         targets: boxes of the teacher, T in the batch.
@@ -62,7 +62,8 @@ def teacher_box_losses(
     p = scores[pairs.target]  # [S, M]
     weights = config.loss
     terms = {
-        "vfl": _score_loss(groups, pairs, ious, p, config, unmatched) * weights.vfl,
+        weights.classification: _score_loss(groups, pairs, ious, p, config, unmatched)
+        * (weights.vfl if weights.classification == "vfl" else weights.mal),
         "bbox": (p * (predicted - targets.boxes[pairs.target]).abs().sum(-1)).sum() * weights.bbox,
         "giou": (p * (1 - gious)).sum() * weights.giou,
     }
@@ -98,15 +99,15 @@ def _own_matches(groups: ClassGroups, boxes: Tensor, targets: Targets, config: M
 def _score_loss(
     groups: ClassGroups, pairs: _Pairs, ious: Tensor, p: Tensor, config: ModelConfig, unmatched: float
 ) -> Tensor:
-    """VFL of all stages, where the row of a query counts as much as the score of its box."""
+    """VFL or MAL of all stages, where the row of a query counts as much as the score of its box."""
     total = p.new_zeros(())
     first = 0
     for logits, labels in groups:
         rows = slice(first, first + len(logits))
         first += len(logits)
         place = (pairs.stage[: len(logits)], pairs.image[rows], pairs.query[rows])
-        entries, hits = losses.varifocal_loss(
-            logits, (*place, labels[pairs.target[rows]]), ious[rows], config.loss.vfl_alpha, config.loss.vfl_gamma
+        entries, hits = losses.classification_loss(
+            logits, (*place, labels[pairs.target[rows]]), ious[rows], config.loss
         )
         weight = torch.full_like(entries, unmatched)
         weight[place] = p[rows]

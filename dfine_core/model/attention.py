@@ -1,27 +1,44 @@
 """Multi-scale deformable attention: every query samples a few points of every feature level, around its own box.
 
 Values are the feature maps themselves, cut into heads: there is neither a value nor an output projection. The maps are
-therefore prepared once (`split_levels`) and shared by all decoder layers.
+therefore prepared once (`split_levels`) and shared by all decoder layers. On a GPU with Triton, one kernel reads the tokens as
+they are (`sampling`).
 
 Source: Zhu et al., arXiv:2010.04159, as modified in D-FINE, arXiv:2410.13842.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfine_core.model.products import Linear
+from dfine_core.model.sampling import deformable_sampling
 
-def split_levels(memory: Tensor, shapes: Sequence[tuple[int, int]], heads: int) -> list[Tensor]:
-    """Cut tokens [B, T, D] of all levels, row-major and end to end, into one map [B * heads, D / heads, h, w] per level."""
+
+@dataclass(frozen=True)
+class Levels:
+    """Feature levels to sample from."""
+
+    tokens: Tensor  # [B, T, D] of all levels, row-major and end to end
+    shapes: tuple[tuple[int, int], ...]  # (h, w)
+    maps: list[Tensor] | None  # [B * heads, D / heads, h, w] per level; None where the fused kernel samples tokens
+
+
+def split_levels(memory: Tensor, shapes: Sequence[tuple[int, int]], heads: int, *, fused: bool = False) -> Levels:
+    """Cut tokens [B, T, D] of all levels, row-major and end to end, into one map per level, unless sampling is fused."""
+    if fused:
+        return Levels(memory, tuple(shapes), None)
     levels = memory.split([h * w for h, w in shapes], dim=1)
-    return [
+    maps = [
         tokens.transpose(1, 2).reshape(-1, memory.shape[-1] // heads, h, w)
         for tokens, (h, w) in zip(levels, shapes, strict=True)
     ]
+    return Levels(memory, tuple(shapes), maps)
 
 
 class DeformableAttention(nn.Module):
@@ -41,8 +58,8 @@ class DeformableAttention(nn.Module):
         self.sampling = sampling
         self.register_buffer("num_points_scale", torch.tensor([1 / n for n in num_points for _ in range(n)]))
         points = sum(num_points)
-        self.sampling_offsets = nn.Linear(dim, heads * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * points)
+        self.sampling_offsets = Linear(dim, heads * points * 2)
+        self.attention_weights = Linear(dim, heads * points)
         self._reset_parameters()
         if sampling == "discrete":
             self.sampling_offsets.requires_grad_(False)
@@ -59,37 +76,47 @@ class DeformableAttention(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((ray.unsqueeze(1) * steps.unsqueeze(-1)).flatten())
 
-    def forward(self, query: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    def forward(self, query: Tensor, reference_boxes: Tensor, levels: Levels) -> Tensor:
         """Attend to the sampled points.
 
         Args:
             query: [B, Q, D].
             reference_boxes: [B, Q, 4] cxcywh in [0, 1]; points are offset in units of half the box over the point count.
-            levels: maps [B * heads, D / heads, h, w] from `split_levels`.
+            levels: from `split_levels`.
 
         Returns:
             [B, Q, D].
         """
-        batch, queries, dim = query.shape
+        batch, queries, _ = query.shape
         offsets = self.sampling_offsets(query).reshape(batch, queries, self.heads, -1, 2)
         weights = self.attention_weights(query).reshape(batch, queries, self.heads, -1).softmax(-1)
 
         reach = self.num_points_scale.to(query.dtype).unsqueeze(-1) * reference_boxes[:, :, None, None, 2:] * 0.5
         locations = reference_boxes[:, :, None, None, :2] + offsets * reach  # [B, Q, heads, P, 2]
+        if levels.maps is not None:
+            attended = self._sample(levels.maps, locations, weights)
+        else:
+            sizes = [side for shape in levels.shapes for side in shape]
+            attended = deformable_sampling(levels.tokens, locations.float(), weights, sizes, self.num_points)
+        return attended.to(query.dtype)
+
+    def _sample(self, maps: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
+        """Sum of weighted samples [B, Q, D], level by level, at locations [B, Q, heads, P, 2] with weights [B, Q, heads, P]."""
+        batch, queries = locations.shape[:2]
         locations = locations.transpose(1, 2).flatten(0, 1)  # [B * heads, Q, P, 2]
         sample = _nearest
         if self.sampling != "discrete":
-            sample, locations = _bilinear, (2 * locations - 1).to(levels[0].dtype)
+            sample, locations = _bilinear, (2 * locations - 1).to(maps[0].dtype)
         samples = torch.cat(
             [
                 sample(level, points)
-                for level, points in zip(levels, locations.split(self.num_points, dim=2), strict=True)
+                for level, points in zip(maps, locations.split(self.num_points, dim=2), strict=True)
             ],
             dim=-1,
         )  # [B * heads, D / heads, Q, P]
         weights = weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # [B * heads, 1, Q, P]
         attended = (samples * weights).sum(-1)
-        return attended.reshape(batch, dim, queries).transpose(1, 2).to(query.dtype)
+        return attended.reshape(batch, -1, queries).transpose(1, 2)
 
 
 def _bilinear(level: Tensor, locations: Tensor) -> Tensor:

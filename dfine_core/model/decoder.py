@@ -17,14 +17,14 @@ from contextlib import nullcontext
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine_core.boxes import inverse_sigmoid
 from dfine_core.config import ModelConfig
-from dfine_core.model import distribution
-from dfine_core.model.attention import DeformableAttention, split_levels
+from dfine_core.model import distribution, sampling
+from dfine_core.model.attention import DeformableAttention, Levels, split_levels
 from dfine_core.model.layers import (
+    ACTIVATIONS,
     MLP,
     ConvNorm,
     SelfAttention,
@@ -34,6 +34,7 @@ from dfine_core.model.layers import (
     mlps_side_by_side,
     side_by_side,
 )
+from dfine_core.model.products import Linear
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions
 
 LQE_TOP = 4  # largest probabilities per edge, the quality estimator's input
@@ -45,7 +46,7 @@ class Gate(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.gate = nn.Linear(2 * dim, 2 * dim)
+        self.gate = Linear(2 * dim, 2 * dim)
         self.norm = nn.LayerNorm(dim)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)  # both halves start at a weight of one half
@@ -66,14 +67,15 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attn = DeformableAttention(dim, heads, config.num_points, config.sampling)
         self.gateway = Gate(dim)
-        self.linear1 = nn.Linear(dim, config.decoder_ffn_dim)
-        self.linear2 = nn.Linear(config.decoder_ffn_dim, dim)
+        self.activation = config.activation
+        self.linear1 = Linear(dim, config.decoder_ffn_dim)
+        self.linear2 = Linear(config.decoder_ffn_dim, dim)
         self.norm3 = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Sequence[Tensor], mask: Tensor | None
+        self, x: Tensor, position: Tensor, reference_boxes: Tensor, levels: Levels, mask: Tensor | None
     ) -> Tensor:
         """Return the refined content [B, Q, D].
 
@@ -86,16 +88,16 @@ class DecoderLayer(nn.Module):
         """
         x = self.norm1(x + self.self_attn(x, position, mask))
         x = self.gateway(x, self.cross_attn(x + position, reference_boxes, levels))
-        y = x + self.linear2(F.relu(self.linear1(x)))
+        y = x + self.linear2(ACTIVATIONS[self.activation](self.linear1(x)))
         return self.norm3(y.clamp(-FFN_LIMIT, FFN_LIMIT))
 
 
 class QualityEstimator(nn.Module):
     """Location quality estimation (LQE): peaked edge distributions raise the class scores, flat ones lower them."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str) -> None:
         super().__init__()
-        self.reg_conf = MLP([4 * (LQE_TOP + 1), 64, 1])
+        self.reg_conf = MLP([4 * (LQE_TOP + 1), 64, 1], activation)
         self.reg_conf.zero_last()
 
     def forward(self, probabilities: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ class DecoderStack(nn.Module):
         layer = DecoderLayer(config)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(config.num_layers))
         if config.regression == "fdr":
-            self.lqe_layers = nn.ModuleList(QualityEstimator() for _ in range(config.num_layers))
+            self.lqe_layers = nn.ModuleList(QualityEstimator(config.activation) for _ in range(config.num_layers))
 
 
 class EncoderOutput(nn.Module):
@@ -126,7 +128,7 @@ class EncoderOutput(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.proj.weight)
 
@@ -162,17 +164,17 @@ class Decoder(nn.Module):
         if config.learn_query_content:
             self.tgt_embed = nn.Embedding(config.num_queries, dim)
             nn.init.xavier_uniform_(self.tgt_embed.weight)
-        self.query_pos_head = MLP([4, 2 * dim, dim])
+        self.query_pos_head = MLP([4, 2 * dim, dim], config.activation)
         for linear in self.query_pos_head.layers:
             nn.init.xavier_uniform_(cast(nn.Linear, linear).weight)
 
         self.enc_output = EncoderOutput(dim)
         self.enc_score_head = _score_head(dim, 1 if config.query_selection == "agnostic" else classes)
-        self.enc_bbox_head = _box_head(dim, 4)
+        self.enc_bbox_head = _box_head(dim, 4, config.activation)
         self.dec_score_head = nn.ModuleList(_score_head(dim, classes) for _ in range(layers))
-        self.pre_bbox_head = _box_head(dim, 4)
+        self.pre_bbox_head = _box_head(dim, 4, config.activation)
         outputs = 4 * config.num_bins if config.regression == "fdr" else 4
-        self.dec_bbox_head = nn.ModuleList(_box_head(dim, outputs) for _ in range(layers))
+        self.dec_bbox_head = nn.ModuleList(_box_head(dim, outputs, config.activation) for _ in range(layers))
 
     def forward(
         self, maps: list[Tensor], denoising: DenoisingQueries | None = None, every_layer: bool = False
@@ -203,7 +205,8 @@ class Decoder(nn.Module):
             # Every parameter takes part in every step, or DistributedDataParallel would wait for its gradient.
             content = content + 0 * self.denoising_class_embed.weight.sum()
 
-        levels = split_levels(memory, shapes, self.config.decoder_heads)
+        fused = self.config.sampling == "default" and sampling.usable(memory, len(shapes))
+        levels = split_levels(memory, shapes, self.config.decoder_heads, fused=fused)
         predictions = self._refine(content, reference_logits, levels, allowed, every_layer)
         if not every_layer:
             return DetectorOutput(logits=predictions.logits[-1], boxes=predictions.boxes[-1])
@@ -245,7 +248,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         reference_logits: Tensor,
-        levels: list[Tensor],
+        levels: Levels,
         allowed: Tensor | None,
         every_layer: bool,
     ) -> QueryPredictions:
@@ -256,7 +259,7 @@ class Decoder(nn.Module):
         edge_logits: Tensor | None = None
         reference = reference_logits.sigmoid()
         kept: list[int] = []  # layers
-        contents, boxes, edges, distributions = [], [], [], []
+        contents, boxes, edges = [], [], []
         mask = None if allowed is None else additive_mask(allowed, x)
 
         for index, layer in enumerate(self.decoder.layers):
@@ -271,41 +274,50 @@ class Decoder(nn.Module):
                 step = step.unflatten(-1, (4, config.num_bins))
                 step = step.float() if config.numerics == "float32" else step
                 edge_logits = step if edge_logits is None else step + edge_logits
-                probabilities = edge_logits.softmax(-1)
-                moved = self._decode(probabilities, edge_logits.dtype, initial_boxes.detach())
+                if index < last:  # gradients come from the boxes of all layers, decoded at once below
+                    reference = self._decode(
+                        edge_logits.detach().softmax(-1), edge_logits.dtype, initial_boxes.detach()
+                    )
             else:
                 moved = (step.float() + inverse_sigmoid(reference)).sigmoid()
+                reference = moved.detach()
             if every_layer or index == last:
                 kept.append(index)
                 contents.append(x)
-                boxes.append(moved)
                 if edge_logits is not None:
                     edges.append(edge_logits)
-                    distributions.append(probabilities)
-            reference, previous = moved.detach(), x.detach()
+                else:
+                    boxes.append(moved)
+            previous = x.detach()
 
-        class_logits, scores = self._score(kept, contents, distributions)
+        if edges:
+            every_edge = torch.stack(edges)
+            probabilities = every_edge.softmax(-1)
+            moved = self._decode(probabilities, every_edge.dtype, initial_boxes.detach())
+        else:
+            every_edge, probabilities, moved = None, None, torch.stack(boxes)
+        class_logits, scores = self._score(kept, contents, probabilities)
         return QueryPredictions(
             logits=scores,
-            boxes=torch.stack(boxes),
-            edge_logits=torch.stack(edges) if edges else None,
+            boxes=moved,
+            edge_logits=every_edge,
             initial_logits=class_logits[0],
             initial_boxes=initial_boxes,
         )
 
-    def _score(self, layers: list[int], contents: list[Tensor], distributions: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _score(self, layers: list[int], contents: list[Tensor], probabilities: Tensor | None) -> tuple[Tensor, Tensor]:
         """Class logits of layers, and the same corrected by the quality of their distributions: [L, B, Q, C] each."""
         heads = [cast(nn.Linear, self.dec_score_head[index]) for index in layers]
         shape = contents[0].shape[:2]
         logits = side_by_side(heads, torch.stack(contents).flatten(1, 2)).unflatten(1, shape)
-        if not distributions:
+        if probabilities is None:
             return logits, logits
         estimators = [cast(QualityEstimator, self.decoder.lqe_layers[index]).reg_conf for index in layers]
-        statistics = edge_statistics(torch.stack(distributions)).flatten(1, 2)
+        statistics = edge_statistics(probabilities).flatten(1, 2)
         return logits, logits + mlps_side_by_side(estimators, statistics).unflatten(1, shape)
 
     def _decode(self, probabilities: Tensor, dtype: torch.dtype, initial_boxes: Tensor) -> Tensor:
-        """Decode edge distributions [B, Q, 4, N] to boxes [B, Q, 4]; outside autocast unless `numerics` is "released"."""
+        """Decode edge distributions [..., 4, N] to boxes [..., 4]; outside autocast unless `numerics` is "released"."""
         full_precision = torch.autocast(probabilities.device.type, enabled=False)
         with full_precision if self.config.numerics == "float32" else nullcontext():
             offsets = distribution.expectation(probabilities, self.bins.to(dtype))
@@ -351,12 +363,12 @@ def _projection(in_channels: int, out_channels: int) -> ConvNorm:
 
 
 def _score_head(dim: int, classes: int) -> nn.Linear:
-    head = nn.Linear(dim, classes)
+    head = Linear(dim, classes)
     nn.init.constant_(head.bias, bias_for_prior())
     return head
 
 
-def _box_head(dim: int, outputs: int) -> MLP:
-    head = MLP([dim, dim, dim, outputs])
+def _box_head(dim: int, outputs: int, activation: str) -> MLP:
+    head = MLP([dim, dim, dim, outputs], activation)
     head.zero_last()
     return head

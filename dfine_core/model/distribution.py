@@ -36,22 +36,6 @@ def expectation(probabilities: Tensor, bins: Tensor) -> Tensor:
     return probabilities @ bins
 
 
-def edge_deviations(initial_boxes: Tensor, edge_logits: Tensor, bins: Tensor, reg_scale: float) -> Tensor:
-    """Uncertainty of every edge: the standard deviation of its distribution.
-
-    Args:
-        initial_boxes: [..., 4] cxcywh.
-        edge_logits: [..., 4, N].
-
-    Returns:
-        [..., 4] of the left, top, right, bottom edge, in the units of the boxes.
-    """
-    probabilities = edge_logits.float().softmax(-1)
-    away = bins - (probabilities @ bins).unsqueeze(-1)  # [..., 4, N]
-    size = torch.cat([initial_boxes[..., 2:]] * 2, dim=-1)  # width, height, width, height
-    return (probabilities * away**2).sum(-1).sqrt() * size / reg_scale
-
-
 def decode_boxes(initial_boxes: Tensor, offsets: Tensor, reg_scale: float) -> Tensor:
     """Move the edges of the initial boxes: positive offsets move outwards.
 
@@ -63,9 +47,10 @@ def decode_boxes(initial_boxes: Tensor, offsets: Tensor, reg_scale: float) -> Te
         [..., 4] cxcywh. Widths can be negative: nothing keeps the left edge left of the right one.
     """
     centre, size = initial_boxes[..., :2], initial_boxes[..., 2:]
-    reach = (reg_scale / 2 + offsets).unflatten(-1, (2, 2)) * size.unsqueeze(-2) / reg_scale
-    low, high = centre - reach[..., 0, :], centre + reach[..., 1, :]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
+    low, high = offsets.unflatten(-1, (2, 2)).unbind(-2)
+    # An edge moves its side by its offset, and the centre by half of it.
+    moved = torch.addcmul(centre, high - low, size, value=0.5 / reg_scale)
+    return torch.cat([moved, torch.addcmul(size, high + low, size, value=1 / reg_scale)], dim=-1)
 
 
 def true_offsets(initial_boxes: Tensor, target_xyxy: Tensor, reg_scale: float) -> Tensor:
@@ -79,23 +64,24 @@ def true_offsets(initial_boxes: Tensor, target_xyxy: Tensor, reg_scale: float) -
         [..., 4] in units of W(n), not clamped; finite even for an empty initial box.
     """
     centre, size = initial_boxes[..., :2], initial_boxes[..., 2:]
-    unit = size / reg_scale + 1e-16
-    low = (centre - target_xyxy[..., :2]) / unit
-    high = (target_xyxy[..., 2:] - centre) / unit
-    return torch.cat([low, high], dim=-1) - reg_scale / 2
+    unit = (size / reg_scale + 1e-16).unsqueeze(-2)
+    outwards = torch.stack([centre - target_xyxy[..., :2], target_xyxy[..., 2:] - centre], dim=-2)
+    return (outwards / unit).flatten(-2) - reg_scale / 2
 
 
 def bracketing_bins(offsets: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the two bins around every offset, as the left one and the share that belongs to the right one.
+    """Find the two bins around every offset, and the share of each, which average to the offset.
 
     Args:
         offsets: [...] in units of W(n); clamped to the range of `bins`.
         bins: [N] ascending values of W(n).
 
     Returns:
-        left: [...] int64 in 0 .. N - 2. toward_right: [...] in [0, 1].
+        bracket: [..., 2] int64, neighbours in 0 .. N - 1. share: [..., 2] in [0, 1], adding up to 1.
     """
-    clamped = offsets.clamp(bins[0], bins[-1])
-    left = torch.searchsorted(bins, clamped.contiguous(), right=True).clamp(1, len(bins) - 1) - 1
-    toward_right = (clamped - bins[left]) / (bins[left + 1] - bins[left])
-    return left, toward_right
+    # As many inner bins as lie at or below an offset: so the outermost intervals take everything beyond them.
+    left = torch.searchsorted(bins[1:-1], offsets.contiguous(), right=True)
+    bracket = torch.stack([left, left + 1], dim=-1)
+    low, high = bins[bracket].unbind(-1)
+    toward_right = ((offsets - low) / (high - low)).clamp(0, 1)
+    return bracket, torch.stack([1 - toward_right, toward_right], dim=-1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dfine_core.config import ModelConfig
 from dfine_core.model.layers import BatchNorm2d, FrozenBatchNorm2d
+from dfine_core.model.products import Conv2d
 
 
 class StageSize(NamedTuple):
@@ -75,7 +76,7 @@ class ConvBNAct(nn.Module):
         affine: bool = False,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        self.conv = Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
         self.bn: nn.Module = BatchNorm2d(out_channels)
         self.act = act
         self.lab = LearnableAffine() if act and affine else None

@@ -12,6 +12,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from dfine_core.config import ModelConfig
 from dfine_core.model.layers import ConvNorm, SelfAttention, TableCache
+from dfine_core.model.products import Linear
 
 
 class RepVGGBlock(nn.Module):
@@ -89,8 +90,8 @@ class TransformerEncoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn_dim: int):
         super().__init__()
         self.self_attn = SelfAttention(dim, heads)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = Linear(dim, ffn_dim)
+        self.linear2 = Linear(ffn_dim, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 

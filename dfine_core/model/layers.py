@@ -1,7 +1,7 @@
 """Small blocks shared by several parts of the network. Attribute names follow the released state dict."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from dfine_core.model.products import Conv2d, Linear, linear
+
 T = TypeVar("T")
 MAX_TABLES = 32  # more sizes than multi-scale training has
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -36,7 +39,7 @@ class ConvNorm(nn.Module):
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, groups: int = 1, silu: bool = False
     ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        self.conv = Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
         self.norm = BatchNorm2d(out_channels)
         self.silu = silu
 
@@ -78,16 +81,17 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with an activation between them."""
 
-    def __init__(self, dims: Iterable[int]):
+    def __init__(self, dims: Iterable[int], activation: str = "relu"):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.activation = activation
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform the last dimension."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = ACTIVATIONS[self.activation](layer(x))
         return self.layers[-1](x)
 
     def zero_last(self) -> None:
@@ -105,16 +109,16 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend among tokens [B, T, D]; position may broadcast; mask: [T, T] from `additive_mask`."""
         dim = x.shape[-1]
-        query_key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
+        query_key = linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim])
         query, key = query_key.chunk(2, dim=-1)
-        value = F.linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
+        value = linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(-2))
@@ -140,7 +144,7 @@ def mlps_side_by_side(mlps: Sequence[MLP], x: Tensor) -> Tensor:
     """Apply an MLP of its own to each of L inputs at once, [L, R, D] to [L, R, E]."""
     *inner, last = zip(*(cast(Iterable[nn.Linear], mlp.layers) for mlp in mlps), strict=True)
     for linears in inner:
-        x = F.relu(side_by_side(linears, x))
+        x = ACTIVATIONS[mlps[0].activation](side_by_side(linears, x))
     return side_by_side(last, x)
 
 

@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.evaluation import figures
 from pipeline.evaluation.analysis import Confusion, Curves
 from pipeline.evaluation.coco_metrics import EQUAL, ClassResult, Evaluator
-from pipeline.evaluation.decoder_layers import by_layer
+from pipeline.evaluation.decoder_layers import EDGE_NUMBERS, by_layer
 from pipeline.evaluation.error_types import Errors
 from pipeline.evaluation.figures import format_number
 from pipeline.evaluation.operating_points import POINT_FIELDS, OperatingPoints
@@ -37,7 +37,7 @@ class EvaluationReport:
     curves: Curves
     confusion: Confusion
     errors: Errors
-    layers: dict[str, float]  # "layers/iou_initial", ...
+    layers: dict[str, float]  # "layers/iou_initial", ..., and of the edges of found objects "edges/coverage_90", ...
     images: int
     seconds: dict[str, float]  # by part: data, model, evaluator, analysis, and pycocotools where it ran
     evaluator: Evaluator  # program that computed `numbers`
@@ -48,6 +48,11 @@ class EvaluationReport:
     def boxes(self) -> int:
         """Number of true boxes, without crowd regions."""
         return sum(result.boxes for result in self.per_class)
+
+    @property
+    def headline_numbers(self) -> dict[str, float]:
+        """COCO's twelve and those of the edges' uncertainty, which a sweep can search for."""
+        return self.numbers | {name: self.layers[name] for name in EDGE_NUMBERS if name in self.layers}
 
     @property
     def mean_f1(self) -> float:
@@ -91,6 +96,12 @@ class EvaluationReport:
             values = by_layer(self.layers, name)
             if values:
                 lines.append(f"  {title} by layer  " + "  ".join(f"{k} {format_number(v)}" for k, v in values.items()))
+        if math.isfinite(self.layers.get(EDGE_NUMBERS[0], math.nan)):
+            half, most, score, away = (self.layers[name] for name in EDGE_NUMBERS)
+            lines.append(
+                f"  edges of found objects: {100 * half:.0f} % in their 50 % intervals, {100 * most:.0f} % in those of 90 %,"
+                f" widths off by {100 * away:.0f} %, interval score {format_number(score)}"
+            )
         worst = sorted((c for c in self.per_class if not math.isnan(c.ap)), key=lambda c: c.ap)[:LOWEST_CLASSES]
         if len(self.per_class) > 1 and worst:
             lines.append(

@@ -18,6 +18,7 @@ from dfine_core.boxes import cxcywh_to_xyxy, iou
 from dfine_core.inference import DEFAULT_THRESHOLD, predict_batch
 from dfine_core.model import distribution
 from dfine_core.structures import QueryPredictions
+from dfine_core.uncertainty import edge_std
 from pipeline.data.augment.decode import decode_rgb
 from pipeline.data.augment.samples import plain_sample, without_crowd
 from pipeline.data.shards.manifest import ShardSet
@@ -110,9 +111,8 @@ def refinement_view(
     if true_box is not None:
         true_box = true_box.cpu()
         true_offsets = 100 * distribution.true_offsets(initial, cxcywh_to_xyxy(true_box), reg_scale).numpy() / reg_scale
-    deviations = distribution.edge_deviations(
-        predictions.initial_boxes[index, query], predictions.edge_logits[-1, index, query], bins, reg_scale
-    )
+    last_layer = predictions.edge_logits[-1, index, query].float().softmax(-1)
+    deviations = edge_std(last_layer, bins, predictions.initial_boxes[index, query], reg_scale)
     pixels = deviations.cpu().numpy() * np.tile(image.shape[1::-1], 2)
 
     # 2. Left the boxes, right the four edges.

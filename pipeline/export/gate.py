@@ -6,17 +6,16 @@ candidates for the last query were almost tied. A tolerance therefore has three 
 that of a corner, and the share of detections that must keep to both.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dfine_core.agreement import COMPARED_DETECTIONS, FULL, HALF, Tolerance, differences, summarize
 from dfine_core.checkpoints.weights import read_checkpoint
 from dfine_core.inference import LoadedDetector, build, load
 from dfine_core.model.postprocess import Detections
@@ -27,24 +26,9 @@ from pipeline.export.check_images import CheckBatch, CheckSet, split_first_batch
 from pipeline.exported_files import open_exported
 from pipeline.progress import Progress
 
-COMPARED_DETECTIONS = 100  # per image, best first; COCO's own limit
-MISMATCH = 1.0  # difference if a detection is missing or has another class
-
 DetectFunction = Callable[[Tensor, Tensor], Detections]  # takes pixels [B, 3, H, W] uint8, sizes [B, 2] (width, height)
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Limits that a file has to keep to."""
-
-    score: float  # largest difference of a score
-    box: float  # largest difference of a corner, as a fraction of the image's width or height
-    share: float  # fraction of the detections that must agree in score and box
-    ap: float = 0.001  # largest difference of AP; 0.001 is 0.1 points
-
-
-FULL = Tolerance(score=1e-4, box=1e-4, share=0.99)
-HALF = Tolerance(score=2e-2, box=1e-2, share=0.9)
 TOLERANCES = {
     "onnx": FULL,
     "onnx-fp16": HALF,
@@ -134,48 +118,6 @@ def check_files(model: LoadedDetector, files: Mapping[str, Path], check_set: Che
     return {name: _verdict(name, candidate, ap, check_set.ground_truth) for name, candidate in candidates.items()}
 
 
-def differences(expected: Detections, actual: Detections, sizes: Tensor, number: int) -> NDArray[np.float64]:
-    """Match detections to the `number` best expected ones of every image and return their differences.
-
-    Returns:
-        [B * number, 2]: difference of the score, and of the worst corner as a fraction of the image's width or height.
-    """
-    images = zip(*_arrays(expected, number), *_arrays(actual, None), sizes.double().repeat(1, 2).numpy(), strict=True)
-    return np.concatenate([_differences_in_image(*image) for image in images])
-
-
-def _differences_in_image(
-    labels: NDArray[np.int64],
-    boxes: NDArray[np.float64],
-    scores: NDArray[np.float64],
-    actual_labels: NDArray[np.int64],
-    actual_boxes: NDArray[np.float64],
-    actual_scores: NDArray[np.float64],
-    scale: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Pair detections with least total difference: [n, 2] for n expected ones, `MISMATCH` for those without a partner."""
-    score = np.abs(scores[:, None] - actual_scores)
-    box = (np.abs(boxes[:, None] - actual_boxes) / scale).max(-1)
-    pair = np.stack([score, box], axis=-1)
-    pair[~np.isfinite(pair).all(-1) | (labels[:, None] != actual_labels)] = MISMATCH
-    pair = pair.clip(max=MISMATCH)
-    result = np.full((len(labels), 2), MISMATCH)
-    rows, columns = linear_sum_assignment(pair.sum(-1))
-    result[rows] = pair[rows, columns]
-    return result
-
-
-def summarize(off: NDArray[np.float64], tolerance: Tolerance) -> dict[str, float]:
-    """Summarise differences [D, 2]: share that agrees, largest difference among these, quantiles over all."""
-    agree = (off[:, 0] <= tolerance.score) & (off[:, 1] <= tolerance.box)
-    numbers: dict[str, float] = {"detections": len(off), "agreeing": float(agree.mean()) if len(off) else 0.0}
-    for column, name in enumerate(("score", "box")):
-        numbers[f"{name}_median"] = float(np.quantile(off[:, column], 0.5)) if len(off) else float("nan")
-        numbers[f"{name}_99"] = float(np.quantile(off[:, column], 0.99)) if len(off) else float("nan")
-        numbers[f"{name}_largest_agreeing"] = float(off[agree, column].max(initial=0.0))
-    return numbers
-
-
 def _open_candidate(name: str, path: Path, model: LoadedDetector) -> _Candidate:
     try:
         return _Candidate(detect=OPENERS[name](path, model))
@@ -231,11 +173,6 @@ def _ap(tables: list[DetectionTable], ground_truth: GroundTruth | None) -> float
 
 def _table(detections: Detections, batch: CheckBatch) -> DetectionTable:
     return DetectionTable.from_batch(detections, batch.image_id, [False] * len(batch.image_id))
-
-
-def _arrays(detections: Detections, number: int | None) -> Iterator[NDArray[Any]]:
-    for tensor in (detections.labels, detections.boxes.double(), detections.scores.double()):
-        yield tensor[:, :number].cpu().numpy()
 
 
 def _first_line(error: Exception) -> str:

@@ -32,6 +32,8 @@ def unsupported_settings(config: ModelConfig) -> str | None:
     problems = []
     if config.regression != "fdr":
         problems.append(f"regression={config.regression!r}: only boxes from distributions are supported")
+    if config.activation != "relu":
+        problems.append(f"activation={config.activation!r}: its heads have ReLU, whatever the configuration says")
     if config.query_selection != "default":
         problems.append(f"query_selection={config.query_selection!r}: only the default is supported")
     if config.learn_query_content:

@@ -37,8 +37,23 @@ class PreparedData:
     report: DoctorReport
 
 
-def find_parts(folder: Path, split: str | None, seed: int) -> dict[str, DatasetSource]:
-    """Recognise the data set in a folder, and find its parts for training and validation.
+@dataclass(frozen=True)
+class FoundSplits:
+    """Splits of a data set that a fit uses."""
+
+    sources: dict[str, DatasetSource]  # train; and val, unless it is split off
+    to_split_off: SplitOff | None  # share of train to validate on
+
+    def parts(self, seed: int) -> dict[str, DatasetSource]:
+        """What to train and to validate on."""
+        if self.to_split_off is None:
+            return self.sources
+        rest, taken = split_off(self.sources[TRAIN], self.to_split_off, split=TRAIN, seed=seed)
+        return {TRAIN: rest, VAL: taken}
+
+
+def find_splits(folder: Path, split: str | None) -> FoundSplits:
+    """Recognise the data set in a folder, and find what to train and to validate on.
 
     Args:
         split: NAME=SHARE to split off, although there may be a validation split.
@@ -58,10 +73,9 @@ def find_parts(folder: Path, split: str | None, seed: int) -> dict[str, DatasetS
     if left_out := [name for name in names if name != train and (name != val or split)]:
         print(f"{', '.join(left_out)}: left alone, for a last evaluation by dfine evaluate", flush=True)
     if val is not None and split is None:
-        return {TRAIN: found.splits[train](), VAL: found.splits[val]()}
+        return FoundSplits({TRAIN: found.splits[train](), VAL: found.splits[val]()}, None)
     print(f"{part.share:.0%} of the images of {train} are split off to validate on", flush=True)
-    rest, taken = split_off(found.splits[train](), part, split=TRAIN, seed=seed)
-    return {TRAIN: rest, VAL: taken}
+    return FoundSplits({TRAIN: found.splits[train]()}, part)
 
 
 def _named(names: Sequence[str], use: str) -> str | None:

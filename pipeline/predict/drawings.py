@@ -15,8 +15,6 @@ from dfine_core.images import SUFFIXES
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
 from pipeline.drawing import draw_boxes, font, shortened
-from pipeline.evaluation.figures import png
-from pipeline.evaluation.sample_images import refinement_view
 from pipeline.predict.inputs import InputImage, Inputs, decode_input, read_images
 from pipeline.predict.plan import PredictPlan
 from pipeline.predict.predicted_images import read_part
@@ -110,6 +108,9 @@ def drawing_name(source: InputImage) -> str:
 
 def explanation(loaded: LoadedDetector, image: Image.Image, names: Sequence[str], title: str) -> bytes:
     """Draw how the decoder refined the best box of an image, as PNG; see `refinement_view`."""
+    from pipeline.evaluation.figures import png  # matplotlib, which most predictions do without
+    from pipeline.evaluation.sample_images import refinement_view
+
     _, output = loaded.predict(prepare([image], loaded.config.input_size), image_sizes([image]), every_layer=True)
     assert output.matching is not None
     logits = output.logits[0]

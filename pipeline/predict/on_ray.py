@@ -3,20 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy
+from ray.util import ActorPool
 
 from dfine_core.inference import LoadedDetector
 from pipeline.predict.inputs import Inputs
 from pipeline.predict.partition import PartCounts, write_part
 from pipeline.predict.plan import PredictPlan
 from pipeline.ray_cluster import start_ray
-
-PARTS_PER_EXECUTION = 2000  # limits the bookkeeping of one Ray Data execution, which grows with its blocks
-COUNTS = ("images", "detections", "rejected")
 
 
 def write_parts_on_ray(
@@ -29,12 +24,7 @@ def write_parts_on_ray(
         workers: detectors; None: one per GPU, or one.
     """
     start_ray()
-    shared = ray.put((loaded, inputs, plan, out))
-    for start in range(0, len(todo), PARTS_PER_EXECUTION):
-        yield from _run_execution(shared, todo[start : start + PARTS_PER_EXECUTION], workers)
 
-
-def _run_execution(shared: "ray.ObjectRef[Any]", todo: Sequence[int], workers: int | None) -> Iterator[PartCounts]:
     # Share the CPUs and GPUs of the cluster among the workers.
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in alive]
@@ -42,21 +32,13 @@ def _run_execution(shared: "ray.ObjectRef[Any]", todo: Sequence[int], workers: i
     workers = min(workers or gpus or 1, len(todo))
     cpus = cpus_per_worker([int(node.get("CPU", 0)) for node in nodes], workers)
 
-    # One block per part, so that a failure repeats one part only.
-    parts = ray.data.from_arrow([pa.table({"part": [part]}) for part in todo])
-    parts.context.enable_progress_bars = False
-    parts.context.print_on_execution_start = False
-    results = parts.map_batches(
-        PartWriter,
-        batch_size=1,
-        compute=ActorPoolStrategy(size=workers),
-        num_cpus=cpus,
-        num_gpus=min(1.0, gpus / workers),
-        fn_constructor_args=([shared], cpus),  # in a list, so that Ray Data passes the reference itself
+    # A worker that is lost is started again, on another node if need be, and repeats its part.
+    writer = ray.remote(PartWriter).options(
+        num_cpus=cpus, num_gpus=min(1.0, gpus / workers), max_restarts=-1, max_task_retries=-1
     )
-    for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
-        for row in zip(*(batch[name].tolist() for name in COUNTS), strict=True):
-            yield PartCounts(*row)
+    pool = ActorPool([writer.remote(cpus) for _ in range(workers)])
+    shared = [ray.put((loaded, inputs, plan, out))]  # in a list, so that Ray passes the reference itself
+    yield from pool.map_unordered(lambda actor, part: actor.write.remote(shared, part), list(todo))
 
 
 def cpus_per_worker(nodes: Sequence[int], workers: int) -> int:
@@ -68,14 +50,20 @@ def cpus_per_worker(nodes: Sequence[int], workers: int) -> int:
 class PartWriter:
     """Detector in a process of its own, on a GPU if Ray assigns one."""
 
-    def __init__(self, shared: Sequence["ray.ObjectRef[Any]"], threads: int) -> None:
+    def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        loaded, self.inputs, self.plan, self.out = ray.get(shared[0])
-        self.loaded: LoadedDetector = loaded.to("cuda" if ray.get_gpu_ids() else "cpu")
         self.threads = threads
+        self.shared: tuple[LoadedDetector, Inputs, PredictPlan, str] | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Write the parts of a batch and return their counts."""
-        parts = batch["part"].tolist()
-        counts = [write_part(self.loaded, self.inputs, self.plan, part, self.out, self.threads) for part in parts]
-        return {name: np.array([getattr(each, name) for each in counts]) for name in COUNTS}
+    def write(self, shared: Sequence["ray.ObjectRef[Any]"], part: int) -> PartCounts:
+        """Write a part and return its counts.
+
+        Args:
+            shared: reference to detector, inputs, plan and output folder. Given to the constructor, it would make Ray print a
+                warning for every prediction, that the process cannot be started again once the driver has ended.
+        """
+        if self.shared is None:
+            loaded, *others = ray.get(shared[0])
+            self.shared = (loaded.to("cuda" if ray.get_gpu_ids() else "cpu"), *others)
+        loaded, inputs, plan, out = self.shared
+        return write_part(loaded, inputs, plan, part, out, self.threads)

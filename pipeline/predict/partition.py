@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dfine_core.inference import LoadedDetector, prepare
-from dfine_core.model import distribution
 from dfine_core.model.postprocess import Detections, best_pairs
+from dfine_core.uncertainty import edge_std
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.prepare.image_files import BadImageError
@@ -92,10 +92,10 @@ def detect_with_deviations(
     _, query, _ = best_pairs(output.logits, detections.scores.shape[1])
     assert output.matching is not None
     assert output.matching.edge_logits is not None
-    spread = distribution.edge_deviations(
-        output.matching.initial_boxes,
-        output.matching.edge_logits[-1],
+    spread = edge_std(
+        output.matching.edge_logits[-1].float().softmax(-1),
         loaded.detector.decoder.bins,
+        output.matching.initial_boxes,
         loaded.config.reg_scale,
     )
     spread = spread * sizes.to(loaded.device).repeat(1, 2).unsqueeze(1)  # [B, Q, 4] in pixels

@@ -39,6 +39,7 @@ class PredictPlan(FrozenModel):
     thresholds: tuple[float, ...]  # least score by label
     threshold_text: str  # where they come from
     deviations: bool
+    precision: str = "fp32"  # name of an arithmetic, the same for all parts
     categories: tuple[Category, ...]  # by label
 
     @property

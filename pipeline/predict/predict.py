@@ -9,8 +9,9 @@ drawings/*.jpg       images with boxes; contact_sheet.jpg shows all of them; exp
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -20,6 +21,9 @@ import pyarrow.parquet as pq
 import torch
 
 from dfine_core.inference import LoadedDetector
+from dfine_core.precision import AUTO
+from dfine_core.precision_choice import choose_precision
+from dfine_core.thresholds import Threshold
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.classes import with_classes_of
@@ -28,11 +32,21 @@ from pipeline.predict.coco_json import DETECTIONS_FILE, DETECTIONS_FOLDER, DETEC
 from pipeline.predict.drawings import DRAWINGS_FOLDER, EXPLAINED_FOLDER, write_drawings
 from pipeline.predict.inputs import Inputs
 from pipeline.predict.partition import PartCounts, write_part
-from pipeline.predict.plan import PARTS_FOLDER, SCHEMA, PredictPlan, claim_folder, missing_parts
+from pipeline.predict.plan import (
+    PARTS_FOLDER,
+    SCHEMA,
+    PredictPlan,
+    claim_folder,
+    holds_prediction,
+    missing_parts,
+    read_plan,
+)
 from pipeline.predict.predicted_images import record_batches
 from pipeline.progress import Progress
 from pipeline.ray_job import cluster_to_join
+from pipeline.thresholds import refuse_unmeasured
 
+log = logging.getLogger(__name__)
 REJECTED_FILE = "rejected.parquet"
 REJECTED_COLUMNS = ["image_id", "file_name", "frame", "rejected"]
 REJECTED_SHOWN = 5  # in the summary
@@ -44,12 +58,13 @@ FEW_IMAGES = 256  # one part of the default size, which Ray could not divide: st
 class PredictOptions:
     """Options of a prediction."""
 
-    threshold: float | None = None  # minimum score; None: the detector's own, see `LoadedDetector.least_scores`
+    threshold: Threshold | None = None  # minimum score; None: the detector's own, see `LoadedDetector.least_scores`
     part_size: int = 256  # images per part, the most that an interruption repeats
     batch_size: int = 8  # images per forward pass
     num_images: int = 12  # images to draw
     num_explanations: int = 0  # images whose best box is explained; above 0 the edges of all boxes are measured, too
     workers: int | None = None  # IN_PROCESS, or detectors on Ray; None: see `in_this_process`, and one per GPU on Ray
+    precision: str = AUTO  # a name of PRECISIONS; auto: that of the parts which exist, else measured
     json: bool = False  # write COCO results as JSON even if there are more than SMALL_RESULT detections
 
 
@@ -70,7 +85,7 @@ class PredictResult:
         by_class = ", ".join(f"{count} {name}" for name, count in self.detections.most_common(12))
         lines = [
             f"{self.out}: {self.detections.total()} detections in {self.num_images} images",
-            f"  {by_class}",
+            *([f"  {by_class}"] if by_class else []),
             f"  threshold: {self.threshold_text}",
         ]
         if not self.json_files:
@@ -84,23 +99,38 @@ class PredictResult:
         return "\n".join(lines)
 
 
-def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOptions) -> PredictResult:
+def predict(
+    loaded: LoadedDetector,
+    inputs: Inputs,
+    out: str,
+    options: PredictOptions,
+    announce: Callable[[str], None] = log.info,
+) -> PredictResult:
     """Detect in all inputs and write the results to `out`, or resume the prediction there.
 
     Args:
         out: path or URI, shared by all nodes.
+        announce: receives the line about a precision that was measured.
 
     Raises:
-        ConfigError: the folder contains other files or another prediction, or the detector has no distributions to measure.
+        ConfigError: the folder contains other files or another prediction, or the detector has no distributions or no
+            thresholds of the kind that the options ask for.
     """
     if options.num_explanations and loaded.config.regression != "fdr":
         raise ConfigError("this detector regresses boxes directly: its edges have no distributions to explain")
+    refuse_unmeasured(loaded, options.threshold)
 
     # 1. The plan: everything that the parts depend on. A folder with another one is refused.
+    # Explanations need every decoder layer, which a deployed detector lacks.
     out = storage.absolute(out)
+    digest = detector_digest(loaded)
+    if not options.num_explanations:
+        loaded = loaded.deploy()
+    loaded = loaded.with_precision(precision_of(loaded, out, options.precision, announce))
     plan = PredictPlan(
         inputs=inputs.digest,
-        detector=detector_digest(loaded),
+        detector=digest,
+        precision=loaded.precision,
         num_images=inputs.num_images,
         part_size=options.part_size,
         batch_size=options.batch_size,
@@ -111,9 +141,7 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
     )
     claim_folder(out, plan)
 
-    # 2. The parts that are missing. Explanations need every decoder layer, which a deployed detector lacks.
-    if not options.num_explanations:
-        loaded = loaded.deploy()
+    # 2. The parts that are missing.
     workers = IN_PROCESS if in_this_process(inputs, options.workers) else options.workers
     if workers != IN_PROCESS:
         loaded = loaded.to("cpu")
@@ -141,6 +169,19 @@ def predict(loaded: LoadedDetector, inputs: Inputs, out: str, options: PredictOp
         json_files,
         plan.threshold_text,
     )
+
+
+def precision_of(loaded: LoadedDetector, out: str, wanted: str, announce: Callable[[str], None] = log.info) -> str:
+    """Precision of the whole prediction: as wanted; for `auto` that of an earlier start, else the fastest one on this CPU."""
+    if wanted != AUTO:
+        return wanted
+    if holds_prediction(out):
+        return read_plan(out).precision
+    if torch.cuda.is_available():  # the workers' device, even if the detector is still on the CPU
+        return "fp32"
+    choice = choose_precision(loaded)
+    announce(choice.line())
+    return choice.name
 
 
 def detector_digest(loaded: LoadedDetector) -> str:

@@ -12,17 +12,22 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch import Tensor
 
+from dfine_core.config import PrecisionName
+from dfine_core.inference import LoadedDetector
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections
-from pipeline.config import Config, Share
+from dfine_core.precision import AUTO
+from dfine_core.precision_choice import choose_precision
+from dfine_core.thresholds import Threshold, wanted_precision
+from pipeline.config import Config
 from pipeline.open_detector import open_detector
 from pipeline.serve.batching import Batcher
 from pipeline.serve.decoder_pool import DECODE_LIMIT_S, DecoderPool
@@ -41,11 +46,19 @@ NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 CLIENT_CLOSED_REQUEST = 499  # status of a request whose client disconnected; counted only
 
 
+def _a_threshold(threshold: Threshold) -> Threshold:
+    wanted_precision(threshold)
+    return threshold
+
+
+ServedThreshold = Annotated[Threshold, AfterValidator(_a_threshold)]
+
+
 class ServeSettings(Config):
     """Detector to serve, and limits of its requests."""
 
     source: str  # any source of `open_detector`
-    threshold: Share | None = None  # unless a request has its own; default: the detector's, class by class
+    threshold: ServedThreshold | None = None  # unless a request has its own; default: the detector's, class by class
     batch_size: PositiveInt = 8  # images per forward pass, at most
     timeout_s: PositiveFloat = 30.0  # per request, from its arrival at a replica to the response
     header_s: PositiveFloat = 10.0  # for the headers of a request to arrive; of the proxy
@@ -56,6 +69,7 @@ class ServeSettings(Config):
     max_images: PositiveInt = 16  # per request
     max_megapixels: PositiveFloat = 50.0  # per request
     replicas: PositiveInt = 1
+    precision: PrecisionName = "auto"  # auto: measured at the start; several replicas: float32 in the faster layout
     cpus: PositiveFloat = 1.0  # per replica; also the number of threads of its detector
     gpus: NonNegativeFloat = Field(0.0, description="per replica; a fraction shares one GPU")
 
@@ -70,7 +84,8 @@ class DetectionService:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.loaded = open_detector(settings.source, "cuda" if settings.gpus else "cpu").deploy()
+        loaded = open_detector(settings.source, "cuda" if settings.gpus else "cpu").deploy()
+        self.loaded = loaded.with_precision(_precision_of(loaded, settings))
         self.metrics: Metrics = Counter()
         self.active_requests = 0
         self.last_batch_failed = False
@@ -119,6 +134,7 @@ class DetectionService:
             "input_size": list(config.input_size),  # height, width
             "num_queries": config.num_queries,
             "device": str(self.loaded.device),
+            "precision": self.loaded.precision,
             "thresholds": list(self.loaded.least_scores(self.settings.threshold)),  # in the order of the names
             "threshold_text": self.loaded.threshold_text(self.settings.threshold),
             "max_detections": MAX_DETECTIONS,
@@ -212,6 +228,17 @@ class DetectionService:
             "width": size[0],
             "height": size[1],
         }
+
+
+def _precision_of(loaded: LoadedDetector, settings: ServeSettings) -> str:
+    """Precision of a replica: never one that differs from its neighbour's by a measurement."""
+    if settings.precision != AUTO:
+        return settings.precision
+    if settings.gpus or settings.replicas > 1:
+        return "fp32" if settings.gpus else "fp32-channels-last"
+    choice = choose_precision(loaded)
+    logger.info(choice.line())
+    return choice.name
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 
 from dfine_core.checkpoints import folder as checkpoint_folder
 from dfine_core.checkpoints.folder import METADATA as METADATA
-from dfine_core.checkpoints.folder import THRESHOLDS, LoadError
+from dfine_core.checkpoints.folder import LoadError
 from dfine_core.checkpoints.folder import step_folder as step_folder
-from dfine_core.thresholds import ClassThresholds
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
@@ -219,15 +218,6 @@ def _set_stray_file_aside(folder: str) -> None:
     path = Path(storage.resolve(folder)[1])
     if path.is_file():
         path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.stray"))
-
-
-def write_thresholds(uri: str, thresholds: ClassThresholds) -> None:
-    """Add thresholds to the metadata of a checkpoint.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or its metadata is damaged.
-    """
-    _write_metadata(uri, read_metadata(uri).model_copy(update={THRESHOLDS: thresholds.to_plain()}))
 
 
 def _write_metadata(uri: str, metadata: Metadata) -> None:

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from dfine_core.thresholds import ClassThresholds
 from pipeline import provenance, storage
+from pipeline.config import ConfigError
 from pipeline.config_files import dump_shareable
 from pipeline.redaction import redact_values
+from pipeline.thresholds import write_thresholds
 from pipeline.training import checkpoint
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.init_weights import load_initial
@@ -140,8 +142,9 @@ class CheckpointManager:
         """Write the thresholds of the best weights, which are loaded, to their checkpoint. On rank 0."""
         step = state.history.best_step
         try:
-            checkpoint.write_thresholds(self.uri(state.step if step is None else step), thresholds)
-        except checkpoint.CheckpointError as error:
+            folder = self.uri(state.step if step is None else step)
+            write_thresholds(storage.join(folder, checkpoint.METADATA), thresholds)
+        except ConfigError as error:
             self._context.print(f"WARNING: {error}; its thresholds are not kept")
 
     def rewind(self, state: TrainState) -> None:

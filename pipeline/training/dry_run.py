@@ -11,7 +11,9 @@ from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump_shareable
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import refuse_changed_files
-from pipeline.pretrained import describe, is_published
+from pipeline.mlflow_access import is_mlflow_uri
+from pipeline.pretrained import HUB_SCHEME, describe, is_published
+from pipeline.training.activation import with_activation
 from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
 from pipeline.training.context import ResolvedData, resolve_data
 from pipeline.training.schedule import Schedule, derive
@@ -36,10 +38,13 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     workers = cluster.workers or max(1, torch.cuda.device_count())
     most = workers[1] if isinstance(workers, tuple) else workers
     schedule = derive(experiment, images=train.images, workers=most)
-    config = experiment.model.config(len(train.categories), experiment.loss)
     boxes = round(train.statistics.boxes_per_image.mean)
     seen = schedule.steps * schedule.global_batch_size
     init = experiment.init
+    notes: list[str] = []
+    if init and not is_mlflow_uri(init) and not init.startswith(HUB_SCHEME):  # a dry run fetches nothing
+        experiment, notes = with_activation(experiment)
+    config = experiment.model.config(len(train.categories), experiment.loss)
     start = refuse_failing_start(experiment, data, config)
     sections = {
         **({"initial weights": "\n".join(describe(init))} if init and is_published(init) else {}),
@@ -55,7 +60,7 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         ),
         f"schedule for {plural(most, 'worker')}, {plural(schedule.micro_batches, 'micro-batch')} of"
         f" {plural(schedule.micro_batch_size, 'image')} a step": "\n".join(
-            schedule.lines(evaluates=data.val is not None)
+            [*schedule.lines(evaluates=data.val is not None), *notes]
         ),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
         **({"teachers": _teacher_text(experiment, data, config, measured)} if experiment.teacher.in_use else {}),

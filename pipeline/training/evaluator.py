@@ -114,7 +114,7 @@ class Evaluator:
         stage_one = self._job.schedule.is_strong(step - 1)
         state.history = with_evaluation(state.history, ap=value, step=step, stage_one=stage_one)
         progress = {"step": float(step), "epoch": step / self._job.schedule.steps_per_epoch}
-        self._context.report({**(report.numbers if report is not None else {}), **progress})
+        self._context.report({**(report.headline_numbers if report is not None else {}), **progress})
 
     # Asynchronous evaluation
 

@@ -152,6 +152,20 @@ def load_initial(detector: Detector, source: str, names: Sequence[str]) -> Origi
         return _fit(detector, initial, names, source)
 
 
+def activation_of(source: str) -> tuple[bool, str | None]:
+    """Read whether the weights at `source` are a detector's, and the activation that they were trained with.
+
+    Returns:
+        False for a backbone. The activation is None where nothing names it.
+
+    Raises:
+        ConfigError: for weights that are missing or damaged.
+    """
+    with _named_in_errors(source):
+        initial = _read(source)
+    return backbone_of(initial.weights) is None, initial.activation
+
+
 @contextmanager
 def _named_in_errors(source: str) -> Iterator[None]:
     try:
@@ -168,6 +182,7 @@ class _InitWeights:
     weights: dict[str, Tensor]
     names: Sequence[str | None] | None  # class names; None: the file does not contain them
     parent: dict[str, str]
+    activation: str | None = None  # None: the file holds weights alone, of D-FINE or of DEIM
 
 
 def _read(source: str) -> _InitWeights:
@@ -179,9 +194,8 @@ def _read(source: str) -> _InitWeights:
         read = _read_file(storage.join(source, WEIGHTS))
         return replace(read, parent=_recorded_origin(source, read.parent["sha256"]) or read.parent)
     stored = read_detector(source, STORED)
-    return _InitWeights(
-        stored.weights, [name for _, name in stored.categories] if stored.named else None, _parent(stored)
-    )
+    names = [name for _, name in stored.categories] if stored.named else None
+    return _InitWeights(stored.weights, names, _parent(stored), stored.config.activation)
 
 
 def _read_file(path: str) -> _InitWeights:
@@ -190,7 +204,9 @@ def _read_file(path: str) -> _InitWeights:
     parent = {"file": path, "sha256": hashlib.sha256(content).hexdigest()}
     if path.endswith(".safetensors"):
         tensors = tensors_from_bytes(content, path)
-        return _InitWeights(from_transformers(tensors) if is_transformers(tensors) else tensors, None, parent)
+        if is_transformers(tensors):
+            return _InitWeights(from_transformers(tensors), None, parent, activation="relu")  # it has no other one
+        return _InitWeights(tensors, None, parent)
     stream = io.BytesIO(content)
     try:
         return _InitWeights(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from pipeline.tracking.delivery import missing_from_mlflow
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tracker import PATIENCE_AFTER_ERROR_S, Tracker
 from pipeline.training import run_dir
+from pipeline.training.activation import with_activation
 from pipeline.training.context import ResolvedData, TrainJob, resolve_data
 from pipeline.training.driver_lock import driver_lock
 from pipeline.training.in_process import is_enough, train_in_process
@@ -125,9 +126,10 @@ def launch(
         if request is not None:
             _refuse_problems_on_nodes(request, run, data)
         tracking = replace(tracking, run_key=start.tracking_key)
+        notes: list[str] = []
         if experiment.init:
             init = materialize_init(experiment.init, run, tracking.uri)
-            experiment = experiment.model_copy(update={"init": init})
+            experiment, notes = with_activation(experiment.model_copy(update={"init": init}))
 
         # 5. Hand everything to the workers.
         job = TrainJob(
@@ -151,6 +153,7 @@ def launch(
             where,
             *data.class_lines(),
             *schedule.lines(evaluates=data.val is not None),
+            *notes,
             *_warnings(job, request),
         ):
             print(text, flush=True)
@@ -216,9 +219,11 @@ def _schedule(
     least, most = (1, 1) if request is None else (request.least, request.most)
     images = data.train.manifest.images
     schedule = derive(experiment, images=images, workers=most, micro_batch_size=start.micro_batch_size)
-    if experiment.numerics.compile and (request is None or not request.gpus):
+    if experiment.numerics.compile in ("detector", "step") and experiment.teacher.in_use:
+        raise ConfigError("numerics.compile: a teacher reads the detector's maps outside its graph: write off")
+    if experiment.numerics.compile in ("detector", "step") and (request is None or not request.gpus):
         raise ConfigError(
-            "numerics.compile: on a CPU, TorchInductor computes wrong gradients of the encoder (torch 2.14): leave it out,"
+            "numerics.compile: on a CPU, TorchInductor computes wrong gradients of the encoder (torch 2.14): write off,"
             " or train on GPUs"
         )
     uneven = [n for n in range(least, most + 1) if schedule.micro_batches % n]

@@ -19,6 +19,7 @@ from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.directives import Directive, Directives
 from pipeline.training.evaluator import Evaluator
+from pipeline.training.graphs import graphs_compiled
 from pipeline.training.multiscale import multiscale_side, multiscale_sides
 from pipeline.training.nonfinite import NonFiniteGuard
 from pipeline.training.profiler import StepProfiler
@@ -148,12 +149,16 @@ def run_step(
 
     context.console.heartbeat(state.step, "training")
     for replaced in (replaced for batch in taken for replaced in batch.replaced):
-        context.console.print(f"image {replaced.image_id} was replaced by the next one: {replaced.reason}")
+        context.console.print(f"image {replaced.image_id} is {replaced.reason}")
     state.set_learning_rate(job.schedule.learning_rate_factor(state.step))
     size = step_size(job, state)
     micro_batches = [to_micro_batch(batch, state, size=size, seed=job.experiment.seed) for batch in taken]
     share = job.schedule.micro_batches / context.world_size
+    known, began_at = graphs_compiled(), time.perf_counter()
     result = train_step(state, micro_batches, share=share, decide=decide)
+    if state.graphs is not None and (made := graphs_compiled() - known):
+        seconds = time.perf_counter() - began_at
+        context.print(f"step {state.step}, {size[0]} x {size[1]} pixels: {made} graphs compiled, {seconds:.0f} s")
 
     guard.watch(state, taken, result)
     state.step += 1
@@ -187,7 +192,7 @@ def open_stream(job: TrainJob, context: WorkerContext, state: TrainState) -> Ite
         micro_batch_size=schedule.micro_batch_size,
         canvas=state.detector.config.input_size,
         augment=experiment.augment,
-        augment_epochs=schedule.strong_epochs,
+        stages=schedule.stages,
         distort_on_device=context.device.type != "cpu",
         seed=experiment.seed,
         window_rows=experiment.data.window_rows,

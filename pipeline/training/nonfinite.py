@@ -114,6 +114,8 @@ def save_step(run: str, step: int, rank: int, batches: Sequence[Batch], detector
         named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
         named["counts"] = torch.tensor(batch.counts)
         named["padding"] = torch.tensor(batch.padding)
+        named["blend_ratio"] = torch.tensor(batch.blend.ratio, dtype=torch.float64)
+        named["pastes"] = torch.tensor(batch.blend.pastes, dtype=torch.int64)
         tensors |= {f"{batch.micro_batch}/{name}": value.cpu().contiguous().clone() for name, value in named.items()}
     storage.write_atomic(storage.join(folder, rank_file(rank)), tensors_to_bytes(tensors))
     if rank == 0:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -15,16 +16,18 @@ from ray.train import (
     UserCallback,
     WorkerGroupError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from pipeline import storage
 from pipeline.config import Cluster
 from pipeline.errors import DISK_FAULTS, UserError
+from pipeline.ray_address import ClusterError
 from pipeline.ray_cluster import lacks_dashboard
 from pipeline.ray_internals import drop_placement_group_cleaner, keep_signal_handlers
 from pipeline.training.context import TrainJob
 from pipeline.training.heartbeat import ProgressMonitor, start_progress_board
 from pipeline.training.preflight import Request, waits_for
+from pipeline.training.rendezvous import LocalTorchConfig
 from pipeline.training.stop_request import stop_signals
 from pipeline.training.worker import train_worker
 
@@ -75,7 +78,7 @@ def _trainer(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "board": board},
-        torch_config=TorchConfig(
+        torch_config=LocalTorchConfig(
             backend="nccl" if request.gpus else "gloo", timeout_s=int(cluster.collective_timeout_s)
         ),
         scaling_config=ScalingConfig(
@@ -116,11 +119,17 @@ def fit_with_restarts(trainer: Callable[[], TorchTrainer], step: Callable[[], in
     Raises:
         ControllerError: `FAILED_STARTS` more starts failed without a step in between.
         WorkerGroupError: a worker failed more often than the cluster file allows.
+        ClusterError: the process that directs the workers was lost, and with it the workers.
     """
     failures, reached = 0, step()
     while True:
         try:
             return trainer().fit()
+        except RayActorError as error:
+            raise ClusterError(
+                f"the process of Ray Train's controller was lost ({str(error).splitlines()[0]}): give the command again, and it"
+                " continues from the last checkpoint"
+            ) from None
         except ControllerError as error:
             failures = 1 if step() > reached else failures + 1
             reached = step()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dfine_core import Criterion, Detector, ModelConfig, Targets
 from pipeline import storage
 from pipeline.config import ConfigError
+from pipeline.data.augment.blend import Blend, Paste
+from pipeline.data.augment.blend_pixels import blend_images
 from pipeline.data.augment.photometric import photometric_distort
 from pipeline.training.nonfinite import ABOUT, MODEL, rank_file
 
@@ -80,7 +82,9 @@ def _replay_batch(
     precision: str,
     device: torch.device,
 ) -> Iterator[ReplayedImage]:
-    images = photometric_distort(batch["images"].float() / 255, batch["photometric"]).to(device)
+    images = photometric_distort(batch["images"].float() / 255, batch["photometric"])
+    pastes = tuple(Paste(*paste) for paste in batch["pastes"].tolist())
+    images = blend_images(images, Blend(float(batch["blend_ratio"]), pastes)).to(device)
     counts = batch["counts"].tolist()
     boxes, labels = batch["boxes"].split(counts), batch["labels"].split(counts)
     # Every image starts from the kept batch-norm statistics.

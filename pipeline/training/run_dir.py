@@ -181,6 +181,8 @@ def _start_in_checkpoint(run: str, now: dict[str, Any]) -> dict[str, Any] | None
         except checkpoint.CheckpointError:
             continue
         experiment["init"] = now["experiment"].get("init")
+        if now["experiment"]["model"].get("activation") is None:  # settled at the start, after this comparison
+            experiment["model"]["activation"] = None
         return {"experiment": experiment, "data": {"val": None, **metadata.data}, "tracking_key": metadata.tracking_key}
     return None
 

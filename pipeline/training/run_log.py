@@ -283,7 +283,7 @@ class RunLog:
             "best_step": state.history.best_step,
             "best_ap": state.history.best_ap,
             "skipped_steps": state.skipped_steps,
-            "numbers": report.numbers if report else None,
+            "numbers": report.headline_numbers if report else None,
             "evaluated": state.history.evaluated,
             "latency_ms": latency_ms,
         }

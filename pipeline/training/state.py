@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-import torch._dynamo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +13,7 @@ from dfine_core import Criterion, Detector
 from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.optim import make_optimizer
 from pipeline.config import Experiment
+from pipeline.training.graphs import StepGraphs, compile_step, keep_graphs_in_cache, resolve_compile
 from pipeline.training.low_precision import CastDetector
 from pipeline.training.multiscale import multiscale_sides
 from pipeline.training.numerics import LossScale, RunningStatistics
@@ -51,6 +51,7 @@ class TrainState:
     precision: Precision
     max_grad_norm: float
     channels_last: bool = False
+    graphs: StepGraphs | None = None  # where the step is compiled
     teachers: "Teachers | None" = None
 
     step: int = 0  # optimiser steps done
@@ -90,7 +91,8 @@ def build_train_state(
     # The weights are drawn on the CPU, so that they are the same on every device.
     detector = Detector(config).to(device)
     detector.train()
-    if numerics.channels_last:
+    channels_last = device.type == "cpu" if numerics.channels_last == "auto" else numerics.channels_last
+    if channels_last:
         detector.to(memory_format=torch.channels_last)
     ema = ExponentialMovingAverage(detector, schedule.ema_decay, schedule.ema_warmup_steps)
     if numerics.sync_batch_norm and device.type == "cuda" and world_size > 1:
@@ -109,12 +111,22 @@ def build_train_state(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 
-    if numerics.compile:
-        compile_parts(detector, sizes=len(set(multiscale_sides(config, experiment.base_size_repeat))))
+    criterion = Criterion(config).to(device)
+    graphs = None
+    compiled = "off" if teachers is not None else resolve_compile(numerics.compile, device, schedule.steps)
+    if compiled != "off":
+        keep_graphs_in_cache()
+        graphs = compile_step(
+            detector,
+            criterion,
+            losses=compiled == "step",
+            sizes=len(set(multiscale_sides(config, experiment.base_size_repeat))),
+            replay=device.type == "cuda" and schedule.micro_batches <= world_size,
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
     precision = resolve_precision(numerics.precision, device)
     model: torch.nn.Module = detector
-    if precision != "fp32" and not numerics.compile:  # a compiled part fuses its casts
+    if precision != "fp32" and graphs is None:  # a compiled detector fuses its casts
         model = CastDetector(detector, AUTOCAST[precision])
     if world_size > 1:
         # DDP does not sync buffers: `RunningStatistics` averages them in the step.
@@ -123,7 +135,8 @@ def build_train_state(
     return TrainState(
         detector=detector,
         model=model,
-        criterion=Criterion(config).to(device),
+        criterion=criterion,
+        graphs=graphs,
         optimizer=optimizer,
         ema=ema,
         loss_scale=LossScale(device, enabled=precision == "fp16"),
@@ -131,23 +144,9 @@ def build_train_state(
         device=device,
         precision=precision,
         max_grad_norm=experiment.optimizer.max_grad_norm,
-        channels_last=numerics.channels_last,
+        channels_last=channels_last,
         teachers=teachers,
     )
-
-
-def compile_parts(detector: Detector, sizes: int) -> None:
-    """Compile backbone and encoder, a graph for each size of images: Inductor cannot build the encoder's gradient for any size.
-
-    Args:
-        sizes: number of sizes that the training draws from.
-    """
-    graphs = 2 * sizes  # with gradients and, where a step has several micro-batches, without
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, graphs
-    )  # else the rest would run eagerly
-    for part in (detector.backbone, detector.encoder):
-        part.compile(dynamic=False)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:

@@ -21,10 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dfine_core import Targets
 from dfine_core.loss.criterion import Normalizers, count
 from dfine_core.loss.matching import Matches
+from dfine_core.loss.padding import pad_denoising, pad_targets
 from dfine_core.model.denoising import sample_queries_for
-from dfine_core.structures import DenoisingQueries
+from dfine_core.structures import DenoisingQueries, DetectorOutput
+from pipeline.data.augment.blend_pixels import blend_images
 from pipeline.data.augment.photometric import leaves_unchanged, photometric_distort, resize_images
 from pipeline.data.stream.batch import Batch
+from pipeline.training.graphs import loss_values
 from pipeline.training.state import TrainState
 
 
@@ -52,7 +55,7 @@ class StepResult:
 
 
 def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], seed: int) -> MicroBatch:
-    """Move a batch to the device, distort its colours and resize it to the size of the step.
+    """Move a batch to the device, distort its colours, blend its images and resize it to the size of the step.
 
     Args:
         size: height and width in this step.
@@ -63,12 +66,14 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     images = batch.images.to(state.device, non_blocking=True).float().div_(255)
     if not leaves_unchanged(batch.photometric):  # as when the colours were distorted where the images were decoded
         images = photometric_distort(images, batch.photometric.to(state.device, non_blocking=True))
-    images = resize_images(images, size)
+    images = resize_images(blend_images(images, batch.blend), size)
     layout = torch.channels_last if state.channels_last else torch.contiguous_format
     images = images.contiguous(memory_format=layout)
     generator = torch.Generator(state.device)
     generator.manual_seed(int(np.random.SeedSequence((seed, batch.step, batch.micro_batch)).generate_state(1)[0]))
     denoising = sample_queries_for(config, targets, generator)
+    if state.graphs is not None:
+        targets, denoising = pad_targets(targets), None if denoising is None else pad_denoising(denoising, config)
     if state.teachers is None:
         return MicroBatch(images, targets, denoising)
     taught = Targets.pack(batch.teacher_targets(), config.num_classes, state.device)
@@ -92,6 +97,8 @@ def train_step(
     """
     share = share or len(micro_batches)
     state.statistics.begin_step()
+    if state.graphs is not None and state.graphs.replay:
+        torch.compiler.cudagraph_mark_step_begin()
     matches, normalizers = _match_ahead(state, micro_batches, share)
     if state.teachers is not None:
         state.teachers.begin_step(micro_batches, share)
@@ -103,8 +110,8 @@ def train_step(
     for number, micro_batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with nullcontext() if last else _without_exchange(state.model):
-            terms = _losses(state, micro_batch, matches[number], normalizers)
-            names, values = tuple(terms), torch.stack(list(terms.values())) / share
+            names, values = _losses(state, micro_batch, matches[number], normalizers)
+            values = values / share
             loss = values.sum()
             (loss * state.loss_scale.scale if state.loss_scale.enabled else loss).backward()
         state.statistics.accumulate()
@@ -139,11 +146,21 @@ def _match_ahead(
 
 def _losses(
     state: TrainState, micro_batch: MicroBatch, matches: Matches | None, normalizers: Normalizers | None
-) -> dict[str, Tensor]:
-    with state.autocast():
-        output = state.model(micro_batch.images, micro_batch.targets, micro_batch.denoising or False)
-    terms: dict[str, Tensor] = state.criterion(output, micro_batch.targets, matches, normalizers)
-    return terms if state.teachers is None else terms | state.teachers.terms(micro_batch, output)
+) -> tuple[tuple[str, ...], Tensor]:
+    def detect() -> DetectorOutput:
+        with state.autocast():
+            output: DetectorOutput = state.model(micro_batch.images, targets, micro_batch.denoising or False)
+        return output
+
+    targets = micro_batch.targets
+    if state.graphs is not None:
+        return state.graphs.losses(state.criterion, detect, targets, matches, normalizers)
+    output = detect()
+    names, values = loss_values(state.criterion, output, targets, matches, normalizers)
+    if state.teachers is None:
+        return names, values
+    taught = state.teachers.terms(micro_batch, output)
+    return (*names, *taught), torch.cat([values, torch.stack(list(taught.values())).to(values)])
 
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:

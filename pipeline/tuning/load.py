@@ -7,8 +7,10 @@ from typing import Any
 
 from pipeline.config import RENAMED_KEYS, ConfigError, Experiment
 from pipeline.config_files import check, load_cluster, read_yaml, with_values
+from pipeline.pretrained import weights_location
 from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data, shared_micro_batch
 from pipeline.tuning.space import (
+    LISTED,
     Point,
     canonical_text,
     condition_values,
@@ -75,7 +77,27 @@ def _with_overrides(content: dict[str, Any], path: Path, overrides: Mapping[str,
         if isinstance(content.get(key), str):
             content[key] = os.path.abspath(path.parent / content[key])
     content.setdefault("name", path.stem)
-    return content
+    return _with_absolute_weights(content)
+
+
+def _with_absolute_weights(content: dict[str, Any]) -> dict[str, Any]:
+    """Make paths among candidates for `init` absolute: trials run in other working directories."""
+    space = content.get("space")
+    if not isinstance(space, dict) or not isinstance(domain := space.get("init"), dict):
+        return content
+    listed = {
+        kind: [_absolute_weights(value) for value in values]
+        for kind, values in domain.items()
+        if kind in LISTED and isinstance(values, list | tuple)
+    }
+    return {**content, "space": {**space, "init": {**domain, **listed}}}
+
+
+def _absolute_weights(value: Any) -> Any:
+    try:
+        return weights_location(value) if isinstance(value, str) else value
+    except ValueError:
+        return value  # the check of the candidates names the problem
 
 
 def _is_key_of_a_sweep(key: str) -> bool:
@@ -181,7 +203,9 @@ def _length_problems(sweep: Sweep, base: Experiment) -> list[str]:
             f"scheduler.grace ({grace}) leaves nothing to stop: a trial has {plural(total, 'evaluation')}; lower it, evaluate"
             " more often (set evaluation.every_epochs or every_steps), or use scheduler.kind none"
         )
-    own = {"space": ("name", "storage", "init", "seed"), "set": ("name", "storage", "init")}
+    if sweep.init is not None and "init" in sweep.space:
+        problems.append("init is given for all trials, and searched: leave one of them out")
+    own = {"space": ("name", "storage", "seed"), "set": ("name", "storage", "init")}
     for section, keys in own.items():
         given = [key for key in keys if key in getattr(sweep, section)]
         problems += [f"{section}.{key}: the sweep sets it; leave it out" for key in given]

@@ -21,7 +21,7 @@ from pipeline.tuning.space import (
     sampling_order,
     suggest_point,
 )
-from pipeline.tuning.sweep import LATENCY, Sweep, Trial, search_trials
+from pipeline.tuning.sweep import LOWER_IS_BETTER, Sweep, Trial, search_trials
 from pipeline.tuning.trial_records import ENDED, TrialRecord
 
 FinishTrial = Callable[[Trial, bool], TrialRecord]  # `TrialStore.finish`; the second argument: Tune saw the trial fail
@@ -185,7 +185,7 @@ def _optuna_study(sweep: Sweep) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
     direction = maximize if sweep.mode == "max" else minimize
-    directions = [minimize if name == LATENCY else direction for name in sweep.objectives]
+    directions = [minimize if name in LOWER_IS_BETTER else direction for name in sweep.objectives]
     sampler = optuna.samplers.TPESampler(seed=sweep.searcher.seed, constant_liar=True)
     return optuna.create_study(directions=directions, sampler=sampler)
 

@@ -30,7 +30,9 @@ from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data
 from pipeline.tuning.space import Domain, Point, canonical_text
 
 LATENCY = "latency"  # milliseconds per image, measured when a trial ends; lower is better
-OBJECTIVES = (*NUMBERS, LATENCY)
+UNCERTAINTY = ("edges/interval_score", "edges/width_error")  # see `LayerDiagnostics`
+LOWER_IS_BETTER = (LATENCY, *UNCERTAINTY)
+OBJECTIVES = (*NUMBERS, *UNCERTAINTY, LATENCY)
 # Each phase has its own range of seeds, counted from the experiment's seed, so that no seed is used in two phases.
 SEEDS_PER_PHASE = 1000
 Phase = Literal["search", "replicate", "confirm"]
@@ -219,6 +221,8 @@ def _objective_problems(sweep: Sweep) -> list[str]:
         problems.append(
             "metric: latency is known only at the end of a trial: use AP, and searcher.objectives [AP, latency]"
         )
+    if sweep.metric in UNCERTAINTY and sweep.mode == "max":
+        problems.append(f"metric: {sweep.metric} is better when it is lower: add mode: min")
     if len(set(objectives)) != len(objectives) or len(objectives) > 2 or sweep.metric not in objectives:
         problems.append(
             f"searcher.objectives {list(objectives)}: give the metric ({sweep.metric}) and at most one more"

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.training import checkpoint
 from pipeline.tuning.trial_records import TrialRecord, read_records
-from tests.support.chaos import Attempt, Command, Disturbance, chaos_seed
+from tests.support.chaos import Attempt, Command, Disturbance, chaos_seed, report_landed
 from tests.support.finished_runs import assert_equal_runs, assert_equal_weights
 from tests.support.processes import descendants
 from tests.support.training_runs import shard_folders
@@ -93,7 +93,9 @@ def drawn_plan(seed: int, blows: Sequence[tuple[str, str]]) -> list[Disturbance]
     ]
 
 
-def test_a_training_on_ray_under_blows_ends_as_one_that_was_left_alone(folder: Path) -> None:
+def test_a_training_on_ray_under_blows_ends_as_one_that_was_left_alone(
+    folder: Path, record_property: Callable[[str, object], None]
+) -> None:
     def training(name: str) -> Command:
         words = ["jobs.train", str(folder / "run.yaml"), "--cluster", str(folder / "two.yaml"), "--name", name]
         return on_ray(folder, words, f"{name}.log", lambda: newest(folder / "runs" / name), STEPS)
@@ -103,12 +105,14 @@ def test_a_training_on_ray_under_blows_ends_as_one_that_was_left_alone(folder: P
     blows = [("worker", "kill"), ("worker", "pause"), ("controller", "kill"), ("raylet", "kill"), ("gcs", "kill")]
     plan = drawn_plan(chaos_seed() + 200, [*blows, ("board", "kill"), ("command", "kill"), ("command", "term")])
     disturbed.run([*plan, Disturbance("last step", 0.5, "kill", "machine")])
-    print(*disturbed.landed, sep="\n")
-    assert len(disturbed.landed) >= 7
+    report_landed(disturbed.landed, record_property, least=len(plan))
+    assert disturbed.landed[: len(plan)] == plan
     assert_equal_runs(folder / "runs", "undisturbed", "disturbed", step=STEPS)
 
 
-def test_a_sweep_under_blows_has_the_results_of_one_that_was_left_alone(folder: Path) -> None:
+def test_a_sweep_under_blows_has_the_results_of_one_that_was_left_alone(
+    folder: Path, record_property: Callable[[str, object], None]
+) -> None:
     steps = 4
 
     def sweep(name: str) -> Command:
@@ -137,8 +141,7 @@ def test_a_sweep_under_blows_has_the_results_of_one_that_was_left_alone(folder: 
     disturbed = sweep("stormy")
     blows = [("trial", "kill"), ("machine", "kill"), ("command", "kill")]
     disturbed.run([*drawn_plan(chaos_seed() + 300, blows), Disturbance("last step", 0.2, "kill", "machine")])
-    print(*disturbed.landed, sep="\n")
-    assert len(disturbed.landed) >= 3
+    report_landed(disturbed.landed, record_property, least=3)
     expected, found = records("calm"), records("stormy")
     assert expected.keys() == found.keys()
     assert len(expected) == 2

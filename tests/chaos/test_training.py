@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.training import checkpoint
-from tests.support.chaos import Attempt, Command, Disturbance, chaos_seed, draw
+from tests.support.chaos import Attempt, Command, Disturbance, chaos_seed, draw, report_landed
 from tests.support.finished_runs import assert_equal_runs
 from tests.support.mlflow_server import Server
 from tests.support.training_runs import shard_folders
@@ -84,7 +84,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_each_metric_arrives_once_while_tracking_server_and_training_are_killed(
-    undisturbed: Path, server: Server, tmp_path: Path
+    undisturbed: Path, server: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     def strike(disturbance: Disturbance) -> None:
         if disturbance.blow == "kill":
@@ -103,21 +103,21 @@ def test_each_metric_arrives_once_while_tracking_server_and_training_are_killed(
     killed = draw(seed + 1, ("step", "last step"), longest_delays=LONGEST_DELAYS, blows=("kill", "term"))
     last = draw(seed + 2, ("result",), longest_delays={}, blows=("kill",), targets=("server",))
     command.run([*blows[:2], killed[0], *blows[2:], killed[1], *last])
-    print(*command.landed, sep="\n")
-    assert len(command.landed) >= 5
+    report_landed(command.landed, record_property, least=5)
     assert "Traceback" not in command.log.read_text()
     database = tmp_path / "mlflow.db"
     assert_equal_runs(undisturbed / "runs", "undisturbed", "tracked", step=STEPS, database=database)
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_a_training_under_blows_ends_as_one_that_was_left_alone(undisturbed: Path, number: int) -> None:
+def test_a_training_under_blows_ends_as_one_that_was_left_alone(
+    undisturbed: Path, number: int, record_property: Callable[[str, object], None]
+) -> None:
     name = f"disturbed-{number}"
     command = training(undisturbed, name)
     seed = chaos_seed() + 10 * number
     end = draw(seed + 1, END, longest_delays=LONGEST_DELAYS, blows=("kill", "kill", "term", "freeze"))
     command.run([*draw(seed, MOMENTS, longest_delays=LONGEST_DELAYS), *end])
-    print(*command.landed, sep="\n")
-    assert len(command.landed) >= 9
+    report_landed(command.landed, record_property, least=9)
     assert "Traceback" not in command.log.read_text()
     assert_equal_runs(undisturbed / "runs", "undisturbed", name, step=STEPS)

@@ -135,7 +135,7 @@ def test_an_evaluation_finds_the_numbers_of_the_training(nodes: Nodes, trained: 
 def test_a_prediction_is_shared_by_the_nodes(nodes: Nodes, trained: str, shards: str) -> None:
     out = f"{BUCKET}/found"
     arguments = ["--workers", "2", "--part-size", "8", "--threshold", "0", "--num-images", "2"]
-    _, seen = nodes.submit("jobs.predict", trained, shards, "--out", out, *arguments, watch="ray::MapWorker")
+    _, seen = nodes.submit("jobs.predict", trained, shards, "--out", out, *arguments, watch="ray::PartWriter")
     assert seen == {1, 2}
     parts = [storage.join(out, "parts", name) for name in storage.names(storage.join(out, "parts"))]
     tables = [pq.read_table(io.BytesIO(storage.read_bytes(part))) for part in parts]

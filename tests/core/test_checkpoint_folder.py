@@ -8,7 +8,7 @@ import pytest
 from dfine_core.checkpoints.folder import (
     FileReader,
     LoadError,
-    best_checkpoint,
+    checkpoints_by_rank,
     complete_steps,
     read_detector,
     read_metadata,
@@ -50,9 +50,29 @@ def test_only_folders_with_metadata_are_complete() -> None:
 
 
 def test_the_best_checkpoint_is_the_one_the_newest_names_or_the_newest() -> None:
-    assert best_checkpoint("c", reader(checkpoint(3) | checkpoint(20, best_step=3))) == "c/step-00000003"
-    assert best_checkpoint("c", reader(checkpoint(3, best_step=3) | checkpoint(20))) == "c/step-00000020"
-    assert best_checkpoint("c", reader({"c/step-00000030/ema.safetensors": b""})) is None
+    assert checkpoints_by_rank("c", reader(checkpoint(3) | checkpoint(20, best_step=3)))[0] == "c/step-00000003"
+    assert checkpoints_by_rank("c", reader(checkpoint(3, best_step=3) | checkpoint(20)))[0] == "c/step-00000020"
+    assert checkpoints_by_rank("c", reader({"c/step-00000030/ema.safetensors": b""})) == []
+
+
+def sealed(step: int, best_step: int, *evaluated: tuple[int, float]) -> dict[str, bytes]:
+    content = {"step": step, "history": {"best_step": best_step, "evaluated": evaluated}}
+    return {f"c/{step_folder(step)}/metadata.json": sealed_metadata(content)}
+
+
+def test_checkpoints_are_ranked_by_the_newest_intact_metadata(caplog: pytest.LogCaptureFixture) -> None:
+    files = sealed(2, 2, (2, 0.3)) | sealed(4, 2, (2, 0.3), (4, 0.2)) | sealed(6, 6, (2, 0.3), (4, 0.2), (6, 0.4))
+    files |= sealed(7, 6, (2, 0.3), (4, 0.2), (6, 0.4))
+    assert checkpoints_by_rank("c", reader(files)) == [f"c/{step_folder(step)}" for step in (6, 2, 4, 7)]
+    assert not caplog.records
+
+    newest = f"c/{step_folder(7)}/metadata.json"
+    files[newest] = files[newest].replace(b'"best_step": 6', b'"best_step": 4')
+    assert checkpoints_by_rank("c", reader(files))[0] == f"c/{step_folder(6)}"
+    assert f"{newest}: is damaged: not what was written (SHA-256); trying the checkpoint before it" in caplog.text
+
+    with pytest.raises(LoadError, match=f"{step_folder(7)}/metadata.json: is damaged"):
+        checkpoints_by_rank("c", reader({name: content.replace(b"best", b"bust") for name, content in files.items()}))
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]"])

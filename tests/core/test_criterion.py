@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dfine_core import Criterion, Detector, ModelConfig
+from dfine_core import Criterion, Detector, LossConfig, ModelConfig
 from tests.support import recorded
 
 NUMBER_OF_TERMS = {"n": 38, "s": 38, "m": 48, "l": 68, "x": 68}  # published, with denoising
@@ -62,6 +62,12 @@ CASES = {
     "discrete sampling": (small(sampling="discrete"), recorded.targets([3, 2], 4, 0)),
     "learnt query content": (small(learn_query_content=True), recorded.targets([3, 2], 4, 0)),
     "direct regression": (small(regression="direct"), recorded.targets([3, 0], 4, 0)),
+    "matchability-aware loss": (small(loss=LossConfig(classification="mal")), recorded.targets([3, 0], 4, 0)),
+    "matchability-aware loss, no boxes": (
+        small(loss=LossConfig(classification="mal")),
+        recorded.targets([0, 0], 4, 0),
+    ),
+    "SiLU": (small(activation="silu"), recorded.targets([3, 2], 4, 0)),
     "rectangular input": (small(input_size=(96, 224)), recorded.targets([3, 2], 4, 0)),
 }
 
@@ -88,6 +94,15 @@ def test_the_terms_are_the_published_ones_even_without_boxes(variant: str) -> No
     for name, value in empty.items():
         may_cost = any(name.startswith(kind) for kind in background) and "_dn" not in name
         assert may_cost or value.item() == 0, name
+
+
+def test_the_matchability_aware_loss_has_terms_of_its_own_name() -> None:
+    config, targets = small(), recorded.targets([2], 4, 0)
+    vfl = step(config, targets)[1]
+    mal = step(config.with_(loss=LossConfig(classification="mal")), targets)[1]
+    last_denoising = f"loss_ddf_dn_{config.num_layers - 1}"  # 0 in every step; DEIM's log leaves it out
+    assert set(mal) == {name.replace("vfl", "mal") for name in vfl} - {last_denoising}
+    assert all(torch.equal(mal[name], vfl[name]) for name in set(mal) & set(vfl))
 
 
 def test_the_first_step_has_the_published_pattern() -> None:

@@ -1,8 +1,10 @@
 """Denoising queries: layout of the slots, distance that boxes moved, and attention mask."""
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ks_2samp
 
 from dfine_core.boxes import cxcywh_to_xyxy
 from dfine_core.model.denoising import sample_queries
@@ -95,3 +97,47 @@ def test_a_published_group_has_our_layout() -> None:
     assert torch.equal(group.attention_mask[:slots, :slots], record.tensor("dn.mask")[:slots, :slots])
     assert group.groups == int(record.arrays["dn.groups"])
     assert torch.equal(group.labels == 5, record.tensor("dn.class") == record.case["num_classes"])
+
+
+def test_draws_have_the_published_distributions() -> None:
+    """Against a plain simulation of the published formula: centres, sizes, labels, and edges that move independently."""
+    images, groups, classes = 100, 100, 5
+    box, label = (
+        torch.tensor([[0.5, 0.45, 0.2, 0.1]]),
+        torch.tensor([2]),
+    )  # far from the border, where nothing is clipped
+    packed = Targets.pack([{"labels": label, "boxes": box}] * images, classes, CPU)
+    drawn = sample_queries(
+        packed,
+        num_classes=classes,
+        num_queries=30,
+        num_denoising=groups,
+        label_noise_ratio=0.5,
+        box_noise_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    boxes = (
+        drawn.reference_logits.sigmoid().reshape(-1, 2, 4).double().numpy()
+    )  # positive and negative slot of each group
+    assert len(boxes) == images * groups
+
+    stream = np.random.default_rng(1)
+    x, y, w, h = box[0].double().tolist()
+    corners = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
+    for negative in (0, 1):
+        shape = (len(boxes), 4)
+        moves = stream.choice([-1, 1], shape) * (stream.random(shape) + negative)
+        moved = corners + moves * np.array([w, h, w, h]) / 2
+        sides = np.abs(moved[:, 2:] - moved[:, :2])
+        expected = np.concatenate([(moved[:, :2] + moved[:, 2:]) / 2, sides], axis=1)
+        for column in range(4):
+            assert ks_2samp(boxes[:, negative, column], expected[:, column]).pvalue > 1e-3
+    positive = np.asarray(cxcywh_to_xyxy(torch.from_numpy(boxes[:, 0]))) - corners
+    correlations = np.corrcoef(positive.T)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 4 / len(boxes) ** 0.5
+
+    counts = torch.bincount(drawn.labels.flatten(), minlength=classes).double() / drawn.labels.numel()
+    redrawn = torch.full((classes,), 0.25 / classes, dtype=torch.float64)
+    redrawn[2] += 0.75
+    deviation = (redrawn * (1 - redrawn) / drawn.labels.numel()) ** 0.5
+    assert ((counts - redrawn).abs() < 4 * deviation).all()

@@ -58,18 +58,20 @@ def test_true_offsets_decode_to_the_target(seed: int, reg_scale: float) -> None:
 def test_an_empty_initial_box_has_finite_bins() -> None:
     bins = weighting_function(32, 0.5, 4)
     offsets = true_offsets(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.1, 0.5, 0.9, 0.9]]), 4.0)
-    left, share = bracketing_bins(offsets, bins)
+    bracket, share = bracketing_bins(offsets, bins)
     assert torch.isfinite(share).all()
-    assert left.min() >= 0
-    assert left.max() <= 31
+    assert bracket.min() >= 0
+    assert bracket.max() <= 32
 
 
 @given(offset=st.floats(-20, 20), reg_max=st.sampled_from([4, 8, 32, 64]))
 def test_bracketing_bins_average_to_the_offset(offset: float, reg_max: int) -> None:
     bins = weighting_function(reg_max, 0.5, 4).double()
-    left, share = bracketing_bins(torch.tensor([offset], dtype=torch.float64), bins)
-    mean = bins[left] * (1 - share) + bins[left + 1] * share
+    bracket, share = bracketing_bins(torch.tensor([offset], dtype=torch.float64), bins)
+    mean = (bins[bracket] * share).sum()
     clamped = min(max(offset, float(bins[0])), float(bins[-1]))
     assert float(mean) == pytest.approx(clamped, abs=1e-9)
+    assert float(share.sum()) == 1
     inside = sum(1 for b in bins.tolist() if b <= offset) - 1  # the specification's rule, by counting
-    assert int(left) == min(max(inside, 0), reg_max - 1)
+    left = min(max(inside, 0), reg_max - 1)
+    assert bracket.tolist() == [[left, left + 1]]

@@ -101,7 +101,9 @@ def test_a_format_outside_the_list_is_refused_with_its_name_at_every_entrance(
         image_size(data)
     with pytest.raises(UndecodableImageError, match=message):
         decode_rgb(data, 8, 8)
-    without_boxes = AnnotatedImage(data, 8, 8, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+    without_boxes = AnnotatedImage(
+        data, 8, 8, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    )
     with pytest.raises(UndecodableImageError, match=message):
         plain_sample(without_boxes, canvas=(64, 64))
     with pytest.raises(BadImageError, match=f"undecodable: .*{message}"):

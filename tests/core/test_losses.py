@@ -2,11 +2,18 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfine_core.loss.losses import edge_divergence, fine_grained_localization_loss, varifocal_loss
+from dfine_core.boxes import cxcywh_to_xyxy, iou_and_giou
+from dfine_core.loss.losses import (
+    edge_divergence,
+    fine_grained_localization_loss,
+    matchability_aware_loss,
+    varifocal_loss,
+)
 from dfine_core.model.distribution import weighting_function
 
 
@@ -49,6 +56,90 @@ def test_varifocal_gradient_treats_weights_as_constants() -> None:
     p = logits.detach().sigmoid()
     weight = torch.where(iou_target > 0, iou_target, 0.75 * p**2)
     torch.testing.assert_close(logits.grad, weight * (p - iou_target))
+
+
+# Two images of four queries with the published value, and some of the published gradients, for each (gamma, alpha).
+MAL_LOGITS = (
+    ((-2, 0.5, 1), (0, -1, 2), (1.5, -0.5, -3), (-4, 0.25, 0.75)),
+    ((0.3, 0.2, 0.1), (-1.2, 2.2, -0.7), (0, 0, 0), (3, -3, 1)),
+)
+MAL_PREDICTED = ((0.5, 0.5, 0.4, 0.4), (0.7, 0.6, 0.2, 0.3), (0.25, 0.25, 0.3, 0.3))  # the matched queries
+MAL_TRUE = ((0.52, 0.5, 0.4, 0.36), (0.72, 0.6, 0.2, 0.3), (0.3, 0.25, 0.3, 0.3))
+MAL_INDEX = (
+    torch.tensor([[0]]),
+    torch.tensor([[0, 0, 1]]),
+    torch.tensor([[0, 2, 1]]),
+    torch.tensor([[2, 0, 1]]),
+)
+PUBLISHED_MAL = {
+    (1.5, None): (
+        3.7482691,
+        (
+            (0.00163529, 0.10189579, -0.00300501),
+            (0.05892557, 0.01250325, 0.24269921),
+            (0.00859290, 0.09885597, 0.02114023),
+        ),
+        0.4947372,
+    ),
+    (1.5, 0.75): (
+        2.9896584,
+        (
+            (0.00122647, 0.07642184, -0.00300501),
+            (0.04419417, 0.00937744, 0.18202440),
+            (0.00644468, 0.09885597, 0.01585517),
+        ),
+        0.3771626,
+    ),
+    (2.0, None): (
+        3.4590416,
+        (
+            (0.00056460, 0.08039179, 0.02054558),
+            (0.04166667, 0.00648413, 0.22777511),
+            (0.00413421, 0.13001516, 0.01217744),
+        ),
+        0.4575594,
+    ),
+}
+
+
+def mal_example() -> tuple[Tensor, Tensor]:
+    """Logits [1, 2, 4, 3] and IoUs [1, 3] of the published example."""
+    predicted, true = (cxcywh_to_xyxy(torch.tensor(boxes)) for boxes in (MAL_PREDICTED, MAL_TRUE))
+    return torch.tensor([MAL_LOGITS], requires_grad=True), iou_and_giou(predicted, true)[0].unsqueeze(0)
+
+
+@pytest.mark.parametrize(("gamma", "alpha"), list(PUBLISHED_MAL))
+def test_matchability_aware_loss_has_the_published_value_and_gradient(gamma: float, alpha: float | None) -> None:
+    logits, ious = mal_example()
+    assert ious[0].tolist() == pytest.approx([0.8181821, 0.8181815, 0.7142857], abs=1e-6)
+    loss = total(matchability_aware_loss(logits, MAL_INDEX, ious, alpha, gamma)).sum() / 3
+    loss.backward()
+    value, gradients, norm = PUBLISHED_MAL[gamma, alpha]
+    assert loss.item() == pytest.approx(value, abs=2e-6)
+    found = logits.grad[0][[0, 0, 1], [0, 1, 1]]
+    torch.testing.assert_close(found, torch.tensor(gradients), rtol=0, atol=2e-7)
+    assert logits.grad.norm().item() == pytest.approx(norm, abs=2e-7)
+
+
+def test_varifocal_loss_of_the_same_example_is_the_published_one() -> None:
+    logits, ious = mal_example()
+    loss = total(varifocal_loss(logits, MAL_INDEX, ious, 0.75, 2.0)).sum() / 3
+    assert loss.item() == pytest.approx(2.4023545, abs=2e-6)
+
+
+def test_matchability_aware_loss_without_a_match_pushes_everything_down() -> None:
+    logits = numbers(1, 2, 4, 5)
+    none = tuple(torch.zeros(1, 0, dtype=torch.int64) for _ in range(4))
+    found = total(matchability_aware_loss(logits, none, logits.new_zeros(1, 0), None, 1.5))
+    torch.testing.assert_close(found, (logits.sigmoid() ** 1.5 * F.softplus(logits)).sum((1, 2, 3)))
+
+
+def test_a_match_without_overlap_is_a_negative_of_full_weight() -> None:
+    logits = numbers(1, 1, 2, 3).requires_grad_()
+    index = tuple(torch.tensor([[position]]) for position in (0, 0, 1, 2))
+    ious = torch.zeros(1, 1, dtype=torch.float64)
+    total(matchability_aware_loss(logits, index, ious, None, 1.5)).sum().backward()
+    assert logits.grad[0, 0, 1, 2].item() == pytest.approx(logits[0, 0, 1, 2].sigmoid().item())
 
 
 def test_fine_grained_localization_equals_the_bins_own_cross_entropy() -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import permutations
 
 import numpy as np
+import scipy.optimize  # noqa: F401 - imported by `match` at its first call, which no example should pay for
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -11,6 +11,7 @@ from dfine_core import Detector, ModelConfig
 from dfine_core.config import OptimizerConfig
 from dfine_core.ema import ExponentialMovingAverage, ema_decay
 from dfine_core.optim import learning_rate_factor, make_optimizer, parameter_groups
+from tests.support import recorded
 
 # Tensors and numbers per group as the released code forms them: backbone, no_decay, rest.
 PUBLISHED_GROUPS = {
@@ -31,7 +32,26 @@ def test_released_groups_have_the_published_members(variant: str) -> None:
     assert [(len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups] == PUBLISHED_GROUPS[variant]
 
 
-@pytest.mark.parametrize("mode", ["released", "fixed"])
+@pytest.mark.parametrize("variant", ["s", "l"])
+def test_the_groups_of_deim_have_the_recorded_members(variant: str) -> None:
+    with torch.device("meta"):
+        detector = Detector(ModelConfig.variant(variant, activation="silu", freeze_at=-1, freeze_norm=False))
+    config = OptimizerConfig.for_variant(variant, param_groups="deim")
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    recording = recorded.deim_rates(variant)["groups"]
+    ours = [{names[id(p)] for p in group["params"]} for group in parameter_groups(detector, config)]
+    assert ours == [set(group["names"]) for group in recording]
+    assert sum(map(len, ours)) > 400
+
+
+def test_n_of_deim_keeps_its_groups_and_decays_no_bias() -> None:
+    with torch.device("meta"):
+        detector = Detector(ModelConfig.variant("n"))
+    groups = parameter_groups(detector, OptimizerConfig.for_variant("n", param_groups="deim"))
+    assert [(len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups] == PUBLISHED_GROUPS["n"]
+
+
+@pytest.mark.parametrize("mode", ["released", "deim", "fixed"])
 def test_every_trainable_parameter_is_in_exactly_one_group(mode: str) -> None:
     detector = Detector(ModelConfig.variant("s", num_classes=3))
     groups = parameter_groups(detector, OptimizerConfig.for_variant("s", param_groups=mode))
@@ -72,6 +92,42 @@ def test_the_learning_rate_warms_up_and_stays() -> None:
 def test_a_cosine_tail_ends_where_it_should() -> None:
     tail = [learning_rate_factor(s, warmup_steps=10, total_steps=110, min_lr_ratio=0.1) for s in (10, 60, 110, 500)]
     assert tail == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("variant", ["s", "l"])
+def test_the_rates_of_deim_are_the_recorded_ones(variant: str) -> None:
+    recording = recorded.deim_rates(variant)
+    shape = {
+        "warmup_steps": recording["warmup_iterations"],
+        "warmup_power": 2,
+        "total_steps": recording["total_iterations"],
+        "min_lr_ratio": recording["lr_gamma"],
+        "flat_steps": recording["flat_iterations"],
+        "clean_steps": recording["no_aug_iterations"],
+    }
+    assert recording["iterations"][0] == 0
+    assert len(recording["iterations"]) == 60
+    for iteration, rates in zip(recording["iterations"][1:], recording["rates"][1:], strict=True):
+        factor = learning_rate_factor(iteration, **shape)
+        ours = [group["initial_lr"] * factor for group in recording["groups"]]
+        assert ours == pytest.approx(rates, rel=1e-12), iteration
+    assert learning_rate_factor(0, **shape) == learning_rate_factor(1, **shape) > 0  # the recorded first rate is 0
+
+
+def test_a_flat_cosine_of_a_hundred_steps() -> None:
+    shape = {"warmup_steps": 5, "warmup_power": 2, "total_steps": 100, "min_lr_ratio": 0.5}
+    factors = [learning_rate_factor(s, flat_steps=40, clean_steps=20, **shape) for s in range(100)]
+    assert factors[1:6] == pytest.approx([0.04, 0.16, 0.36, 0.64, 1])
+    assert factors[40:42] == pytest.approx([1, 0.999229], abs=1e-6)
+    assert [factors[s] for s in (50, 60, 70, 79)] == pytest.approx([0.926777, 0.75, 0.573223, 0.500771], abs=1e-6)
+    assert factors[80:] == [0.5] * 20
+    none = {**shape, "warmup_steps": 0}
+    assert learning_rate_factor(0, flat_steps=40, clean_steps=20, **none) == 1  # no warm-up, and no division by zero
+
+
+def test_a_flat_part_as_long_as_the_run_keeps_the_rate() -> None:
+    shape = {"warmup_steps": 5, "total_steps": 100, "min_lr_ratio": 0.5, "flat_steps": 780, "clean_steps": 20}
+    assert {learning_rate_factor(s, **shape) for s in range(5, 100)} == {1.0}
 
 
 def test_the_decay_is_the_published_function_of_the_update() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.criterion import gradients, random_example
 from benchmarks.plain_criterion import global_optimal_pairs, plain_criterion
-from dfine_core import Criterion, ModelConfig
+from dfine_core import Criterion, LossConfig, ModelConfig
 from dfine_core.loss.matching import go_union, match
 from dfine_core.structures import Targets
 
@@ -26,6 +26,8 @@ CASES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "other bins": ([3, 6], {"reg_max": 16, "reg_scale": 8.0, "up": 0.25}),
     "class-agnostic queries": ([5, 9], {"query_selection": "agnostic"}),
     "direct regression": ([5, 9], {"regression": "direct"}),
+    "matchability-aware loss": ([5, 0, 9], {"loss": LossConfig(classification="mal")}),
+    "weighted matchability-aware loss": ([5, 9], {"loss": LossConfig(classification="mal", mal=0.7, mal_alpha=0.5)}),
 }
 
 

@@ -45,6 +45,35 @@ def test_their_origin_is_named(detector: LoadedDetector) -> None:
     assert replace(detector, thresholds=nothing).threshold_text() == "0.4, the default"
 
 
+def test_a_wanted_precision_takes_the_scores_that_reached_it_and_nothing_of_other_classes(
+    detector: LoadedDetector,
+) -> None:
+    own = ClassThresholds(best_f1=(0.3, None, 0.75), at_precision=(0.35, None, 0.3), precision=0.9)
+    precise = replace(detector, thresholds=own)
+    first, second, third = detector.names
+    assert precise.threshold_text("precision=0.9") == (
+        f"precision 0.9 on the validation images: {first} 0.35, {third} 0.30, nothing of {second}, which never reached it"
+    )
+    image = synthetic_records(1)[0].image
+    (every,), (found,) = detector(image, threshold=0.0), precise(image, threshold="precision=0.9")
+    least = torch.tensor([0.35, 2.0, 0.3])
+    expected = [n for n in range(len(every)) if every.scores[n] >= least[every.labels[n]]]
+    assert 0 < len(expected) < len(every)
+    assert found.scores.tolist() == every.scores[expected].tolist()
+    assert second in every.names
+    assert second not in found.names
+
+
+@pytest.mark.parametrize("threshold", ["precision=0.8", "0.5", "precision=", "precision=nan", "precision=2", 1.5])
+def test_other_precisions_and_other_texts_are_refused(threshold: str | float, detector: LoadedDetector) -> None:
+    with pytest.raises(
+        ValueError, match=r"precision 0\.8, the detector has those of precision 0\.9 alone|threshold \("
+    ):
+        detector.least_scores(threshold)
+    with pytest.raises(ValueError, match=r"the detector has none|threshold \("):
+        replace(detector, thresholds=None).least_scores(threshold)
+
+
 def test_they_are_saved_and_loaded_and_a_detector_without_them_has_none(
     detector: LoadedDetector, tmp_path: Path
 ) -> None:

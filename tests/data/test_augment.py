@@ -50,9 +50,18 @@ def card(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
     return jpeg(pixels)
 
 
+def annotated(
+    encoded: bytes, width: int, height: int, boxes: NDArray[np.float32], labels: NDArray[np.integer] | None = None
+) -> AnnotatedImage:
+    """An image whose objects have the areas of their boxes."""
+    labels = np.arange(len(boxes)) if labels is None else labels
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return AnnotatedImage(encoded, width, height, boxes, labels, areas)
+
+
 def sample_of(encoded: bytes, boxes: NDArray[np.float32], *, width: int, height: int, **changes: object) -> Sample:
     keyed = {"seed": 1, "epoch": 0, "image_id": 7, "settings": RELEASED, "canvas": (160, 200)} | changes
-    return augmented_sample(AnnotatedImage(encoded, width, height, boxes, np.arange(len(boxes))), **keyed)
+    return augmented_sample(annotated(encoded, width, height, boxes), **keyed)
 
 
 def same(first: Sample, second: Sample) -> bool:
@@ -85,7 +94,6 @@ def test_clean_settings_leave_flip_and_resize() -> None:
     custom = replace(RELEASED, flip_probability=0.3, mosaic_probability=1.0, min_box_size=2.0)
     probabilities = {name: value for name, value in vars(custom.clean()).items() if name.endswith("_probability")}
     assert probabilities.pop("flip_probability") == 0.3
-    assert probabilities.pop("copy_paste_object_probability") == custom.copy_paste_object_probability
     assert set(probabilities.values()) == {0}
     assert custom.clean().min_box_size == 2.0
 
@@ -156,7 +164,7 @@ def test_a_sample_has_the_documented_shapes_and_types() -> None:
     boxes = np.array([[10, 10, 60, 50], [70, 5, 110, 80], [-30, -20, -5, -5]], np.float32)
     encoded = card(120, 90, (0, 0, 1, 1))
     clean = sample_of(encoded, boxes, width=120, height=90, settings=RELEASED.clean())
-    image = AnnotatedImage(encoded, 120, 90, boxes, np.arange(3, dtype=np.int32))
+    image = annotated(encoded, 120, 90, boxes, np.arange(3, dtype=np.int32))
     for sample in (clean, plain_sample(image, canvas=(160, 200))):
         assert (sample.image.shape, sample.image.dtype) == ((160, 200, 3), np.uint8)
         assert (sample.boxes.shape, sample.boxes.dtype) == ((2, 4), np.float32)
@@ -171,7 +179,7 @@ def test_an_evaluation_sample_is_the_released_one() -> None:
     random = np.random.default_rng(0)
     encoded = jpeg(random.integers(0, 256, (90, 120, 3), np.uint8))
     boxes = np.array([[12, 9, 60, 45], [0, 0, 130, 90]], np.float32)  # the second reaches over the edge
-    sample = plain_sample(AnnotatedImage(encoded, 120, 90, boxes, np.array([4, 5])), canvas=(160, 200))
+    sample = plain_sample(annotated(encoded, 120, 90, boxes, np.array([4, 5])), canvas=(160, 200))
     released = v2.Resize((160, 200))(Image.open(io.BytesIO(encoded)).convert("RGB"))
     np.testing.assert_array_equal(sample.image, np.asarray(released))
     np.testing.assert_allclose(sample.boxes, [[0.3, 0.3, 0.4, 0.4], [0.5, 0.5, 1, 1]], atol=1e-6)

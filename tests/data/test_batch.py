@@ -11,21 +11,24 @@ import torch
 from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.photometric import leaves_unchanged, photometric_distort
 from pipeline.data.augment.photometric_parameters import identity_photometric
-from pipeline.data.augment.samples import AnnotatedImage, augmented_sample, plain_sample
+from pipeline.data.augment.samples import augmented_sample, plain_sample, without_crowd
 from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.augment.stages import Stages
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, table_from_records
 from pipeline.data.stream.batch import Batch, Replacement, batches_from_arrow
 from pipeline.data.stream.tasks import DECODED_SCHEMA, ENCODED_SCHEMA, Augmentation, DecodeSettings, decode_block
 from tests.support.synthetic_shards import synthetic_records
 
 CANVAS = (32, 64)
-TRAINING = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=Augmentation(3, AugmentSettings(), strong_epochs=2))
+TRAINING = DecodeSettings(
+    CANVAS, micro_batch_size=4, augmentation=Augmentation(3, AugmentSettings(), stages=Stages(0, 2, 2))
+)
 EVALUATION = DecodeSettings(CANVAS, micro_batch_size=4, augmentation=None)
 
 
 def encoded(records: Sequence[ImageRecord], epoch: int = 0, real: Sequence[int] | None = None) -> pa.Table:
     rows = pa.concat_tables([SHARD_SCHEMA.empty_table(), table_from_records(records)]).to_pylist()
-    row = {"step": 11, "micro_batch": 1, "epoch": epoch, "real": real or [len(records)], "rows": rows}
+    row = {"step": 11, "micro_batch": 1, "epoch": epoch, "real": real or [len(records)], "rows": rows, "partners": []}
     return pa.Table.from_pylist([row], schema=ENCODED_SCHEMA)
 
 
@@ -49,9 +52,8 @@ def test_a_batch_holds_the_samples_of_its_images(epoch: int) -> None:
     assert batch.images.shape == (4, 3, *CANVAS)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     for i, (record, target) in enumerate(zip(records, batch.targets(), strict=True)):
-        learned = ~record.crowd
         sample = augmented_sample(
-            AnnotatedImage(record.image, record.width, record.height, record.boxes[learned], record.labels[learned]),
+            without_crowd(record),
             seed=3,
             epoch=epoch,
             image_id=record.image_id,
@@ -77,17 +79,6 @@ def test_colours_can_be_distorted_where_images_are_decoded() -> None:
     torch.testing.assert_close(done.images / 255, expected, atol=0.501 / 255, rtol=0)
     assert leaves_unchanged(done.photometric)
     assert not leaves_unchanged(left.photometric)
-
-
-def test_configured_mixing_happens_until_the_clean_epochs() -> None:
-    records = synthetic_records(4)
-    mixup = Augmentation(3, AugmentSettings(mixup_probability=1), strong_epochs=2)
-    mixed = replace(TRAINING, augmentation=mixup)
-    alone, joined = batch_of(records), batch_of(records, mixed)
-    assert len(joined.labels) > len(alone.labels)  # the boxes of both images count
-    assert all(a <= b for a, b in zip(alone.counts, joined.counts, strict=True))
-    assert not torch.equal(alone.images, joined.images)
-    assert torch.equal(batch_of(records, epoch=2).images, batch_of(records, mixed, epoch=2).images)
 
 
 def test_crowd_regions_are_not_learned_and_boxes_are_clipped_to_the_image() -> None:
@@ -173,6 +164,19 @@ def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_that_can_and_na
     assert all(records[replacement.image_id - 1].file_name in replacement.reason for replacement in batch.replaced)
 
 
+def test_a_broken_partner_is_named_and_leaves_its_part_of_the_mosaic_black() -> None:
+    records = synthetic_records(4)
+    records[2] = broken(records[2])
+    block = encoded([records[0], records[1], records[2]], real=[2])
+    partners = pa.array([[1, 0, 2, -1, -1, -1]], pa.list_(pa.int32()))
+    block = block.set_column(block.schema.get_field_index("partners"), "partners", partners)
+    (batch,) = batches_from_arrow(decode_block(block, replace(TRAINING, micro_batch_size=2)), CANVAS)
+    assert batch.image_id.tolist() == [records[0].image_id, records[1].image_id]
+    (lost,) = batch.replaced
+    assert lost.image_id == records[2].image_id
+    assert f"left black: {records[2].file_name}, in the mosaic of image {records[0].image_id}" in lost.reason
+
+
 def test_a_micro_batch_without_a_decodable_image_is_an_error_that_names_every_image() -> None:
     records = [broken(record) for record in synthetic_records(4)]
     with pytest.raises(UndecodableImageError) as error:
@@ -198,8 +202,7 @@ def test_evaluation_pads_its_last_batches_and_marks_the_padding(real: int) -> No
     assert not batch.images[real:].any()
     assert [len(target["labels"]) for target in batch.targets()[real:]] == [0] * (4 - real)
     for i, record in enumerate(records):
-        image = AnnotatedImage(record.image, record.width, record.height, record.boxes, record.labels)
-        sample = plain_sample(image, canvas=CANVAS)
+        sample = plain_sample(without_crowd(record), canvas=CANVAS)
         np.testing.assert_array_equal(batch.images[i].permute(1, 2, 0).numpy(), sample.image)
 
 

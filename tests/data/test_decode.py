@@ -230,7 +230,7 @@ def test_the_evaluation_resize_is_the_released_one_to_the_last_bit(canvas: tuple
 
 def test_data_tasks_start_without_torch_and_with_one_opencv_thread() -> None:
     code = (
-        "import sys, cv2, pipeline.data.augment.mixing, pipeline.data.augment.samples, pipeline.data.augment.decode\n"
+        "import sys, cv2, pipeline.data.stream.tasks\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
         "assert cv2.getNumThreads() == 1, cv2.getNumThreads()"
     )

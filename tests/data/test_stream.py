@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import ray
 
+from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.augment.stages import Stages
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_annotations
 from pipeline.data.stream import ray_executions, stream
@@ -118,6 +120,17 @@ def test_ray_brings_each_worker_its_micro_batches_in_order(
     received = streamed(shards, world_size, 11, 27, replace(SETTINGS, decode_in=decode_in))
     for rank in range(world_size):
         assert received[rank] == expected[rank::world_size]
+
+
+def test_ray_brings_mosaics_and_their_partners(shards: ShardSet, cluster: None) -> None:
+    """From within an epoch, whose pool begins before the first step, into the next."""
+    augment = AugmentSettings(mosaic_probability=0.5, mixup_probability=0.5)
+    dense = replace(SETTINGS, augment=augment, stages=Stages(0, 9, None))
+    here = training_stream(shards, replace(dense, decode_in="inline"), start_step=11, stop_step=27)
+    expected = [seen(batch) for batch in here]
+    assert expected != planned(shards, 11, 27)
+    received = streamed(shards, 2, 11, 27, dense)
+    assert [received[rank] for rank in range(2)] == [expected[rank::2] for rank in range(2)]
 
 
 def test_other_numbers_of_workers_continue_the_same_sequence(shards: ShardSet, cluster: None) -> None:

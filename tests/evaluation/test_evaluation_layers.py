@@ -1,17 +1,22 @@
 """Diagnostics of the decoder layers against a plain loop over pairs, SciPy's entropies and torchvision's IoU."""
 
 import math
+from collections import defaultdict
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy.stats import entropy
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from dfine_core import Detector, DetectorOutput, ModelConfig, Targets
 from dfine_core.loss.matching import match
+from dfine_core.model.distribution import weighting_function
 from dfine_core.structures import QueryPredictions
-from pipeline.evaluation.decoder_layers import LayerDiagnostics, by_layer
+from pipeline.evaluation.decoder_layers import EDGE_NUMBERS, LayerDiagnostics, by_layer
 from tests.support import recorded
 
 LAYERS, QUERIES, CLASSES, BINS = 3, 6, 4, 9
@@ -19,6 +24,7 @@ CONFIG = ModelConfig.variant(
     "n", num_classes=CLASSES, input_size=(64, 64), num_queries=QUERIES, num_layers=LAYERS, reg_max=BINS - 1
 )
 CPU = torch.device("cpu")
+W = weighting_function(CONFIG.reg_max, CONFIG.up, CONFIG.reg_scale).double().numpy()
 
 
 def random_output(images: int, seed: int) -> DetectorOutput:
@@ -75,6 +81,76 @@ def plain_numbers(batches: list[tuple[DetectorOutput, Targets]]) -> dict[str, fl
     return {name: value / pairs_seen for name, value in sums.items()}
 
 
+def interval_of(
+    probabilities: NDArray[np.float64], box: NDArray[np.float64], edge: int, mass: float
+) -> tuple[float, float]:
+    """Coordinates of one edge's central interval, by numpy's own interpolation."""
+    offsets = np.interp([(1 - mass) / 2, (1 + mass) / 2], probabilities.cumsum() - probabilities / 2, W)
+    centre, size = box[edge % 2], box[2 + edge % 2]
+    sign = -1 if edge < 2 else 1
+    low, high = sorted(centre + sign * (0.5 + offsets / CONFIG.reg_scale) * size)
+    return low, high
+
+
+def test_edges_of_found_objects_equal_a_plain_loop() -> None:
+    """Boxes are moved onto their targets for half of the pairs, so that these are found."""
+    output, targets = random_output(3, seed=4), targets_of([4, 0, 6], 4)
+    layers = output.matching
+    assert layers is not None
+    assert layers.edge_logits is not None
+    boxes = layers.boxes.clone()
+    for number, (image, box) in enumerate(zip(targets.image.tolist(), targets.boxes, strict=True)):
+        if number % 2:
+            boxes[-1, image, number % QUERIES] = box * 1.02
+    output = replace(output, boxes=boxes[-1], matching=replace(layers, boxes=boxes))
+    diagnostics = LayerDiagnostics(CONFIG, CPU)
+    diagnostics.update(output, targets)
+
+    pairs = match([(output.logits[None], targets.labels)], output.boxes[None], targets, CONFIG.loss).own
+    inside: dict[tuple[int, float], list[bool]] = defaultdict(list)
+    scores, errors = [], defaultdict(list)
+    for image, query, target in zip(pairs.image[0], pairs.query[0], pairs.target[0], strict=True):
+        true = box_convert(targets.boxes[target][None], "cxcywh", "xyxy")
+        last = box_convert(boxes[-1, image, query][None], "cxcywh", "xyxy")
+        if box_iou(last, true) < 0.5:
+            continue
+        initial = layers.initial_boxes[image, query].double().numpy()
+        corners, sides = true[0].numpy(), (true[0, 2:] - true[0, :2]).repeat(2).numpy()
+        for layer in range(LAYERS):
+            for edge in range(4):
+                p = layers.edge_logits[layer, image, query, edge].double().softmax(0).numpy()
+                for mass in (0.5, 0.9):
+                    low, high = interval_of(p, initial, edge, mass)
+                    inside[layer, mass].append(bool(low <= corners[edge] <= high))
+                if layer == LAYERS - 1:
+                    missed = max(low - corners[edge], corners[edge] - high, 0)
+                    scores.append((high - low + 20 * missed) / sides[edge])
+                    std = np.sqrt(p @ (W - p @ W) ** 2) * initial[2 + edge % 2] / CONFIG.reg_scale
+                    errors[int(2 * math.log2(std * 1024))].append((std**2, float(last[0, edge] - corners[edge]) ** 2))
+    assert 8 <= len(scores) < 4 * len(pairs)
+    bins = [np.sqrt(np.mean(rows, 0)) for rows in errors.values()]
+    weights = [len(rows) for rows in errors.values()]
+    expected = {
+        **{f"layers/coverage_90_{layer}": np.mean(inside[layer, 0.9]) for layer in range(LAYERS)},
+        "edges/coverage_50": np.mean(inside[LAYERS - 1, 0.5]),
+        "edges/coverage_90": np.mean(inside[LAYERS - 1, 0.9]),
+        "edges/interval_score": np.mean(scores),
+        "edges/width_error": np.average([abs(std - error) / std for std, error in bins], weights=weights),
+    }
+    numbers = diagnostics.numbers()
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_states_of_workers_add_up() -> None:
+    batches = [(random_output(2, seed=0), targets_of([3, 2], 0)), (random_output(1, seed=1), targets_of([8], 1))]
+    together, apart = LayerDiagnostics(CONFIG, CPU), [LayerDiagnostics(CONFIG, CPU) for _ in batches]
+    for (output, targets), worker in zip(batches, apart, strict=True):
+        together.update(output, targets)
+        worker.update(output, targets)
+    summed = together.numbers(sum(worker.state() for worker in apart))
+    assert summed == pytest.approx(together.numbers(), rel=1e-6, nan_ok=True)
+
+
 def test_numbers_are_those_of_a_plain_loop() -> None:
     batches = [
         (random_output(2, seed=0), targets_of([3, 0], 0)),
@@ -86,7 +162,10 @@ def test_numbers_are_those_of_a_plain_loop() -> None:
         diagnostics.update(output, targets)
     expected = plain_numbers(batches)
     assert len(expected) == 1 + 4 * LAYERS + LAYERS - 1
-    assert diagnostics.numbers() == pytest.approx(expected, rel=1e-5)
+    numbers = diagnostics.numbers()
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    edges = numbers.keys() - expected.keys()
+    assert edges == {*EDGE_NUMBERS, *(f"layers/coverage_90_{layer}" for layer in range(LAYERS))}
 
 
 def test_an_untrained_detector_has_the_greatest_entropy() -> None:

@@ -14,6 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from dfine_core import load
+from dfine_core.agreement import FULL
 from dfine_core.checkpoints.weights import read_checkpoint
 from dfine_core.inference import LoadedDetector
 from dfine_core.thresholds import ClassThresholds
@@ -25,7 +26,7 @@ from pipeline.export import export as exporting
 from pipeline.export.check_images import CheckSet, from_shards, from_synthetic_images
 from pipeline.export.export import ExportResult, export
 from pipeline.export.formats import FORMATS, ExportFormat, ExportSource, at_input_size, write_safetensors
-from pipeline.export.gate import FULL, OPENERS, TOLERANCES, check_files
+from pipeline.export.gate import OPENERS, TOLERANCES, check_files
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dfine_core.agreement import FULL, MISMATCH, Tolerance, differences, summarize
 from dfine_core.images import read_image
 from dfine_core.inference import prepare
 from dfine_core.model.postprocess import Detections
@@ -21,7 +22,7 @@ from pipeline.export.check_images import (
     from_synthetic_images,
     split_first_batch,
 )
-from pipeline.export.gate import FULL, MISMATCH, Tolerance, check_files, differences, summarize
+from pipeline.export.gate import check_files
 from tests.support.synthetic_scenes import AWAY, BOX
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small

@@ -69,6 +69,7 @@ def test_logits_and_boxes_equal_those_of_transformers(config: ModelConfig) -> No
     ("settings", "message"),
     [
         ({"regression": "direct"}, "only boxes from distributions"),
+        ({"activation": "silu"}, "its heads have ReLU"),
         ({"query_selection": "one2many"}, "only the default"),
         ({"learn_query_content": True}, "fails on the first image"),
         ({"num_layers": 1}, "needs at least two"),

@@ -8,7 +8,7 @@ import pytest
 from pipeline.data.shards.records import ImageRecord
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource, SourceError
 from pipeline.data.sources.synthetic import CLASSES
-from pipeline.fit.prepared import FitError, find_parts
+from pipeline.fit.prepared import FitError, find_splits
 from tests.support.exported_layouts import LAYOUTS, WITHOUT_SPLITS, drawn_splits, images, yolo_labels
 
 Box = tuple[str, int, int, int, int]  # class, and corners in pixels, rounded
@@ -23,6 +23,7 @@ def boxes_of(source: DatasetSource) -> Counter[tuple[Box, ...]]:
     found = []
     for entry, boxes in index.ordered():
         assert Path(entry.uri).is_file()
+        assert entry.width is None or (entry.width, entry.height) == _size(entry.uri)  # its own, not one of that name
         width, height = (1, 1) if entry.width is not None else _size(entry.uri)
         rows = [
             (names[box.label], *(round(v) for v in (box.x1 * width, box.y1 * height, box.x2 * width, box.y2 * height)))
@@ -55,7 +56,7 @@ def expected(records: list[ImageRecord]) -> Counter[tuple[Box, ...]]:
 def test_both_parts_of_an_export_are_found_with_their_boxes(layout: str, tmp_path: Path) -> None:
     splits = drawn_splits(train=6, val=3, test=2)
     LAYOUTS[layout](tmp_path, splits)
-    parts = find_parts(tmp_path, None, seed=0)
+    parts = find_splits(tmp_path, None).parts(seed=0)
     assert {name: boxes_of(source) for name, source in parts.items()} == {
         name: expected(splits[name]) for name in ("train", "val")
     }
@@ -65,7 +66,7 @@ def test_both_parts_of_an_export_are_found_with_their_boxes(layout: str, tmp_pat
 def test_a_part_to_validate_on_is_split_off_where_there_is_none(layout: str, tmp_path: Path) -> None:
     splits = drawn_splits(train=12)
     LAYOUTS[layout](tmp_path, splits)
-    parts = find_parts(tmp_path, None, seed=0)
+    parts = find_splits(tmp_path, None).parts(seed=0)
     train, val = boxes_of(parts["train"]), boxes_of(parts["val"])
     assert train + val == expected(splits["train"])
     assert val.total() == 2  # a fifth
@@ -76,7 +77,7 @@ def test_a_share_can_be_split_off_although_there_is_a_validation_split(
 ) -> None:
     splits = drawn_splits(train=12, val=3)
     LAYOUTS["YOLO"](tmp_path, splits)
-    parts = find_parts(tmp_path, "val=0.5", seed=0)
+    parts = find_splits(tmp_path, "val=0.5").parts(seed=0)
     assert boxes_of(parts["val"]).total() == 6
     assert "val: left alone" in capsys.readouterr().out
 
@@ -87,6 +88,6 @@ def test_a_folder_without_a_training_split_is_refused_with_its_splits(tmp_path: 
     yolo_labels(tmp_path / "labels/val", records)
     (tmp_path / "data.yaml").write_text(f"val: images/val\nnames: [{', '.join(CLASSES)}]")
     with pytest.raises(FitError, match=r"no split is called train \(there are val\)"):
-        find_parts(tmp_path, None, seed=0)
+        find_splits(tmp_path, None)
     with pytest.raises(SourceError, match="no data set was recognised"):
-        find_parts(tmp_path / "images", None, seed=0)
+        find_splits(tmp_path / "images", None)

@@ -63,7 +63,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_module_with_a_main_is_a_command() -> None:
     modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
     assert {module_of(command) for command in COMMANDS} == {f"jobs.{module}" for module in modules}
-    assert len(COMMANDS) == 18
+    assert len(COMMANDS) == 19
 
 
 def test_help_lists_every_command_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_defaults_of_predict_are_those_of_its_options(monkeypatch: pytest.Monkey
 
     taken: list[PredictOptions] = []
 
-    def note(loaded: Any, inputs: Any, out: str, options: PredictOptions) -> Any:
+    def note(loaded: Any, inputs: Any, out: str, options: PredictOptions, announce: Any) -> Any:
         taken.append(options)
         return SimpleNamespace(summary=lambda: "done")
 

@@ -9,6 +9,7 @@ import torch
 from dfine_core import Detector, ModelConfig, load
 from dfine_core.checkpoints.folder import tensors_to_bytes
 from dfine_core.checkpoints.transformers_layout import to_transformers
+from dfine_core.checkpoints.weights import save_released
 from jobs import weights
 from pipeline.pretrained import table
 from tests.support.varied_detectors import loaded, varied_detector
@@ -83,6 +84,18 @@ def test_a_conversion_is_equal_in_every_tensor(layout: str, tmp_path: Path, caps
     again = load(out, "cpu").detector.state_dict()
     assert all(torch.equal(again[key], tensor) for key, tensor in model.detector.state_dict().items())
     assert "exists already" in failure(capsys, "convert", str(tmp_path / "own"), "--to", layout, "--out", str(out))
+
+
+def test_a_released_file_of_deim_becomes_a_folder_that_names_its_activation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig.variant("n", num_classes=3, activation="silu")
+    save_released(varied_detector(config).state_dict(), config, tmp_path / "deim.pth")
+    assert load(tmp_path / "deim.pth", "cpu").config.activation == "relu"  # which nothing contradicts
+    words = ("--activation", "silu", "--to", "safetensors", "--out", str(tmp_path / "deim"))
+    run(capsys, "convert", str(tmp_path / "deim.pth"), *words)
+    assert load(tmp_path / "deim", "cpu").config.activation == "silu"
+    assert "activation silu" in run(capsys, "verify", str(tmp_path / "deim"))
 
 
 def test_what_a_layout_cannot_express_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

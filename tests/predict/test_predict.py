@@ -22,8 +22,8 @@ from dfine_core import ImageDetections, LoadedDetector
 from dfine_core.drawing import label_colour
 from dfine_core.images import SUFFIXES
 from dfine_core.inference import prepare
-from dfine_core.model import distribution
 from dfine_core.model.postprocess import best_pairs, postprocess
+from dfine_core.precision_choice import PrecisionChoice
 from dfine_core.thresholds import ClassThresholds
 from jobs import predict as predict_job
 from pipeline.config import ConfigError
@@ -39,7 +39,7 @@ from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
-OPTIONS = PredictOptions(workers=IN_PROCESS, part_size=4, batch_size=3, num_images=0)
+OPTIONS = PredictOptions(precision="fp32", workers=IN_PROCESS, part_size=4, batch_size=3, num_images=0)
 
 
 @pytest.fixture
@@ -281,9 +281,31 @@ def test_another_prediction_in_the_same_folder_is_refused(photos: Path, tmp_path
         (small_detector(seed=1), inputs, OPTIONS, "detector changed"),
         (small_detector(), fewer, OPTIONS, "inputs, num_images changed"),
         (small_detector(), inputs, replace(OPTIONS, threshold=0.1), "thresholds changed"),
+        (small_detector(), inputs, replace(OPTIONS, precision="bf16"), "precision changed"),
     ):
         with pytest.raises(ConfigError, match=f"contains another prediction: {message}"):
             predict(detector, given, out, options)
+
+
+def test_a_measured_precision_holds_for_all_parts_of_a_prediction(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, out, lines = list_inputs([str(photos)]), tmp_path / "out", list[str]()
+    options = replace(OPTIONS, precision="auto")
+    measured = [PrecisionChoice("bf16-channels-last", {"bf16-channels-last": 7.0}, {})]
+    monkeypatch.setattr("pipeline.predict.predict.choose_precision", lambda _: measured.pop())
+    predict(small_detector(), inputs, str(out), options, lines.append)
+    assert lines == [
+        "precision bf16-channels-last, by measurement (bf16-channels-last 7 ms); --precision bf16-channels-last repeats it"
+    ]
+    part = sorted((out / "parts").iterdir())[1]
+    first = part.read_bytes()
+    part.unlink()
+    predict(small_detector(), inputs, str(out), options, lines.append)  # a second measurement would fail
+    assert part.read_bytes() == first
+    assert len(lines) == 1
+    predict(small_detector(), inputs, str(tmp_path / "named"), replace(OPTIONS, precision="bf16-channels-last"))
+    assert (tmp_path / "named" / "parts" / part.name).read_bytes() == first
 
 
 # COCO
@@ -362,16 +384,6 @@ def test_no_detections_are_an_empty_list(loaded: LoadedDetector, photos: Path, t
 
 
 # Deviations of the edges
-
-
-def test_the_deviation_of_an_edge_is_that_of_its_distribution() -> None:
-    bins = torch.tensor([-2.0, 0.0, 1.0])
-    certain, uniform, bimodal = [[0.0, 100, 0]], [[0.0, 0, 0]], [[50.0, -50, 50]]
-    logits = torch.tensor([certain + uniform + bimodal + certain])
-    box = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
-    uniform_deviation = ((4 + 0 + 1) / 3 - (-1 / 3) ** 2) ** 0.5
-    expected = [0.0, uniform_deviation * 0.4 / 4, 1.5 * 0.2 / 4, 0.0]
-    assert distribution.edge_deviations(box, logits, bins, 4.0)[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_explained_parts_have_the_deviation_of_each_edge_in_pixels(

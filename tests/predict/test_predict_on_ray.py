@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -41,7 +42,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, source: str, out: str, log: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.predict", folder / "detector", source, "--out", out, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.predict",
+        folder / "detector",
+        source,
+        "--out",
+        out,
+        "--precision",
+        "fp32",
+        *options,
+    ]
     environment = {**os.environ, "RAY_TMPDIR": "/tmp"}
     environment.pop("RAY_ADDRESS", None)
     with log.open("a") as file:
@@ -72,7 +84,9 @@ def test_a_killed_prediction_resumes_with_its_parts(folder: Path) -> None:
     assert not list((out / "parts").glob(".*"))
 
     alone = folder / "alone"
-    settings = PredictOptions(workers=IN_PROCESS, part_size=PART_SIZE, num_images=0, num_explanations=1)
+    settings = PredictOptions(
+        precision="fp32", workers=IN_PROCESS, part_size=PART_SIZE, num_images=0, num_explanations=1
+    )
     with one_thread():
         predict(small_detector(), list_inputs([str(folder / "photos")]), str(alone), settings)
     expected, actual = (pq.read_table(path / "parts").to_pylist() for path in (alone, out))
@@ -96,7 +110,7 @@ def test_inputs_and_results_may_be_in_an_object_store(folder: Path) -> None:
         assert len(described["images"]) == 10
         assert storage.exists(f"{bucket}/out/contact_sheet.jpg")
         assert len(list(predicted_images(f"{bucket}/out"))) == 10
-        options = PredictOptions(workers=IN_PROCESS, num_images=0)
+        options = PredictOptions(precision="fp32", workers=IN_PROCESS, num_images=0)
         result = predict(small_detector(), list_inputs([f"{bucket}/in/*.jpg"]), f"{bucket}/pattern", options)
         assert result.num_images == 1
 
@@ -107,6 +121,8 @@ def test_a_few_images_in_this_process_give_the_files_of_ray_bit_for_bit(folder: 
         log = folder / f"{name}.log"
         driver = start(folder, str(folder / "photos" / "00*.jpg"), str(outs[name]), log, "--part-size", "50", *options)
         assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
+        assert "100%" in log.read_text()
+        assert not re.search(r"\.cc:\d+|Actor with class name|pid=", log.read_text())  # of Ray
     files = [
         {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         for out in outs.values()

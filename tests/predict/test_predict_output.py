@@ -39,7 +39,7 @@ from tests.support.synthetic_shards import synthetic_records, write_shards
 
 ROOT = Path(__file__).parents[2]
 KILLED_IMAGES = 60  # each a part: enough to be killed between two
-OPTIONS = PredictOptions(workers=IN_PROCESS, part_size=4, batch_size=3, num_images=0)
+OPTIONS = PredictOptions(precision="fp32", workers=IN_PROCESS, part_size=4, batch_size=3, num_images=0)
 
 
 @pytest.fixture(scope="module")

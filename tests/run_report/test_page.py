@@ -8,6 +8,7 @@ import pytest
 from jobs import report as report_job
 from pipeline.run_report.write import EACH
 from pipeline.training import loop
+from tests.support.browser import browser
 from tests.support.training_runs import alone, experiment, job, shard_folders
 
 
@@ -34,6 +35,20 @@ def test_the_command_writes_one_file_without_links_to_others(run: Path, capsys: 
     assert 0 < len(captions) == len(set(captions)) <= min(6, 2 * EACH)
     assert len(re.findall(r"<tr><td>", page)) == 8  # classes
     assert "losses and rates are missing" in page  # this run was not tracked
+
+
+def test_on_a_narrow_screen_panels_keep_a_readable_size_and_the_page_does_not_move_sideways(
+    run: Path, tmp_path: Path
+) -> None:
+    report_job.main([str(run), "--out", str(tmp_path / "report.html")])
+    with browser(tmp_path / "profile") as page:
+        page.send("Emulation.setDeviceMetricsOverride", width=500, height=900, deviceScaleFactor=1, mobile=True)
+        page.open(f"file://{tmp_path}/report.html")
+        assert page.evaluate("document.documentElement.scrollWidth") == 500
+        widths = page.evaluate("[...document.querySelectorAll('.wide img')].map(image => image.clientWidth)")
+        assert len(widths) >= 2
+        assert min(widths) == 760
+        assert page.messages == []
 
 
 def test_other_images_can_be_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

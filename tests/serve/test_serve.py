@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,7 +30,7 @@ from dfine_core import Detector, LoadedDetector, ModelConfig, load
 from pipeline.config import ConfigError
 from pipeline.serve.replica import ServeSettings
 from tests.support.browser import Page, browser
-from tests.support.processes import free_port
+from tests.support.processes import descendants, free_port
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # raised by pydantic about Ray Serve's own code
@@ -420,6 +421,9 @@ def test_the_command_serves_until_sigterm(folder: Path, tmp_path: Path) -> None:
         assert [metric(port, "detect_requests_total", status="200") for _ in range(4)] == [
             12
         ] * 4  # summed over both replicas
+        (adds,) = [pid for pid, title in descendants(server.pid).items() if "MetricsAggregator" in title]
+        assert psutil.Process(adds).memory_full_info().pss < 220e6  # Ray Serve's own processes take 124 MB
+        assert "torch" not in Path(f"/proc/{adds}/maps").read_text()
     finally:
         server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0, log.read_text()

@@ -1,6 +1,7 @@
 """Commands that are killed at random moments and given again, until they have ended by themselves.
 
 A plan is drawn from a seed: the same seed gives the same plan. What it meets still depends on the speed of the machine.
+A blow counts as landed once its signal has reached a process that had not ended; one that kills, once that process has.
 """
 
 import os
@@ -21,6 +22,8 @@ Blow = Literal["kill", "term", "pause", "freeze"]  # SIGKILL; SIGTERM; SIGSTOP, 
 BLOWS: tuple[Blow, ...] = ("kill", "kill", "kill", "term", "term", "pause", "freeze")
 FINISHED = "is finished, see"
 POLL_SECONDS = 0.003
+STARTS_PER_BLOW = 4
+BLOWS_LANDED = "blows landed"  # property of a test
 PATIENCE_SECONDS = 240.0  # for a moment, or for an end
 
 
@@ -128,16 +131,22 @@ class Command:
         try:
             attempt = self.start()
             for disturbance in plan:
-                if attempt.ended and not attempt.done:
-                    attempt = self.start()
-                self.wait(attempt, disturbance)
+                attempt = self.land(attempt, disturbance)
                 if attempt.done:
                     break
-                if not attempt.ended:
-                    self.strike(attempt, disturbance)
             self.finish(attempt)
         finally:
             self.clean()
+
+    def land(self, attempt: Attempt, disturbance: Disturbance) -> Attempt:
+        """Carry out one disturbance; where the blow before it ended the command meanwhile, on the next attempt."""
+        for _ in range(STARTS_PER_BLOW):
+            if attempt.ended and not attempt.done:
+                attempt = self.start()
+            self.wait(attempt, disturbance)
+            if attempt.done or (not attempt.ended and self.strike(attempt, disturbance)):
+                return attempt
+        raise AssertionError(f"{disturbance} never landed: {attempt.printed()[-3000:]}")
 
     def start(self) -> Attempt:
         """Give the command."""
@@ -169,37 +178,53 @@ class Command:
         while not attempt.ended and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
 
-    def strike(self, attempt: Attempt, disturbance: Disturbance) -> None:
-        """Send the signals of a disturbance; where they end the command, wait for that."""
-        below = descendants(attempt.process.pid)
-        self.seen |= below.keys()
+    def strike(self, attempt: Attempt, disturbance: Disturbance) -> bool:
+        """Send the signals of a disturbance once its target lives; where they end the command, wait for that.
+
+        Returns:
+            whether they landed: the command may end before its target lives.
+        """
         if act := self.acts.get(disturbance.target):
             act(disturbance)
-            self.landed.append(disturbance)
-            return
-        if disturbance.target in ("command", "machine"):
-            hit: Sequence[int] = [attempt.process.pid] if disturbance.target == "command" else [*below]
+        elif not (hit := self.living(attempt, disturbance.target)):
+            return False
         else:
-            hit = self.targets[disturbance.target](attempt.process.pid)
-        if not hit:
-            return
+            signals = {"kill": [signal.SIGKILL], "term": [signal.SIGTERM], "pause": [signal.SIGSTOP, signal.SIGCONT]}
+            first, *second = signals.get(disturbance.blow, [signal.SIGSTOP, signal.SIGKILL])
+            assert send(hit, first)
+            for number in second:
+                time.sleep(disturbance.pause_s)
+                send(hit, number)
+            if disturbance.blow in ("kill", "freeze"):
+                until = time.monotonic() + PATIENCE_SECONDS
+                while any(map(is_alive, hit)):
+                    attempt.process.poll()  # a child that has ended is a zombie until then
+                    assert time.monotonic() < until, f"{hit} live after {disturbance}"
+                    time.sleep(POLL_SECONDS)
+            if disturbance.blow != "pause" and attempt.process.pid in hit:
+                attempt.process.wait(timeout=PATIENCE_SECONDS)
         self.landed.append(disturbance)
-        match disturbance.blow:
-            case "kill":
-                send(hit, signal.SIGKILL)
-            case "term":
-                send(hit, signal.SIGTERM)
-            case "pause":
-                send(hit, signal.SIGSTOP)
-                time.sleep(disturbance.pause_s)
-                send(hit, signal.SIGCONT)
-            case "freeze":
-                send(hit, signal.SIGSTOP)
-                time.sleep(disturbance.pause_s)
-                send(hit, signal.SIGKILL)
-        if disturbance.blow != "pause" and attempt.process.pid in hit:
-            attempt.process.wait(timeout=PATIENCE_SECONDS)
         attempt.progress_before = self.progress()
+        return True
+
+    def living(self, attempt: Attempt, target: str) -> Sequence[int]:
+        """Wait for processes of a target, and return them; none if the command ended first."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not attempt.ended:
+            below = descendants(attempt.process.pid)
+            self.seen |= below.keys()
+            match target:
+                case "command":
+                    found: Sequence[int] = [attempt.process.pid]
+                case "machine":
+                    found = [*below]
+                case _:
+                    found = self.targets[target](attempt.process.pid)
+            if found := [pid for pid in found if is_alive(pid)]:
+                return found
+            assert time.monotonic() < until, f"no {target} lives: {sorted(below.values())}"
+            time.sleep(POLL_SECONDS)
+        return []
 
     def finish(self, attempt: Attempt) -> None:
         """Wait for the end, and give the command again where it did not come to it."""
@@ -215,8 +240,30 @@ class Command:
         send([*self.seen], signal.SIGKILL)
 
 
-def send(pids: Sequence[int], number: signal.Signals) -> None:
-    """Send a signal to processes that may have ended."""
+def send(pids: Sequence[int], number: signal.Signals) -> int:
+    """Send a signal to processes that may have ended, and count those that had not."""
+    reached = 0
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+            reached += 1
+    return reached
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, waits or is stopped, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+def report_landed(landed: Sequence[Disturbance], record_property: Callable[[str, object], None], *, least: int) -> None:
+    """Print the blows of a test, and add them to the sum that ends the session.
+
+    Raises:
+        AssertionError: fewer than `least` landed.
+    """
+    print(f"{len(landed)} blows landed:", *landed, sep="\n  ")
+    record_property(BLOWS_LANDED, len(landed))
+    assert len(landed) >= least

@@ -1,4 +1,4 @@
-"""Golden recordings of the published detector, and deterministic weights and inputs to repeat them with.
+"""Golden recordings of the published detectors, and deterministic weights and inputs to repeat them with.
 
 Every tensor is a function of its state-dict key, its shape and a seed, from NumPy's frozen legacy stream, so two programs
 that agree on keys and shapes hold the same weights.
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfine_core.config import LossConfig
 from dfine_core.model.denoising import positive_slots
 from dfine_core.structures import DenoisingQueries
 
@@ -66,9 +67,23 @@ def load(name: str) -> Recording:
     return Recording(json.loads(str(arrays["case"])), arrays)
 
 
+def settings(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` in which a recorded case differs from its variant: DEIM's activation, loss and freezing."""
+    found: dict[str, Any] = {**case.get("decoder", {}), **case.get("backbone", {})}
+    if case.get("criterion"):
+        found["loss"] = LossConfig(classification=case["criterion"]["loss"], mal_gamma=case["criterion"]["gamma"])
+    return found
+
+
 def keys_and_shapes(variant: str) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = json.loads((FOLDER / f"keys_{variant}.json").read_text())
     return shapes
+
+
+def deim_rates(variant: str) -> dict[str, Any]:
+    """Parameter groups and learning rates that the released code of DEIM has on COCO."""
+    rates: dict[str, Any] = json.loads((FOLDER / f"deim_lr_{variant}.json").read_text())
+    return rates
 
 
 @torch.no_grad()

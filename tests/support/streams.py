@@ -4,6 +4,7 @@ import zlib
 from dataclasses import replace
 
 from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.augment.stages import Stages
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import StreamSettings, training_stream
@@ -14,7 +15,7 @@ SETTINGS = StreamSettings(
     micro_batch_size=2,
     canvas=(32, 32),
     augment=AugmentSettings(),
-    augment_epochs=1,
+    stages=Stages(0, 1, 1),
     seed=4,
     window_rows=32,
 )  # 18 steps of 4 micro-batches an epoch, 4 steps a window, 6 rows dropped

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfine_core.checkpoints.folder import best_checkpoint
+from dfine_core.checkpoints.folder import checkpoints_by_rank
 from pipeline.config import Experiment
+from pipeline.open_detector import open_detector
 from pipeline.training import checkpoint, run_dir
 from pipeline.training.context import resolve_data
 from pipeline.training.run_dir import begin_or_continue
@@ -156,7 +157,7 @@ def test_where_the_best_checkpoint_is_lost_the_next_best_stands_for_the_run(
     assert console.about(f"WARNING: the best weights, of step 4, are lost: step {taken} takes their place")
     history = checkpoint.read_metadata(run.checkpoints.uri(8)).history
     assert (history.best_step, history.best_ap) == (taken, dict(evaluated).get(taken))
-    assert best_checkpoint(run.job.checkpoints) == run.checkpoints.uri(taken)
+    assert checkpoints_by_rank(run.job.checkpoints)[0] == run.checkpoints.uri(taken)
     assert checkpoint.problem_of(run.checkpoints.uri(8)) is None
 
 
@@ -198,3 +199,23 @@ def test_a_lost_run_file_is_taken_from_the_newest_checkpoint(setting: Experiment
     assert again.tracking_key == "first"
     assert "it is taken from the newest checkpoint" in (again.notice or "")
     assert json.loads(path.read_text()) == before
+
+
+def test_a_detector_of_a_run_is_the_next_best_where_the_best_is_damaged(
+    setting: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = begin(setting)
+    run.state.history = EvaluationHistory(best_ap=0.5, best_step=4, evaluated=((2, 0.3), (4, 0.5), (6, 0.4)))
+    save(run, 2, 4, 6, 8)
+    assert open_detector(run.job.run).origin == run.checkpoints.uri(4)
+    assert not caplog.records
+
+    metadata = folder_of(run, 8) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"best_step": 4', '"best_step": 2'))
+    assert open_detector(run.job.run).origin == run.checkpoints.uri(4)
+    assert f"{checkpoint.step_folder(8)}/metadata.json: is damaged: not what was written" in caplog.text
+
+    flip(folder_of(run, 4) / "ema.safetensors")
+    assert open_detector(run.job.run).origin == run.checkpoints.uri(6)
+    assert f"{checkpoint.step_folder(4)}/ema.safetensors: is damaged" in caplog.text
+    assert f"{checkpoint.step_folder(6)} takes the place of the best checkpoint" in caplog.text

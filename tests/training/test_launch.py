@@ -62,7 +62,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_compilation_on_a_cpu_is_refused_before_the_start(tmp_path: Path) -> None:
-    setting = experiment(tmp_path, shard_folders(tmp_path), numerics={"compile": True})
+    setting = experiment(tmp_path, shard_folders(tmp_path), numerics={"compile": "step"})
     with pytest.raises(ConfigError, match=r"numerics\.compile: .* wrong gradients"):
         launch.launch(setting, Cluster(workers=1))
     assert not (tmp_path / "runs").exists() or not list(tmp_path.glob("runs/*/checkpoints/*"))

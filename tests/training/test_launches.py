@@ -2,11 +2,11 @@
 
 import pytest
 
-from benchmarks.launches import CASTS, count_step, training_state
+from benchmarks.launches import CASTS, count_fused, count_step, training_state
 from tests.support.processes import one_thread
 
 # Of `python -m benchmarks.launches`; a change that adds more than a twentieth says why.
-LAUNCHES = {"n": 1918, "s": 2076, "l": 2835, "x": 3147}
+LAUNCHES = {"n": 1865, "s": 2023, "l": 2728, "x": 3040}
 CAST = {"n": 63, "s": 75, "l": 132, "x": 132}  # of these, the casts
 SLACK = 1.05
 
@@ -27,3 +27,21 @@ def test_a_launch_too_many_is_counted() -> None:
             module.register_forward_hook(lambda *args: args[2] if not hasattr(args[2], "mul") else args[2].mul(1))
         after = count_step(state)
     assert after.total > before.total * SLACK
+
+
+def test_fused_kernels_take_the_place_of_many_launches() -> None:
+    pytest.importorskip("triton")
+    assert count_fused("photometric", True) == 1
+    assert count_fused("photometric", False) > 30
+    saved = count_fused("attention", False) - count_fused("attention", True)
+    assert saved >= 10
+
+
+@pytest.mark.parametrize("variant", ["n", *(pytest.param(v, marks=pytest.mark.slow) for v in "sl")])
+def test_distributions_cost_few_launches(variant: str) -> None:
+    """FDR and GO-LSD are claimed to cost at most 6 % of a step; a step of a GPU's host is its launches."""
+    with one_thread():
+        ours, direct = (
+            count_step(training_state(variant, "bf16", regression=regression)).total for regression in ("fdr", "direct")
+        )
+    assert direct < ours <= 1.06 * direct

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfine_core.loss.matching import matching_cost
 from dfine_core.model.postprocess import postprocess
+from dfine_core.model.sampling import deformable_sampling_backward
 from pipeline.data.augment.photometric import photometric_distort, resize_images
 from pipeline.data.augment.photometric_parameters import Photometric
 from pipeline.training.state import AUTOCAST, Precision
@@ -36,6 +38,32 @@ def test_a_training_step_stays_on_the_device(variant: str, precision: Precision)
     assert moments
     assert all(t.device == GPU and t.dtype == torch.float32 for t in moments)
     assert all(p.dtype == torch.float32 for p in state.detector.parameters())
+
+
+def test_fused_operators_are_chosen_on_a_gpu_and_their_gradients_stay_there() -> None:
+    pytest.importorskip("triton")
+    called: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with fake_gpu() as mode:
+        state = gpu_state("n", "bf16")
+        with Seen():  # type: ignore[no-untyped-call]
+            gpu_step(state, mode)
+            photometric_distort(torch.rand(BATCH, 3, 64, 64, device=GPU), torch.zeros(BATCH, 13, device=GPU))
+        tokens = torch.rand(BATCH, 20, 16, device=GPU, dtype=torch.bfloat16)
+        locations, weights = torch.rand(BATCH, 3, 2, 4, 2, device=GPU), torch.rand(BATCH, 3, 2, 4, device=GPU)
+        gradients = deformable_sampling_backward(
+            torch.rand(BATCH, 3, 16, device=GPU), tokens, locations, weights, (4, 4, 2, 2), (3, 1)
+        )
+    assert called.count("dfine::deformable_sampling") == state.detector.config.num_layers
+    assert called.count("dfine::photometric_distort") == 1
+    assert not any("grid_sampler" in name for name in called)
+    for found, tensor in zip(gradients, (tokens, locations, weights), strict=True):
+        assert (found.device, found.dtype, found.shape) == (GPU, tensor.dtype, tensor.shape)
 
 
 def test_augmentation_matching_costs_and_detections_stay_on_the_device() -> None:

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -81,6 +82,18 @@ def kill_one_worker(driver: subprocess.Popen[str]) -> None:
     os.kill(workers[-1], signal.SIGKILL)
 
 
+def listening_addresses(driver: subprocess.Popen[str]) -> set[str]:
+    """Addresses on which any process of a command listens, the workers' process group among them."""
+    listening = {
+        (connection.pid, connection.laddr.ip.removeprefix("::ffff:"))
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    titles = descendants(driver.pid)
+    assert [pid for pid, _ in listening if titles.get(pid, "").startswith("ray::RayTrainWorker")]
+    return {address for pid, address in listening if pid in titles}
+
+
 def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
     place = folder / "runs" / name / "checkpoints" / checkpoint.step_folder(STEPS)
     return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
@@ -99,10 +112,12 @@ def test_a_killed_worker_loses_nothing(folder: Path) -> None:
     """Against the same steps in this process: one worker that accumulates, no Ray, nothing killed."""
     driver = start(folder, "worker-killed")
     wait_for_step(folder, "worker-killed", 2, driver)
+    assert listening_addresses(driver) == {"127.0.0.1"}
     kill_one_worker(driver)
     log = folder / "worker-killed.log"
     assert driver.wait(timeout=400) == 0, log.read_text()[-4000:]
     said = log.read_text()
+    assert "Actor with class name" not in said
     assert "continuing at step" in said
     assert "after the launch" in said.partition("continuing")[0]
     assert "after the workers' last heartbeat" in said.partition("continuing")[2]
@@ -199,7 +214,8 @@ def test_two_workers_then_one_then_two_make_the_same_run(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_demo_learns_its_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "least"), [("dfine", 0.4), ("deim", 0.15)])  # mosaics show these images smaller
+def test_the_demo_learns_its_images(recipe: str, least: float, tmp_path: Path) -> None:
     shards, runs = str(tmp_path / "shards"), str(tmp_path / "runs")
     drawing = [
         "synthetic",
@@ -214,12 +230,12 @@ def test_the_demo_learns_its_images(tmp_path: Path) -> None:
         "--out",
         shards,
     ]
-    settings = [f"storage={runs}", f"data.train={shards}", f"data.val={shards}"]
+    settings = [f"storage={runs}", f"data.train={shards}", f"data.val={shards}", f"recipe={recipe}"]
     training = ["configs/demo.yaml", "--cluster", "configs/clusters/laptop.yaml", "--set", *settings]
     for module, arguments in (("jobs.prepare", drawing), ("jobs.train", training)):
         subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, timeout=1500)
     result = json.loads((tmp_path / "runs" / "demo" / "result.json").read_text())
-    assert result["numbers"]["AP"] > 0.4
+    assert result["numbers"]["AP"] > least
     assert len(list((tmp_path / "runs" / "demo" / "evaluation" / "final").glob("images_*.png"))) == 4
 
 

@@ -21,6 +21,7 @@ from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.evaluation_task import EvaluationResult, SubmitEvaluation, run_evaluation
 from pipeline.training.loop import new_state, train
 from pipeline.training.nonfinite import NonFiniteError
+from pipeline.training.replay import replay
 from pipeline.training.run_log import MetricMeter, RunLog
 from pipeline.training.step import StepResult
 from pipeline.training.stop_request import StopRequest
@@ -218,7 +219,8 @@ def make_infinite(
 def test_a_step_that_is_not_finite_changes_nothing_and_is_kept_for_replay(
     data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = experiment(tmp_path, data, checkpoints={"every_steps": 1, "keep": 9})
+    dense = {"mosaic_probability": 0.5, "mixup_probability": 1}
+    setting = experiment(tmp_path, data, checkpoints={"every_steps": 1, "keep": 9}, augment=dense)
     console = RecordingConsole()
     make_infinite(monkeypatch, console, {3})
     result = train(job(setting), alone(console))
@@ -231,7 +233,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_kept_for_replay(
     (line,) = console.about("skipped step 3")
     assert "images [" in line
     kept = Path(f"{tmp_path}/runs/run/non_finite/{checkpoint.step_folder(3)}")
-    assert load_file(kept / "rank-0.safetensors")["0/images"].shape == (4, 3, 64, 64)
+    tensors = load_file(kept / "rank-0.safetensors")
+    assert tensors["0/images"].shape == (4, 3, 64, 64)
+    assert 0.45 <= float(tensors["0/blend_ratio"]) <= 0.55
+    assert len(tensors["0/boxes"]) == tensors["0/counts"].sum()
+    replayed = list(replay(str(kept), precision="fp32", device=torch.device("cpu")))
+    assert [image.image_id for image in replayed] == tensors["0/image_id"].tolist()
+    assert all(image.finite for image in replayed)
 
 
 def test_after_some_in_a_row_the_run_rewinds_and_continues(

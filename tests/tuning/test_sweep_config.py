@@ -73,6 +73,7 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         ({"spcae": {}}, "unknown key 'spcae'; did you mean space"),
         ({"metric": "mAP"}, "'mAP' is not measured: choose from AP, AP50"),
         ({"metric": "latency"}, "known only at the end of a trial"),
+        ({"metric": "edges/width_error"}, "is better when it is lower: add mode: min"),
         ({"searcher": {"kind": "random", "objectives": ["AP", "latency"]}}, "two objectives need searcher.kind optuna"),
         ({"searcher": {"objectives": ["AP50", "latency"]}}, "give the metric (AP)"),
         ({"searcher": {"kind": "grid"}, "space": {"loss.ddf": {"uniform": [0, 1]}}}, "grid needs a list of values"),
@@ -84,6 +85,8 @@ def test_every_problem_is_in_one_error_with_its_key_and_a_way_out(tmp_path: Path
         ({"set": {"model.reg_max": 7}}, "experiment: model: reg_max (7) must be an even number"),
         ({"set": {"data.val": None}}, "data.val is missing"),
         ({"set": {"init": "a.pth"}}, "set.init: the sweep sets it"),
+        ({"init": "a.pth", "space": {"init": {"choice": [None]}}}, "init is given for all trials, and searched"),
+        ({"space": {"init": {"choice": ["dfine-q-coco"]}}}, 'space.init: "dfine-q-coco" is invalid: init: '),
         ({"space": {"seed": {"choice": [1, 2]}}}, "space.seed: the sweep sets it"),
         ({"space": {"loss.ddf": {"choice": []}}}, "the list is empty"),
         ({"space": {"loss.ddf": {"choice": [1, 2, 1.0]}}}, "1 is listed twice"),
@@ -154,6 +157,15 @@ def test_a_trial_is_the_experiment_with_set_point_seed_and_init_in_this_order(tm
     assert experiment.init == str(Path.cwd() / "pretrained.pth")
     assert experiment.model.config(3, experiment.loss).reg_max == 16
     assert sweep.base["loss"] == {"ddf": 0.25}  # untouched by the trial
+
+
+def test_initial_weights_can_be_searched_and_their_paths_are_absolute(tmp_path: Path) -> None:
+    sweep = loaded(tmp_path, space={"init": {"choice": [None, "backbone.safetensors", "dfine-s-coco"]}})
+    here = str(Path.cwd() / "backbone.safetensors")
+    assert sweep.space["init"].values == (None, here, "dfine-s-coco")
+    assert check(Experiment, experiment_of(sweep, {"init": here}, seed=0), source="trial").init == here
+    assert check(Experiment, experiment_of(sweep, {"init": None}, seed=0), source="trial").init is None
+    assert default_point(sweep) == {"init": None}
 
 
 def test_the_default_point_is_the_experiment_as_it_is(tmp_path: Path) -> None:
@@ -329,7 +341,7 @@ def test_every_shipped_sweep_is_valid_and_its_header_has_command_hardware_and_co
     assert {path.stem for path in paths} >= {"fdr_golsd", "learning_rate", "small_data"}
     for path in paths:
         sweep = load_sweep(path)
-        assert sweep.replicates >= 2, "the noise would stay unknown"
+        assert max(sweep.replicates, sweep.seeds_per_point) >= 2, "the noise would stay unknown"
         comment = path.read_text().split("experiment:")[0]
         for part in (f"dfine tune configs/sweeps/{path.name}", "Hardware:", "Cost:"):
             assert part in comment, (path, part)

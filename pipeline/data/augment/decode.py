@@ -1,4 +1,4 @@
-"""Decoding of images to RGB, and execution of a `View`: cut out, resampled once and placed on the canvas.
+"""Decoding of images to RGB, and their placing on a canvas: a `View` cut out, or a whole image mapped; resampled once.
 
 JPEG goes through simplejpeg, whose pixels equal Pillow's; all other formats, and every check, are those of
 `dfine_core.images`. Where far fewer pixels are needed, an image is decoded at 1/2, 1/4 or 1/8 of its size.
@@ -6,6 +6,8 @@ JPEG goes through simplejpeg, whose pixels equal Pillow's; all other formats, an
 Images of a shard set are read as they are stored, whatever their EXIF orientation: `prepare` has turned upright what was
 annotated upright. An image whose stored size differs from that of its row is an error, as its boxes would lie elsewhere.
 """
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -115,6 +117,43 @@ def crop_and_place(
     return image
 
 
+def warp_onto(canvas: NDArray[np.uint8], pixels: NDArray[np.uint8], matrix: NDArray[np.float64]) -> None:
+    """Draw an image onto a canvas through an affine map, resampled once as in `crop_and_place`; what it does not cover stays.
+
+    Args:
+        canvas: [H, W, 3], changed in place.
+        pixels: [h, w, 3]
+        matrix: [3, 3] from points of the image to points of the canvas; edges of pixels are whole numbers.
+    """
+    # The part of the canvas that the image covers, and the part of the image that is seen there.
+    height, width = pixels.shape[:2]
+    outline = _mapped([(0, 0), (width, 0), (width, height), (0, height)], matrix)
+    left, top, right, bottom = _bounds(outline, canvas.shape[1], canvas.shape[0])
+    if left >= right or top >= bottom:
+        return
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    seen = _bounds(_mapped(corners, np.linalg.inv(matrix).astype(np.float64)), width, height, margin=2)
+    part = pixels[seen[1] : seen[3], seen[0] : seen[2]]
+    if part.size == 0:
+        return
+
+    # The matrix between the centres of the pixels of both parts.
+    between = matrix.copy()
+    between[:2, 2] = _mapped([(seen[0] + 0.5, seen[1] + 0.5)], matrix)[0] - [left + 0.5, top + 0.5]
+    shrinks = 1 / np.hypot(matrix[0, :2], matrix[1, :2])
+    sigmas = [_antialias_sigma(float(shrink)) for shrink in shrinks]
+    if any(sigmas):
+        part = _blurred(part, *sigmas)
+    warped = cv2.warpAffine(
+        part, between[:2], (right - left, bottom - top), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
+    fixed_point = 16  # bits of the fraction
+    polygon = np.rint((outline - [left + 0.5, top + 0.5]) * 2**fixed_point).astype(np.int64)
+    mask = np.zeros(warped.shape[:2], np.uint8)
+    cv2.fillConvexPoly(mask, polygon.astype(np.int32), 255, shift=fixed_point)
+    cv2.copyTo(warped, mask, canvas[top:bottom, left:right])
+
+
 def stretch(pixels: NDArray[np.uint8], canvas: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize the whole image to [*canvas, 3] with Pillow's antialiased bilinear filter, as in the released evaluation."""
     return stretch_image(Image.fromarray(pixels), canvas)
@@ -124,6 +163,18 @@ def _antialias_sigma(shrink: float) -> float:
     """Sigma in source pixels. Pillow's triangle of half-width `shrink` has a variance of shrink^2 / 6; the interpolation
     between neighbours afterwards adds about 0.5 / 6."""
     return float(np.sqrt((shrink**2 - 0.5) / 6)) if shrink > 1 else 0.0
+
+
+def _mapped(points: Sequence[tuple[float, float]], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Map points [N, 2] by a matrix [3, 3]."""
+    return np.array(points, np.float64) @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def _bounds(points: NDArray[np.float64], width: int, height: int, margin: int = 0) -> tuple[int, int, int, int]:
+    """Smallest rectangle of whole pixels, within width x height, that holds all points."""
+    low, high = np.floor(points.min(axis=0)) - margin, np.ceil(points.max(axis=0)) + margin
+    left, top = (max(int(edge), 0) for edge in low)
+    return left, top, min(int(high[0]), width), min(int(high[1]), height)
 
 
 def _blurred(pixels: NDArray[np.uint8], sigma_x: float, sigma_y: float) -> NDArray[np.uint8]:

@@ -5,11 +5,14 @@ from typing import Literal
 import numpy as np
 
 # Purposes have numbers of their own, so that no two of them ever share random numbers.
-PURPOSES = {"image": 0, "mixing": 1, "multiscale": 2}
+PURPOSES = {"image": 0, "blend": 1, "multiscale": 2, "partners": 3, "mosaic": 4}
 
 
 def keyed_generator(
-    purpose: Literal["image", "mixing", "multiscale"], seed: int, key: int, subkey: int = 0
+    purpose: Literal["image", "blend", "multiscale", "partners", "mosaic"],
+    seed: int,
+    key: int,
+    subkey: int = 0,
 ) -> np.random.Generator:
     """An independent generator for each (purpose, seed, key, subkey), the same in every process."""
     low_64_bits = 2**64 - 1

@@ -44,10 +44,16 @@ class View(NamedTuple):
 
     @property
     def divisor(self) -> int:
-        """1, 2, 4 or 8: factor by which the image may be decoded smaller. At least two decoded pixels remain per canvas
-        pixel, so that the resampling filter still shapes the result."""
-        shrink = 1 / max(self.scale)
-        return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or shrink >= 2 * divisor)
+        """1, 2, 4 or 8: factor by which the image may be decoded smaller."""
+        return decode_divisor(max(self.scale))
+
+
+def decode_divisor(scale: float) -> int:
+    """1, 2, 4 or 8: factor by which an image that is drawn `scale` times as large may be decoded smaller.
+
+    At least two decoded pixels remain per pixel drawn, so that the resampling filter still shapes the result.
+    """
+    return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or 1 / scale >= 2 * divisor)
 
 
 def draw_view(

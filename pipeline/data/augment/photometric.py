@@ -1,13 +1,15 @@
 """Photometric distortion and multi-scale resize: the augmentations that run on the device, for a whole batch at once.
 
 Nothing is random here: the parameters were drawn with each sample (`photometric_parameters.py`), so a sample does not
-depend on the batch that it is in. A training on the CPU distorts where images are decoded (`photometric_pixels.py`).
+depend on the batch that it is in. A training on the CPU distorts where images are decoded (`photometric_pixels.py`), and one on
+a GPU with Triton in a single pass (`photometric_triton.py`).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfine_core import fused_kernels
 from pipeline.data.augment.photometric_parameters import Photometric
 
 
@@ -25,7 +27,25 @@ def photometric_distort(images: Tensor, parameters: Tensor) -> Tensor:
     Returns:
         [B, 3, H, W] in 0..1, zero outside the rectangle.
     """
+    if fused_kernels.usable(images) and images.dtype == torch.float32:
+        return fused_distortion(images, parameters.float())
+    return _plain_distortion(images, parameters)
 
+
+@torch.library.custom_op("dfine::photometric_distort", mutates_args=())
+def fused_distortion(images: Tensor, parameters: Tensor) -> Tensor:
+    """Compute `photometric_distort` in one launch; both in float32, without gradients."""
+    from pipeline.data.augment import photometric_triton
+
+    return photometric_triton.distort(images, parameters)
+
+
+@fused_distortion.register_fake
+def _(images: Tensor, _parameters: Tensor) -> Tensor:
+    return torch.empty_like(images, memory_format=torch.contiguous_format)
+
+
+def _plain_distortion(images: Tensor, parameters: Tensor) -> Tensor:
     def column(name: Photometric) -> Tensor:
         return parameters[:, name].to(images.dtype).view(-1, 1, 1, 1)
 

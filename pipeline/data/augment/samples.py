@@ -17,6 +17,7 @@ from pipeline.data.augment.decode import crop_and_place, decode_rgb, stretch
 from pipeline.data.augment.generators import keyed_generator
 from pipeline.data.augment.geometry import (
     Rectangle,
+    View,
     boxes_on_canvas,
     clip_boxes,
     composed_view,
@@ -44,18 +45,20 @@ class AnnotatedImage:
     height: int
     boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels; clipped to the image, and dropped where nothing remains
     labels: NDArray[np.integer]  # [G]
+    areas: NDArray[np.float32]  # [G] px^2 as annotated; 0 for a teacher's
     teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
 
 
 def without_crowd(record: ImageRecord) -> AnnotatedImage:
     """An image of a shard with the boxes to learn from: all but crowd regions, and those of a teacher."""
     learned, teacher = ~record.crowd, record.teacher
-    boxes, labels = record.boxes[learned], record.labels[learned]
+    boxes, labels, areas = record.boxes[learned], record.labels[learned], record.areas[learned]
     if teacher is None:
-        return AnnotatedImage(record.image, record.width, record.height, boxes, labels)
+        return AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas)
     scores = np.concatenate([np.full(len(labels), TRUTH, np.float32), teacher.scores])
+    areas = np.concatenate([areas, np.zeros(len(teacher.labels), np.float32)])
     boxes, labels = np.concatenate([boxes, teacher.boxes]), np.concatenate([labels, teacher.labels])
-    return AnnotatedImage(record.image, record.width, record.height, boxes, labels, scores)
+    return AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas, scores)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Sample:
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     boxes: NDArray[np.float32]  # [G, 4] cxcywh, normalised to the canvas
     labels: NDArray[np.int64]  # [G]
+    areas: NDArray[np.float32]  # [G] px^2 of the canvas: the annotated area times the scale, whatever was cut off
     photometric: NDArray[np.float32]  # [P], columns of `Photometric`
     teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
 
@@ -92,20 +96,21 @@ def augmented_sample(
     """
     # All draws, before any pixel is decoded.
     generator = keyed_generator("image", seed, epoch, image_id)
-    boxes, labels, scores = _within_image(image)
+    boxes, labels, areas, scores = within_image(image)
     photometric = draw_photometric(generator, settings)
     truth = None if scores is None else scores == TRUTH
     view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas, truth)
 
     # Pixels are decoded as small as the view allows.
     pixels = decode_rgb(image.encoded, image.width, image.height, view.divisor)
-    if photometric[Photometric.CONTRAST] != 1 or settings.mixes:
+    if photometric[Photometric.CONTRAST] != 1:
         photometric[Photometric.MEAN_GREY] = mean_grey(pixels)
     photometric[Photometric.LEFT :] = view.region
     return Sample(
         image=crop_and_place(pixels, view, canvas, view.divisor),
         boxes=to_normalised_cxcywh(boxes_on_canvas(view, boxes[kept]), canvas),
         labels=labels[kept].astype(np.int64),
+        areas=_scaled(areas[kept], view),
         photometric=photometric,
         teacher_scores=None if scores is None else scores[kept],
     )
@@ -113,7 +118,7 @@ def augmented_sample(
 
 def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
     """Stretch an image to the canvas, for evaluation; errors as in `augmented_sample`."""
-    boxes, labels, _ = _within_image(image)
+    boxes, labels, areas, _ = within_image(image)
     whole = Rectangle(0, 0, image.width, image.height)
     view = composed_view(whole, image.width, image.height, canvas, flip=False)
     pixels = decode_rgb(image.encoded, image.width, image.height)
@@ -123,16 +128,22 @@ def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
         image=stretch(pixels, canvas),
         boxes=to_normalised_cxcywh(boxes_on_canvas(view, boxes), canvas),
         labels=labels.astype(np.int64),
+        areas=_scaled(areas, view),
         photometric=photometric,
     )
 
 
-def _within_image(
+def within_image(
     image: AnnotatedImage,
-) -> tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32] | None]:
-    """Boxes clipped to the image, their labels and scores; those without area are dropped."""
+) -> tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32], NDArray[np.float32] | None]:
+    """Boxes clipped to the image, their labels, areas and scores; those of which nothing is left are dropped."""
     clipped = clip_boxes(image.boxes, Rectangle(0, 0, image.width, image.height))
     left, top, right, bottom = clipped.T
     kept = (right > left) & (bottom > top)
     scores = image.teacher_scores
-    return clipped[kept], image.labels[kept], None if scores is None else scores[kept]
+    return clipped[kept], image.labels[kept], image.areas[kept], None if scores is None else scores[kept]
+
+
+def _scaled(areas: NDArray[np.float32], view: View) -> NDArray[np.float32]:
+    scale_x, scale_y = view.scale
+    return (areas * (scale_x * scale_y)).astype(np.float32)

@@ -30,16 +30,24 @@ class AugmentSettings:
     flip_probability: float = 0.5
     min_box_size: float = 1.0  # px, both before and after resizing
 
-    # Beyond the released recipe. Large-scale jitter replaces zoom-out and IoU crop; the others are in mixing.py.
+    # Beyond the released recipe, and off by default. Large-scale jitter replaces zoom-out and IoU crop.
     large_scale_jitter_probability: float = 0.0
     large_scale_jitter_scale: Interval = (0.1, 2.0)
+    # Mosaic replaces zoom-out and IoU crop; in the dense stage alone.
     mosaic_probability: float = 0.0
-    mosaic_centre: Interval = (0.3, 0.7)  # fraction of each side of the canvas
+    mosaic_short_side: int = 320  # px that each of the four images is resized to
+    mosaic_rotation: float = 10.0  # degrees, either way
+    mosaic_translation: float = 0.1  # share of each side of the mosaic, either way
+    mosaic_scale: Interval = (0.5, 1.5)
+    # Mixup of a whole micro-batch; in the dense stage alone.
     mixup_probability: float = 0.0
-    mixup_weight: Interval = (0.45, 0.55)  # weight of the other image
+    mixup_ratio: Interval = (0.45, 0.55)  # weight of an image's own pixels
+    # Copy-paste within a micro-batch that is not mixed up; until the clean epochs.
     copy_paste_probability: float = 0.0
-    copy_paste_object_probability: float = 0.5  # per object of the other image
-    copy_paste_max_covered: float = 0.7  # objects covered by more than this fraction are dropped
+    copy_paste_objects: int = 3  # pasted into each image, at most
+    copy_paste_min_area: float = 100.0  # px^2 on the canvas; smaller objects are not pasted
+    copy_paste_ratio: Interval = (0.45, 0.55)  # weight of the pixels below a pasted object; 0: opaque
+    copy_paste_ring: Interval = (0.1, 0.25)  # pasted around an object, as a share of its sides
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -50,14 +58,17 @@ class AugmentSettings:
                 f"iou_crop_options {self.iou_crop_options} must include 1 (no crop): there may be no crop that reaches any"
                 " of the others"
             )
-
-    @property
-    def mixes(self) -> bool:
-        """Whether samples are made of several images."""
-        return any((self.mosaic_probability, self.copy_paste_probability, self.mixup_probability))
+        if self.mosaic_short_side < 1:
+            raise ValueError(f"mosaic_short_side ({self.mosaic_short_side}) must be 1 or more")
+        if not 0 < self.mosaic_scale[0] <= self.mosaic_scale[1]:
+            raise ValueError(f"mosaic_scale {self.mosaic_scale} must be (smallest, largest), both > 0")
+        for name in ("mixup_ratio", "copy_paste_ratio"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"{name} ({low}, {high}) must be (smallest, largest) in 0..1")
 
     def clean(self) -> "AugmentSettings":
-        """Settings of the last epochs: flip and resize alone."""
+        """Settings of warm-up and clean epochs: flip and resize alone."""
         return replace(
             self,
             photometric_probability=0,
@@ -68,3 +79,7 @@ class AugmentSettings:
             mixup_probability=0,
             copy_paste_probability=0,
         )
+
+    def ordinary(self) -> "AugmentSettings":
+        """Settings of the epochs after the dense stage: neither mosaic nor mixup."""
+        return replace(self, mosaic_probability=0, mixup_probability=0)

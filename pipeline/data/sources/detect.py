@@ -108,7 +108,13 @@ def _coco_source(folder: Path, annotations: Path) -> DatasetSource:
     places = [beside, *sub_folders(beside, IMAGE_FOLDERS), folder, *sub_folders(folder, IMAGE_FOLDERS)]
     places += [inner for place in places[-1:] for inner in sorted(place.iterdir()) if inner.is_dir()]
     places += sorted(path for path in folder.iterdir() if path.is_dir())
-    best = max(dict.fromkeys(places), key=lambda place: most_hits(str(place), names))
+    # Of folders with the same file names, as 1.jpg in each, the one that is called like the split of the annotations.
+    split = _split_of(annotations.relative_to(folder)).rstrip("0123456789")
+
+    def fit(place: Path) -> tuple[int, bool]:
+        return most_hits(str(place), names), _split_of(place.relative_to(folder)).rstrip("0123456789") == split
+
+    best = max(dict.fromkeys(places), key=fit)
     return coco_source(str(best), str(annotations))
 
 

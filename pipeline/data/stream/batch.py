@@ -9,13 +9,15 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from pipeline.data.augment.blend import Blend, Paste
+
 
 @dataclass(frozen=True)
 class Replacement:
-    """An image that could not be decoded and was replaced by the next one of its micro-batch."""
+    """An image that could not be decoded: replaced by the next one of its micro-batch, or left black in a mosaic."""
 
     image_id: int
-    reason: str
+    reason: str  # goes on after "image 7 is "
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Batch:
     micro_batch: int  # index within the step, over all workers
     images: Tensor  # [B, 3, H, W] uint8, channels last in memory
     photometric: Tensor  # [B, P] float32, for `photometric_distort`
+    blend: Blend  # for `blend_images`, once the colours are final; boxes and labels are those after it
     boxes: Tensor  # [T, 4] float32 cxcywh, normalised to the canvas, image after image
     labels: Tensor  # [T] int64
     counts: tuple[int, ...]  # [B] boxes per image, on the host: reading them needs no synchronisation
@@ -85,6 +88,8 @@ def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch
     teacher_counts: list[int] = block["teacher_counts"].to_pylist()
     teacher_boxes, teacher_labels = _tensor(block["teacher_boxes"]).view(-1, 4), _tensor(block["teacher_labels"])
     teacher_scores = _tensor(block["teacher_scores"])
+    ratios: list[float] = block["blend_ratio"].to_pylist()
+    pastes = block["pastes"].to_numpy().reshape(-1, 1 + len(Paste._fields)).tolist()
     image_id, orig_size = _tensor(block["image_id"]), _tensor(block["orig_size"]).view(-1, 2)
     replaced = list(zip(*(block[f"replaced_{name}"].to_pylist() for name in ("in", "id", "why")), strict=True))
 
@@ -101,6 +106,7 @@ def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch
                 micro_batch=block["micro_batch"].as_py(),
                 images=images[k].permute(0, 3, 1, 2),
                 photometric=photometric[k],
+                blend=Blend(ratios[k], tuple(Paste(*paste) for within, *paste in pastes if within == k)),
                 boxes=boxes[of_boxes],
                 labels=labels[of_boxes],
                 counts=(*counts[of_images], *[0] * (size - here)),

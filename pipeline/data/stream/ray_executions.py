@@ -25,6 +25,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from pipeline.data.stream.backpressure import bound_outputs
 from pipeline.data.stream.batch import Batch, batches_from_arrow
 from pipeline.data.stream.groups import GROUP_WORKERS, groups_of, nodes_of_workers
+from pipeline.data.stream.partners import PARTNERS
 from pipeline.data.stream.plan import Window
 from pipeline.data.stream.share import WorkerShare
 from pipeline.data.stream.tasks import DecodeSettings, decode_block, read_window
@@ -125,6 +126,7 @@ class RayExecutions:
                 lanes=dealt,
                 block_steps=self._block_steps,
                 start_step=start_step,
+                augmentation=self.share.decoding.augmentation,
             ),
             num_cpus=0,  # it waits for storage; reserving a core would take it from decoding
             label_selector={NODE_ID_LABEL: node},
@@ -154,7 +156,7 @@ class RayExecutions:
             self.share.source.row_bytes * self.share.plan.steps_per_window * self.share.plan.micro_batch_size * lanes
         )
         height, width = self.share.decoding.canvas
-        bounds = {"MapBatches(read_window)": int(self._reads * window_bytes / 2)}
+        bounds = {"MapBatches(read_window)": int(self._reads * window_bytes * self._rows_per_image / 2)}
         if self.share.decode_in == "task":
             in_use, ready = 1, max(2, -(-READY_BATCHES // self._block_steps))  # a bound without the block in use stalls
             blocks = workers * (in_use + self._prefetched_blocks + ready)
@@ -172,6 +174,12 @@ class RayExecutions:
     def _feeds_gpu(self) -> bool:
         """Whether this worker has a GPU; one without may still see those of its node."""
         return torch.cuda.is_available() and bool(ray.get_gpu_ids())
+
+    @property
+    def _rows_per_image(self) -> float:
+        """Rows that a block carries for each image, at most: a mosaic needs those of its partners."""
+        augmentation = self.share.decoding.augmentation
+        return 1 + PARTNERS * (augmentation.settings.mosaic_probability if augmentation else 0)
 
     @property
     def _reads(self) -> int:

@@ -11,10 +11,12 @@ from typing import TypeVar
 import pyarrow as pa
 
 from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.augment.stages import WHOLLY_DENSE, Stages
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups
 from pipeline.data.stream.ahead import ahead
 from pipeline.data.stream.batch import Batch, batches_from_arrow
+from pipeline.data.stream.partners import MIN_POOL_ROWS
 from pipeline.data.stream.plan import BatchPlan
 from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS, DecodeIn
 from pipeline.data.stream.share import Broadcast, WorkerShare
@@ -33,7 +35,7 @@ class StreamSettings:
     micro_batch_size: int  # images per worker and forward pass
     canvas: tuple[int, int]  # height, width
     augment: AugmentSettings
-    augment_epochs: int | None = None  # strong augmentation ends before this epoch; None: never
+    stages: Stages = WHOLLY_DENSE  # epochs in which parts of `augment` act
     distort_on_device: bool = True  # colours; False: where images are decoded
     seed: int = 0
     window_rows: int | None = None  # rows that are shuffled together; default: see `training_plan`
@@ -44,12 +46,13 @@ class StreamSettings:
 def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
     """Plan of a training.
 
-    Windows have 2,048 rows or 128 per lane unless the settings say otherwise. They are shortened where images are so large
-    that one would take more than `MAX_WINDOW_BYTES`.
+    Windows have 2,048 rows or 128 per lane unless the settings say otherwise; with mosaics 512 per lane, as a lane's window
+    holds the partners. They are shortened where images are so large that one would take more than `MAX_WINDOW_BYTES`.
     """
     source = locate_row_groups(shards)
     lanes = settings.global_batch_size // max(1, settings.micro_batch_size)
-    window_rows = settings.window_rows or max(DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS * lanes)
+    lane_rows = MIN_POOL_ROWS if settings.augment.mosaic_probability else MIN_LANE_ROWS
+    window_rows = settings.window_rows or max(DEFAULT_WINDOW_ROWS, lane_rows * lanes)
     return BatchPlan(
         source.rows,
         global_batch_size=settings.global_batch_size,
@@ -81,7 +84,7 @@ def training_stream(
     """
     plan = training_plan(shards, settings)
     augmentation = Augmentation(
-        settings.seed, settings.augment, settings.augment_epochs, distort=not settings.distort_on_device
+        settings.seed, settings.augment, settings.stages, distort=not settings.distort_on_device
     )
     decoding = DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation)
     share = WorkerShare(
@@ -132,7 +135,15 @@ def _decoded_here(share: WorkerShare, start_step: int, stop_step: int) -> Iterat
     lanes = [(lane,) for lane in share.lanes]
     for window in share.plan.windows(start_step, stop_step):
         item = pa.Table.from_pylist([asdict(window)])
-        encoded = read_window(item, share.source, share.plan, lanes=lanes, block_steps=1, start_step=start_step)
+        encoded = read_window(
+            item,
+            share.source,
+            share.plan,
+            lanes=lanes,
+            block_steps=1,
+            start_step=start_step,
+            augmentation=share.decoding.augmentation,
+        )
         for block in encoded:
             yield batches_from_arrow(decode_block(block, share.decoding), share.decoding.canvas)
 

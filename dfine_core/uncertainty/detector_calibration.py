@@ -1,0 +1,78 @@
+"""Calibration of a detector, as it travels beside its weights in `calibration.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from dfine_core.uncertainty.edge_calibration import EdgeCalibration
+from dfine_core.uncertainty.score_calibration import ScoreCalibration
+
+FILE = "calibration.json"
+LEVELS = (0.5, 0.8, 0.9, 0.95)  # coverages that are fitted
+
+
+@dataclass(frozen=True)
+class DetectorCalibration:
+    """Half-widths of edges at several coverages, and scores as probabilities."""
+
+    edges: tuple[EdgeCalibration, ...]  # every edge by itself, by rising coverage
+    boxes: tuple[EdgeCalibration, ...]  # the four edges of a box together
+    scores: ScoreCalibration
+    images: int  # that it was fitted on
+    sha256: str | None  # of the weights' file
+
+    def at(self, coverage: float, *, joint: bool = False) -> EdgeCalibration:
+        """Half-widths at one of the fitted coverages.
+
+        Raises:
+            ValueError: there are others.
+        """
+        fitted = self.boxes if joint else self.edges
+        for calibration in fitted:
+            if abs(calibration.coverage - coverage) < 1e-9:
+                return calibration
+        known = ", ".join(f"{calibration.coverage:g}" for calibration in fitted)
+        raise ValueError(f"coverage ({coverage:g}) must be one of those that were fitted: {known}")
+
+    def to_json(self, **more: Any) -> bytes:
+        """Content of the file; `more` is written beside the calibration and ignored by `from_json`."""
+        content = {
+            "edges": [calibration.to_plain() for calibration in self.edges],
+            "boxes": [calibration.to_plain() for calibration in self.boxes],
+            "scores": self.scores.to_plain(),
+            "images": self.images,
+            "sha256": self.sha256,
+        }
+        return json.dumps(content | more, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Self:
+        """Read the content of the file.
+
+        Raises:
+            ValueError: it is no calibration.
+        """
+        try:
+            return cls.from_plain(json.loads(content))
+        except RecursionError:
+            raise ValueError("calibration cannot be read: nested too deeply") from None
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> Self:
+        """Read plain values.
+
+        Raises:
+            ValueError: they are no calibration.
+        """
+        try:
+            edges, boxes = (
+                tuple(EdgeCalibration.from_plain(each) for each in content[key]) for key in ("edges", "boxes")
+            )
+            sha256 = content["sha256"]
+            scores, images = ScoreCalibration.from_plain(content["scores"]), int(content["images"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"calibration cannot be read: {error!r}") from None
+        if not (sha256 is None or isinstance(sha256, str)) or any(each.joint for each in edges):
+            raise ValueError("calibration cannot be read: its edges or its sha256 are of another kind")
+        return cls(edges, boxes, scores, images, sha256)
