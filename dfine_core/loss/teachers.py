@@ -139,10 +139,9 @@ def moved_distribution(
     centre, half = candidates[..., :2], candidates[..., 2:] / 2
     corners = torch.cat([centre - half, centre + half], dim=-1)
     seen = true_offsets(to_boxes.unsqueeze(1), corners, reg_scale).transpose(1, 2)  # [M, 4, N]
-    left, toward_right = bracketing_bins(seen, bins)
-    moved = torch.zeros_like(probabilities)
-    moved.scatter_add_(-1, left, probabilities * (1 - toward_right))
-    return moved.scatter_add_(-1, left + 1, probabilities * toward_right)
+    bracket, share = bracketing_bins(seen, bins)  # [M, 4, N, 2]
+    parts = probabilities.unsqueeze(-1) * share
+    return torch.zeros_like(probabilities).scatter_add_(-1, bracket.flatten(-2), parts.flatten(-2))
 
 
 @torch.no_grad()

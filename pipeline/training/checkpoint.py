@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -181,6 +182,11 @@ def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], uri: str) 
     saved = state.optimizer.state_dict()
     saved["state"] = {number: states[name] for number, name in enumerate(ours)} if states else {}
     state.optimizer.load_state_dict(saved)
+    # Fused Adam on a CPU walks through memory without regard to strides, and files hold moments in plain order.
+    for parameter, moments in state.optimizer.state.items():
+        for key, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter).copy_(value)
 
 
 # Files

@@ -146,6 +146,7 @@ def test_a_box_of_a_teacher_goes_where_a_true_box_goes_and_is_dropped_where_it_i
         taught = AnnotatedImage(
             *(record.image, record.width, record.height, np.concatenate([boxes, boxes, other])),
             np.concatenate([labels, labels, [99]]),
+            np.zeros(2 * len(labels) + 1, np.float32),
             scores,
         )
         keyed: dict[str, Any] = {
@@ -155,7 +156,9 @@ def test_a_box_of_a_teacher_goes_where_a_true_box_goes_and_is_dropped_where_it_i
             "settings": AugmentSettings(),
             "canvas": (48, 64),
         }
-        plain = augmented_sample(AnnotatedImage(record.image, record.width, record.height, boxes, labels), **keyed)
+        areas = np.zeros(len(labels), np.float32)
+        alone = AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas)
+        plain = augmented_sample(alone, **keyed)
         sample = augmented_sample(taught, **keyed)
         assert np.array_equal(sample.image, plain.image)
         assert np.array_equal(sample.boxes[sample.truth], plain.boxes)
