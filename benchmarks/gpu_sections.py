@@ -425,6 +425,10 @@ def training(proof: Proof) -> tuple[Any, Any]:
         orig_size=torch.full((proof.batch, 2), proof.size),
         padding=(False,) * proof.batch,
         replaced=(),
+        teacher_boxes=torch.zeros(0, 4),
+        teacher_labels=torch.zeros(0, dtype=torch.int64),
+        teacher_scores=torch.zeros(0),
+        teacher_counts=(0,) * proof.batch,
     )
     return state, batch.pin_memory() if proof.device == "cuda" else batch
 

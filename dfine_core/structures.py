@@ -149,6 +149,9 @@ class DetectorOutput:
     encoder_logits: Tensor | None = None  # [B, Q, C], or [B, Q, 1] with class-agnostic selection
     encoder_boxes: Tensor | None = None  # [B, Q, 4]
     joined: QueryPredictions | None = None  # denoising and matching queries side by side, as the decoder made them
+    encoder_map: Tensor | None = (
+        None  # [B, D, H / 32, W / 32] coarsest map after the encoder's attention; with every layer
+    )
 
     def all_queries(self) -> QueryPredictions | None:
         """Predictions for the denoising queries, if there are any, and after them for the matching ones."""

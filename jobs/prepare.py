@@ -8,9 +8,11 @@
     dfine prepare auto /data/export --out /shards/mine
     dfine prepare auto /data/export --split train --split-off val=0.2 --out /shards/mine
     dfine prepare synthetic --images 2000 --split train --out /tmp/shapes/train
+    dfine prepare teacher /shards/mine/train --results /found/large --out /shards/mine/train-teacher
 
 One command writes one split into one folder; `auto` and --split-off write one folder for each split. The same
 command again resumes an interrupted preparation. Rejected images and boxes are listed with the reason in rejected.parquet.
+`teacher` joins detections of another detector (COCO results, or the folder of a `dfine predict`) with a finished shard set.
 Paths must be readable from every node of the cluster; without RAY_ADDRESS the command starts Ray on this machine, and a
 submitted job uses its cluster.
 """
@@ -32,7 +34,30 @@ OBJECTS365_LONGEST_SIDE = 640  # px
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    prepare_shards(parsed(parser(), argv))
+    args = parsed(parser(), argv)
+    if args.source == "teacher":
+        join_teacher(args)
+    else:
+        prepare_shards(args)
+
+
+def join_teacher(args: argparse.Namespace) -> None:
+    """Write the boxes of teachers that the arguments describe."""
+    announce("prepare", f"{args.shards}: joining {len(args.results)} results …")
+    from pipeline.data.prepare.teacher_boxes import prepare_teacher_boxes
+    from pipeline.data.shards.manifest import load_shards
+    from pipeline.wording import plural
+
+    shards = load_shards(args.shards)
+    given = {"images": args.images, "bonus": args.bonus, "min_score": args.min_score, "max_boxes": args.max_boxes}
+    manifest = prepare_teacher_boxes(
+        shards, args.results, args.out, **{name: value for name, value in given.items() if value is not None}
+    )
+    print(
+        f"{args.out}: {plural(manifest.boxes, 'box')} of a teacher for {manifest.images} of"
+        f" {plural(shards.manifest.images, 'image')}, digest {manifest.digest}"
+    )
+    print(f"to train with them: --set teacher.boxes.folder={args.out}")
 
 
 def prepare_shards(args: argparse.Namespace) -> None:
@@ -220,6 +245,27 @@ def parser() -> argparse.ArgumentParser:
         help="shapes to annotate, and the names of their classes",
     )
     _add_common(synthetic)
+
+    teacher = sources.add_parser("teacher", help="detections of another detector, for a shard set that exists")
+    teacher.add_argument("shards", type=location, help="shard set to train on")
+    teacher.add_argument(
+        "--results",
+        nargs="+",
+        type=location,
+        required=True,
+        metavar="FILE",
+        help="COCO results or folders of `dfine predict`, one for each teacher",
+    )
+    teacher.add_argument(
+        "--images", type=location, metavar="FILE", help="images that the ids of plain results belong to, if others"
+    )
+    teacher.add_argument("--min-score", type=float, metavar="P", help="leave out boxes below it; default: 0.05")
+    teacher.add_argument("--max-boxes", type=int, metavar="N", help="per image and teacher, best first; default: 50")
+    teacher.add_argument(
+        "--bonus", nargs="+", type=float, metavar="A", help="added to each teacher's scores where they are ranked"
+    )
+    teacher.add_argument("--out", type=location, required=True, metavar="DIR", help="folder of the boxes")
+    add_log_level(teacher)
     return arguments
 
 

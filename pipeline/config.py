@@ -33,6 +33,7 @@ from pipeline.errors import UserError
 from pipeline.pretrained import weights_location
 from pipeline.ray_job import absolute_location
 from pipeline.recipes import Recipe, with_recipe
+from pipeline.teacher_settings import TeacherSettings
 
 MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -333,6 +334,7 @@ class Experiment(Config):
     data: Data
     model: Model = Model()
     loss: LossConfig = LossConfig()
+    teacher: TeacherSettings = TeacherSettings()
     schedule: Schedule
     optimizer: Optimizer = Optimizer()
     ema: AveragedWeights = AveragedWeights()

@@ -54,7 +54,8 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "data.stream": {"data.shards", "data.augment"},
     "data.doctor": {"data.shards", "data.augment", "data.prepare"},
     "recipes": set(),
-    "config": {"data.augment", "data.stream", "recipes"},
+    "teacher_settings": set(),
+    "config": {"data.augment", "data.stream", "recipes", "teacher_settings"},
     "config_files": {"config"},
     "output_folder": {"config"},
     "exported_files": {"config"},
@@ -65,7 +66,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "tracking": {"config"},
     "training": {
         *("data.shards", "data.augment", "data.stream", "recipes", "config", "config_files"),
-        *("open_detector", "thresholds", "benchmark", "evaluation", "tracking"),
+        *("open_detector", "thresholds", "benchmark", "evaluation", "tracking", "teacher_settings"),
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
@@ -140,7 +141,7 @@ ENTRANCES = {
     "triton": ("pipeline/data/augment/photometric_triton.py",),
     "onnx": ("pipeline/export/formats.py",),
     "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
-    "transformers": ("pipeline/export/huggingface.py",),
+    "transformers": ("pipeline/export/huggingface.py", "pipeline/training/teachers/vision.py"),
     "huggingface_hub": ("pipeline/hub.py",),
 }
 

@@ -123,10 +123,11 @@ def test_the_core_needs_six_packages() -> None:
 
 def test_extras_build_on_each_other() -> None:
     texts = PYPROJECT["project"]["optional-dependencies"]
-    assert set(texts) == {"train", "serve", "export", "dev"}
+    assert set(texts) == {"train", "serve", "export", "teachers", "dev"}
     assert "ray-dfine[train]" in texts["serve"]
     assert "ray-dfine[train]" in texts["export"]
-    assert "ray-dfine[export,serve]" in texts["dev"]
+    assert "ray-dfine[train]" in texts["teachers"]
+    assert "ray-dfine[export,serve,teachers]" in texts["dev"]
     assert not requirements("train") & requirements()
 
 

@@ -237,7 +237,7 @@ class Criterion(nn.Module):
             target = pairs.target[rows, columns]
             index = (pairs.stage[: len(logits)], pairs.image[rows, columns], pairs.query[rows, columns], labels[target])
             real = None if pairs.real is None else pairs.real[columns]
-            entries, hits = self._classification_loss(logits, index, ious[rows, columns], real)
+            entries, hits = losses.classification_loss(logits, index, ious[rows, columns], weights, real)
             of_noised = entries[:, :, : stages.noised]
             if padding is not None:
                 of_noised = of_noised * padding.slots
@@ -250,14 +250,6 @@ class Criterion(nn.Module):
         matching, noised = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*sums, strict=True))
         weight = weights.vfl if weights.classification == "vfl" else weights.mal
         return _weighted(matching, weight), _weighted(noised, weight)
-
-    def _classification_loss(
-        self, logits: Tensor, index: tuple[Tensor, Tensor, Tensor, Tensor], ious: Tensor, real: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        weights = self.config.loss
-        if weights.classification == "vfl":
-            return losses.varifocal_loss(logits, index, ious, weights.vfl_alpha, weights.vfl_gamma, real)
-        return losses.matchability_aware_loss(logits, index, ious, weights.mal_alpha, weights.mal_gamma, real)
 
     def _box_and_edge_losses(
         self, stages: Stages, pairs: ComparedPairs, predicted: Tensor, targets: Targets, gious: Tensor, ious: Tensor

@@ -9,7 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfine_core.config import LossConfig
 from dfine_core.model.distribution import bracketing_bins
+
+
+def classification_loss(
+    logits: Tensor,
+    index: tuple[Tensor, Tensor, Tensor, Tensor],
+    ious: Tensor,
+    config: LossConfig,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """VFL or MAL, as configured; arguments and result are those of `varifocal_loss`."""
+    if config.classification == "vfl":
+        return varifocal_loss(logits, index, ious, config.vfl_alpha, config.vfl_gamma, real)
+    return matchability_aware_loss(logits, index, ious, config.mal_alpha, config.mal_gamma, real)
 
 
 def varifocal_loss(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -57,8 +58,9 @@ class Detector(nn.Module):
         if self.training and targets is not None and denoising is not False:
             packed = Targets.pack(targets, self.config.num_classes, images.device)
             queries = denoising or sample_queries_for(self.config, packed, generator)
-        output: DetectorOutput = self.decoder(self.encoder(self.backbone(images)), queries, every_layer)
-        return output
+        *maps, attended = self.encoder(self.backbone(images), with_attended=True)
+        output: DetectorOutput = self.decoder(maps, queries, every_layer)
+        return replace(output, encoder_map=attended) if self.training or every_layer else output
 
     def deploy(self) -> Self:
         """Fuse convolutions with their norms and drop what only training needs, in place. Cannot be undone."""

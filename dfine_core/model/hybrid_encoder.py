@@ -152,8 +152,12 @@ class HybridEncoder(nn.Module):
         self.downsample_convs = nn.ModuleList(nn.Sequential(SCDown(dim)) for _ in range(levels - 1))
         self.pan_blocks = nn.ModuleList(ELAN(dim, inner, blocks) for _ in range(levels - 1))
 
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Turn backbone maps, fine to coarse, into maps of the same sizes with `encoder_dim` channels."""
+    def forward(self, maps: list[Tensor], *, with_attended: bool = False) -> list[Tensor]:
+        """Turn backbone maps, fine to coarse, into maps of the same sizes with `encoder_dim` channels.
+
+        Args:
+            with_attended: put the coarsest map after its attention, before the pyramid, at the end of the list.
+        """
         projected = [project(x) for project, x in zip(self.input_proj, maps, strict=True)]
         projected[-1] = self._attend(projected[-1])
 
@@ -166,7 +170,7 @@ class HybridEncoder(nn.Module):
         outputs = [coarse]
         for down, fuse, lateral_map in zip(self.downsample_convs, self.pan_blocks, reversed(laterals), strict=True):
             outputs.append(fuse(torch.cat([down(outputs[-1]), lateral_map], dim=1)))
-        return outputs
+        return [*outputs, projected[-1]] if with_attended else outputs
 
     def deploy(self) -> None:
         """Fuse the pyramid's convolutions with their norms. The input projections stay unfused, as released."""

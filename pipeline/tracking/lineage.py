@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-PARENT = "parent."  # first characters of tags
+PARENT, TEACHER = "parent.", "digest.teacher."  # first characters of tags
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Ancestor:
     status: str
     ap: float | None
     commit: str
-    data: tuple[str, ...]  # one line per shard set
+    data: tuple[str, ...]  # one line per shard set and teacher
     versions: tuple[str, ...]  # registered models that this run made: NAME/VERSION
     began_with: str  # source of the initial weights; "" for random weights
     parent: "Ancestor | None"
@@ -68,7 +68,7 @@ def lineage(client: "MlflowClient", run_id: str, seen: frozenset[str] = frozense
         status=run.info.status,
         ap=run.data.metrics.get(f"{FINAL}/AP"),
         commit=tags.get(COMMIT, ""),
-        data=tuple(_data_lines(run)),
+        data=(*_data_lines(run), *teacher_lines(tags)),
         versions=tuple(f"{v.name}/{v.version}" for v in versions),
         began_with=_described(parent),
         parent=lineage(client, before.info.run_id, seen | {run_id}) if known and before is not None else None,
@@ -103,6 +103,15 @@ def _data_lines(run: "Run") -> Iterator[str]:
         use = next((tag.value for tag in given.tags if tag.key == "mlflow.data.context"), "data")
         uri = json.loads(given.dataset.source).get("uri", "")
         yield f"{use}: {given.dataset.name}, digest {given.dataset.digest[:12]}, {uri}"
+
+
+def teacher_lines(tags: Mapping[str, str]) -> list[str]:
+    """One line for each teacher of a run, from its tags."""
+    return [
+        f"teacher: {key.removeprefix(TEACHER)}, digest {digest[:12]}"
+        for key, digest in sorted(tags.items())
+        if key.startswith(TEACHER)
+    ]
 
 
 def _lines(run: Ancestor) -> list[str]:

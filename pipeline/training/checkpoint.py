@@ -3,7 +3,7 @@
     checkpoints/step-00001300/
         model.safetensors       weights as trained
         ema.safetensors         averaged weights, evaluated and shipped
-        optimizer.safetensors   moments and step counts by parameter name, and the loss scale
+        optimizer.safetensors   moments and step counts by parameter name, the loss scale, and what teachers train and adapt
         experiment.yaml         every value of the experiment, for people; a run resumes from its `run.json`
         metadata.json           written last, with a digest of its own; a folder without it is incomplete and ignored
 
@@ -94,6 +94,7 @@ def take_snapshot(state: TrainState, metadata: Metadata, experiment: dict[str, A
             "loss_scale": state.loss_scale.scale,
             "finite_steps": state.loss_scale.finite_steps,
             "ema_updates": state.ema.updates,
+            **({} if state.teachers is None else state.teachers.tensors()),
         },
     }
     copied = {file: {key: _copied(tensor) for key, tensor in group.items()} for file, group in tensors.items()}
@@ -117,8 +118,21 @@ def load_tensors(state: TrainState, uri: str) -> Metadata:
     state.loss_scale.scale.copy_(optimizer.pop("loss_scale"))
     state.loss_scale.finite_steps.copy_(optimizer.pop("finite_steps"))
     state.ema.updates.copy_(optimizer.pop("ema_updates"))
+    taught = {name: optimizer.pop(name) for name in list(optimizer) if _is_of_teachers(name)}
+    try:
+        if state.teachers is not None:
+            state.teachers.load(taught)
+        elif taught:
+            raise ValueError("saved with teachers, and this run has none")
+    except ValueError as error:
+        raise CheckpointError(f"{uri}: {error}") from None
     _load_optimizer(state, optimizer, uri)
     return metadata
+
+
+def _is_of_teachers(name: str) -> bool:
+    """Whether a tensor is a teacher's own; the moments of its parameters have names with a slash."""
+    return name.startswith("teachers.") and "/" not in name
 
 
 def restore(state: TrainState, uri: str) -> Metadata:
@@ -143,7 +157,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _names(state: TrainState) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in state.detector.named_parameters()}
+    return {parameter: name for name, parameter in state.named_parameters().items()}
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -29,10 +29,12 @@ class ResolvedData:
 
     train: ShardSet
     val: ShardSet | None
+    teachers: dict[str, str] = field(default_factory=dict)  # digest by key: teacher.features, .detector, .boxes
 
     def digests(self) -> dict[str, str]:
-        """Manifest digest by use: train, and val if there is one."""
-        return {use: shards.manifest.digest for use, shards in (("train", self.train), ("val", self.val)) if shards}
+        """Manifest digest by use: train, and val if there is one; and the digests of the teachers."""
+        sets = {use: shards.manifest.digest for use, shards in (("train", self.train), ("val", self.val)) if shards}
+        return sets | self.teachers
 
     def class_lines(self) -> list[str]:
         """Lines about classes of `val` that differ from those of `train`."""

@@ -15,9 +15,10 @@ from pipeline.mlflow_access import is_mlflow_uri
 from pipeline.pretrained import HUB_SCHEME, describe, is_published
 from pipeline.training.activation import with_activation
 from pipeline.training.budget import budget_lines, estimated_bytes, launch_cost
-from pipeline.training.context import resolve_data
+from pipeline.training.context import ResolvedData, resolve_data
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.start_checks import refuse_failing_start
+from pipeline.training.teachers.checks import with_teachers
 from pipeline.wording import plural
 
 
@@ -30,7 +31,7 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
     Raises:
         UserError: the start would fail.
     """
-    data = resolve_data(experiment.data)
+    data = with_teachers(experiment, resolve_data(experiment.data))
     for shards in filter(None, (data.train, data.val)):
         refuse_changed_files(shards)
     train = data.train.manifest
@@ -62,6 +63,7 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
             [*schedule.lines(evaluates=data.val is not None), *notes]
         ),
         "parameters": "\n".join(_parameter_lines(config, schedule)),
+        **({"teachers": _teacher_text(experiment, data, config, measured)} if experiment.teacher.in_use else {}),
         "memory of a worker": "\n".join(_memory_lines(config, schedule, train)),
         "disk": "\n".join(start),
         "time": "\n".join(
@@ -72,6 +74,12 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         ),
     }
     return "\n\n".join(f"# {title}\n{text.rstrip()}" for title, text in sections.items())
+
+
+def _teacher_text(experiment: Experiment, data: ResolvedData, config: ModelConfig, measured: bool) -> str:
+    from pipeline.training.teachers.cost import teacher_lines  # here: few runs have a teacher
+
+    return "\n".join(teacher_lines(experiment, data, config, measured=measured))
 
 
 def _data_lines(manifest: Manifest) -> list[str]:

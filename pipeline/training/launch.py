@@ -29,6 +29,7 @@ from pipeline.training.recording import deliver_run
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.sigterm import sigterm_kills
 from pipeline.training.stop_request import TrainingStoppedError, status_after
+from pipeline.training.teachers.checks import with_teachers
 
 if TYPE_CHECKING:  # a training in this process does without Ray
     from ray.train import UserCallback
@@ -93,7 +94,7 @@ def launch(
     run = storage.join(experiment.storage, experiment.name or "run")
 
     # 1. Check on this machine everything that could fail later: data, tracking server, initial weights.
-    data = resolve_data(experiment.data)
+    data = with_teachers(experiment, resolve_data(experiment.data))
     for shards in filter(None, (data.train, data.val)):
         refuse_changed_files(shards, contents=verify_data)
     tracking = TrackingSettings.resolve(
@@ -218,6 +219,8 @@ def _schedule(
     least, most = (1, 1) if request is None else (request.least, request.most)
     images = data.train.manifest.images
     schedule = derive(experiment, images=images, workers=most, micro_batch_size=start.micro_batch_size)
+    if experiment.numerics.compile in ("detector", "step") and experiment.teacher.in_use:
+        raise ConfigError("numerics.compile: a teacher reads the detector's maps outside its graph: write off")
     if experiment.numerics.compile in ("detector", "step") and (request is None or not request.gpus):
         raise ConfigError(
             "numerics.compile: on a CPU, TorchInductor computes wrong gradients of the encoder (torch 2.14): write off,"

@@ -162,6 +162,8 @@ def run_step(
 
     guard.watch(state, taken, result)
     state.step += 1
+    if state.teachers is not None and state.step % job.schedule.steps_per_epoch == 0:
+        state.teachers.end_epoch(clean=not job.schedule.is_strong(state.step - 1))
     log.step(result, waited_s, step=state.step)
     return result
 

@@ -43,7 +43,8 @@ NEUTRAL = (
     "data.prefetch",
     "non_finite.",
 )
-PATHS = ("data.train", "data.val")  # compared by digest
+# Compared by digest.
+PATHS = ("data.train", "data.val", "teacher.features.model", "teacher.detector.weights", "teacher.boxes.folder")
 
 
 class RunFinishedError(ConfigError):
@@ -232,8 +233,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     for use, digest in now["data"].items():
         if before["data"].get(use) != digest:
+            key = use if "." in use else f"data.{use}"
             lines.append(
-                f"data.{use}: other data, digest {str(before['data'].get(use))[:12]} before, {str(digest)[:12]} now"
+                f"{key}: other data, digest {str(before['data'].get(use))[:12]} before, {str(digest)[:12]} now"
             )
     return lines
 

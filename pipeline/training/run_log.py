@@ -211,6 +211,8 @@ class RunLog:
         values["train/epoch"] = state.step / schedule.steps_per_epoch
         values["train/skipped_steps"] = state.skipped_steps
         values |= memory_metrics(self._context.device)
+        if state.teachers is not None:
+            values |= state.teachers.metrics()
         if self._context.rank != 0:
             return
         self._show(state.step, values)

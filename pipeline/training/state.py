@@ -3,7 +3,7 @@
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from pipeline.training.multiscale import multiscale_sides
 from pipeline.training.numerics import LossScale, RunningStatistics
 from pipeline.training.schedule import Schedule
 from pipeline.training.stage_two import EvaluationHistory
+
+if TYPE_CHECKING:
+    from pipeline.training.teachers.teachers import Teachers
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,11 +52,17 @@ class TrainState:
     max_grad_norm: float
     channels_last: bool = False
     graphs: StepGraphs | None = None  # where the step is compiled
+    teachers: "Teachers | None" = None
 
     step: int = 0  # optimiser steps done
     history: EvaluationHistory = field(default_factory=EvaluationHistory)
     skipped_steps: int = 0  # non-finite
     parent: dict[str, str] = field(default_factory=dict)  # source of the initial weights
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by the names of a checkpoint: the detector, and what its teachers need."""
+        own = dict(self.detector.named_parameters())
+        return own if self.teachers is None else own | self.teachers.named_parameters()
 
     @property
     def averaged_detector(self) -> Detector:
@@ -91,12 +100,20 @@ def build_train_state(
 
     # The schedule multiplies the initial rates in every step.
     optimizer = make_optimizer(detector, schedule.optimizer, fused=True)
+    teachers = None
+    if experiment.teacher.in_use:
+        from pipeline.training.teachers.teachers import Teachers  # here: few runs have one
+
+        teachers = Teachers(experiment.teacher, config, device=device, seed=experiment.seed)
+        if projectors := list(teachers.named_parameters().values()):
+            rates = {"lr": schedule.optimizer.lr, "weight_decay": schedule.optimizer.weight_decay}
+            optimizer.add_param_group({"name": "teachers", "params": projectors, **rates})
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
 
     criterion = Criterion(config).to(device)
     graphs = None
-    compiled = resolve_compile(numerics.compile, device, schedule.steps)
+    compiled = "off" if teachers is not None else resolve_compile(numerics.compile, device, schedule.steps)
     if compiled != "off":
         keep_graphs_in_cache()
         graphs = compile_step(
@@ -128,6 +145,7 @@ def build_train_state(
         precision=precision,
         max_grad_norm=experiment.optimizer.max_grad_norm,
         channels_last=channels_last,
+        teachers=teachers,
     )
 
 

@@ -38,6 +38,8 @@ class MicroBatch:
     images: Tensor  # [B, 3, H, W] in [0, 1]
     targets: Targets
     denoising: DenoisingQueries | None
+    teacher: Targets | None = None  # boxes of a teacher
+    teacher_scores: Tensor | None = None  # [T]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ def to_micro_batch(batch: Batch, state: TrainState, *, size: tuple[int, int], se
     denoising = sample_queries_for(config, targets, generator)
     if state.graphs is not None:
         targets, denoising = pad_targets(targets), None if denoising is None else pad_denoising(denoising, config)
-    return MicroBatch(images, targets, denoising)
+    if state.teachers is None:
+        return MicroBatch(images, targets, denoising)
+    taught = Targets.pack(batch.teacher_targets(), config.num_classes, state.device)
+    scores = batch.teacher_scores.to(state.device, non_blocking=True)
+    return MicroBatch(images, targets, denoising, taught, scores)
 
 
 def train_step(
@@ -94,6 +100,8 @@ def train_step(
     if state.graphs is not None and state.graphs.replay:
         torch.compiler.cudagraph_mark_step_begin()
     matches, normalizers = _match_ahead(state, micro_batches, share)
+    if state.teachers is not None:
+        state.teachers.begin_step(micro_batches, share)
 
     # Forward and backward; gradients are exchanged in the last micro-batch alone.
     state.optimizer.zero_grad(set_to_none=True)
@@ -109,6 +117,8 @@ def train_step(
         state.statistics.accumulate()
         summed = summed + values.detach()
 
+    if state.teachers is not None:
+        state.teachers.exchange_gradients()
     return _update(state, names, summed, share, decide())
 
 
@@ -143,9 +153,14 @@ def _losses(
         return output
 
     targets = micro_batch.targets
-    if state.graphs is None:
-        return loss_values(state.criterion, detect(), targets, matches, normalizers)
-    return state.graphs.losses(state.criterion, detect, targets, matches, normalizers)
+    if state.graphs is not None:
+        return state.graphs.losses(state.criterion, detect, targets, matches, normalizers)
+    output = detect()
+    names, values = loss_values(state.criterion, output, targets, matches, normalizers)
+    if state.teachers is None:
+        return names, values
+    taught = state.teachers.terms(micro_batch, output)
+    return (*names, *taught), torch.cat([values, torch.stack(list(taught.values())).to(values)])
 
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
@@ -158,7 +173,7 @@ def _update(state: TrainState, names: tuple[str, ...], terms: Tensor, share: flo
     if state.loss_scale.enabled:
         gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(gradients, state.loss_scale.scale)
-    grad_norm = nn.utils.clip_grad_norm_(state.detector.parameters(), state.max_grad_norm, foreach=True)
+    grad_norm = nn.utils.clip_grad_norm_(state.named_parameters().values(), state.max_grad_norm, foreach=True)
 
     # One reduction carries the loss terms, the running statistics, whether any worker saw a non-finite value, and the directive.
     everything = torch.cat([terms.float(), state.statistics.mean(share)])
@@ -169,6 +184,8 @@ def _update(state: TrainState, names: tuple[str, ...], terms: Tensor, share: flo
         dist.all_reduce(shared)
         shared /= workers
     finite = (shared[-2] == 0) & grad_norm.isfinite()
+    if state.teachers is not None:
+        state.teachers.measure(state.detector, finite)
 
     # The fused optimiser takes the flag meant for loss scaling: where set, it neither moves weights nor counts the step.
     state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]

@@ -210,6 +210,7 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = replace(batch_of(synthetic_records(4)), replaced=(Replacement(7, "broken"),))
     moved = batch.to("meta")
     tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert tensors == {"images", "photometric", "boxes", "labels", "image_id", "orig_size"}
+    taught = {"teacher_boxes", "teacher_labels", "teacher_scores"}
+    assert tensors == {"images", "photometric", "boxes", "labels", "image_id", "orig_size"} | taught
     assert all(getattr(moved, name).device.type == "meta" for name in tensors)
     assert (moved.counts, moved.replaced, moved.step) == (batch.counts, batch.replaced, batch.step)

@@ -65,7 +65,7 @@ def test_mixup_is_that_of_the_published_batch() -> None:
     blend = Blend(RECORDED["ratio_of_own"])
     expected = torch.tensor([image["colour"] for image in after]).view(-1, 3, 1, 1)
     torch.testing.assert_close(blend_images(images, blend), expected, atol=1e-6, rtol=0)
-    boxes, labels = blended_targets(samples, blend, [])
+    boxes, labels, _ = blended_targets(samples, blend, [])
     for image, box, label in zip(after, boxes, labels, strict=True):
         np.testing.assert_allclose(box, image["boxes"], atol=1e-7)
         assert label.tolist() == image["labels"]

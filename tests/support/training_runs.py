@@ -19,6 +19,7 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import derive
 from pipeline.training.state import TrainState
 from pipeline.training.step import StepResult
+from pipeline.training.teachers.checks import with_teachers
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
 
@@ -71,7 +72,7 @@ def experiment(folder: Path, data: dict[str, str], **sections: Any) -> Experimen
 
 
 def job(experiment: Experiment, *, workers: int = 1, **settings: Any) -> TrainJob:
-    data = resolve_data(experiment.data)
+    data = with_teachers(experiment, resolve_data(experiment.data))
     schedule = derive(experiment, images=data.train.manifest.images, workers=workers)
     run = f"{experiment.storage}/{experiment.name}"
     values = {"experiment": experiment, "data": data, "schedule": schedule, "run": run, "tracking": None, **settings}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.augment.generators import keyed_generator
-from pipeline.data.augment.samples import Sample
+from pipeline.data.augment.samples import TRUTH, Sample
 from pipeline.data.augment.settings import AugmentSettings
 
 
@@ -68,20 +68,23 @@ def draw_blend(
 
 def blended_targets(
     samples: Sequence[Sample], blend: Blend, pasted: Sequence[PastedBox]
-) -> tuple[list[NDArray[np.float32]], list[NDArray[np.int64]]]:
-    """Boxes and labels of each image after the blend, its own ones first; those of the other image count in full."""
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.int64]], list[NDArray[np.float32]]]:
+    """Boxes, labels and scores of each image after the blend, its own ones first; those of the other image count in full."""
     boxes, labels = [sample.boxes for sample in samples], [sample.labels for sample in samples]
+    scores = [sample.scores for sample in samples]
     if blend.pastes:
         for image, box, label in pasted:
             boxes[image] = np.concatenate([boxes[image], box[np.newaxis]])
             labels[image] = np.append(labels[image], label)
+            scores[image] = np.append(scores[image], np.float32(TRUTH))
     elif blend.ratio < 1:
         # An image is mixed with the one before it, the first with the last.
         return (
             [np.concatenate([boxes[i], boxes[i - 1]]) for i in range(len(samples))],
             [np.concatenate([labels[i], labels[i - 1]]) for i in range(len(samples))],
+            [np.concatenate([scores[i], scores[i - 1]]) for i in range(len(samples))],
         )
-    return boxes, labels
+    return boxes, labels, scores
 
 
 def _draw_pastes(

@@ -7,7 +7,7 @@ Source: DEIM, arXiv:2412.04234.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, warp
 from pipeline.data.augment.generators import keyed_generator
 from pipeline.data.augment.geometry import Rectangle, decode_divisor, to_normalised_cxcywh
 from pipeline.data.augment.photometric_parameters import Photometric, draw_photometric, mean_grey
-from pipeline.data.augment.samples import AnnotatedImage, Sample, within_image
+from pipeline.data.augment.samples import TRUTH, AnnotatedImage, Sample, within_image
 from pipeline.data.augment.settings import AugmentSettings
 
 TILES = 4
@@ -62,7 +62,7 @@ def mosaic_sample(
 
     # Pixels and boxes of each image.
     pixels = np.zeros((*canvas, 3), np.uint8)
-    parts: list[tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32]]] = []
+    parts: list[tuple[NDArray[Any], ...]] = []  # boxes, labels, areas and scores of each image
     failures: dict[int, str] = {}
     for index, (image, tile) in enumerate(zip(images, placed, strict=True)):
         matrix = to_canvas @ moved @ tile
@@ -73,23 +73,25 @@ def mosaic_sample(
                 raise
             failures[index] = str(error)
             continue
-        boxes, labels, areas = within_image(image)
+        boxes, labels, areas, scores = within_image(image)
+        scores = np.full(len(labels), TRUTH, np.float32) if scores is None else scores
         on_mosaic = moved_boxes(boxes, moved @ tile, size)
         sides = (on_mosaic[:, 2:] - on_mosaic[:, :2]) * np.minimum([canvas[1] / size[1], canvas[0] / size[0]], 1)
         kept = (sides >= settings.min_box_size).all(axis=1)
         on_canvas = moved_boxes(on_mosaic[kept], to_canvas, canvas)
-        parts.append((on_canvas, labels[kept], areas[kept] * abs(np.linalg.det(matrix))))
+        parts.append((on_canvas, labels[kept], areas[kept] * abs(np.linalg.det(matrix)), scores[kept]))
 
     if photometric[Photometric.CONTRAST] != 1:
         photometric[Photometric.MEAN_GREY] = mean_grey(pixels)
     photometric[Photometric.LEFT :] = Rectangle(0, 0, canvas[1], canvas[0])
-    boxes, labels, areas = (np.concatenate(column) for column in zip(*parts, strict=True))
+    boxes, labels, areas, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
     sample = Sample(
         image=pixels,
         boxes=to_normalised_cxcywh(boxes, canvas),
         labels=labels.astype(np.int64),
         areas=areas.astype(np.float32),
         photometric=photometric,
+        teacher_scores=scores,
     )
     return sample, failures
 

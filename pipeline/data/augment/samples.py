@@ -33,41 +33,54 @@ from pipeline.data.augment.photometric_parameters import (
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.records import ImageRecord
 
+TRUTH = -1.0  # in the place of a teacher's score: a true box
+
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An encoded image and the G boxes to learn from."""
+    """An encoded image and the G boxes to learn from: the true ones and, after them, those of a teacher."""
 
     encoded: bytes
     width: int  # stored pixels
     height: int
     boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels; clipped to the image, and dropped where nothing remains
     labels: NDArray[np.integer]  # [G]
-    areas: NDArray[np.float32]  # [G] px^2 as annotated
+    areas: NDArray[np.float32]  # [G] px^2 as annotated; 0 for a teacher's
+    teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
 
 
 def without_crowd(record: ImageRecord) -> AnnotatedImage:
-    """An image of a shard with the boxes to learn from: all but crowd regions."""
-    learned = ~record.crowd
-    return AnnotatedImage(
-        record.image,
-        record.width,
-        record.height,
-        record.boxes[learned],
-        record.labels[learned],
-        record.areas[learned],
-    )
+    """An image of a shard with the boxes to learn from: all but crowd regions, and those of a teacher."""
+    learned, teacher = ~record.crowd, record.teacher
+    boxes, labels, areas = record.boxes[learned], record.labels[learned], record.areas[learned]
+    if teacher is None:
+        return AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas)
+    scores = np.concatenate([np.full(len(labels), TRUTH, np.float32), teacher.scores])
+    areas = np.concatenate([areas, np.zeros(len(teacher.labels), np.float32)])
+    boxes, labels = np.concatenate([boxes, teacher.boxes]), np.concatenate([labels, teacher.labels])
+    return AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas, scores)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image on its canvas, with G boxes."""
+    """One image on its canvas, with G boxes: true ones, and perhaps some of a teacher among them."""
 
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     boxes: NDArray[np.float32]  # [G, 4] cxcywh, normalised to the canvas
     labels: NDArray[np.int64]  # [G]
     areas: NDArray[np.float32]  # [G] px^2 of the canvas: the annotated area times the scale, whatever was cut off
     photometric: NDArray[np.float32]  # [P], columns of `Photometric`
+    teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """Score of each box, [G]; TRUTH for true ones."""
+        return np.full(len(self.labels), TRUTH, np.float32) if self.teacher_scores is None else self.teacher_scores
+
+    @property
+    def truth(self) -> NDArray[np.bool_]:
+        """Mask [G] of the true boxes."""
+        return self.scores == TRUTH
 
 
 def augmented_sample(
@@ -83,9 +96,10 @@ def augmented_sample(
     """
     # All draws, before any pixel is decoded.
     generator = keyed_generator("image", seed, epoch, image_id)
-    boxes, labels, areas = within_image(image)
+    boxes, labels, areas, scores = within_image(image)
     photometric = draw_photometric(generator, settings)
-    view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas)
+    truth = None if scores is None else scores == TRUTH
+    view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas, truth)
 
     # Pixels are decoded as small as the view allows.
     pixels = decode_rgb(image.encoded, image.width, image.height, view.divisor)
@@ -98,12 +112,13 @@ def augmented_sample(
         labels=labels[kept].astype(np.int64),
         areas=_scaled(areas[kept], view),
         photometric=photometric,
+        teacher_scores=None if scores is None else scores[kept],
     )
 
 
 def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
     """Stretch an image to the canvas, for evaluation; errors as in `augmented_sample`."""
-    boxes, labels, areas = within_image(image)
+    boxes, labels, areas, _ = within_image(image)
     whole = Rectangle(0, 0, image.width, image.height)
     view = composed_view(whole, image.width, image.height, canvas, flip=False)
     pixels = decode_rgb(image.encoded, image.width, image.height)
@@ -120,12 +135,13 @@ def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
 
 def within_image(
     image: AnnotatedImage,
-) -> tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32]]:
-    """Boxes clipped to the image, their labels and areas; those of which nothing is left are dropped."""
+) -> tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32], NDArray[np.float32] | None]:
+    """Boxes clipped to the image, their labels, areas and scores; those of which nothing is left are dropped."""
     clipped = clip_boxes(image.boxes, Rectangle(0, 0, image.width, image.height))
     left, top, right, bottom = clipped.T
     kept = (right > left) & (bottom > top)
-    return clipped[kept], image.labels[kept], image.areas[kept]
+    scores = image.teacher_scores
+    return clipped[kept], image.labels[kept], image.areas[kept], None if scores is None else scores[kept]
 
 
 def _scaled(areas: NDArray[np.float32], view: View) -> NDArray[np.float32]:

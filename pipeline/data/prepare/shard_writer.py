@@ -194,7 +194,7 @@ def _write_parquet(uri: str, first: pa.Table, others: Iterable[pa.Table]) -> tup
     """Write one row group per table; return the shard, and all its rows without the images."""
     row_groups, small = [], []
     with storage.open_atomic(uri) as file:
-        hashing = _HashingFile(file)
+        hashing = HashingFile(file)
         # Encoded images do not compress, and their minimum and maximum are useless.
         with pq.ParquetWriter(
             hashing, SHARD_SCHEMA, compression="none", use_dictionary=False, write_statistics=["image_id"]
@@ -213,7 +213,7 @@ def _write_parquet(uri: str, first: pa.Table, others: Iterable[pa.Table]) -> tup
     return shard, pa.concat_tables(small)
 
 
-class _HashingFile:
+class HashingFile:
     """A file for writing that hashes everything written; its owner closes it."""
 
     closed = False
@@ -224,12 +224,13 @@ class _HashingFile:
         self.bytes = 0
 
     def write(self, data: bytes) -> int:
+        """Write and hash."""
         self.sha256.update(data)
         self.bytes += len(data)
         return self._write(data)
 
     def flush(self) -> None:
-        pass
+        """Leave it to the owner."""
 
     def close(self) -> None:
-        pass
+        """Leave it to the owner."""

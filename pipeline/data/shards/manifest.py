@@ -170,6 +170,7 @@ class ShardSet:
     manifest: Manifest
     mapped_categories: tuple[Category, ...] | None = None  # None: those of the manifest
     mapped_labels: tuple[int, ...] | None = None  # by label in the files
+    teacher_boxes: str | None = None  # folder or URI of a teacher's boxes that are read along
 
     @property
     def categories(self) -> tuple[Category, ...]:

@@ -16,10 +16,11 @@ from pyarrow import fs
 from pipeline import storage
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.records import SHARD_SCHEMA
+from pipeline.data.shards.teacher_boxes import TEACHER_FIELDS, read_teacher_group, with_teacher_columns
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 
-ROW_TYPE = pa.struct(list(SHARD_SCHEMA))
+ROW_TYPE = pa.struct([*SHARD_SCHEMA, *TEACHER_FIELDS])  # a row of a training; empty lists without a teacher
 ANNOTATION_COLUMNS = tuple(name for name in SHARD_SCHEMA.names if name != "image")
 PARALLEL_READS = 8  # concurrent requests: object storage has high latency, but serves many requests at once
 
@@ -54,6 +55,7 @@ class RowGroups:
     rows: NDArray[np.int64]  # [G]
     row_bytes: float  # average
     labels: NDArray[np.int32] | None = None  # [K] label that each one of the files becomes; None: as in the files
+    teacher_boxes: str | None = None  # folder or URI of a teacher's boxes for these rows
 
 
 def locate_row_groups(shards: ShardSet) -> RowGroups:
@@ -70,6 +72,7 @@ def locate_row_groups(shards: ShardSet) -> RowGroups:
         rows=np.array([rows for shard in described for rows in shard.row_groups], np.int64),
         row_bytes=sum(shard.bytes for shard in described) / sum(shard.rows for shard in described),
         labels=None if shards.mapped_labels is None else np.array(shards.mapped_labels, np.int32),
+        teacher_boxes=shards.teacher_boxes,
     )
 
 
@@ -146,6 +149,22 @@ def read_row_groups(
     numbers = [int(group) for group in groups]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         return dict(zip(numbers, pool.map(read, numbers), strict=True))
+
+
+def read_training_rows(source: RowGroups, groups: Iterable[int]) -> dict[int, pa.Table]:
+    """Read rows of `ROW_TYPE` of each of `groups`: those of the shards, with a teacher's boxes if `source` names some."""
+    tables = read_row_groups(source, groups)
+    if source.teacher_boxes is None:
+        return {group: with_teacher_columns(table, None) for group, table in tables.items()}
+    filesystem, folder = _resolve(source.teacher_boxes)
+
+    def join(group: int) -> pa.Table:
+        path = storage.join(folder, source.files[source.shard[group]])
+        rows = tables[group]
+        return with_teacher_columns(rows, read_teacher_group(path, filesystem, int(source.index[group]), rows))
+
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        return dict(zip(tables, pool.map(join, tables), strict=True))
 
 
 def _with_labels(table: pa.Table, labels: NDArray[np.int32]) -> pa.Table:

@@ -6,7 +6,7 @@ evaluation needs them unchanged.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,17 @@ SHARD_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class TeacherBoxes:
+    """T boxes that a teacher found in an image."""
+
+    boxes: NDArray[np.float32]  # [T, 4] xyxy in pixels
+    labels: NDArray[np.int32]  # [T]
+    scores: NDArray[np.float32]  # [T] in 0..1
+
+
+@dataclass(frozen=True)
 class ImageRecord:
-    """An encoded image of width x height pixels with G boxes; the fields are the columns of `SHARD_SCHEMA`."""
+    """An encoded image of width x height pixels with G boxes; the first fields are the columns of `SHARD_SCHEMA`."""
 
     image_id: int
     file_name: str
@@ -40,6 +49,7 @@ class ImageRecord:
     labels: NDArray[np.int32]  # [G]
     areas: NDArray[np.float32]  # [G] px^2
     crowd: NDArray[np.bool_]  # [G]
+    teacher: TeacherBoxes | None = None  # no column of the shard
 
     def __post_init__(self) -> None:
         count = len(self.labels)
@@ -67,8 +77,9 @@ def table_from_records(records: Sequence[ImageRecord]) -> pa.Table:
 
 
 def records_from_table(table: pa.Table) -> Iterator[ImageRecord]:
-    """Yield the rows of a table of `SHARD_SCHEMA`."""
-    for row in table.select(SHARD_SCHEMA.names).to_pylist():
+    """Yield the rows of a table of `SHARD_SCHEMA`, with a teacher's boxes where it has their columns."""
+    taught = "teacher_scores" in table.column_names
+    for row in table.to_pylist():
         yield ImageRecord(
             image_id=row["image_id"],
             file_name=row["file_name"],
@@ -79,7 +90,16 @@ def records_from_table(table: pa.Table) -> Iterator[ImageRecord]:
             labels=np.asarray(row["labels"], np.int32),
             areas=np.asarray(row["areas"], np.float32),
             crowd=np.asarray(row["crowd"], np.bool_),
+            teacher=_teacher_boxes(row) if taught and row["teacher_scores"] else None,
         )
+
+
+def _teacher_boxes(row: dict[str, Any]) -> TeacherBoxes:
+    return TeacherBoxes(
+        np.asarray(row["teacher_boxes"], np.float32).reshape(-1, 4),
+        np.asarray(row["teacher_labels"], np.int32),
+        np.asarray(row["teacher_scores"], np.float32),
+    )
 
 
 class Rejection(NamedTuple):

@@ -1,6 +1,6 @@
 """A micro-batch as tensors, built from its Arrow form without a copy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,11 @@ class Batch:
     orig_size: Tensor  # [B, 2] int64 width, height before any resizing
     padding: tuple[bool, ...]  # [B] True for the padding of evaluation's last batches, which must not be counted
     replaced: tuple[Replacement, ...]
+    # Boxes of a teacher, laid out as the true ones
+    teacher_boxes: Tensor
+    teacher_labels: Tensor
+    teacher_scores: Tensor  # float32
+    teacher_counts: tuple[int, ...]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Move all tensors to a device."""
@@ -47,13 +52,20 @@ class Batch:
 
     def targets(self) -> list[dict[str, Tensor]]:
         """Targets [B] of {"labels": [G] int64, "boxes": [G, 4] cxcywh}, as views of the flat tensors."""
-        counts = list(self.counts)
-        labels, boxes = torch.split(self.labels, counts), torch.split(self.boxes, counts)
-        return [{"labels": label, "boxes": box} for label, box in zip(labels, boxes, strict=True)]
+        return _targets(self.labels, self.boxes, self.counts)
+
+    def teacher_targets(self) -> list[dict[str, Tensor]]:
+        """Boxes of a teacher in the same form; their scores are `teacher_scores`, image after image."""
+        return _targets(self.teacher_labels, self.teacher_boxes, self.teacher_counts)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **changed)
+
+
+def _targets(labels: Tensor, boxes: Tensor, counts: Sequence[int]) -> list[dict[str, Tensor]]:
+    split = zip(torch.split(labels, list(counts)), torch.split(boxes, list(counts)), strict=True)
+    return [{"labels": label, "boxes": box} for label, box in split]
 
 
 def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch]:
@@ -73,16 +85,21 @@ def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch
     photometric = _tensor(block["photometric"]).view(len(real), size, -1)
     counts: list[int] = block["counts"].to_pylist()
     boxes, labels = _tensor(block["boxes"]).view(-1, 4), _tensor(block["labels"])
+    teacher_counts: list[int] = block["teacher_counts"].to_pylist()
+    teacher_boxes, teacher_labels = _tensor(block["teacher_boxes"]).view(-1, 4), _tensor(block["teacher_labels"])
+    teacher_scores = _tensor(block["teacher_scores"])
     ratios: list[float] = block["blend_ratio"].to_pylist()
     pastes = block["pastes"].to_numpy().reshape(-1, 1 + len(Paste._fields)).tolist()
     image_id, orig_size = _tensor(block["image_id"]), _tensor(block["orig_size"]).view(-1, 2)
     replaced = list(zip(*(block[f"replaced_{name}"].to_pylist() for name in ("in", "id", "why")), strict=True))
 
-    batches, image, box = [], 0, 0
+    batches, image, box, taught = [], 0, 0, 0
     for k, here in enumerate(real):
         of_images = slice(image, image + here)
         boxes_here = sum(counts[of_images])
         of_boxes = slice(box, box + boxes_here)
+        taught_here = sum(teacher_counts[of_images])
+        of_teacher = slice(taught, taught + taught_here)
         batches.append(
             Batch(
                 step=block["step"].as_py() + k,
@@ -97,9 +114,13 @@ def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch
                 orig_size=_padded(orig_size[of_images], size, 1),
                 padding=(*[False] * here, *[True] * (size - here)),
                 replaced=tuple(Replacement(lost, reason) for i, lost, reason in replaced if i == k),
+                teacher_boxes=teacher_boxes[of_teacher],
+                teacher_labels=teacher_labels[of_teacher],
+                teacher_scores=teacher_scores[of_teacher],
+                teacher_counts=(*teacher_counts[of_images], *[0] * (size - here)),
             )
         )
-        image, box = image + here, box + boxes_here
+        image, box, taught = image + here, box + boxes_here, taught + taught_here
     return batches
 
 

@@ -17,10 +17,10 @@ from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.mosaic import mosaic_sample
 from pipeline.data.augment.photometric_parameters import identity_photometric
 from pipeline.data.augment.photometric_pixels import distort_pixels
-from pipeline.data.augment.samples import Sample, augmented_sample, plain_sample, without_crowd
+from pipeline.data.augment.samples import TRUTH, Sample, augmented_sample, plain_sample, without_crowd
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import Stages
-from pipeline.data.shards.reader import ROW_TYPE, RowGroups, Rows, read_row_groups, take_rows
+from pipeline.data.shards.reader import ROW_TYPE, RowGroups, Rows, read_training_rows, take_rows
 from pipeline.data.shards.records import ImageRecord, records_from_table
 from pipeline.data.stream.partners import PARTNERS, draw_partners, partner_pools, with_partners
 from pipeline.data.stream.plan import BatchPlan, Window
@@ -53,6 +53,10 @@ DECODED_SCHEMA = pa.schema(
         ("counts", pa.list_(pa.int64())),  # [sum of real] boxes of each image, after the blend
         ("boxes", pa.list_(pa.float32())),  # flat [T, 4] cxcywh, normalised to the canvas, image after image
         ("labels", pa.list_(pa.int64())),  # [T]
+        ("teacher_counts", pa.list_(pa.int64())),  # [sum of real] boxes of a teacher, and in the same way
+        ("teacher_boxes", pa.list_(pa.float32())),
+        ("teacher_labels", pa.list_(pa.int64())),
+        ("teacher_scores", pa.list_(pa.float32())),
         ("replaced_in", pa.list_(pa.int64())),  # index in 0..K - 1 of the micro-batch of each undecodable image
         ("replaced_id", pa.list_(pa.int64())),
         ("replaced_why", pa.list_(pa.string())),
@@ -110,7 +114,7 @@ def read_window(
     rows_of = dict(zip(flat, plan.rows(window, flat), strict=True))
     pool_of = _pools(plan, window, flat, augmentation)
     wanted = np.unique(np.concatenate([rows.group for rows in (*rows_of.values(), *pool_of.values())]))
-    tables = read_row_groups(source, wanted)
+    tables = read_training_rows(source, wanted)
     groups = {group: table.combine_chunks().to_batches()[0].to_struct_array() for group, table in tables.items()}
 
     size = plan.micro_batch_size
@@ -173,6 +177,7 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     photometric = np.tile(identity_photometric(), (len(real), settings.micro_batch_size, 1))
     boxes: list[NDArray[np.float32]] = []
     labels: list[NDArray[np.int64]] = []
+    teacher: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]] = []
     kept: list[ImageRecord] = []
     blends: list[Blend] = []
     replaced: list[tuple[int, int, str]] = []  # index of the micro-batch, image id, reason
@@ -188,9 +193,12 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
             distorts = settings.augmentation is not None and settings.augmentation.distort
             photometric[k, i] = distort_pixels(images[k, i], sample.photometric) if distorts else sample.photometric
         blend, pasted = _drawn_blend(decoded, epoch, step + k, micro_batch, settings)
-        joined_boxes, joined_labels = blended_targets(decoded, blend, pasted)
-        boxes += joined_boxes
-        labels += joined_labels
+        joined = blended_targets(decoded, blend, pasted)
+        for image_boxes, image_labels, image_scores in zip(*joined, strict=True):
+            true = image_scores == TRUTH
+            boxes.append(image_boxes[true])
+            labels.append(image_labels[true])
+            teacher.append((image_boxes[~true], image_labels[~true], image_scores[~true]))
         blends.append(blend)
         kept += names
         replaced += [(k, image_id, reason) for image_id, reason in failures]
@@ -209,6 +217,10 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
         counts=[len(label) for label in labels],
         boxes=_joined(boxes, np.float32),
         labels=_joined(labels, np.int64),
+        teacher_counts=[len(taught) for _, taught, _ in teacher],
+        teacher_boxes=_joined([taught for taught, _, _ in teacher], np.float32),
+        teacher_labels=_joined([taught for _, taught, _ in teacher], np.int64),
+        teacher_scores=_joined([taught for _, _, taught in teacher], np.float32),
         replaced_in=[k for k, _, _ in replaced],
         replaced_id=[image_id for _, image_id, _ in replaced],
         replaced_why=[reason for _, _, reason in replaced],

@@ -1,0 +1,97 @@
+"""Checks of the teachers before a start: they exist, fit the student and its data, and are identified by a digest."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dfine_core.config import ModelConfig
+from pipeline.config import ConfigError, Experiment
+from pipeline.data.shards.manifest import ShardSet
+from pipeline.data.shards.teacher_boxes import load_teacher_boxes
+from pipeline.errors import UserError
+from pipeline.mlflow_access import is_mlflow_uri
+from pipeline.pretrained import is_published
+from pipeline.teacher_settings import DetectorTeacher
+from pipeline.training.context import ResolvedData
+
+BINS = ("reg_max", "up", "reg_scale")
+
+
+def with_teachers(experiment: Experiment, data: ResolvedData) -> ResolvedData:
+    """Check the teachers of an experiment, and add their digests and boxes to its data.
+
+    Raises:
+        ConfigError: a teacher is missing or does not fit; names every problem.
+    """
+    if not experiment.teacher.in_use:
+        return data
+    problems: list[str] = []
+    digests: dict[str, str] = {}
+    train = data.train
+    student = experiment.model.config(len(train.manifest.categories), experiment.loss)
+    settings = experiment.teacher
+    try:
+        if settings.features is not None:
+            from pipeline.training.teachers.vision import open_vision_folder  # here: Transformers takes seconds
+
+            digests["teacher.features"] = open_vision_folder(settings.features.model).digest()
+    except UserError as error:
+        problems.append(f"{error}")
+    try:
+        if settings.detector is not None:
+            digest, found = _examine_detector(settings.detector, student, train)
+            digests["teacher.detector"] = digest
+            problems += found
+    except UserError as error:
+        problems.append(f"teacher.detector.weights: {error}")
+    try:
+        if settings.boxes is not None:
+            boxes = load_teacher_boxes(settings.boxes.folder, train.manifest.digest)
+            digests["teacher.boxes"] = boxes.manifest.digest
+            train = replace(train, teacher_boxes=boxes.uri)
+    except UserError as error:
+        problems.append(f"teacher.boxes.folder: {error}")
+    if settings.boxes is not None and experiment.augment.copy_paste_probability:
+        problems.append(
+            "teacher.boxes does not go with augment.copy_paste_probability: objects that are pasted would lack the"
+            " teacher's boxes; set it to 0"
+        )
+    if problems:
+        raise ConfigError("\n  ".join(["the teachers do not fit:", *problems]))
+    return replace(data, train=train, teachers=digests)
+
+
+def _examine_detector(settings: DetectorTeacher, student: ModelConfig, train: ShardSet) -> tuple[str, list[str]]:
+    if is_published(settings.weights) or is_mlflow_uri(settings.weights):
+        raise ConfigError(
+            f"{settings.weights} would be fetched by every worker: give a run, a checkpoint, an exported folder or a file"
+        )
+    from pipeline.open_detector import open_detector
+    from pipeline.training.checkpoint import weights_as_bytes
+
+    loaded = open_detector(settings.weights)
+    digest = hashlib.sha256(weights_as_bytes(loaded.detector)).hexdigest()
+    names = [category.name for category in train.manifest.categories]
+    return digest, list(_edge_problems(settings, loaded.config, list(loaded.names), student, names))
+
+
+def _edge_problems(
+    settings: DetectorTeacher, teacher: ModelConfig, theirs: list[str], student: ModelConfig, names: list[str]
+) -> Iterator[str]:
+    """Reasons why edges cannot be learned from a detector."""
+    if not settings.edge_weight:
+        return
+    without = "or teacher.detector.edge_weight: 0 to learn from its map alone"
+    if "direct" in (teacher.regression, student.regression):
+        yield f"teacher.detector: both need model.regression fdr, whose edges are distributions, {without}"
+    if wrong := [key for key in BINS if getattr(teacher, key) != getattr(student, key)]:
+        listed = ", ".join(
+            f"{key} is {getattr(teacher, key):g} there and {getattr(student, key):g} here" for key in wrong
+        )
+        wanted = ", ".join(f"model.{key}: {getattr(teacher, key):g}" for key in wrong)
+        yield f"teacher.detector: its edges are distributions over other bins ({listed}): set {wanted}, {without}"
+    if theirs != names:
+        yield (
+            f"teacher.detector: its {len(theirs)} classes are not the {len(names)} of data.train in this order: train it on"
+            f" the same classes, {without}"
+        )
