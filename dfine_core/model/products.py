@@ -30,12 +30,13 @@ def mkl_is_slow() -> bool:
 
 def on_onednn(x: Tensor) -> bool:
     """Whether products of x should be computed by oneDNN; never in a graph, which may run elsewhere."""
+    if torch.compiler.is_compiling():
+        return False
     return bool(
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and mkl_is_slow()
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 

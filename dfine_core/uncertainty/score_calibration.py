@@ -7,7 +7,6 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression, minimize
 from torch import Tensor
 
 Method = Literal["temperature", "platt", "isotonic"]
@@ -95,6 +94,8 @@ def fit_score_calibration(score: Tensor, is_true: Tensor, method: Method = "temp
         slope, offset = math.exp(parameters[0]), parameters[1] if len(parameters) > 1 else 0.0
         return float(np.logaddexp(0, sign * (slope * logit + offset)).mean())
 
+    from scipy.optimize import minimize  # here: a prediction imports this package, and fits nothing
+
     start = np.zeros(1 if method == "temperature" else 2)
     fitted = minimize(negative_likelihood, start, method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12}).x
     return ScoreCalibration(method, math.exp(fitted[0]), float(fitted[1]) if len(fitted) > 1 else 0.0)
@@ -109,6 +110,8 @@ def _isotonic(
     score: "np.ndarray[Any, np.dtype[np.float64]]", truth: "np.ndarray[Any, np.dtype[np.float64]]"
 ) -> tuple[tuple[float, float], ...]:
     """Ends of the constant pieces of the rising step function; equal scores are one point."""
+    from scipy.optimize import isotonic_regression
+
     at, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
     share = np.bincount(inverse, truth) / count
     risen = isotonic_regression(share, weights=count).x

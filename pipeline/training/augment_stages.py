@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pipeline.config import ConfigError
-from pipeline.data.augment.mosaic import TILES
-from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.augment.settings import TILES, AugmentSettings
 from pipeline.data.augment.stages import Stages
 from pipeline.wording import plural
 

@@ -238,4 +238,4 @@ def result_of(
         "run_id": run_id,
         "unrecorded": unrecorded,
     }
-    return result | ({"numbers": report.numbers} if report is not None else {})
+    return result | ({"numbers": report.headline_numbers} if report is not None else {})

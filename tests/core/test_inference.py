@@ -350,7 +350,7 @@ def test_a_damaged_checkpoint_is_named(detector: Detector, tmp_path: Path) -> No
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(LoadError, match=r"ema\.safetensors: is damaged"):
-        load(run)
+        load(path.parent)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_quality_estimates_of_bell_shaped_distributions_stay_close(reg_max: int)
             parameter.normal_().abs_()
     weights, report = rebin(model.state_dict(), reg_max=reg_max)
     prefix = "decoder.decoder.lqe_layers.0."
-    converted = QualityEstimator()
+    converted = QualityEstimator("relu")
     converted.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
 
     matrix, constant = logit_map(report.source, report.target)

@@ -19,7 +19,6 @@ from pipeline.data.augment.photometric_parameters import Photometric, draw_photo
 from pipeline.data.augment.samples import TRUTH, AnnotatedImage, Sample, within_image
 from pipeline.data.augment.settings import AugmentSettings
 
-TILES = 4
 Matrix = NDArray[np.float64]  # [3, 3], homogeneous, of points (x, y); edges of pixels are whole numbers
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+TILES = 4  # images of a mosaic
+
 Interval = tuple[float, float]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.augment.generators import keyed_generator
-from pipeline.data.augment.mosaic import TILES
+from pipeline.data.augment.settings import TILES
 from pipeline.data.shards.reader import Rows
 from pipeline.data.stream.plan import BatchPlan, Window
 
