@@ -1,4 +1,4 @@
-"""What the edge distributions of a trained detector are worth, on detections that are stored with their true boxes.
+"""Reliability of the edge distributions of a trained detector, on detections that are stored with their true boxes.
 
     python -m benchmarks.edge_uncertainty tests/golden/fdr_real.npz
 

@@ -48,7 +48,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Reliability:
-    """What widths and scores are worth, on images that nothing was fitted to. Shares in [0, 1], widths in pixels."""
+    """Reliability of widths and scores on images that nothing was fitted to. Shares in [0, 1], widths in pixels."""
 
     objects: int
     images: int
