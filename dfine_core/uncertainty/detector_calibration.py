@@ -1,4 +1,4 @@
-"""Calibration of a detector, as it travels beside its weights in `calibration.json`."""
+"""Calibration of a detector, as `dfine calibrate` writes it to `calibration.json`; `from_json` reads it."""
 
 import json
 from collections.abc import Mapping

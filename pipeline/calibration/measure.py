@@ -47,13 +47,15 @@ def measure(loaded: LoadedDetector, shards: ShardSet, truth: GroundTruth, *, bat
     """Detect in all images, in this process.
 
     Raises:
-        UserError: the detector regresses boxes directly.
+        UserError: the detector regresses boxes directly, or there is no image.
     """
     detector = loaded.detector
     if loaded.config.regression != "fdr":
         raise UserError(
             f"{loaded.origin}: it regresses boxes directly, so its edges have no distributions to calibrate"
         )
+    if not shards.manifest.images:
+        raise UserError(f"{shards.uri}: it holds no image to calibrate on")
     number_of = {int(image_id): number for number, image_id in enumerate(truth.image_id)}
     batches = evaluation_stream(
         shards, canvas=loaded.config.input_size, micro_batch_size=batch_size, decode_in="inline"

@@ -46,7 +46,7 @@ def calibrate(
     """Calibrate a detector on a shard set.
 
     Args:
-        out: folder of the files; None: that of the detector, where `load` finds them.
+        out: folder of the files; None: that of the detector, beside its weights.
         least_score: of the detections that edges are calibrated for.
 
     Raises:

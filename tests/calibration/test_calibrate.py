@@ -108,6 +108,13 @@ def test_a_detector_without_distributions_is_refused(tmp_path: Path) -> None:
         measure(direct, shards, read_ground_truth(shards), batch_size=2)
 
 
+def test_a_set_without_images_is_refused(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", synthetic_records(1))
+    empty = replace(shards, manifest=shards.manifest.model_copy(update={"images": 0}))
+    with pytest.raises(UserError, match="it holds no image to calibrate on"):
+        measure(small_detector(), empty, read_ground_truth(shards), batch_size=2)
+
+
 def test_measured_widths_equal_a_loop_over_images(tmp_path: Path) -> None:
     records = synthetic_records(5)
     shards, loaded = write_shards(tmp_path / "shards", records), small_detector()
