@@ -11,7 +11,6 @@ server listens on this machine alone unless --host names another address: there 
 
 import argparse
 import ipaddress
-import os
 import signal
 import threading
 from typing import TYPE_CHECKING
@@ -84,6 +83,7 @@ def settings_of(args: argparse.Namespace) -> "ServeSettings":
     """
     import torch
 
+    from dfine_core.cpu import available_cores
     from pipeline.config_files import check
     from pipeline.serve.replica import ServeSettings
 
@@ -92,7 +92,7 @@ def settings_of(args: argparse.Namespace) -> "ServeSettings":
     joins = bool(cluster_address())
     gpus = given.setdefault("gpus", 0.0 if joins or not torch.cuda.is_available() else 1.0)
     if not joins and not gpus:
-        given.setdefault("cpus", max(1, (os.cpu_count() or 1) // args.replicas))
+        given.setdefault("cpus", max(1, available_cores() // args.replicas))
     return check(ServeSettings, given, source="dfine serve")
 
 

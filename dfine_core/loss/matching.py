@@ -5,7 +5,6 @@ Costs of all stages and images are one tensor, which travels to the host once; a
 and every index that the losses need goes back to the device in one tensor.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy, giou
 from dfine_core.config import LossConfig
+from dfine_core.cpu import available_cores
 from dfine_core.structures import Targets
 
-THREADS = min(8, os.cpu_count() or 1)  # solve assignments of large batches
+THREADS = min(8, available_cores())  # solve assignments of large batches
 
 Indices = NDArray[np.int64]
 

@@ -1,12 +1,12 @@
 """Facts that the choices of `dfine fit` rest on: this machine, and the prepared data."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import psutil
 import torch
 
+from dfine_core.cpu import available_cores
 from pipeline.data.doctor.examine import DoctorReport
 from pipeline.data.doctor.row_checks import SIDE_EDGES
 
@@ -48,7 +48,7 @@ def this_machine() -> Machine:
         gpu=gpus[0].name if gpus else None,
         gpus=len(gpus),
         gpu_gib=min((gpu.total_memory for gpu in gpus), default=0) / 2**30,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=available_cores(),
         memory_gib=psutil.virtual_memory().total / 2**30,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dfine_core.cpu import available_cores
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.data.shards.reader import refuse_changed_files
@@ -188,10 +189,14 @@ def _refuse_problems_on_nodes(request: "Request", run: str, data: ResolvedData) 
 
 
 def _threads(request: "Request | None") -> int | None:
-    """PyTorch threads of a worker on the CPU, an equal share of the cores; None on GPUs leaves it to PyTorch."""
-    if request is not None and request.gpus:
-        return None
-    return max(1, (os.cpu_count() or 1) // (1 if request is None else request.most))
+    """PyTorch threads of a worker on the CPU, an equal share of the cores; None on GPUs leaves it to PyTorch.
+
+    In this process OMP_NUM_THREADS sets them. Ray sets that variable for its own processes, also for that of a submitted job.
+    """
+    if request is None:
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return int(given) if given.isdecimal() and int(given) else available_cores()
+    return None if request.gpus else max(1, available_cores() // request.most)
 
 
 def _warnings(job: TrainJob, request: "Request | None") -> list[str]:

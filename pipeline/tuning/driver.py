@@ -22,6 +22,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from dfine_core.cpu import available_cores
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.config_files import check, dump, dump_shareable, flatten, load_cluster
@@ -180,7 +181,7 @@ def plan_resources(sweep: Sweep) -> tuple[Cluster, int]:
             "workers": placement.workers,
             "cpus_per_worker": placement.per_worker.get("CPU", 0.0),
             "gpus_per_worker": placement.per_worker.get("GPU", 0.0),
-            "threads_per_worker": cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // workers),
+            "threads_per_worker": cluster.threads_per_worker or max(1, available_cores() // workers),
         }
     )
     return trial_cluster, placement.max_concurrent_trials
