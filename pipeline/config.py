@@ -280,6 +280,9 @@ class Evaluation(Config):
 
     every_epochs: PositiveInt = 1
     every_steps: PositiveInt | None = None  # instead of epochs
+    patience: PositiveInt | None = (
+        None  # evaluations without an improvement beyond their noise that end a stage; null: none does
+    )
     micro_batch_size: PositiveInt | None = None  # default: twice that of training
     num_images: NonNegativeInt = 6  # validation images rendered with ground truth and detections
     asynchronous: bool = False  # in stage one, on resources of its own (`Cluster.evaluation_*`)
@@ -350,6 +353,12 @@ class Experiment(Config):
     @classmethod
     def _values_of_the_recipe(cls, value: Any) -> Any:
         return with_recipe(value) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> Self:
+        if self.evaluation.patience is not None and self.data.val is None:
+            raise ValueError(f"evaluation.patience ({self.evaluation.patience}) needs a data.val, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _multiscale_needs_squares(self) -> Self:

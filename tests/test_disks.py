@@ -137,3 +137,31 @@ def test_every_command_ends_with_the_path_of_a_disk(disk: tuple[Path, str], tmp_
         run(arguments)
     assert str(ended.value).startswith(str(folder))
     assert sentence in str(ended.value)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_under_two_workers_ends_them_and_the_run_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", synthetic_records(8, longest_side=64))
+    experiment = {
+        "data": {"train": str(tmp_path / "shards"), "val": None},
+        "model": {"variant": "n", "input_size": [64, 64], "num_queries": 20, "num_denoising": 10},
+        "schedule": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "no_aug_epochs": 0},
+        "checkpoints": {"every_steps": 1},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(experiment))
+    (tmp_path / "two.yaml").write_text(json.dumps({"workers": 2, "cpus_per_worker": 0.5, "max_failures": 0}))
+    with small_disk(tmp_path / "disk", "size=90m") as folder:  # one checkpoint fits, two do not
+        words = ["train", str(tmp_path / "run.yaml"), "--cluster", str(tmp_path / "two.yaml"), "--name", "run"]
+        command = [sys.executable, "-m", "jobs", *words, "--set", f"storage={folder}"]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        full = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert full.returncode == 1
+        assert full.stderr.splitlines()[-1].startswith(f"{folder}/run/checkpoints/")
+        assert FULL in full.stderr.splitlines()[-1]
+        assert [path.name for path in (folder / "run" / "checkpoints").glob("step-*")] == ["step-00000001"]
+
+        subprocess.run(["mount", "-o", "remount,size=600m", folder], check=True)
+        roomy = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert roomy.returncode == 0, roomy.stdout + roomy.stderr
+        assert "continuing at step 1 from" in roomy.stdout
+        assert (folder / "run" / "checkpoints" / "step-00000004" / "metadata.json").exists()

@@ -18,6 +18,7 @@ from pipeline.training import stage_two
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.context import TrainJob, WorkerContext
 from pipeline.training.directives import Directive, Directives
+from pipeline.training.early_stop import early_end
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.graphs import graphs_compiled
 from pipeline.training.multiscale import multiscale_side, multiscale_sides
@@ -70,6 +71,13 @@ def train(job: TrainJob, context: WorkerContext) -> dict[str, Any]:
 
         # 2. Step after step.
         while state.step < schedule.steps:
+            if (end := early_end(state.history, state.step, schedule, experiment.evaluation.patience)) is not None:
+                context.print(end.reason)
+                if end.step == schedule.steps:
+                    break
+                state.step = end.step
+                batches = open_stream(job, context, state)
+
             # Stage two begins with the best weights of stage one, so it needs the last evaluation of stage one.
             if state.step == schedule.stage_two_step:
                 evaluator.poll(state, wait=True)
