@@ -11,7 +11,8 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from dfine_core.inference import ImageDetections, from_description
+from dfine_core.image_detections import ImageDetections
+from dfine_core.inference import from_description
 
 
 class ServedDetector(PythonModel):
