@@ -2,19 +2,21 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from dfine_core import __version__
 from dfine_core.inference import LoadedDetector
 from dfine_core.uncertainty.detector_calibration import FILE, DetectorCalibration
+from dfine_core.uncertainty.drift import DriftReference, image_values, make_reference
 from dfine_core.uncertainty.score_calibration import Method
 from pipeline import html_pages, storage
 from pipeline.calibration.figures import coverage_figure, score_figure, width_figure
 from pipeline.calibration.fit import Reliability, fit
-from pipeline.calibration.measure import measure, true_boxes
+from pipeline.calibration.measure import MeasuredDetections, measure, true_boxes
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
@@ -63,6 +65,7 @@ def calibrate(
         method=method,
         sha256=None if loaded.path is None else hashlib.sha256(storage.read_bytes(loaded.path)).hexdigest(),
     )
+    calibration = replace(calibration, reference=reference_of(measured, len(truth.image_id), least_score))
     file, page = storage.join(folder, FILE), storage.join(folder, PAGE)
     facts = {
         "measured": reliability.to_plain(),
@@ -73,6 +76,15 @@ def calibrate(
     storage.write_atomic(page, calibration_page(loaded, shards, calibration, reliability, least_score).encode())
     storage.write_atomic(file, calibration.to_json(**facts))
     return Written(calibration, reliability, file, page)
+
+
+def reference_of(measured: MeasuredDetections, images: int, least_score: float) -> DriftReference:
+    """Values of all images, which a prediction compares its own with."""
+    order = measured.found.image.argsort(stable=True)
+    counts = torch.bincount(measured.found.image, minlength=images)
+    found = (measured[rows] for rows in order.split(counts.tolist()))
+    values = [image_values(each.found.scores, each.std, each.sides, least_score) for each in found]
+    return make_reference(values, least_score)
 
 
 def folder_of(loaded: LoadedDetector) -> str:
