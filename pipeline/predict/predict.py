@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dfine_core.detected_edges import DetectedEdges
 from dfine_core.inference import LoadedDetector
 from dfine_core.precision import AUTO
 from dfine_core.precision_choice import choose_precision
@@ -47,7 +46,7 @@ from pipeline.predict.plan import (
 from pipeline.predict.predicted_images import record_batches
 from pipeline.progress import Progress
 from pipeline.ray_job import cluster_to_join
-from pipeline.thresholds import refuse_unmeasured
+from pipeline.thresholds import refuse_unmeasured, refuse_without_intervals
 
 log = logging.getLogger(__name__)
 REJECTED_FILE = "rejected.parquet"
@@ -129,7 +128,9 @@ def predict(
     if options.num_explanations and loaded.config.regression != "fdr":
         raise ConfigError("this detector regresses boxes directly: its edges have no distributions to explain")
     refuse_unmeasured(loaded, options.threshold)
-    edges = _edges_wanted(loaded, options.coverage)
+    refuse_without_intervals(loaded, options.coverage)
+    measured = options.coverage is not None or loaded.calibration is not None
+    edges = loaded.edges() if measured else None
 
     # 1. The plan: everything that the parts depend on. A folder with another one is refused.
     # Explanations need every decoder layer, which a deployed detector lacks.
@@ -191,23 +192,6 @@ def predict(
         None if calibration is None else loaded.calibration_text(),
         drift_lines,
     )
-
-
-def _edges_wanted(loaded: LoadedDetector, coverage: float | None) -> DetectedEdges | None:
-    """Reader of edges if they are measured: for intervals, or because there is a calibration.
-
-    Raises:
-        ConfigError: the coverage cannot be had.
-    """
-    if coverage is None and loaded.calibration is None:
-        return None
-    try:
-        edges = loaded.edges()
-        if coverage is not None:
-            edges.kind(coverage)
-    except ValueError as error:
-        raise ConfigError(f"--coverage {coverage}: {error}") from None
-    return edges
 
 
 def precision_of(loaded: LoadedDetector, out: str, wanted: str, announce: Callable[[str], None] = log.info) -> str:
