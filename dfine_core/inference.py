@@ -63,6 +63,7 @@ class LoadedDetector:
     path: str | None = None  # file of the weights; None if it is gone or there never was one
     thresholds: ClassThresholds | None = None  # measured at the end of its training; None if they are not known
     precision: str = "fp32"  # one of PRECISIONS; see `with_precision`
+    sha256: str | None = None  # content of the weights' file; None if it is not known
     calibration: DetectorCalibration | None = None  # of scores and edges, from its folder; None: scores stay raw
 
     @property
@@ -446,4 +447,4 @@ def _build_stored(stored: StoredDetector, device: str | torch.device | None) -> 
     loaded = build(
         stored.config, stored.weights, stored.categories, stored.folder, device, thresholds=stored.thresholds
     )
-    return replace(loaded, path=stored.path)
+    return replace(loaded, path=stored.path, sha256=stored.sha256)

@@ -5,8 +5,8 @@
     ray job submit --working-dir . -- python -m jobs.serve s3://bucket/exported --host 0.0.0.0
 
 POST /detect takes a form with files named image, JSON {"images": [base64, ...]}, or one image as the body; threshold,
-max_detections and coverage are further fields, or part of the query. GET /health, /metrics (Prometheus), /model, and / for the page. The
-server listens on this machine alone unless --host names another address: there are no passwords and no TLS.
+max_detections and coverage are further fields, or part of the query. GET /health, /metrics (Prometheus), /model, and / for the
+page. The server listens on this machine alone unless --host names another address: there are no passwords and no TLS.
 """
 
 import argparse

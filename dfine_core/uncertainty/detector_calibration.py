@@ -54,6 +54,11 @@ class DetectorCalibration:
         }
         return json.dumps(content | more, indent=1).encode()
 
+    def metadata(self) -> dict[str, Any]:
+        """Plain values for the metadata of a file that holds the weights too: without digest and reference."""
+        left_out = ("sha256", "reference")
+        return {name: value for name, value in json.loads(self.to_json()).items() if name not in left_out}
+
     def bound_to(self, weights: bytes) -> Self:
         """The same calibration for a file with the same weights."""
         return replace(self, sha256=hashlib.sha256(weights).hexdigest())

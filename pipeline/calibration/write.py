@@ -21,6 +21,7 @@ from pipeline.data.shards.manifest import ShardSet
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.ground_truth import read_ground_truth
+from pipeline.tracking.calibrated_model import CalibrationTarget, log_calibration
 from pipeline.wording import plural
 
 PAGE = "calibration.html"
@@ -55,6 +56,9 @@ def calibrate(
         UserError: it regresses boxes directly, has no folder of its own, or too few objects are found.
     """
     folder = folder_of(loaded) if out is None else out
+    sha256 = loaded.sha256
+    if sha256 is None and loaded.path is not None:
+        sha256 = hashlib.sha256(storage.read_bytes(loaded.path)).hexdigest()
     truth = read_ground_truth(shards)
     measured = measure(loaded, shards, truth, batch_size=batch_size)
     calibration, reliability = fit(
@@ -63,7 +67,7 @@ def calibrate(
         len(truth.image_id),
         least_score=least_score,
         method=method,
-        sha256=None if loaded.path is None else hashlib.sha256(storage.read_bytes(loaded.path)).hexdigest(),
+        sha256=sha256,
     )
     calibration = replace(calibration, reference=reference_of(measured, len(truth.image_id), least_score))
     file, page = storage.join(folder, FILE), storage.join(folder, PAGE)
@@ -97,6 +101,32 @@ def folder_of(loaded: LoadedDetector) -> str:
     if not folder or folder.rstrip("/") != loaded.origin.rstrip("/"):
         raise UserError(f"{loaded.origin}: it is no folder that a calibration can be written to; name one with --out")
     return folder
+
+
+def log_to_mlflow(target: CalibrationTarget, shards: ShardSet, written: Written) -> None:
+    """Attach the files, tags and metrics of a calibration to the run of its detector, and the file to its model.
+
+    Raises:
+        RunLookupError: the server does not accept it.
+    """
+    measured = written.reliability
+    log_calibration(
+        target,
+        {FILE: storage.read_bytes(written.file), PAGE: storage.read_bytes(written.page)},
+        tags={
+            "data": shards.uri,
+            "digest": written.calibration.digest,
+            "images": str(written.calibration.images),
+            "scores": written.calibration.scores.method,
+            "weights_sha256": written.calibration.sha256 or "unknown",
+        },
+        metrics={
+            "calibration/score_error_raw": measured.score_error[0],
+            "calibration/score_error": measured.score_error[1],
+            "calibration/width_error": measured.width_error,
+            **{f"calibration/coverage_{100 * level:g}": held for level, held in measured.conformal.items()},
+        },
+    )
 
 
 def summary(reliability: Reliability) -> list[str]:
