@@ -40,10 +40,7 @@ class DriftReference:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        columns = zip(NAMES, zip(*self.images, strict=True), strict=True)
-        values = {
-            name: [None if math.isnan(v) else float(f"{v:.{DIGITS}g}") for v in column] for name, column in columns
-        }
+        values = {name: [_shortened(row[index]) for row in self.images] for index, name in enumerate(NAMES)}
         return {"least_score": self.least_score, **values}
 
     @classmethod
@@ -107,10 +104,12 @@ def drift_tests(reference: Sequence[ImageValues], new: Sequence[ImageValues], le
 
     tests = []
     for index, name in enumerate(NAMES):
-        old, now = ([row[index] for row in rows if not math.isnan(row[index])] for rows in (reference, new))
+        # Both with the digits that the reference is stored with: otherwise equal images would differ.
+        columns = ([_shortened(row[index]) for row in rows] for rows in (reference, new))
+        old, now = ([value for value in column if value is not None] for column in columns)
         distance = p_value = math.nan
         if min(len(old), len(now)) >= LEAST_IMAGES:
-            distance, p_value = (float(value) for value in ks_2samp(_rounded(old), _rounded(now))[:2])
+            distance, p_value = (float(value) for value in ks_2samp(old, now)[:2])
         tests.append(
             DriftTest(
                 name=name,
@@ -124,9 +123,9 @@ def drift_tests(reference: Sequence[ImageValues], new: Sequence[ImageValues], le
     return tests
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    """Values with the digits that the reference is stored with: otherwise equal images would differ."""
-    return [float(f"{value:.{DIGITS}g}") for value in values]
+def _shortened(value: float) -> float | None:
+    """A value with the digits that are stored; None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else float(f"{value:.{DIGITS}g}")
 
 
 def _median(values: Sequence[float]) -> float:

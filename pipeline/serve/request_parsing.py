@@ -42,7 +42,7 @@ class DetectRequest:
     images: tuple[EncodedImage, ...]
     threshold: float | None  # None: that of the server
     max_detections: int  # per image
-    coverage: float | None  # of the intervals of edges; None: that of the server
+    coverage: float | None = None  # of the intervals of edges; None: that of the server
 
 
 class _Options(BaseModel):

@@ -20,28 +20,13 @@ from dfine_core.image_detections import RawDetections, inner_outer
 from dfine_core.images import read_image
 from dfine_core.inference import image_sizes, prepare
 from dfine_core.thresholds import ClassThresholds
-from dfine_core.uncertainty import EdgeCalibration, ScoreCalibration, edge_errors, fit_edge_calibration
+from dfine_core.uncertainty import ScoreCalibration, edge_errors, fit_edge_calibration
 from dfine_core.uncertainty.detector_calibration import LEVELS, DetectorCalibration
-from dfine_core.uncertainty.drift import DriftReference, ImageValues
 from pipeline.data.sources.synthetic import CLASSES
+from tests.support.calibrations import FACTORS, SLOPE, a_calibration
 from tests.support.real_edges import REG_SCALE, real_edges
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
-
-SLOPE = 0.5
-FACTORS = {level: 1.0 + index for index, level in enumerate(LEVELS)}
-
-
-def a_calibration(sha256: str | None = None) -> DetectorCalibration:
-    def fitted(joint: bool) -> tuple[EdgeCalibration, ...]:
-        return tuple(
-            EdgeCalibration(factor, level, joint, objects=100, by_label={1: 2 * factor})
-            for level, factor in FACTORS.items()
-        )
-
-    reference = DriftReference(0.3, (ImageValues(0.5, 0.1, 3.0), ImageValues(math.nan, math.nan, 0.0)))
-    scores = ScoreCalibration("temperature", slope=SLOPE)
-    return DetectorCalibration(fitted(False), fitted(True), scores, 40, sha256, reference)
 
 
 @pytest.fixture(scope="module")
