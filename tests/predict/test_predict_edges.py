@@ -12,32 +12,15 @@ import torch
 from pycocotools.coco import COCO
 from scipy.stats import binom
 
-from dfine_core import LoadedDetector
 from dfine_core.uncertainty import DetectedBoxes, TrueBoxes, match_for_calibration
 from jobs import calibrate as calibrate_job
 from jobs import predict as predict_job
-from pipeline.data.shards.records import ImageRecord
 from pipeline.predict.predicted_images import PredictedImage, predicted_images
+from tests.support.labelled_by_detector import labelled_by
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
 FITTED, SEEN = 160, 60  # images: the first are calibrated on
-
-
-def labelled_by(loaded: LoadedDetector, count: int) -> list[ImageRecord]:
-    """Images whose true boxes are most of the detector's own, moved by noise in proportion to its deviations."""
-    generator = np.random.default_rng(0)
-    records = []
-    for record in synthetic_records(count, longest_side=64):
-        (found,) = loaded([record.image], threshold=0.3, coverage=0.5)
-        assert found.edge_std_px is not None
-        kept = generator.random(len(found)) < 0.4 + 0.5 * found.scores.numpy()
-        noise = generator.normal(0, 0.4, (len(found), 4)) * found.edge_std_px.numpy()
-        boxes = (found.boxes.numpy() + noise)[kept].astype(np.float32)
-        areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.float32)
-        labels, crowd = found.labels.numpy()[kept].astype(np.int32), np.zeros(int(kept.sum()), bool)
-        records.append(replace(record, boxes=boxes, labels=labels, areas=areas, crowd=crowd))
-    return records
 
 
 @pytest.fixture(scope="module")
