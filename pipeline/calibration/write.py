@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from dfine_core import __version__
 from dfine_core.inference import LoadedDetector
+from dfine_core.thresholds import WANTED_PRECISION
 from dfine_core.uncertainty.detector_calibration import FILE, DetectorCalibration
 from dfine_core.uncertainty.drift import DriftReference, image_values, make_reference
 from dfine_core.uncertainty.score_calibration import Method
@@ -17,6 +19,7 @@ from pipeline import html_pages, storage
 from pipeline.calibration.figures import coverage_figure, score_figure, width_figure
 from pipeline.calibration.fit import Reliability, fit
 from pipeline.calibration.measure import MeasuredDetections, measure, true_boxes
+from pipeline.calibration.recommended import ClassRecommendation, recommended
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
@@ -71,13 +74,17 @@ def calibrate(
     )
     calibration = replace(calibration, reference=reference_of(measured, len(truth.image_id), least_score))
     file, page = storage.join(folder, FILE), storage.join(folder, PAGE)
+    thresholds = recommended(measured, true_boxes(truth), calibration.scores, loaded.names)
     facts = {
         "measured": reliability.to_plain(),
+        "recommended_thresholds": [asdict(each) for each in thresholds],
         "data": shards.uri,
         "least_score": least_score,
         "by": f"ray-dfine {__version__}",
     }
-    storage.write_atomic(page, calibration_page(loaded, shards, calibration, reliability, least_score).encode())
+    storage.write_atomic(
+        page, calibration_page(loaded, shards, calibration, reliability, least_score, thresholds).encode()
+    )
     storage.write_atomic(file, calibration.to_json(**facts))
     return Written(calibration, reliability, file, page)
 
@@ -162,6 +169,7 @@ def calibration_page(
     calibration: DetectorCalibration,
     reliability: Reliability,
     least_score: float,
+    thresholds: Sequence[ClassRecommendation],
 ) -> str:
     """Render the page."""
     return html_pages.render(
@@ -188,6 +196,8 @@ def calibration_page(
             ),
         ],
         rows=_coverage_rows(calibration, reliability),
+        thresholds=thresholds,
+        wanted_precision=WANTED_PRECISION,
         widths=list(reliability.widths.items()),
         correlation=list(reliability.correlation.items()),
         facts=[
