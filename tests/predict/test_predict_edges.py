@@ -15,20 +15,25 @@ from scipy.stats import binom
 from dfine_core.uncertainty import DetectedBoxes, TrueBoxes, match_for_calibration
 from jobs import calibrate as calibrate_job
 from jobs import predict as predict_job
+from pipeline.data.shards.records import ImageRecord
 from pipeline.predict.predicted_images import PredictedImage, predicted_images
 from tests.support.labelled_by_detector import labelled_by
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
-FITTED, SEEN = 160, 60  # images: the first are calibrated on
+FITTED, SEEN = 40, 24  # images: the first are calibrated on
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records() -> list[ImageRecord]:
+    return labelled_by(small_detector(), FITTED + SEEN)
+
+
+@pytest.fixture(scope="module")
+def folder(records: list[ImageRecord], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Detector that is calibrated on some images, with others beside it."""
     out = tmp_path_factory.mktemp("calibrated")
     loaded = small_detector()
-    records = labelled_by(loaded, FITTED + SEEN)
     write_shards(out / "fitted", records[:FITTED])
     write_shards(out / "seen", records[FITTED:])
     loaded.save(out / "raw")
@@ -42,9 +47,8 @@ def predicted(folder: Path, out: str, *options: str, detector: str = "detector")
     return list(predicted_images(str(folder / out)))
 
 
-def share_inside(folder: Path, images: list[PredictedImage]) -> tuple[float, int]:
+def share_inside(truth: list[ImageRecord], images: list[PredictedImage]) -> tuple[float, int]:
     """Share of true edges inside the intervals of the detections that found something, and the number of these."""
-    truth = labelled_by(small_detector(), FITTED + SEEN)[FITTED:]
     found = DetectedBoxes(
         image=torch.tensor([n for n, image in enumerate(images) for _ in image.names]),
         boxes=torch.tensor(np.concatenate([image.boxes for image in images])),
@@ -68,10 +72,12 @@ def share_inside(folder: Path, images: list[PredictedImage]) -> tuple[float, int
     return inside / (4 * objects), objects
 
 
-def test_intervals_of_the_command_hold_the_wanted_share_of_other_images(folder: Path) -> None:
+def test_intervals_of_the_command_hold_the_wanted_share_of_other_images(
+    records: list[ImageRecord], folder: Path
+) -> None:
     for coverage in (0.5, 0.9):
         images = predicted(folder, f"found-{coverage}", "--coverage", f"{coverage}")
-        share, objects = share_inside(folder, images)
+        share, objects = share_inside(records[FITTED:], images)
         lowest, highest = binom.interval(0.999, objects, coverage)
         assert objects > 200
         assert lowest / objects <= share <= highest / objects
@@ -82,8 +88,8 @@ def test_parts_and_coco_results_have_scores_deviations_and_intervals(
 ) -> None:
     images = predicted(folder, "whole", "--coverage", "0.9")
     shown = capsys.readouterr().out
-    assert "intervals: 90 % of the true edges, conformal, fitted on 80 images" in shown
-    assert "scores: calibrated on 80 images" in shown
+    assert "intervals: 90 % of the true edges, conformal, fitted on 20 images" in shown
+    assert "scores: calibrated on 20 images" in shown
     assert "drift: none found against the calibration images (Kolmogorov-Smirnov over images, level 0.01)" in shown
     raw = predicted(folder, "raw-found", detector="raw")
     results = json.loads((folder / "whole/detections.json").read_text())
