@@ -1,5 +1,6 @@
 """Calibration in MLflow: its files and tags at the run of the detector, and the file in the logged model, where it is read."""
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from dfine_core.checkpoints.folder import CHECKPOINTS, METADATA, LoadError, read_metadata
 from dfine_core.uncertainty.detector_calibration import FILE
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.open_detector import STORED
 from pipeline.tracking.client import (
     ResolvedUri,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 FOLDER = "calibration"  # of the run's artifacts
 MODEL_ARTIFACTS = "artifacts"  # folder of a logged model that holds weights and description
 PREFIX = "dfine.calibration"  # of the tags
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ def named_target(uri: str) -> CalibrationTarget:
 def target_of_checkpoint(folder: str) -> CalibrationTarget | None:
     """Target of a run's checkpoint: the run that its metadata names, at MLFLOW_TRACKING_URI or in the database beside the run.
 
-    None if it is no checkpoint, was not tracked, or is not there.
+    None if it is no checkpoint, was not tracked, or is not there; a server that cannot be reached is named in a warning.
     """
     run, inside, _ = folder.rpartition(f"/{CHECKPOINTS}/")
     if not inside or not storage.exists(storage.join(folder, METADATA)):
@@ -62,9 +65,13 @@ def target_of_checkpoint(folder: str) -> CalibrationTarget | None:
         return None
     if not key or (settings.uri.startswith("sqlite:") and not Path(settings.uri.split(":///", 1)[1]).exists()):
         return None
-    client = connect(settings.uri)
-    with mlflow_errors(settings.shown_uri):
-        found = find_run_by_key(client, key)
+    try:
+        client = connect(settings.uri)
+        with mlflow_errors(settings.shown_uri):
+            found = find_run_by_key(client, key)
+    except UserError as error:
+        log.warning("the calibration is not attached to its run: %s", error)
+        return None
     if found is None:
         return None
     return CalibrationTarget(client, ResolvedUri(found.info.run_id, model_id=logged_model_id(found)))
