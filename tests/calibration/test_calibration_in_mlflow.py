@@ -48,7 +48,7 @@ def tracked_checkpoint(folder: Path) -> tuple[TrackingSettings, str]:
             step=7,
         )
         tracker.finish("FINISHED")
-        assert tracker.flush(60)
+        assert tracker.flush(300)
         run_id, key = tracker.run_id, tracker.run_key
     assert run_id is not None
     content = {
