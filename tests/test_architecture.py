@@ -108,7 +108,7 @@ ENTRANCES = {
         *(
             f"pipeline/tracking/{name}.py"
             for name in (
-                *("client", "database", "lineage", "mlflow_writer", "model", "model_registry"),
+                *("calibrated_model", "client", "database", "lineage", "mlflow_writer", "model", "model_registry"),
                 *("run_facts", "served_detector"),
             )
         ),
