@@ -1,6 +1,7 @@
 """Calibrated predictions of a trained detector on images that it was not trained on.
 
     python -m benchmarks.calibrated_predictions coverage runs/bccd shards/bccd/test     of `dfine predict --coverage`
+    python -m benchmarks.calibrated_predictions recorded fdr_real.npz       the same on recorded outputs, see edge_uncertainty
     python -m benchmarks.calibrated_predictions drift runs/bccd shards/bccd/test        false alarms and power
     python -m benchmarks.calibrated_predictions latency runs/bccd                       with and without intervals
     python -m benchmarks.calibrated_predictions evaluation                              the edges' numbers of 5,000 images
@@ -26,10 +27,18 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from scipy.stats import betabinom
 
-from dfine_core import LoadedDetector, ModelConfig
-from dfine_core.inference import prepare
-from dfine_core.uncertainty import DetectedBoxes, TrueBoxes, match_for_calibration
-from dfine_core.uncertainty.detector_calibration import LEVELS
+from dfine_core import Detector, LoadedDetector, ModelConfig
+from dfine_core.image_detections import RawDetections
+from dfine_core.inference import build, prepare
+from dfine_core.uncertainty import (
+    DetectedBoxes,
+    ScoreCalibration,
+    TrueBoxes,
+    edge_errors,
+    fit_edge_calibration,
+    match_for_calibration,
+)
+from dfine_core.uncertainty.detector_calibration import LEVELS, DetectorCalibration
 from dfine_core.uncertainty.drift import LEVEL, NAMES, ImageValues, drift_tests
 from jobs import calibrate as calibrate_job
 from jobs import predict as predict_job
@@ -47,13 +56,15 @@ REPEATS = 1000
 def main() -> None:
     """Run one of the measurements."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("what", choices=("coverage", "drift", "latency", "evaluation"))
+    arguments.add_argument("what", choices=("coverage", "recorded", "drift", "latency", "evaluation"))
     arguments.add_argument("detector", nargs="?")
     arguments.add_argument("shards", nargs="?")
     arguments.add_argument("--seed", type=int, default=0)
     args = arguments.parse_args()
     if args.what == "evaluation":
         evaluation_cost()
+    elif args.what == "recorded":
+        recorded(Path(args.detector), args.seed)
     elif args.what == "latency":
         latency(open_detector(args.detector, "cpu"))
     else:
@@ -122,13 +133,53 @@ def coverage(detector: Path, shards: ShardSet, folder: Path) -> None:
             options = ["--coverage", f"{level}", "--threshold", f"{least}", "--out", out, "--num-images", "0"]
             with contextlib.redirect_stdout(io.StringIO()):
                 predict_job.main([str(detector), shards.uri, *options, "--precision", "fp32", "--workers", "0"])
-            inside = edges_inside(out, shards)
-            objects = len(inside)
-            low, high = betabinom.ppf((0.005, 0.995), objects, *beta(fitted, level)) / objects
-            print(
-                f"{source}, {100 * level:g} %: {100 * inside.mean():.1f} % of the edges of {objects} objects"
-                f" (99 % bounds {100 * low:.1f} to {100 * high:.1f}; fitted on {fitted})"
-            )
+            report(source, level, edges_inside(out, shards), fitted)
+
+
+def recorded(file: Path, seed: int) -> None:
+    """Coverage of `LoadedDetector.keep` on recorded detections: fitted on half of the images, measured on the other."""
+    with np.load(file) as arrays:
+        content = {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind in "fiub"}
+    rows = ((content["det_gt"] >= 0) & (content["det_score"] >= LEAST_SCORE)).nonzero().squeeze(1)
+    image, boxes = content["det_image"][rows].long(), content["det_box"][rows]
+    true = content["gt_box"][content["det_gt"][rows].long()]
+    raw = RawDetections(
+        boxes=boxes,
+        scores=content["det_score"][rows],
+        labels=content["det_label"][rows].long(),
+        size=torch.ones(2),
+        queries=torch.arange(len(rows)),
+        edge_logits=content["det_edge_probability"][rows].float().clamp(min=1e-12).log(),
+        initial_boxes=content["det_reference_box"][rows],
+    )
+    config = ModelConfig.variant("n", num_classes=80)
+    names = [(number, f"{number}") for number in range(80)]
+    loaded = build(config, Detector(config).state_dict(), names, f"{file}", "cpu")
+    images = len(content["image_id"])
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    half = torch.isin(image, order[: images // 2])
+
+    std = loaded.keep(raw, torch.zeros(80), measured=True).edge_std_px
+    assert std is not None
+    edges = tuple(fit_edge_calibration(std[half], edge_errors(boxes, true)[half], level) for level in LEVELS)
+    calibrated = DetectorCalibration(edges, (), ScoreCalibration("temperature"), images // 2, None)
+    for source, calibration in (("conformal", calibrated), ("own", None)):
+        for level in LEVELS:
+            found = replace(loaded, calibration=calibration).keep(raw, torch.zeros(80), coverage=level)
+            assert found.edge_intervals is not None
+            low, high = found.edge_intervals.unbind(-1)
+            inside = ((low <= true) & (true <= high))[~half].numpy()
+            report(source, level, inside, int(half.sum()))
+
+
+def report(source: str, level: float, inside: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", fitted: int) -> None:
+    """Print the share inside, with the bounds of 99 % that the numbers of objects leave."""
+    low, high = betabinom.ppf((0.005, 0.995), len(inside), *beta(fitted, level)) / len(inside)
+    print(
+        f"{source}, {100 * level:g} %: {100 * inside.mean():.1f} % of the edges of {len(inside)} objects"
+        f" (99 % bounds {100 * low:.1f} to {100 * high:.1f}; fitted on {fitted})",
+        flush=True,
+    )
 
 
 def beta(fitted: int, level: float) -> tuple[float, float]:
