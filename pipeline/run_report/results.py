@@ -1,6 +1,6 @@
 """Facts of a run that its page of results shows: curves, an evaluation of its best weights, the score of every image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def collect(run: str, val: ShardSet | None = None) -> RunResults:
         if not data.get("val"):
             raise ConfigError(f"{run}: it has no validation images (data.val); name some with --data")
         val = load_shards(data["val"])
-    loaded = open_detector(run, None)
+    loaded = replace(open_detector(run, None), calibration=None)  # scores of an evaluation are raw
     val = with_classes_of(val, loaded.names, f"the detector {run}")
 
     # 2. Detections of all images: the evaluation, and what is right and wrong in each.

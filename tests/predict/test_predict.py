@@ -405,7 +405,7 @@ def test_explained_parts_have_the_deviation_of_each_edge_in_pixels(
         variance = probabilities @ bins**2 - (probabilities @ bins) ** 2
         unit = torch.stack([width * size[0], height * size[1]] * 2) / loaded.config.reg_scale
         expected = (variance.sqrt() * unit).tolist()
-        assert row["deviations"][4 * index : 4 * index + 4] == pytest.approx(expected, rel=1e-3)
+        assert row["edge_std_px"][4 * index : 4 * index + 4] == pytest.approx(expected, rel=1e-3)
     assert (tmp_path / "out/explained/1_0.png").read_bytes().startswith(b"\x89PNG")
 
 

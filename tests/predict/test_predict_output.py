@@ -92,14 +92,14 @@ def test_images_are_read_from_the_parts_in_the_order_of_the_inputs(photos: Path,
         if number == 3:
             assert image.rejected is not None
             assert image.boxes.shape == (0, 4)
-            assert image.deviations is None
+            assert image.edge_std_px is None
             continue
         (expected,) = small_detector()(image.file_name)
         assert 0 < len(image.names) == len(expected)
         assert sorted(image.names) == sorted(expected.names)
-        assert image.deviations is not None
-        assert image.deviations.shape == image.boxes.shape
-        assert image.deviations.flatten().tolist() == row["deviations"]
+        assert image.edge_std_px is not None
+        assert image.edge_std_px.shape == image.boxes.shape
+        assert image.edge_std_px.flatten().tolist() == row["edge_std_px"]
 
 
 def test_an_unfinished_or_missing_prediction_is_not_read(photos: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_slow_reader_holds_a_few_parts_however_many_there_are(tmp_path: Path) 
         batch_size=1,
         thresholds=(0.0,),
         threshold_text="0, as given",
-        deviations=False,
+        edge_std=False,
         categories=(Category(label=0, original_id=1, name="a"),),
     )
     out = str(tmp_path)
