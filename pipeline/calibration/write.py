@@ -93,7 +93,7 @@ def reference_of(measured: MeasuredDetections, images: int, least_score: float) 
     """Values of all images, which a prediction compares its own with."""
     order = measured.found.image.argsort(stable=True)
     counts = torch.bincount(measured.found.image, minlength=images)
-    found = (measured[rows] for rows in order.split(counts.tolist()))
+    found = (measured[rows] for rows in torch.split(order, counts.tolist()))
     values = [image_values(each.found.scores, each.std, each.sides, least_score) for each in found]
     return make_reference(values, least_score)
 
