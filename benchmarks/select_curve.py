@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("test", help="shard set to evaluate on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--init", help="initial weights of every training")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--first", type=int, default=50, help="images that are labelled at the start")
     parser.add_argument("--add", type=int, default=30, help="images that a round adds")
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> None:
     """Run all rounds that have no file yet; both arms share the first one."""
     pool, test = load_shards(args.train), load_shards(args.test)
     rows = all_rows(pool)
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         order = np.random.default_rng(seed).permutation(rows.num_rows).tolist()
         first = _round(args, pool, test, rows, seed, "first", 0, order[: args.first])
         for arm in ARMS:
@@ -97,11 +97,11 @@ def _round(
         return content
     started = time.process_time()
     name = f"{seed}_{arm}_{number}"
-    shutil.rmtree(args.out / "work", ignore_errors=True)
-    shards = write_subset(args.out / "work" / "shards", pool, rows, labelled)
+    shutil.rmtree(args.out / f"work-{seed}", ignore_errors=True)
+    shards = write_subset(args.out / f"work-{seed}" / "shards", pool, rows, labelled)
     settings = {
         "name": name,
-        "storage": str(args.out / "work" / "runs"),
+        "storage": str(args.out / f"work-{seed}" / "runs"),
         "seed": seed,
         "init": args.init,
         "data.train": str(shards),
@@ -190,11 +190,11 @@ def write_subset(folder: Path, shards: ShardSet, rows: pa.Table, chosen: Sequenc
     return folder
 
 
-def report(out: Path, seeds: int, rounds: int, first: int, add: int) -> None:
+def report(out: Path, seeds: Sequence[int], rounds: int, first: int, add: int) -> None:
     """Print AP by round, mean and standard deviation over seeds, and the paired difference with its 95 % interval."""
 
     def numbers(arm: str, number: int) -> Mapping[int, dict[str, Any]]:
-        files = {seed: out / f"{seed}_{arm if number else 'first'}_{number}.json" for seed in range(seeds)}
+        files = {seed: out / f"{seed}_{arm if number else 'first'}_{number}.json" for seed in seeds}
         return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
 
     print("images   " + "".join(f"{arm:>22}" for arm in ARMS) + "    difference (95 %)   boxes labelled")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
@@ -10,9 +11,14 @@ from torch import Tensor
 from dfine_core.boxes import cxcywh_to_xyxy
 from dfine_core.inference import LoadedDetector
 from dfine_core.uncertainty import ScoreCalibration, edge_std
+from pipeline import storage
 from pipeline.data.prepare.split_off import gradient_bits
 from pipeline.errors import UserError
 from pipeline.labelling.expected_error import doubtful_boxes
+from pipeline.labelling.plan import SelectPlan
+from pipeline.predict.inputs import Inputs, read_images
+from pipeline.predict.partition import BATCHES_AHEAD, DecodedImage, PartCounts, decode_ahead
+from pipeline.predict.plan import part_uri
 
 SCHEMA = pa.schema(
     [
@@ -86,3 +92,36 @@ def _relative_std(loaded: LoadedDetector, matching: Any, boxes: Tensor) -> Tenso
     ).cpu()
     sides = torch.cat([boxes[..., 2:]] * 2, -1)
     return std / sides.clamp(min=torch.finfo(torch.float32).eps)
+
+
+def write_part(
+    loaded: LoadedDetector, inputs: Inputs, plan: SelectPlan, part: int, out: str, threads: int
+) -> PartCounts:
+    """Measure all images of a part, and write its file below `out`."""
+    calibration = None if plan.scores is None else ScoreCalibration.from_plain(plan.scores)
+    rows: list[dict[str, Any]] = []
+    batch: list[DecodedImage] = []
+
+    def measure() -> None:
+        pixels = torch.cat([decoded.pixels for decoded in batch if decoded.pixels is not None])
+        sizes = torch.tensor([[decoded.row["width"], decoded.row["height"]] for decoded in batch])
+        for decoded, measured in zip(batch, measure_batch(loaded, calibration, pixels, sizes), strict=True):
+            decoded.row.update(measured)
+        batch.clear()
+
+    images = read_images(inputs, *plan.image_range(part))
+    for decoded in decode_ahead(images, loaded.config.input_size, threads, BATCHES_AHEAD * plan.batch_size):
+        rows.append(decoded.row)
+        batch += [decoded] if decoded.pixels is not None else []
+        if len(batch) == plan.batch_size:
+            measure()
+    if batch:
+        measure()
+    with storage.open_atomic(part_uri(out, part)) as file:
+        kept = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
+        pq.write_table(pa.Table.from_pylist(kept, SCHEMA), file, compression="zstd")
+    return PartCounts(
+        images=len(rows),
+        detections=sum(len(row["labels"]) for row in rows),
+        rejected=sum(row["rejected"] is not None for row in rows),
+    )
