@@ -3,14 +3,15 @@
     dfine doctor /shards/coco/train2017
     dfine doctor /shards/coco/train2017 /shards/coco/val2017 --html doctor.html
     dfine doctor s3://bucket/mine/train --json > report.json
-    dfine doctor /shards/mine/val --model runs/mine --html labels.html     likely label errors, by a detector that has not seen them
+    dfine doctor /shards/mine/val --model runs/mine --html labels.html     likely label errors
 
 Several splits are also compared with each other: no image may be in two of them. Every file is read and every image
 decoded, in one task per shard. The exit code is 0 without errors, 1 with errors, and 2 if nothing could be checked;
 warnings and notes do not change it.
 
 With --model, labels are judged instead, in this process: confident detections without a box, boxes without a detection, swapped
-classes, and edges outside the interval that holds 99 % of the true ones, the surest first. The exit code is then 0.
+classes, and edges outside the interval that holds 99 % of the true ones, the surest first. Take a detector that was not trained
+on these images: it would repeat their errors. The exit code is then 0.
 """
 
 import argparse
@@ -122,8 +123,8 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         type=detector,
         metavar="DETECTOR",
-        help="list likely label errors instead, by a detector that was not trained on these images: run or checkpoint folder, exported"
-        " folder, .pth, runs:/ID, models:/NAME@ALIAS, hf://ORG/NAME or published name",
+        help="list likely label errors instead, by a detector that was not trained on these images: run or checkpoint folder,"
+        " exported folder, .pth, runs:/ID, models:/NAME@ALIAS, hf://ORG/NAME or published name",
     )
     arguments.add_argument(
         "--confidence", type=share, default=0.5, metavar="C", help="of the label errors that are listed (%(default)s)"
