@@ -5,9 +5,9 @@
     python -m benchmarks.select_curve shards/bccd/train shards/bccd/test --init backbone.safetensors --out curve
     ... --report                                                            only print what `curve` holds
 
-Starts from randomly drawn labelled images, the same for both arms of a seed. Each round trains a new detector on what is labelled
-so far, and adds images: those that the detector of the round before chooses, or random ones. A finished round is a file in the
-output folder, so an interrupted measurement goes on where it was.
+Starts from randomly drawn labelled images, the same for both arms of a seed. Each round adds images, those that the detector of the
+round before chooses or random ones, and trains that detector further on all that is labelled. With --anew each round begins with the
+initial weights instead. A finished round is a file in the output folder, so an interrupted measurement goes on where it was.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--add", type=int, default=30, help="images that a round adds")
     parser.add_argument("--steps", type=int, default=100, help="of every training")
     parser.add_argument("--side", type=int, default=160, help="side of the input in pixels")
+    parser.add_argument("--anew", action="store_true", help="train every round from the initial weights")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -72,12 +73,14 @@ def measure(args: argparse.Namespace) -> None:
     rows = all_rows(pool)
     for seed in args.seeds:
         order = np.random.default_rng(seed).permutation(rows.num_rows).tolist()
-        first = _round(args, pool, test, rows, seed, "first", 0, order[: args.first])
+        first = _round(args, pool, test, rows, seed, "first", 0, order[: args.first], args.init)
         for arm in ARMS:
-            last = first
+            last, before = first, args.out / f"{seed}_first_0"
             for number in range(1, args.rounds + 1):
                 labelled = [*last["labelled"], *last[arm]]
-                last = _round(args, pool, test, rows, seed, arm, number, labelled)
+                init = args.init if args.anew else str(before)
+                last = _round(args, pool, test, rows, seed, arm, number, labelled, init)
+                before = args.out / f"{seed}_{arm}_{number}"
 
 
 def _round(
@@ -89,6 +92,7 @@ def _round(
     arm: str,
     number: int,
     labelled: list[int],
+    init: str | None,
 ) -> dict[str, Any]:
     """Train on the labelled images, evaluate, and choose the next ones in both ways."""
     file = args.out / f"{seed}_{arm}_{number}.json"
@@ -103,7 +107,7 @@ def _round(
         "name": name,
         "storage": str(args.out / f"work-{seed}" / "runs"),
         "seed": seed,
-        "init": args.init,
+        "init": init,
         "data.train": str(shards),
         "data.val": test.uri,
         "data.decode_in": "worker",
@@ -120,6 +124,8 @@ def _round(
     result = launch(load_experiment(Path(__file__).parent.parent / "configs" / "bccd.yaml", overrides=settings))
     assert result.numbers is not None
     loaded = open_detector(result.run)
+    shutil.rmtree(args.out / name, ignore_errors=True)
+    loaded.save(args.out / name)
     rest = [index for index in range(rows.num_rows) if index not in set(labelled)]
     drawn = np.random.default_rng([seed, number]).permutation(rest)[: args.add].tolist()
     content = {

@@ -142,7 +142,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("select detector photos --out chosen --threshold 2", ("--threshold", "0..1"), {}),
     ("select detector photos --out chosen --format voc", ("--format", "label-studio"), {}),
     ("select detector photos --out chosen --count 0", ("--count", "less than 1"), {}),
-    ("select detector {folder}/photos --out chosen", ("--out", "$PWD/chosen"), JOB),
+    ("select {folder}/detector {folder}/photos --out chosen", ("--out", "$PWD/chosen"), JOB),
     ("doctor train --model nowhere", ("nowhere", "no detector"), {}),
     ("doctor nowhere --model detector", ("nowhere/manifest.json", "dfine prepare"), {}),
     ("doctor train val --model detector", ("one shard set at a time",), {}),
