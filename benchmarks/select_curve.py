@@ -5,9 +5,10 @@
     python -m benchmarks.select_curve shards/bccd/train shards/bccd/test --init backbone.safetensors --out curve
     ... --report                                                            only print what `curve` holds
 
-Starts from randomly drawn labelled images, the same for both arms of a seed. Each round adds images, those that the detector of the
-round before chooses or random ones, and trains that detector further on all that is labelled. With --anew each round begins with the
-initial weights instead. A finished round is a file in the output folder, so an interrupted measurement goes on where it was.
+Starts from randomly drawn labelled images, the same for both arms of a seed. Each round adds images, those that the detector of
+the round before chooses or random ones, and trains that detector further on all that is labelled. With --anew each round begins
+with the initial weights instead. A finished round is a file in the output folder, so an interrupted measurement goes on where it
+was.
 """
 
 import argparse
