@@ -172,7 +172,7 @@ def main() -> None:
         batch_size=8,
         thresholds=(0.0,) * CLASSES,
         threshold_text="0, as given",
-        deviations=False,
+        edge_std=False,
         categories=tuple(Category(label=each, original_id=each + 1, name=f"class_{each}") for each in range(CLASSES)),
     )
     total = args.images * args.detections

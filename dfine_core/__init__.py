@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dfine_core.checkpoints.folder import LoadError
     from dfine_core.config import VARIANTS, LossConfig, ModelConfig
-    from dfine_core.inference import ImageDetections, LoadedDetector, load
+    from dfine_core.image_detections import ImageDetections
+    from dfine_core.inference import LoadedDetector, load
     from dfine_core.loss.criterion import Criterion
     from dfine_core.model.detector import Detector
     from dfine_core.structures import DenoisingQueries, DetectorOutput, Targets
@@ -36,7 +37,8 @@ _HOMES = {
     "loss.criterion": ("Criterion",),
     "model.detector": ("Detector",),
     "checkpoints.folder": ("LoadError",),
-    "inference": ("ImageDetections", "LoadedDetector", "load"),
+    "image_detections": ("ImageDetections",),
+    "inference": ("LoadedDetector", "load"),
     "structures": ("DenoisingQueries", "DetectorOutput", "Targets"),
 }
 

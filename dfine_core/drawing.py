@@ -24,6 +24,7 @@ def draw_boxes(
     labels: Sequence[int],
     captions: Sequence[str],
     *,
+    bands: Sequence[tuple[Rectangle, Rectangle]] = (),
     sides: tuple[int, int] | None = None,
     font: Callable[[int], Font] = ImageFont.load_default,
 ) -> Image.Image:
@@ -34,6 +35,7 @@ def draw_boxes(
         boxes: [K][4] xyxy in pixels of the image, most important first; may reach over its border.
         labels: [K] classes, which choose the colour.
         captions: [K].
+        bands: [K] inner and outer box of each, if there are any; drawn as thin lines.
         sides: px, limits of the longer side of the copy, which is scaled to them; None keeps the size.
         font: font of a size in px.
     """
@@ -48,6 +50,10 @@ def draw_boxes(
     # 2. Boxes, the most important on top.
     for rectangle, label in reversed(list(zip(rectangles, labels, strict=True))):
         pen.rectangle(rectangle, outline=label_colour(label), width=width)
+    for band, label in reversed(list(zip(bands, labels, strict=True))) if bands else ():
+        for edges in band:
+            if edges[0] < edges[2] and edges[1] < edges[3]:  # opposite edges of a small object may overlap
+                pen.rectangle(_scaled(edges, scale), outline=label_colour(label), width=max(1, width // 3))
 
     # 3. Captions; the most important choose their position first.
     placed: list[Rectangle] = []

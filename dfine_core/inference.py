@@ -8,15 +8,16 @@ for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfine_core.checkpoints.calibration_file import read_calibration
 from dfine_core.checkpoints.folder import (
     DESCRIPTION,
     ON_DISK,
@@ -33,53 +34,21 @@ from dfine_core.checkpoints.folder import (
 from dfine_core.checkpoints.released import read_released
 from dfine_core.checkpoints.weights import load_weights
 from dfine_core.config import ModelConfig
-from dfine_core.drawing import draw_boxes
+from dfine_core.detected_edges import DetectedEdges
+from dfine_core.image_detections import ImageDetections, RawDetections
 from dfine_core.images import ImageSource, OpenedImage, as_list, read_image, stretch_image
 from dfine_core.model.detector import Detector
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections, postprocess
 from dfine_core.precision import AUTO, PRECISIONS
 from dfine_core.structures import DetectorOutput
 from dfine_core.thresholds import NO_SCORE, ClassThresholds, Threshold, wanted_precision
+from dfine_core.uncertainty.detector_calibration import FILE as CALIBRATION
+from dfine_core.uncertainty.detector_calibration import DetectorCalibration
 
 DEFAULT_THRESHOLD = 0.4  # least score of a detection, unless the caller or the detector has one
 SHOWN_NAMES = 8  # class names that printing a detector shows
 MLFLOW_SCHEMES = ("runs:/", "models:/")
 log = logging.getLogger(__name__)
-
-
-class DetectedBox(NamedTuple):
-    """One detection as plain values."""
-
-    box: tuple[float, float, float, float]  # xyxy in pixels of the stored image
-    score: float
-    label: int
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
-class ImageDetections:
-    """Detections of one image, best first; on the CPU. Iterating gives them one by one as plain values."""
-
-    boxes: Tensor  # [K, 4] float32 xyxy in pixels of the image as it is stored; may reach over its border
-    scores: Tensor  # [K] in [0, 1]
-    labels: Tensor  # [K] int64
-    names: tuple[str, ...]  # [K]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __iter__(self) -> Iterator[DetectedBox]:
-        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), self.names, strict=True)
-        return (DetectedBox(tuple(box), score, label, name) for box, score, label, name in rows)
-
-    def draw(self, image: ImageSource) -> OpenedImage:
-        """Draw the boxes with names and scores into a copy of the image they were found in.
-
-        Raises:
-            ValueError: the image cannot be read.
-        """
-        captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
-        return draw_boxes(read_image(image), self.boxes.tolist(), self.labels.tolist(), captions)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,6 +63,8 @@ class LoadedDetector:
     path: str | None = None  # file of the weights; None if it is gone or there never was one
     thresholds: ClassThresholds | None = None  # measured at the end of its training; None if they are not known
     precision: str = "fp32"  # one of PRECISIONS; see `with_precision`
+    sha256: str | None = None  # content of the weights' file; None if it is not known
+    calibration: DetectorCalibration | None = None  # of scores and edges, from its folder; None: scores stay raw
 
     @property
     def config(self) -> ModelConfig:
@@ -119,6 +90,7 @@ class LoadedDetector:
             f"  classes     {len(self.names)}: {', '.join(self.names[:SHOWN_NAMES])}{more}",
             f"  input       {width} x {height} pixels",
             f"  threshold   {self.threshold_text()}",
+            *([] if self.calibration is None else [f"  calibrated  {self.calibration_text()}"]),
             f"  parameters  {self.num_parameters / 1e6:.2f} million, {self.size_bytes / 1e6:.1f} MB",
             f"  device      {self.device}",
         ]
@@ -127,6 +99,9 @@ class LoadedDetector:
     def least_scores(self, threshold: Threshold | None = None) -> tuple[float, ...]:
         """Least score of a detection by label: `threshold`, else that of the best F1, else the default.
 
+        They are compared with the scores that a caller receives. Where these are calibrated, so are the scores that were measured
+        on validation images, and the default: calibration alone changes no detection that is kept.
+
         Args:
             threshold: a score, or "precision=0.9": the lowest scores that reached it. A class that never did keeps nothing.
 
@@ -134,12 +109,19 @@ class LoadedDetector:
             ValueError: the threshold lies outside 0..1, or is a precision that was not measured.
         """
         if threshold is not None and (wanted := wanted_precision(threshold)) is not None:
-            return tuple(NO_SCORE if score is None else score for score in self._scores_at(wanted))
-        own = (
-            self.thresholds.best_f1 if self.thresholds is not None and threshold is None else (None,) * len(self.names)
-        )
-        rest = DEFAULT_THRESHOLD if threshold is None else float(threshold)
-        return tuple(rest if score is None else score for score in own)
+            return tuple(NO_SCORE if score is None else self._as_shown(score) for score in self._scores_at(wanted))
+        if threshold is not None:
+            return (float(threshold),) * len(self.names)
+        own = (None,) * len(self.names) if self.thresholds is None else self.thresholds.best_f1
+        return tuple(self._as_shown(DEFAULT_THRESHOLD if score is None else score) for score in own)
+
+    def calibrated(self, scores: Tensor) -> Tensor:
+        """Scores as callers receive them: the chance that a detection is right, if there is a calibration."""
+        return scores if self.calibration is None else self.calibration.scores(scores)
+
+    def _as_shown(self, score: float) -> float:
+        """A raw score on the scale of `calibrated`, rounded as scores of detections are."""
+        return score if self.calibration is None else float(self.calibrated(torch.tensor(score)))
 
     def _scores_at(self, precision: float) -> tuple[float | None, ...]:
         measured = None if self.thresholds is None else self.thresholds.precision
@@ -156,8 +138,11 @@ class LoadedDetector:
         wanted = None if threshold is None else wanted_precision(threshold)
         if threshold is not None and wanted is None:
             return f"{threshold:g}, as given"
+        calibrated = "" if self.calibration is None else ", as calibrated scores"
         if wanted is None and (self.thresholds is None or not any(self.thresholds.best_f1)):
-            return f"{DEFAULT_THRESHOLD:g}, the default"
+            if not calibrated:
+                return f"{DEFAULT_THRESHOLD:g}, the default"
+            return f"{self._as_shown(DEFAULT_THRESHOLD):.2f}, the default of {DEFAULT_THRESHOLD:g} calibrated"
         scores = self.least_scores(threshold)
         known = [(name, score) for name, score in zip(self.names, scores, strict=True) if score != NO_SCORE]
         never = [name for name, score in zip(self.names, scores, strict=True) if score == NO_SCORE]
@@ -169,19 +154,39 @@ class LoadedDetector:
             more = f" and {len(never) - SHOWN_NAMES} more" if len(never) > SHOWN_NAMES else ""
             parts.append(f"nothing of {', '.join(never[:SHOWN_NAMES])}{more}, which never reached it")
         title = "best F1" if wanted is None else f"precision {wanted:g}"
-        return f"{title} on the validation images: {', '.join(parts)}"
+        return f"{title} on the validation images{calibrated}: {', '.join(parts)}"
+
+    def calibration_text(self) -> str:
+        """Whether scores are calibrated, and on how many images."""
+        return "no" if self.calibration is None else f"on {self.calibration.images} images"
+
+    def edges(self) -> DetectedEdges:
+        """Reader of the edges of detections.
+
+        Raises:
+            ValueError: the detector regresses boxes directly.
+        """
+        if self.config.regression != "fdr":
+            raise ValueError(f"{self.origin}: it regresses boxes directly, so its edges have no distributions")
+        return DetectedEdges(self.detector.decoder.bins, self.config.reg_scale, self.calibration)
 
     def __call__(
-        self, images: Sequence[ImageSource] | ImageSource, threshold: Threshold | None = None, batch_size: int = 8
+        self,
+        images: Sequence[ImageSource] | ImageSource,
+        threshold: Threshold | None = None,
+        batch_size: int = 8,
+        *,
+        coverage: float | None = None,
     ) -> list[ImageDetections]:
         """Detect objects: one `ImageDetections` per image, in a list even for a single image.
 
         Args:
             threshold: least score of all classes, in 0..1, or "precision=0.9"; see `least_scores`.
             batch_size: images that go through the network at once.
+            coverage: wanted share of true edges inside the intervals of `ImageDetections`; see `DetectedEdges.kind`.
 
         Raises:
-            ValueError: an image cannot be read, or `least_scores` refuses the threshold.
+            ValueError: an image cannot be read, `least_scores` refuses the threshold, or `DetectedEdges.kind` the coverage.
         """
         least = torch.tensor(self.least_scores(threshold))
         sources = as_list(images)
@@ -189,9 +194,59 @@ class LoadedDetector:
         for start in range(0, len(sources), batch_size):
             indices = range(start, min(start + batch_size, len(sources)))
             opened = [_read_numbered(index, sources[index]) for index in indices]
-            detections = self.detect(prepare(opened, self.config.input_size), image_sizes(opened))
-            results += [self._of_image(detections, index, least) for index in range(len(opened))]
+            raw = self.find(prepare(opened, self.config.input_size), image_sizes(opened))
+            results += [self.keep(each, least, coverage=coverage) for each in raw]
         return results
+
+    def find(self, pixels: Tensor, sizes: Tensor) -> list[RawDetections]:
+        """Return everything that was detected, by image; arguments as in `predict`."""
+        detections, output = self.predict(pixels, sizes)
+        boxes, scores, labels = detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu()
+        return [
+            RawDetections(
+                boxes=boxes[index],
+                scores=scores[index],
+                labels=labels[index],
+                size=sizes[index].cpu(),
+                queries=None if detections.queries is None else detections.queries[index],
+                edge_logits=None if output.edge_logits is None else output.edge_logits[index],
+                initial_boxes=None if output.initial_boxes is None else output.initial_boxes[index],
+            )
+            for index in range(len(sizes))
+        ]
+
+    def keep(
+        self,
+        raw: RawDetections,
+        least: Tensor,
+        *,
+        coverage: float | None = None,
+        limit: int | None = None,
+        measured: bool = False,
+    ) -> ImageDetections:
+        """Calibrate scores, drop detections below the least ones, and measure the edges of the others.
+
+        Args:
+            least: [C], see `least_scores`.
+            coverage: as in `__call__`.
+            limit: most detections; the best ones are kept.
+            measured: `edge_std_px` even without coverage and calibration.
+        """
+        scores = self.calibrated(raw.scores)
+        kept = (scores >= least[raw.labels]).nonzero().squeeze(1)[:limit]
+        labels, boxes = raw.labels[kept], raw.boxes[kept].float()
+        std, intervals, kind = None, None, None
+        if coverage is not None or (raw.edge_logits is not None and (measured or self.calibration is not None)):
+            std, intervals, kind = self.edges().measure(raw, kept, coverage)
+        return ImageDetections(
+            boxes=boxes,
+            scores=scores[kept],
+            labels=labels,
+            names=tuple(self.names[label] for label in labels.tolist()),
+            edge_std_px=std,
+            edge_intervals=intervals,
+            intervals=kind,
+        )
 
     def detect(self, pixels: Tensor, sizes: Tensor) -> Detections:
         """Return all detections, on the detector's device; arguments as in `predict`."""
@@ -251,6 +306,8 @@ class LoadedDetector:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         written = {WEIGHTS: tensors_to_bytes(weights)}
+        if self.calibration is not None:
+            written[CALIBRATION] = self.calibration.bound_to(written[WEIGHTS]).to_json()
         written[DESCRIPTION] = description  # last: without it the folder is not opened
         others = {path.name for path in target.iterdir()} - written.keys()
         if others:
@@ -260,17 +317,6 @@ class LoadedDetector:
             partial.write_bytes(content)
             partial.replace(target / name)
         return target
-
-    def _of_image(self, detections: Detections, index: int, least: Tensor) -> ImageDetections:
-        scores, labels = detections.scores[index].cpu(), detections.labels[index].cpu()
-        kept = scores >= least[labels]
-        labels = labels[kept]
-        return ImageDetections(
-            boxes=detections.boxes[index].cpu()[kept].float(),
-            scores=scores[kept],
-            labels=labels,
-            names=tuple(self.names[label] for label in labels.tolist()),
-        )
 
 
 def predict_batch(
@@ -335,7 +381,8 @@ def load(
         raise LoadError(f"{path}: pipeline.open_detector.open_detector opens runs:/ and models:/ URIs")
     if path.endswith((".pth", ".pt", ".safetensors")):
         return _build_stored(read_released(path), device)
-    return _build_stored(read_detector(path.rstrip("/") or path, files), device)
+    stored = read_detector(path.rstrip("/") or path, files)
+    return replace(_build_stored(stored, device), calibration=read_calibration(stored, files))
 
 
 def build(
@@ -400,4 +447,4 @@ def _build_stored(stored: StoredDetector, device: str | torch.device | None) -> 
     loaded = build(
         stored.config, stored.weights, stored.categories, stored.folder, device, thresholds=stored.thresholds
     )
-    return replace(loaded, path=stored.path)
+    return replace(loaded, path=stored.path, sha256=stored.sha256)

@@ -152,6 +152,9 @@ class DetectorOutput:
     encoder_map: Tensor | None = (
         None  # [B, D, H / 32, W / 32] coarsest map after the encoder's attention; with every layer
     )
+    # In evaluation only:
+    edge_logits: Tensor | None = None  # [B, Q, 4, N], last layer; None with direct regression
+    initial_boxes: Tensor | None = None  # [B, Q, 4] cxcywh, which the offsets refer to
 
     def all_queries(self) -> QueryPredictions | None:
         """Predictions for the denoising queries, if there are any, and after them for the matching ones."""

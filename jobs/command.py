@@ -297,6 +297,24 @@ def threshold(text: str) -> Threshold:
     return value
 
 
+def coverage(text: str) -> float:
+    """Argument type: share of true edges inside an interval, above 0 and below 1."""
+    if not 0 < (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1: it is the share of true edges inside")
+    return value
+
+
+def add_coverage(arguments: argparse.ArgumentParser) -> None:
+    """Add `--coverage`."""
+    arguments.add_argument(
+        "--coverage",
+        type=coverage,
+        metavar="SHARE",
+        help="add intervals that hold this share of true edges, such as 0.9: by the calibration if it has it, else by the"
+        " distributions alone",
+    )
+
+
 def profile(text: str) -> int:
     """Argument type: `steps=N`, the number of steps to profile."""
     name, _, count = text.partition("=")

@@ -4,6 +4,7 @@
     dfine predict models:/NAME@ALIAS 'drone/**/*.jpg' clip.mp4 --frame-stride 10 --out found --threshold 0.5
     dfine predict runs/mine s3://bucket/val --out s3://bucket/found --threshold 0 --workers 8
     dfine predict runs/mine photos/ --out found --num-explanations 6     how each box was refined, with edge deviations
+    dfine predict runs/mine photos/ --out found --coverage 0.9           intervals that hold 90 % of the true edges
 
 Writes Parquet parts with one row per image, rendered drawings and a contact sheet; up to a million detections also as
 detections.json in COCO's result format with its images.json, and more than that with --json, in several files. The same command
@@ -14,6 +15,7 @@ processed here, more on Ray; paths must be readable from every node of its clust
 import argparse
 
 from jobs.command import (
+    add_coverage,
     add_precision,
     announce,
     at_least,
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         num_images=args.num_images,
         num_explanations=args.num_explanations,
         precision=args.precision,
+        coverage=args.coverage,
         json=args.json,
     )
     print(predict(loaded, inputs, args.out, options, announce=lambda line: print(line, flush=True)).summary())
@@ -83,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         help="minimum score of all classes; default: by class the best on the validation images, or 0.4; 0 keeps all detections"
         "; precision=0.9: by class the score that reached it",
     )
+    add_coverage(arguments)
     arguments.add_argument(
         "--frame-stride", type=number, default=1, metavar="N", help="take every N-th frame of videos"
     )

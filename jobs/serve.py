@@ -4,9 +4,9 @@
     dfine serve models:/shapes@champion --replicas 2 --threshold 0.3
     ray job submit --working-dir . -- python -m jobs.serve s3://bucket/exported --host 0.0.0.0
 
-POST /detect takes a form with files named image, JSON {"images": [base64, ...]}, or one image as the body; threshold and
-max_detections are further fields, or part of the query. GET /health, /metrics (Prometheus), /model, and / for the page. The
-server listens on this machine alone unless --host names another address: there are no passwords and no TLS.
+POST /detect takes a form with files named image, JSON {"images": [base64, ...]}, or one image as the body; threshold,
+max_detections and coverage are further fields, or part of the query. GET /health, /metrics (Prometheus), /model, and / for the
+page. The server listens on this machine alone unless --host names another address: there are no passwords and no TLS.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from jobs.command import (
+    add_coverage,
     add_precision,
     announce,
     at_least,
@@ -48,13 +49,14 @@ def main(argv: list[str] | None = None) -> None:
 
     from pipeline.open_detector import open_detector
     from pipeline.pretrained import pinned
-    from pipeline.thresholds import refuse_unmeasured
+    from pipeline.thresholds import refuse_unmeasured, refuse_without_intervals
     from pipeline.wording import plural
 
     settings = settings_of(args)
     settings = settings.model_copy(update={"source": pinned(settings.source)})  # for replicas that start later
     loaded = open_detector(settings.source)  # fails before anything starts if it is no detector
     refuse_unmeasured(loaded, settings.threshold)
+    refuse_without_intervals(loaded, settings.coverage)
     print(f"{loaded.origin}: {plural(len(loaded.names), 'class')}, starting", flush=True)
     del loaded
     serve(settings, args.host, args.port, detach=args.detach)
@@ -154,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
         help="minimum score for requests that give none; default: by class the best on the validation images, or 0.4"
         "; precision=0.9: by class the score that reached it",
     )
+    add_coverage(arguments)
     arguments.add_argument("--batch-size", type=count, metavar="N", help="images per forward pass (8)")
     arguments.add_argument("--timeout-s", type=positive, help="time limit per request (30)")
     arguments.add_argument("--max-waiting", type=count, help="requests per replica; further ones receive 503 (32)")

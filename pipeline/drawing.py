@@ -24,11 +24,12 @@ def draw_boxes(
     labels: Sequence[int],
     captions: Sequence[str],
     *,
+    bands: Sequence[tuple[drawing.Rectangle, drawing.Rectangle]] = (),
     sides: tuple[int, int] = SIDES,
 ) -> Image.Image:
     """Draw the first `MAX_BOXES` boxes on a copy that is scaled to a screen; arguments as in `dfine_core.drawing`."""
     few = slice(MAX_BOXES)
-    return drawing.draw_boxes(image, boxes[few], labels[few], captions[few], sides=sides, font=font)
+    return drawing.draw_boxes(image, boxes[few], labels[few], captions[few], bands=bands[few], sides=sides, font=font)
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -38,6 +38,19 @@ def refuse_unmeasured(loaded: LoadedDetector, threshold: Threshold | None) -> No
         raise ConfigError(f"--threshold {threshold}: {error}") from None
 
 
+def refuse_without_intervals(loaded: LoadedDetector, coverage: float | None) -> None:
+    """Check that the detector has intervals of edges, if any are asked for.
+
+    Raises:
+        ConfigError: it regresses boxes directly, or the coverage lies outside (0, 1).
+    """
+    try:
+        if coverage is not None:
+            loaded.edges().kind(coverage)
+    except ValueError as error:
+        raise ConfigError(f"--coverage {coverage:g}: {error}") from None
+
+
 def thresholds_file(source: str, loaded: LoadedDetector) -> str:
     """File that holds the thresholds of a detector, and can be written.
 

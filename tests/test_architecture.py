@@ -63,7 +63,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "thresholds": {"config", "open_detector"},
     "benchmark": {"config", "exported_files", "open_detector"},
     "evaluation": {"config", "data.shards", "data.augment", "data.stream"},
-    "tracking": {"config"},
+    "tracking": {"config", "open_detector"},
     "training": {
         *("data.shards", "data.augment", "data.stream", "recipes", "config", "config_files"),
         *("open_detector", "thresholds", "benchmark", "evaluation", "tracking", "teacher_settings"),
@@ -75,7 +75,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "run_report": {
         *("data.shards", "data.augment", "config", "open_detector", "evaluation", "tracking", "training"),
     },
-    "calibration": {"data.shards", "data.stream", "config", "open_detector", "evaluation"},
+    "calibration": {"data.shards", "data.stream", "config", "open_detector", "evaluation", "tracking"},
     "fit": {
         *("data.shards", "data.sources", "data.prepare", "data.doctor", "config", "config_files", "output_folder"),
         *("open_detector", "evaluation", "export", "training", "run_report"),

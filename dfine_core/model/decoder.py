@@ -208,12 +208,20 @@ class Decoder(nn.Module):
         fused = self.config.sampling == "default" and sampling.usable(memory, len(shapes))
         levels = split_levels(memory, shapes, self.config.decoder_heads, fused=fused)
         predictions = self._refine(content, reference_logits, levels, allowed, every_layer)
+        edges = None if predictions.edge_logits is None or self.training else predictions.edge_logits[-1]
         if not every_layer:
-            return DetectorOutput(logits=predictions.logits[-1], boxes=predictions.boxes[-1])
+            return DetectorOutput(
+                logits=predictions.logits[-1],
+                boxes=predictions.boxes[-1],
+                edge_logits=edges,
+                initial_boxes=predictions.initial_boxes,
+            )
         noised_part, matching = predictions.split(0 if denoising is None else denoising.labels.shape[1])
         return DetectorOutput(
             logits=matching.logits[-1],
             boxes=matching.boxes[-1],
+            edge_logits=edges,
+            initial_boxes=None if self.training else predictions.initial_boxes,
             matching=matching,
             denoising=None if denoising is None else noised_part,
             denoising_queries=denoising,

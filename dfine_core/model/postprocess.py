@@ -17,6 +17,7 @@ class Detections:
     labels: Tensor  # [B, R] int64
     boxes: Tensor  # [B, R, 4] xyxy, pixels of the original image; may reach over its border
     scores: Tensor  # [B, R] in [0, 1]
+    queries: Tensor | None = None  # [B, R] int64, rows of the network's output; None where another program detected
 
 
 def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int = MAX_DETECTIONS) -> Detections:
@@ -38,6 +39,7 @@ def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int
         labels=labels,
         boxes=corners.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)),
         scores=scores,
+        queries=query,
     )
 
 

@@ -1,10 +1,12 @@
 """Calibration of a detector, as `dfine calibrate` writes it to `calibration.json`; `from_json` reads it."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from dfine_core.uncertainty.drift import DriftReference
 from dfine_core.uncertainty.edge_calibration import EdgeCalibration
 from dfine_core.uncertainty.score_calibration import ScoreCalibration
 
@@ -21,6 +23,11 @@ class DetectorCalibration:
     scores: ScoreCalibration
     images: int  # that it was fitted on
     sha256: str | None  # of the weights' file
+    reference: DriftReference | None = None  # values of the images, which new ones are compared with
+
+    def find(self, coverage: float) -> EdgeCalibration | None:
+        """Half-widths of single edges at a coverage; None if it was not fitted."""
+        return next((each for each in self.edges if abs(each.coverage - coverage) < 1e-9), None)
 
     def at(self, coverage: float, *, joint: bool = False) -> EdgeCalibration:
         """Half-widths at one of the fitted coverages.
@@ -43,8 +50,23 @@ class DetectorCalibration:
             "scores": self.scores.to_plain(),
             "images": self.images,
             "sha256": self.sha256,
+            "reference": None if self.reference is None else self.reference.to_plain(),
         }
         return json.dumps(content | more, indent=1).encode()
+
+    def metadata(self) -> dict[str, Any]:
+        """Plain values for the metadata of a file that holds the weights too: without digest and reference."""
+        left_out = ("sha256", "reference")
+        return {name: value for name, value in json.loads(self.to_json()).items() if name not in left_out}
+
+    def bound_to(self, weights: bytes) -> Self:
+        """The same calibration for a file with the same weights."""
+        return replace(self, sha256=hashlib.sha256(weights).hexdigest())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that was fitted."""
+        return hashlib.sha256(replace(self, sha256=None).to_json()).hexdigest()
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
@@ -71,8 +93,10 @@ class DetectorCalibration:
             )
             sha256 = content["sha256"]
             scores, images = ScoreCalibration.from_plain(content["scores"]), int(content["images"])
+            plain = content.get("reference")
+            reference = None if plain is None else DriftReference.from_plain(plain)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"calibration cannot be read: {error!r}") from None
         if not (sha256 is None or isinstance(sha256, str)) or any(each.joint for each in edges):
             raise ValueError("calibration cannot be read: its edges or its sha256 are of another kind")
-        return cls(edges, boxes, scores, images, sha256)
+        return cls(edges, boxes, scores, images, sha256, reference)

@@ -31,7 +31,7 @@ class ScoreCalibration:
         """Probability that a detection with this score is right, in the shape and type of `score`."""
         if self.method == "isotonic":
             at, value = np.asarray(self.knots).T
-            mapped = torch.from_numpy(np.interp(score.detach().double().cpu().numpy(), at, value))
+            mapped = torch.as_tensor(np.interp(score.detach().double().cpu().numpy(), at, value))
         else:
             mapped = torch.sigmoid(self.slope * _logit(score) + self.offset)
         return mapped.to(score)

@@ -2,23 +2,29 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from dfine_core import __version__
 from dfine_core.inference import LoadedDetector
+from dfine_core.thresholds import WANTED_PRECISION
 from dfine_core.uncertainty.detector_calibration import FILE, DetectorCalibration
+from dfine_core.uncertainty.drift import DriftReference, image_values, make_reference
 from dfine_core.uncertainty.score_calibration import Method
 from pipeline import html_pages, storage
 from pipeline.calibration.figures import coverage_figure, score_figure, width_figure
 from pipeline.calibration.fit import Reliability, fit
-from pipeline.calibration.measure import measure, true_boxes
+from pipeline.calibration.measure import MeasuredDetections, measure, true_boxes
+from pipeline.calibration.recommended import ClassRecommendation, recommended
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
 from pipeline.evaluation.ground_truth import read_ground_truth
+from pipeline.tracking.calibrated_model import CalibrationTarget, log_calibration
 from pipeline.wording import plural
 
 PAGE = "calibration.html"
@@ -53,6 +59,9 @@ def calibrate(
         UserError: it regresses boxes directly, has no folder of its own, or too few objects are found.
     """
     folder = folder_of(loaded) if out is None else out
+    sha256 = loaded.sha256
+    if sha256 is None and loaded.path is not None:
+        sha256 = hashlib.sha256(storage.read_bytes(loaded.path)).hexdigest()
     truth = read_ground_truth(shards)
     measured = measure(loaded, shards, truth, batch_size=batch_size)
     calibration, reliability = fit(
@@ -61,18 +70,32 @@ def calibrate(
         len(truth.image_id),
         least_score=least_score,
         method=method,
-        sha256=None if loaded.path is None else hashlib.sha256(storage.read_bytes(loaded.path)).hexdigest(),
+        sha256=sha256,
     )
+    calibration = replace(calibration, reference=reference_of(measured, len(truth.image_id), least_score))
     file, page = storage.join(folder, FILE), storage.join(folder, PAGE)
+    thresholds = recommended(measured, true_boxes(truth), calibration.scores, loaded.names)
     facts = {
         "measured": reliability.to_plain(),
+        "recommended_thresholds": [asdict(each) for each in thresholds],
         "data": shards.uri,
         "least_score": least_score,
         "by": f"ray-dfine {__version__}",
     }
-    storage.write_atomic(page, calibration_page(loaded, shards, calibration, reliability, least_score).encode())
+    storage.write_atomic(
+        page, calibration_page(loaded, shards, calibration, reliability, least_score, thresholds).encode()
+    )
     storage.write_atomic(file, calibration.to_json(**facts))
     return Written(calibration, reliability, file, page)
+
+
+def reference_of(measured: MeasuredDetections, images: int, least_score: float) -> DriftReference:
+    """Values of all images, which a prediction compares its own with."""
+    order = measured.found.image.argsort(stable=True)
+    counts = torch.bincount(measured.found.image, minlength=images)
+    found = (measured[rows] for rows in order.split(counts.tolist()))
+    values = [image_values(each.found.scores, each.std, each.sides, least_score) for each in found]
+    return make_reference(values, least_score)
 
 
 def folder_of(loaded: LoadedDetector) -> str:
@@ -85,6 +108,32 @@ def folder_of(loaded: LoadedDetector) -> str:
     if not folder or folder.rstrip("/") != loaded.origin.rstrip("/"):
         raise UserError(f"{loaded.origin}: it is no folder that a calibration can be written to; name one with --out")
     return folder
+
+
+def log_to_mlflow(target: CalibrationTarget, shards: ShardSet, written: Written) -> None:
+    """Attach the files, tags and metrics of a calibration to the run of its detector, and the file to its model.
+
+    Raises:
+        RunLookupError: the server does not accept it.
+    """
+    measured = written.reliability
+    log_calibration(
+        target,
+        {FILE: storage.read_bytes(written.file), PAGE: storage.read_bytes(written.page)},
+        tags={
+            "data": shards.uri,
+            "digest": written.calibration.digest,
+            "images": str(written.calibration.images),
+            "scores": written.calibration.scores.method,
+            "weights_sha256": written.calibration.sha256 or "unknown",
+        },
+        metrics={
+            "calibration/score_error_raw": measured.score_error[0],
+            "calibration/score_error": measured.score_error[1],
+            "calibration/width_error": measured.width_error,
+            **{f"calibration/coverage_{100 * level:g}": held for level, held in measured.conformal.items()},
+        },
+    )
 
 
 def summary(reliability: Reliability) -> list[str]:
@@ -120,6 +169,7 @@ def calibration_page(
     calibration: DetectorCalibration,
     reliability: Reliability,
     least_score: float,
+    thresholds: Sequence[ClassRecommendation],
 ) -> str:
     """Render the page."""
     return html_pages.render(
@@ -146,6 +196,8 @@ def calibration_page(
             ),
         ],
         rows=_coverage_rows(calibration, reliability),
+        thresholds=thresholds,
+        wanted_precision=WANTED_PRECISION,
         widths=list(reliability.widths.items()),
         correlation=list(reliability.correlation.items()),
         facts=[

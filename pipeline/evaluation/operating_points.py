@@ -66,7 +66,9 @@ def class_points(
     for index, one in enumerate(classes):
         own = rows[by_class[bounds[index] : bounds[index + 1]]]
         if counted[one] and len(own):
-            points[..., index] = _points(own["score"], own["kind"] == RIGHT, int(counted[one]), wanted_precision)
+            points[..., index] = points_of_class(
+                own["score"], own["kind"] == RIGHT, int(counted[one]), wanted_precision
+            )
     return points
 
 
@@ -79,10 +81,16 @@ def points_of(points: NDArray[np.float64], wanted_precision: float) -> Operating
     return OperatingPoints(best, precise, wanted_precision)
 
 
-def _points(
+def points_of_class(
     score: NDArray[np.float32], right: NDArray[np.bool_], boxes: int, wanted_precision: float
 ) -> NDArray[np.float64]:
-    """[2, 3] points of one class."""
+    """Points of one class, [2, 3]: best F1 and wanted precision; fields by `POINT_FIELDS`; NaN without a point.
+
+    Args:
+        score: [n] of its detections.
+        right: [n] whether they found a box.
+        boxes: number of its true boxes.
+    """
     # Every distinct score as the lowest one that is kept, the highest first.
     order = np.argsort(-score, kind="stable")
     score, right = score[order], right[order]

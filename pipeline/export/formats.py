@@ -21,6 +21,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from dfine_core import DISTRIBUTION, Detector, __version__
+from dfine_core.checkpoints.calibration_file import write_calibration
 from dfine_core.checkpoints.folder import DESCRIPTION, THRESHOLDS, TRANSFORMERS_CONFIG
 from dfine_core.checkpoints.weights import save_released
 from dfine_core.inference import LoadedDetector, predict_batch
@@ -81,6 +82,7 @@ class ExportSource:
             "weights_sha256": self.digest,
             "made_by": f"{DISTRIBUTION} {__version__}",
             **({} if thresholds is None else {THRESHOLDS: thresholds.to_plain()}),
+            **({} if self.model.calibration is None else {"calibration": self.model.calibration.metadata()}),
         }
 
     @cached_property
@@ -120,14 +122,15 @@ class ExportSource:
 
 
 def at_input_size(model: LoadedDetector, input_size: tuple[int, int]) -> LoadedDetector:
-    """Copy the detector with another input size (height, width) and the same weights.
+    """Copy the detector with another input size (height, width) and the same weights, but no calibration for it.
 
     Raises:
         ValueError: the detector does not support this size.
     """
     detector = Detector(model.config.with_(input_size=input_size))
     detector.load_state_dict(model.detector.state_dict())
-    return replace(model, detector=detector.eval())
+    same = input_size == model.config.input_size
+    return replace(model, detector=detector.eval(), calibration=model.calibration if same else None)
 
 
 def write_onnx(source: ExportSource, path: Path) -> None:
@@ -184,6 +187,7 @@ def write_huggingface(source: ExportSource, path: Path) -> None:
         content = json.loads((path / TRANSFORMERS_CONFIG).read_text())
         content[THRESHOLDS] = source.model.thresholds.to_plain()
         (path / TRANSFORMERS_CONFIG).write_text(json.dumps(content, indent=2))
+    write_calibration(source.model.calibration, path)
 
 
 def write_safetensors(source: ExportSource, path: Path) -> None:
@@ -193,6 +197,7 @@ def write_safetensors(source: ExportSource, path: Path) -> None:
     (path / DESCRIPTION).write_text(json.dumps(description | source.description, indent=1))
     weights = {key: tensor.clone() for key, tensor in source.model.detector.state_dict().items()}
     (path / "model.safetensors").write_bytes(tensors_to_bytes(weights))
+    write_calibration(source.model.calibration, path)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.predict.predicted_images import counts_per_image, record_batches
 SMALL_RESULT = 1_000_000  # detections; up to here detections.json is written without being asked for
 DETECTIONS_PER_FILE = 1_000_000  # 0.1 GB
 DETECTIONS_FILE, DETECTIONS_FOLDER, IMAGES_FILE = "detections.json", "detections", "images.json"
-DETECTION_COLUMNS = ("image_id", "boxes", "labels", "scores")
+DETECTION_COLUMNS = ("image_id", "boxes", "labels", "scores", "edge_std_px", "edge_intervals")
 IMAGE_COLUMNS = ("image_id", "file_name", "frame", "seconds", "width", "height", "rejected")
 
 
@@ -81,11 +81,25 @@ def json_rows(batch: pa.RecordBatch, categories: Sequence[Category]) -> bytes:
         (", ", right - left),
         (", ", bottom - top),
         ('], "score": ', _flat(batch, "scores")),
+        *_edge_fields(batch),
     )
     texts = [piece for label, values in fields for piece in (label, pc.cast(pa.array(values), pa.string()))]
     rows = pc.binary_join_element_wise(*texts, "}", "")  # the last argument stands between the others
     joined = pc.binary_join(pa.ListArray.from_arrays([0, len(rows)], rows), ",\n")
     return bytes(joined[0].as_buffer())
+
+
+def _edge_fields(batch: pa.RecordBatch) -> Iterator[tuple[str, Any]]:
+    """Deviations and intervals of edges, where they were measured, as pieces of `json_rows`."""
+    std, intervals = (_flat(batch, name) for name in ("edge_std_px", "edge_intervals"))
+    if len(std):
+        columns = zip((', "edge_std_px": [', ", ", ", ", ", "), std.reshape(-1, 4).T, strict=True)
+        yield from columns
+        yield "]", np.full(len(std) // 4, "")
+    if len(intervals):
+        starts = (', "edge_intervals": [[', ", ", "], [", ", ", "], [", ", ", "], [", ", ")
+        yield from zip(starts, intervals.reshape(-1, 8).T, strict=True)
+        yield "]]", np.full(len(intervals) // 8, "")
 
 
 def write_images(out: str, plan: PredictPlan) -> None:
@@ -104,7 +118,12 @@ def write_images(out: str, plan: PredictPlan) -> None:
             {"id": category.original_id, "name": category.name, "threshold": least}
             for category, least in zip(plan.categories, plan.thresholds, strict=True)
         ]
-        rest = {"annotations": [], "categories": categories, "info": {"threshold": plan.threshold_text}}
+        info = {"threshold": plan.threshold_text}
+        if plan.calibration is not None:
+            info["scores"] = "calibrated"
+        if plan.interval_text is not None:
+            info["edge_intervals"] = plan.interval_text
+        rest = {"annotations": [], "categories": categories, "info": info}
         file.write(start + b"], " + json.dumps(rest)[1:].encode())
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from dfine_core.drawing import Rectangle
+from dfine_core.image_detections import inner_outer
 from dfine_core.images import SUFFIXES
 from dfine_core.inference import LoadedDetector, image_sizes, prepare
 from pipeline import storage
@@ -30,6 +32,7 @@ def draw_detections(
     labels: Sequence[int],
     scores: Sequence[float],
     names: Sequence[str],
+    bands: Sequence[tuple[Rectangle, Rectangle]] = (),
 ) -> Image.Image:
     """Draw the best boxes on a copy that is scaled to a screen, see `draw_boxes`.
 
@@ -37,9 +40,10 @@ def draw_detections(
         image: RGB.
         boxes: [K][4] xyxy in pixels of the image, best first.
         names: class names by label.
+        bands: [K] inner and outer boxes, or none.
     """
     texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    return draw_boxes(image, boxes, labels, texts)
+    return draw_boxes(image, boxes, labels, texts, bands=bands)
 
 
 def contact_sheet(drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -84,7 +88,8 @@ def write_drawings(
         title = Path(source.file_name).name
         if index < num_images:
             boxes = np.reshape(row["boxes"], (-1, 4)).tolist()
-            drawing = draw_detections(image, boxes, row["labels"], row["scores"], names)
+            bands = [inner_outer(each) for each in np.reshape(row["edge_intervals"] or [], (-1, 4, 2)).tolist()]
+            drawing = draw_detections(image, boxes, row["labels"], row["scores"], names, bands)
             drawings.append((f"{title}: {len(row['labels'])}", drawing))
             storage.write_atomic(storage.join(out, DRAWINGS_FOLDER, f"{drawing_name(source)}.jpg"), _jpeg(drawing))
         if index < num_explanations and row["labels"]:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from dfine_core.image_detections import RawDetections
 from dfine_core.inference import LoadedDetector, prepare
-from dfine_core.model.postprocess import Detections, best_pairs
-from dfine_core.uncertainty import edge_std
+from dfine_core.uncertainty.drift import ImageValues, image_values
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.prepare.image_files import BadImageError
@@ -76,32 +76,6 @@ def write_rows(rows: Sequence[dict[str, Any]], uri: str) -> None:
         )
 
 
-def detect_with_deviations(
-    loaded: LoadedDetector, pixels: Tensor, sizes: Tensor, *, deviations: bool
-) -> tuple[Detections, Tensor]:
-    """Detect, and measure the standard deviation of every edge: [B, R, 4] in pixels; R = 0 without `deviations`.
-
-    Args:
-        pixels: [B, 3, H, W] uint8.
-        sizes: [B, 2] (width, height) of the original images.
-        deviations: requires a detector that is not deployed.
-    """
-    if not deviations:
-        return loaded.detect(pixels, sizes), torch.zeros(len(pixels), 0, 4)
-    detections, output = loaded.predict(pixels, sizes, every_layer=True)
-    _, query, _ = best_pairs(output.logits, detections.scores.shape[1])
-    assert output.matching is not None
-    assert output.matching.edge_logits is not None
-    spread = edge_std(
-        output.matching.edge_logits[-1].float().softmax(-1),
-        loaded.detector.decoder.bins,
-        output.matching.initial_boxes,
-        loaded.config.reg_scale,
-    )
-    spread = spread * sizes.to(loaded.device).repeat(1, 2).unsqueeze(1)  # [B, Q, 4] in pixels
-    return detections, spread.gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
-
-
 @dataclass(frozen=True)
 class DecodedImage:
     """Image of a part on its way to the detector."""
@@ -142,18 +116,25 @@ def _detect_batch(loaded: LoadedDetector, batch: list[DecodedImage], plan: Predi
     """Add the detections of a batch to its rows."""
     pixels = torch.cat([decoded.pixels for decoded in batch if decoded.pixels is not None])
     sizes = torch.tensor([[decoded.row["width"], decoded.row["height"]] for decoded in batch])
-    detections, deviations = detect_with_deviations(loaded, pixels, sizes, deviations=plan.deviations)
-    scores, boxes, labels = detections.scores.cpu(), detections.boxes.cpu(), detections.labels.cpu()
-    deviations = deviations.cpu()
     least = torch.tensor(plan.thresholds)
-    for index, decoded in enumerate(batch):
-        if not (scores[index].isfinite().all() and boxes[index].isfinite().all()):
+    for decoded, raw in zip(batch, loaded.find(pixels, sizes), strict=True):
+        if not (raw.scores.isfinite().all() and raw.boxes.isfinite().all()):
             raise ConfigError(
                 f"{decoded.row['file_name']}: its detections are not finite; the weights of this detector have diverged"
             )
-        kept = scores[index] >= least[labels[index]]
-        decoded.row["boxes"] = boxes[index][kept].float().flatten().numpy()
-        decoded.row["labels"] = labels[index][kept].int().numpy()
-        decoded.row["scores"] = scores[index][kept].numpy()
-        if plan.deviations:
-            decoded.row["deviations"] = deviations[index][kept].flatten().numpy()
+        found = loaded.keep(raw, least, coverage=plan.coverage, measured=plan.edge_std)
+        decoded.row["boxes"] = found.boxes.flatten().numpy()
+        decoded.row["labels"] = found.labels.int().numpy()
+        decoded.row["scores"] = found.scores.numpy()
+        if found.edge_std_px is not None:
+            decoded.row["edge_std_px"] = found.edge_std_px.flatten().numpy()
+        if found.edge_intervals is not None:
+            decoded.row["edge_intervals"] = found.edge_intervals.flatten().numpy()
+        if plan.drift_score is not None:
+            decoded.row["drift"] = drift_values(loaded, raw, plan.drift_score)
+
+
+def drift_values(loaded: LoadedDetector, raw: RawDetections, least_score: float) -> ImageValues:
+    """Summarise one image for the comparison with the calibration images, whatever the threshold of the prediction."""
+    chosen = (raw.scores >= least_score).nonzero().squeeze(1)
+    return image_values(raw.scores[chosen], *loaded.edges().widths(raw, chosen), least_score)

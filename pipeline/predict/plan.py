@@ -3,6 +3,7 @@
 import pyarrow as pa
 from pydantic import PositiveInt, ValidationError
 
+from dfine_core.image_detections import IntervalKind
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import Category, FrozenModel
@@ -21,7 +22,9 @@ SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),  # flat [4K], xyxy in pixels as stored; best first
         ("labels", pa.list_(pa.int32())),  # [K]
         ("scores", pa.list_(pa.float32())),  # [K]
-        ("deviations", pa.list_(pa.float32())),  # flat [4K]: left, top, right, bottom edge in pixels; or null
+        ("edge_std_px", pa.list_(pa.float32())),  # flat [4K]: left, top, right, bottom edge in pixels; or null
+        ("edge_intervals", pa.list_(pa.float32())),  # flat [8K]: lowest and highest coordinate of the same; or null
+        ("drift", pa.list_(pa.float32())),  # [3] `ImageValues` of the image; or null
         ("rejected", pa.string()),  # reason if the image could not be read
     ]
 )
@@ -30,7 +33,7 @@ SCHEMA = pa.schema(
 class PredictPlan(FrozenModel):
     """Everything that the content of the parts depends on: parts of equal plans belong together."""
 
-    version: int = 3
+    version: int = 4
     inputs: str  # digest
     detector: str  # digest
     num_images: PositiveInt
@@ -38,7 +41,12 @@ class PredictPlan(FrozenModel):
     batch_size: PositiveInt  # images per forward pass
     thresholds: tuple[float, ...]  # least score by label
     threshold_text: str  # where they come from
-    deviations: bool
+    edge_std: bool  # deviations of edges are measured
+    coverage: float | None = None  # of the intervals of edges; None without them
+    intervals: IntervalKind | None = None  # their source
+    interval_text: str | None = None
+    calibration: str | None = None  # digest; None: scores are raw
+    drift_score: float | None = None  # raw score from which a detection counts for drift; None: not measured
     precision: str = "fp32"  # name of an arithmetic, the same for all parts
     categories: tuple[Category, ...]  # by label
 
@@ -106,7 +114,8 @@ def claim_folder(out: str, plan: PredictPlan) -> None:
         storage.write_atomic(storage.join(out, PLAN_FILE), plan.model_dump_json(indent=1).encode())
         return
     old = read_plan(out).model_dump()
-    changed = [name for name, value in plan.model_dump(exclude={"threshold_text"}).items() if old[name] != value]
+    told = {"threshold_text", "interval_text"}
+    changed = [name for name, value in plan.model_dump(exclude=told).items() if old[name] != value]
     if changed:
         raise ConfigError(
             f"{out} contains another prediction: {', '.join(changed)} changed. Choose another --out, or delete that folder"

@@ -3,6 +3,7 @@
 plan.json            settings of the prediction and the classes; another prediction is refused in this folder
 parts/*.parquet      one row per image: its detections, or the reason for its rejection
 rejected.parquet     images that could not be read
+drift.json           with a calibration: whether the images are like those of the calibration; see `drift`
 detections.json      COCO results, with images.json: if they are few, or asked for; see `coco_json`
 drawings/*.jpg       images with boxes; contact_sheet.jpg shows all of them; explained/*.png: refinement of one box
 """
@@ -30,6 +31,7 @@ from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import Category, ManifestError
 from pipeline.predict.coco_json import DETECTIONS_FILE, DETECTIONS_FOLDER, DETECTIONS_PER_FILE, SMALL_RESULT, write_json
 from pipeline.predict.drawings import DRAWINGS_FOLDER, EXPLAINED_FOLDER, write_drawings
+from pipeline.predict.drift import write_drift
 from pipeline.predict.inputs import Inputs
 from pipeline.predict.partition import PartCounts, write_part
 from pipeline.predict.plan import (
@@ -44,7 +46,7 @@ from pipeline.predict.plan import (
 from pipeline.predict.predicted_images import record_batches
 from pipeline.progress import Progress
 from pipeline.ray_job import cluster_to_join
-from pipeline.thresholds import refuse_unmeasured
+from pipeline.thresholds import refuse_unmeasured, refuse_without_intervals
 
 log = logging.getLogger(__name__)
 REJECTED_FILE = "rejected.parquet"
@@ -62,9 +64,10 @@ class PredictOptions:
     part_size: int = 256  # images per part, the most that an interruption repeats
     batch_size: int = 8  # images per forward pass
     num_images: int = 12  # images to draw
-    num_explanations: int = 0  # images whose best box is explained; above 0 the edges of all boxes are measured, too
+    num_explanations: int = 0  # images whose best box is explained; above 0 the deviations of edges are measured, too
     workers: int | None = None  # IN_PROCESS, or detectors on Ray; None: see `in_this_process`, and one per GPU on Ray
     precision: str = AUTO  # a name of PRECISIONS; auto: that of the parts which exist, else measured
+    coverage: float | None = None  # wanted share of true edges inside intervals; None: no intervals
     json: bool = False  # write COCO results as JSON even if there are more than SMALL_RESULT detections
 
 
@@ -79,6 +82,9 @@ class PredictResult:
     rejected: tuple[tuple[str, str], ...]  # file and reason of the first few
     json_files: int  # files with COCO results; 0 if they were left out
     threshold_text: str
+    interval_text: str | None
+    calibration_text: str | None
+    drift_lines: tuple[str, ...]
 
     def summary(self) -> str:
         """Lines for the console."""
@@ -87,6 +93,9 @@ class PredictResult:
             f"{self.out}: {self.detections.total()} detections in {self.num_images} images",
             *([f"  {by_class}"] if by_class else []),
             f"  threshold: {self.threshold_text}",
+            *([f"  scores: calibrated {self.calibration_text}"] if self.calibration_text else []),
+            *([f"  intervals: {self.interval_text}"] if self.interval_text else []),
+            *(f"  {line}" for line in self.drift_lines),
         ]
         if not self.json_files:
             lines.append(
@@ -119,6 +128,9 @@ def predict(
     if options.num_explanations and loaded.config.regression != "fdr":
         raise ConfigError("this detector regresses boxes directly: its edges have no distributions to explain")
     refuse_unmeasured(loaded, options.threshold)
+    refuse_without_intervals(loaded, options.coverage)
+    measured = options.coverage is not None or loaded.calibration is not None
+    edges = loaded.edges() if measured else None
 
     # 1. The plan: everything that the parts depend on. A folder with another one is refused.
     # Explanations need every decoder layer, which a deployed detector lacks.
@@ -127,6 +139,8 @@ def predict(
     if not options.num_explanations:
         loaded = loaded.deploy()
     loaded = loaded.with_precision(precision_of(loaded, out, options.precision, announce))
+    calibration = loaded.calibration
+    reference = None if calibration is None else calibration.reference
     plan = PredictPlan(
         inputs=inputs.digest,
         detector=digest,
@@ -136,7 +150,12 @@ def predict(
         batch_size=options.batch_size,
         thresholds=loaded.least_scores(options.threshold),
         threshold_text=loaded.threshold_text(options.threshold),
-        deviations=options.num_explanations > 0,
+        edge_std=edges is not None or options.num_explanations > 0,
+        coverage=options.coverage,
+        intervals=None if edges is None or options.coverage is None else edges.kind(options.coverage),
+        interval_text=None if edges is None or options.coverage is None else edges.text(options.coverage),
+        calibration=None if calibration is None else calibration.digest,
+        drift_score=None if reference is None else reference.least_score,
         categories=output_categories(loaded, inputs),
     )
     claim_folder(out, plan)
@@ -158,6 +177,7 @@ def predict(
     found = totals.detections.total()
     json_files = write_json(out, plan, found) if options.json or found <= SMALL_RESULT else 0
     write_drawings(out, inputs, plan, loaded, num_images=options.num_images, num_explanations=options.num_explanations)
+    drift_lines = () if reference is None else write_drift(out, plan, reference)
     for folder in ("", PARTS_FOLDER, DETECTIONS_FOLDER, DRAWINGS_FOLDER, EXPLAINED_FOLDER):
         storage.remove_temporaries(storage.join(out, folder))
     return PredictResult(
@@ -168,6 +188,9 @@ def predict(
         totals.rejected,
         json_files,
         plan.threshold_text,
+        plan.interval_text,
+        None if calibration is None else loaded.calibration_text(),
+        drift_lines,
     )
 
 

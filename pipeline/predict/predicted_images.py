@@ -32,11 +32,12 @@ class PredictedImage:
     height: int | None
     boxes: NDArray[np.float32]  # [K, 4] xyxy in pixels of the image as it is stored
     labels: NDArray[np.int32]  # [K]
-    scores: NDArray[np.float32]  # [K] in [0, 1]
+    scores: NDArray[np.float32]  # [K] in [0, 1]; calibrated if the detector was
     names: tuple[str, ...]  # [K] classes
-    deviations: (
+    edge_std_px: NDArray[np.float32] | None  # [K, 4] of the left, top, right, bottom edge, if they were measured
+    edge_intervals: (
         NDArray[np.float32] | None
-    )  # [K, 4] of the left, top, right, bottom edge in pixels, if they were measured
+    )  # [K, 4, 2] lowest and highest coordinate of each edge, px; or not measured
     rejected: str | None
 
 
@@ -52,17 +53,21 @@ def predicted_images(out: str) -> Iterator[PredictedImage]:
     plan = read_plan(out)
     class_names = [category.name for category in plan.categories]
     for batch in record_batches(out, plan):
-        values = {name: _per_image(batch, name) for name in ("boxes", "labels", "scores", "deviations")}
+        values = {
+            name: _per_image(batch, name) for name in ("boxes", "labels", "scores", "edge_std_px", "edge_intervals")
+        }
         columns = ("image_id", "file_name", "frame", "seconds", "width", "height", "rejected")
         for index, row in enumerate(batch.select(columns).to_pylist()):
-            labels, deviations = values["labels"][index], values["deviations"][index]
+            labels, read = values["labels"][index], row["rejected"] is None
+            std, intervals = values["edge_std_px"][index], values["edge_intervals"][index]
             yield PredictedImage(
                 **row,
                 boxes=values["boxes"][index].reshape(-1, 4),
                 labels=labels,
                 scores=values["scores"][index],
                 names=tuple(class_names[label] for label in labels.tolist()),
-                deviations=deviations.reshape(-1, 4) if plan.deviations and row["rejected"] is None else None,
+                edge_std_px=std.reshape(-1, 4) if plan.edge_std and read else None,
+                edge_intervals=intervals.reshape(-1, 4, 2) if plan.coverage is not None and read else None,
             )
 
 

@@ -22,8 +22,9 @@ from starlette.responses import Response
 from torch import Tensor
 
 from dfine_core.config import PrecisionName
+from dfine_core.image_detections import RawDetections
 from dfine_core.inference import LoadedDetector
-from dfine_core.model.postprocess import MAX_DETECTIONS, Detections
+from dfine_core.model.postprocess import MAX_DETECTIONS
 from dfine_core.precision import AUTO
 from dfine_core.precision_choice import choose_precision
 from dfine_core.thresholds import Threshold, wanted_precision
@@ -59,6 +60,9 @@ class ServeSettings(Config):
 
     source: str  # any source of `open_detector`
     threshold: ServedThreshold | None = None  # unless a request has its own; default: the detector's, class by class
+    coverage: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # of intervals, unless a request has its own; None: none
+    )
     batch_size: PositiveInt = 8  # images per forward pass, at most
     timeout_s: PositiveFloat = 30.0  # per request, from its arrival at a replica to the response
     header_s: PositiveFloat = 10.0  # for the headers of a request to arrive; of the proxy
@@ -86,6 +90,7 @@ class DetectionService:
         self.settings = settings
         loaded = open_detector(settings.source, "cuda" if settings.gpus else "cpu").deploy()
         self.loaded = loaded.with_precision(_precision_of(loaded, settings))
+        self._interval_text(settings.coverage)  # fails now if the detector has no distributions
         self.metrics: Metrics = Counter()
         self.active_requests = 0
         self.last_batch_failed = False
@@ -137,6 +142,9 @@ class DetectionService:
             "precision": self.loaded.precision,
             "thresholds": list(self.loaded.least_scores(self.settings.threshold)),  # in the order of the names
             "threshold_text": self.loaded.threshold_text(self.settings.threshold),
+            "calibration": None if self.loaded.calibration is None else self.loaded.calibration_text(),
+            "coverage": self.settings.coverage,
+            "interval_text": self._interval_text(self.settings.coverage),
             "max_detections": MAX_DETECTIONS,
             "batch_size": self.settings.batch_size,
             "limits": asdict(self.settings.limits) | {"timeout_s": self.settings.timeout_s},
@@ -167,6 +175,11 @@ class DetectionService:
         request = await parse_request(content_type, http_request.query_params, body, limits)
         threshold = self.settings.threshold if request.threshold is None else request.threshold
         least = torch.tensor(self.loaded.least_scores(threshold))
+        coverage = self.settings.coverage if request.coverage is None else request.coverage
+        try:
+            interval_text = self._interval_text(coverage)
+        except ValueError as error:
+            raise RequestError(422, f"{error}", field="coverage") from None
 
         # 2. Decode in another process, then detect together with images of other requests.
         images = await self.decoders.decode(
@@ -176,11 +189,17 @@ class DetectionService:
         return {
             "model": self.loaded.origin,
             "detections": [
-                self._as_json(each, image.size, least, request.max_detections)
+                self._as_json(each, image.size, least, request.max_detections, coverage)
                 for each, image in zip(detections, images, strict=True)
             ],
             "threshold": self.loaded.threshold_text(threshold),
+            **({} if self.loaded.calibration is None else {"scores": f"calibrated {self.loaded.calibration_text()}"}),
+            **({} if interval_text is None else {"intervals": interval_text}),
         }
+
+    def _interval_text(self, coverage: float | None) -> str | None:
+        """Text on the intervals of a coverage; a ValueError if the detector has none."""
+        return None if coverage is None else self.loaded.edges().text(coverage)
 
     async def _body(self, request: Request) -> bytes:
         try:
@@ -193,7 +212,7 @@ class DetectionService:
     def _plain_image(self) -> DecodedImage:
         return DecodedImage(np.zeros((*self.loaded.config.input_size, 3), np.uint8), (64, 48))
 
-    def _forward(self, images: Sequence[DecodedImage]) -> list[Detections]:
+    def _forward(self, images: Sequence[DecodedImage]) -> list[RawDetections]:
         """Detect in a batch, in the batcher's thread; update health and metrics."""
         started_at = time.perf_counter()
         try:
@@ -207,26 +226,28 @@ class DetectionService:
         self.metrics["detect_images_total", ""] += len(images)
         return detections
 
-    def _detect(self, images: Sequence[DecodedImage]) -> list[Detections]:
+    def _detect(self, images: Sequence[DecodedImage]) -> list[RawDetections]:
         pixels = torch.from_numpy(np.stack([image.pixels for image in images]).transpose(0, 3, 1, 2).copy())
-        sizes = torch.tensor([image.size for image in images])
-        batch = self.loaded.detect(pixels, sizes)
-        labels, boxes, scores = batch.labels.cpu(), batch.boxes.cpu(), batch.scores.cpu()
-        return [Detections(*each) for each in zip(labels, boxes, scores, strict=True)]
+        return self.loaded.find(pixels, torch.tensor([image.size for image in images]))
 
     def _as_json(
-        self, detections: Detections, size: tuple[int, int], least: Tensor, max_detections: int
+        self,
+        raw: RawDetections,
+        size: tuple[int, int],
+        least: Tensor,
+        max_detections: int,
+        coverage: float | None,
     ) -> dict[str, Any]:
-        # Detections are sorted, best first.
-        kept = (detections.scores >= least[detections.labels]).nonzero().flatten()[:max_detections]
-        labels = detections.labels[kept].tolist()
+        found = self.loaded.keep(raw, least, coverage=coverage, limit=max_detections)
         return {
-            "boxes": detections.boxes[kept].tolist(),
-            "scores": detections.scores[kept].tolist(),
-            "labels": labels,
-            "names": [self.loaded.names[label] for label in labels],
+            "boxes": found.boxes.tolist(),
+            "scores": found.scores.tolist(),
+            "labels": found.labels.tolist(),
+            "names": list(found.names),
             "width": size[0],
             "height": size[1],
+            **({} if found.edge_std_px is None else {"edge_std_px": found.edge_std_px.tolist()}),
+            **({} if found.edge_intervals is None else {"edge_intervals": found.edge_intervals.tolist()}),
         }
 
 

@@ -18,7 +18,7 @@ from dfine_core.model.postprocess import MAX_DETECTIONS
 from pipeline.serve.decoding import EncodedImage
 from pipeline.serve.request_error import RequestError
 
-OPTIONS = ("threshold", "max_detections")
+OPTIONS = ("threshold", "max_detections", "coverage")
 BODY_FORMATS = (
     "a form with files named image, JSON with a list named images, or one image with its own type, such as image/jpeg"
 )
@@ -42,12 +42,14 @@ class DetectRequest:
     images: tuple[EncodedImage, ...]
     threshold: float | None  # None: that of the server
     max_detections: int  # per image
+    coverage: float | None = None  # of the intervals of edges; None: that of the server
 
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
     threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     max_detections: int = Field(MAX_DETECTIONS, ge=1, le=MAX_DETECTIONS)
+    coverage: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
 
 
 class _Body(_Options):
@@ -101,7 +103,7 @@ async def parse_request(
         raise RequestError(422, f"the request contains no image: send {BODY_FORMATS}", field="image")
     _refuse_too_many(len(images), limits.max_images)
     valid = _validated(_Options, options)
-    return DetectRequest(images, valid.threshold, valid.max_detections)
+    return DetectRequest(images, valid.threshold, valid.max_detections, valid.coverage)
 
 
 def _refuse_too_many(images: int, limit: int) -> None:
@@ -148,9 +150,7 @@ async def _from_form(
         options: dict[str, str] = {}
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) != (name == "image"):
-                raise RequestError(
-                    422, f"a form takes files named image, and {' and '.join(OPTIONS)} as text", field=name
-                )
+                raise RequestError(422, f"a form takes files named image, and {', '.join(OPTIONS)} as text", field=name)
             if isinstance(value, UploadFile):
                 images.append(EncodedImage(f"image[{len(images)}]", await value.read()))
             else:

@@ -254,7 +254,7 @@ def find_target(uri: str) -> ResolvedUri:
     Raises:
         RunLookupError: no server is named, or it knows of no such run.
     """
-    target = resolve(_named_server(uri), uri)
+    target = resolve(named_server(uri), uri)
     if target.run_id is None:
         raise RunLookupError(f"{uri}: this model belongs to no run")
     return target
@@ -267,19 +267,21 @@ def attach(
     tags: Mapping[str, str],
     metrics: Mapping[str, float],
     folder: str,
+    client: "MlflowClient | None" = None,
 ) -> None:
     """Log files, tags and metrics to a run, and set the tags on the model version too. A second time replaces the first.
 
     Args:
         target: from `find_target`.
         files: files and folders, each stored under its own name in `folder` of the run's artifacts.
+        client: of the server that has the run; None: the one that MLFLOW_TRACKING_URI names.
 
     Raises:
         RunLookupError: the server does not accept it.
     """
     from mlflow.entities import Metric, RunTag
 
-    client, run_id = _named_server(str(target)), target.run_id
+    client, run_id = client or named_server(str(target)), target.run_id
     assert run_id is not None
     now = round(time.time() * 1000)
     marks = {mlflow_key(name): mlflow_value(value, MAX_TAG) for name, value in tags.items()}
@@ -299,7 +301,12 @@ def attach(
                 client.set_model_version_tag(target.name, target.version, name, value)
 
 
-def _named_server(subject: str) -> "MlflowClient":
+def named_server(subject: str) -> "MlflowClient":
+    """Client of the server that MLFLOW_TRACKING_URI names.
+
+    Raises:
+        RunLookupError: it names none.
+    """
     uri = os.environ.get(TRACKING_URI)
     if not uri:
         raise RunLookupError(f"{subject}: set {TRACKING_URI} to the server or database that knows it")

@@ -4,6 +4,8 @@ imports nothing else of this project.
 An image is a path, encoded bytes, their base64 text, or an array [H, W, 3] of uint8 RGB.
 """
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from dfine_core.inference import ImageDetections, from_description
+from dfine_core.checkpoints.calibration_file import calibration_beside
+from dfine_core.image_detections import ImageDetections
+from dfine_core.inference import from_description
 
 
 class ServedDetector(PythonModel):
@@ -20,7 +24,11 @@ class ServedDetector(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the detector from the model's artifacts."""
         description, weights = (Path(context.artifacts[name]) for name in ("description", "weights"))
-        self.loaded = from_description(description.read_bytes(), weights.read_bytes(), str(weights)).deploy()
+        content = weights.read_bytes()
+        loaded = from_description(description.read_bytes(), content, str(weights)).deploy()
+        self.loaded = replace(
+            loaded, calibration=calibration_beside(weights.parent, hashlib.sha256(content).hexdigest())
+        )
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

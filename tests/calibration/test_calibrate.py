@@ -18,6 +18,7 @@ from dfine_core.uncertainty.detector_calibration import LEVELS, DetectorCalibrat
 from jobs import calibrate as calibrate_job
 from pipeline.calibration.fit import fit
 from pipeline.calibration.measure import MASSES, MeasuredDetections, measure
+from pipeline.calibration.recommended import recommended
 from pipeline.data.shards.records import ImageRecord
 from pipeline.errors import UserError
 from pipeline.evaluation.ground_truth import read_ground_truth
@@ -209,3 +210,24 @@ def test_half_widths_of_the_fit_hold_the_errors_of_its_own_images() -> None:
     right = errors.amax(-1) < 100
     inside = errors[right] <= calibration.at(0.9).half_width(measured.std[right])
     assert float(inside.double().mean()) == pytest.approx(0.9, abs=0.03)
+
+
+def test_recommended_thresholds_equal_a_loop_over_scores() -> None:
+    measured, truth = drawn_detections(200)
+    scores = torch.rand(200, generator=torch.Generator().manual_seed(3))
+    measured = replace(measured, found=replace(measured.found, scores=scores))
+    calibration, _ = fit(measured, truth, 200, least_score=0.0)
+    (row, none) = recommended(measured, truth, calibration.scores, ("a", "b"))
+    right = (measured.found.boxes - truth.boxes).abs().amax(-1) < 100
+    best: tuple[float, float] = (0.0, 0.0)
+    reached = []
+    for at in sorted(scores.tolist(), reverse=True):
+        kept = [bool(good) for good, score in zip(right, scores.tolist(), strict=True) if score >= at]
+        precision, recall = sum(kept) / len(kept), sum(kept) / 200
+        best = max(best, (2 * precision * recall / (precision + recall) if sum(kept) else 0.0, at))
+        reached += [at] if precision >= 0.9 else []
+    assert row.best_f1 is not None
+    assert row.best_f1.raw == best[1]
+    assert row.best_f1.calibrated == pytest.approx(float(calibration.scores(torch.tensor(best[1]))))
+    assert (None if row.at_precision is None else row.at_precision.raw) == (reached[-1] if reached else None)
+    assert (none.boxes, none.best_f1, none.at_precision) == (0, None, None)

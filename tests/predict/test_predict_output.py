@@ -121,7 +121,7 @@ def test_a_slow_reader_holds_a_few_parts_however_many_there_are(tmp_path: Path) 
         batch_size=1,
         thresholds=(0.0,),
         threshold_text="0, as given",
-        deviations=False,
+        edge_std=False,
         categories=(Category(label=0, original_id=1, name="a"),),
     )
     out = str(tmp_path)

@@ -111,6 +111,8 @@ def test_options_have_defaults_and_the_body_takes_precedence_over_the_query() ->
         ("image/png", b"x", {"treshold": "0.4"}, 422, "treshold", "known: threshold, max_detections"),
         ("image/png", b"x", {"threshold": "1.5"}, 422, "threshold", "less than or equal to 1"),
         ("image/png", b"x", {"threshold": "nan"}, 422, "threshold", "finite|greater"),
+        ("image/png", b"x", {"coverage": "1"}, 422, "coverage", "less than 1"),
+        ("image/png", b"x", {"coverage": "nan"}, 422, "coverage", "finite|greater"),
         ("image/png", b"x", {"max_detections": "0"}, 422, "max_detections", "greater than or equal to 1"),
         ("application/json", b"{", {}, 422, "body", "Invalid JSON"),
         pytest.param("application/json", b"[" * 50_000, {}, 422, "body", "Invalid JSON", id="deep JSON"),

@@ -21,6 +21,7 @@ ODD_KINDS = (
 )
 QUERIES = (
     *(b"threshold=0.3", b"max_detections=5", b"threshold=0.3&max_detections=7", b"threshold=nan", b"threshold=-1"),
+    *(b"coverage=0.9", b"coverage=0", b"coverage=1e-9"),
     *(b"max_detections=0", b"max_detections=1e9", b"threshold=%ff%fe", b"threshold", b"=", b"&&&", b"a=1&a=2", b"%"),
     *(b"threshold=0.1&threshold=0.2", b"threshold=" + b"9" * 2000, b"images=x", b"\x00=\x00"),
 )
