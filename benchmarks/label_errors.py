@@ -21,7 +21,6 @@ from pipeline.calibration.measure import measure
 from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import load_shards
 from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
-from pipeline.labelling.calibration_of import calibration_of
 from pipeline.labelling.suspects import KINDS, Kind, Suspect, find_suspects
 from pipeline.open_detector import open_detector
 
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     shards = with_classes_of(load_shards(args.shards), loaded.names, "the detector")
     truth = read_ground_truth(shards)
     measured = measure(loaded, shards, truth, batch_size=8)
-    calibration = calibration_of(loaded)
+    calibration = loaded.calibration
     print(f"{len(truth.image_id)} images, {len(truth.label)} boxes, {'no ' if calibration is None else ''}calibration")
     clean = find_suspects(measured, truth, calibration, least=LEVELS[0])
     print("suspects before planting:", {level: sum(s.confidence >= level for s in clean) for level in LEVELS})

@@ -102,11 +102,12 @@ def _round(
         return content
     started = time.process_time()
     name = f"{seed}_{arm}_{number}"
-    shutil.rmtree(args.out / f"work-{seed}", ignore_errors=True)
-    shards = write_subset(args.out / f"work-{seed}" / "shards", pool, rows, labelled)
+    work = args.out / "work" / name  # of its own: MLflow keeps the database of a round open
+    shutil.rmtree(work, ignore_errors=True)
+    shards = write_subset(work / "shards", pool, rows, labelled)
     settings = {
         "name": name,
-        "storage": str(args.out / f"work-{seed}" / "runs"),
+        "storage": str(work / "runs"),
         "seed": seed,
         "init": init,
         "data.train": str(shards),
@@ -141,6 +142,7 @@ def _round(
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content))
     partial.rename(file)
+    shutil.rmtree(work)
     print(f"{name}: {len(labelled)} images, AP {content['AP']:.3f}, {content['cpu_seconds']:.0f} CPU s", flush=True)
     return content
 
@@ -153,7 +155,7 @@ def selected(
     measured: list[dict[str, Any]] = []
     for start in range(0, len(order), BATCH):
         images = [decode_input(InputImage(0, "", rows["image"][n].as_py())) for n in order[start : start + BATCH]]
-        measured += measure_batch(loaded, None, prepare(images, loaded.config.input_size), image_sizes(images))
+        measured += measure_batch(loaded, prepare(images, loaded.config.input_size), image_sizes(images))
     features = np.array([row["features"] for row in measured], np.float32)
     choice = choose(
         np.array([row["score_error"] + row["edge_error"] for row in measured[: len(rest)]], np.float32),

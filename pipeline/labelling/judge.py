@@ -6,7 +6,6 @@ from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.evaluation.ground_truth import read_ground_truth
-from pipeline.labelling.calibration_of import calibration_of
 from pipeline.labelling.suspects import find_suspects
 from pipeline.labelling.suspects_report import LabelReport, trained_on
 
@@ -23,7 +22,6 @@ def judge_labels(loaded: LoadedDetector, shards: ShardSet, *, least: float, batc
     refuse_changed_files(shards)
     judged = with_classes_of(shards, loaded.names, f"the detector {loaded.origin}")
     truth = read_ground_truth(judged)
-    calibration = calibration_of(loaded)
     measured = measure(loaded, judged, truth, batch_size=batch_size)
     return LabelReport(
         detector=loaded.origin,
@@ -31,7 +29,7 @@ def judge_labels(loaded: LoadedDetector, shards: ShardSet, *, least: float, batc
         digest=shards.manifest.digest,
         images=len(truth.image_id),
         boxes=len(truth.label),
-        calibrated=calibration is not None,
+        calibrated=loaded.calibration is not None,
         memorised=trained_on(loaded.path, shards),
-        suspects=tuple(find_suspects(measured, truth, calibration, least=least)),
+        suspects=tuple(find_suspects(measured, truth, loaded.calibration, least=least)),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfine_core.boxes import cxcywh_to_xyxy
 from dfine_core.inference import LoadedDetector
-from dfine_core.uncertainty import ScoreCalibration, edge_std
+from dfine_core.uncertainty import edge_std
 from pipeline import storage
 from pipeline.data.prepare.split_off import gradient_bits
 from pipeline.errors import UserError
@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("boxes", pa.list_(pa.float32())),  # flat [4K], xyxy in pixels as stored; best first
         ("labels", pa.list_(pa.int32())),  # [K]
-        ("scores", pa.list_(pa.float32())),  # [K] of the detector, not calibrated
+        ("scores", pa.list_(pa.float32())),  # [K] calibrated, if the detector is
         ("score_error", pa.float32()),  # expected errors, summed over the boxes; see `DoubtfulBoxes`
         ("edge_error", pa.float32()),
         ("features", pa.list_(pa.float32())),  # [D] of the encoder's coarsest map, mean over the image
@@ -39,14 +39,11 @@ SCHEMA = pa.schema(
 )
 
 
-def measure_batch(
-    loaded: LoadedDetector, scores_as_probabilities: ScoreCalibration | None, pixels: Tensor, sizes: Tensor
-) -> list[dict[str, Any]]:
+def measure_batch(loaded: LoadedDetector, pixels: Tensor, sizes: Tensor) -> list[dict[str, Any]]:
     """Measure a batch: one row per image, with the columns of `SCHEMA` from `boxes` to `gradient_hash`.
 
     Args:
         loaded: not deployed. One that regresses boxes directly has no widths, and its edges are taken as certain.
-        scores_as_probabilities: calibration of the scores, if there is one.
         pixels: [B, 3, H, W] uint8.
         sizes: [B, 2] (width, height) of the original images.
 
@@ -59,18 +56,17 @@ def measure_batch(
     features = output.encoder_map.float().mean((-2, -1)).cpu()  # [B, D]
     if not (logits.isfinite().all() and boxes.isfinite().all() and features.isfinite().all()):
         raise UserError(f"{loaded.origin}: its detections are not finite; the weights of this detector have diverged")
-    raw = logits.sigmoid()  # [B, Q, C]
-    probability = raw if scores_as_probabilities is None else scores_as_probabilities(raw)
+    scores = loaded.calibrated(logits.sigmoid())  # [B, Q, C]
     widths = _relative_std(loaded, output.matching, boxes)
     scale = sizes.float().repeat(1, 2)  # [B, 4]
     rows = []
     for image in range(len(pixels)):
-        found = doubtful_boxes(probability[image], boxes_xyxy := cxcywh_to_xyxy(boxes[image]), widths[image])
+        found = doubtful_boxes(scores[image], boxes_xyxy := cxcywh_to_xyxy(boxes[image]), widths[image])
         rows.append(
             {
                 "boxes": (boxes_xyxy[found.query] * scale[image]).flatten().numpy(),
                 "labels": found.labels.int().numpy(),
-                "scores": raw[image][found.query, found.labels].numpy(),
+                "scores": found.scores.numpy(),
                 "score_error": float(found.score_error.sum()),
                 "edge_error": float(found.edge_error.sum()),
                 "features": features[image].numpy(),
@@ -98,14 +94,13 @@ def write_part(
     loaded: LoadedDetector, inputs: Inputs, plan: SelectPlan, part: int, out: str, threads: int
 ) -> PartCounts:
     """Measure all images of a part, and write its file below `out`."""
-    calibration = None if plan.scores is None else ScoreCalibration.from_plain(plan.scores)
     rows: list[dict[str, Any]] = []
     batch: list[DecodedImage] = []
 
     def measure() -> None:
         pixels = torch.cat([decoded.pixels for decoded in batch if decoded.pixels is not None])
         sizes = torch.tensor([[decoded.row["width"], decoded.row["height"]] for decoded in batch])
-        for decoded, measured in zip(batch, measure_batch(loaded, calibration, pixels, sizes), strict=True):
+        for decoded, measured in zip(batch, measure_batch(loaded, pixels, sizes), strict=True):
             decoded.row.update(measured)
         batch.clear()
 

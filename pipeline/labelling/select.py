@@ -25,7 +25,6 @@ from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.prepare.image_files import read_image_file
 from pipeline.data.prepare.split_off import near_groups
-from pipeline.labelling.calibration_of import calibration_of
 from pipeline.labelling.choose import Choice, ChosenImage, choose
 from pipeline.labelling.measured_images import write_part
 from pipeline.labelling.plan import (
@@ -106,11 +105,10 @@ def select(loaded: LoadedDetector, inputs: Inputs, num_labelled: int, out: str, 
 
     # 1. The plan: everything that the result depends on. A folder with another one is refused.
     out = storage.absolute(out)
-    calibration = calibration_of(loaded)
     plan = SelectPlan(
         inputs=inputs.digest,
         detector=detector_digest(loaded),
-        scores=None if calibration is None else calibration.scores.to_plain(),
+        scores=None if loaded.calibration is None else loaded.calibration.scores.to_plain(),
         num_images=inputs.num_images,
         num_labelled=num_labelled,
         part_size=options.part_size,

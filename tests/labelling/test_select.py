@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,6 +17,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dfine_core.inference import LoadedDetector
+from dfine_core.uncertainty import EdgeCalibration, ScoreCalibration
+from dfine_core.uncertainty.detector_calibration import LEVELS, DetectorCalibration
 from jobs import select as select_job
 from pipeline.config import ConfigError
 from pipeline.data.sources.coco import coco_source
@@ -207,6 +210,26 @@ def test_rows_of_a_shard_set_are_written_as_images(loaded: LoadedDetector, tmp_p
     by_id = {record.image_id: record.image for record in records}
     for image in result.content["images"]:
         assert (tmp_path / "out" / "images" / image["file"]).read_bytes() == by_id[int(image["file"].split("_")[0])]
+
+
+def test_calibrated_scores_decide_and_are_compared_with_calibrated_thresholds(
+    loaded: LoadedDetector, photos: Path, tmp_path: Path
+) -> None:
+    edges = tuple(EdgeCalibration(2.0, level, joint=False, objects=100) for level in LEVELS)
+    calibration = DetectorCalibration(edges, edges, ScoreCalibration("temperature", 0.5), 10, None)
+    run(loaded, photos, tmp_path / "raw", threshold=0.0, count=50)
+    annotations = json.loads((tmp_path / "raw" / "annotations.json").read_text())["annotations"]
+    raw = np.array([row["score"] for row in annotations])
+    halved = 1 / (1 + np.sqrt((1 - raw) / raw))  # sigmoid of half the logit
+    least = float(np.median(halved))
+    calibrated = replace(loaded, calibration=calibration)
+    run(calibrated, photos, tmp_path / "milder", threshold=least, count=50)
+    annotations = json.loads((tmp_path / "milder" / "annotations.json").read_text())["annotations"]
+    assert abs(len(annotations) - len(raw) / 2) <= 2
+    assert min(row["score"] for row in annotations) == pytest.approx(least, abs=1e-3)
+    plans = [json.loads((tmp_path / name / "select_plan.json").read_text()) for name in ("raw", "milder")]
+    assert plans[0]["scores"] is None
+    assert plans[1]["scores"]["slope"] == 0.5
 
 
 # Resuming

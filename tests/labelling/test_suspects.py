@@ -16,9 +16,7 @@ from dfine_core.uncertainty import DetectedBoxes, EdgeCalibration, ScoreCalibrat
 from dfine_core.uncertainty.detector_calibration import LEVELS, DetectorCalibration
 from jobs import doctor
 from pipeline.calibration.measure import MASSES, MeasuredDetections
-from pipeline.errors import UserError
 from pipeline.evaluation.ground_truth import GroundTruth
-from pipeline.labelling.calibration_of import calibration_of
 from pipeline.labelling.suspects import KINDS, Suspect, find_suspects
 from pipeline.labelling.suspects_report import LabelReport, report_page, trained_on
 from tests.support.small_detectors import small_detector
@@ -216,21 +214,3 @@ def test_a_detector_that_was_trained_on_the_images_is_named(tmp_path: Path) -> N
     report = LabelReport("runs/mine", shards.uri, "digest", 2, 5, False, True, ())
     assert "repeats their errors" in report.lines()[2]
     assert "Nothing is suspected" in report_page(report, shards)
-
-
-def test_a_calibration_of_other_weights_is_refused(tmp_path: Path) -> None:
-    from dfine_core.inference import load
-
-    loaded = load(small_detector().save(tmp_path / "detector"))
-    assert calibration_of(loaded) is None
-    edges = tuple(EdgeCalibration(2.0, level, joint=False, objects=100) for level in LEVELS)
-    calibration = DetectorCalibration(edges, edges, ScoreCalibration("temperature"), 10, "00")
-    file = tmp_path / "detector" / "calibration.json"
-    file.write_bytes(calibration.to_json())
-    with pytest.raises(UserError, match=r"made for other weights .* run dfine calibrate again"):
-        calibration_of(loaded)
-    file.write_text("{}")
-    with pytest.raises(UserError, match="cannot be read"):
-        calibration_of(loaded)
-    file.write_bytes(replace(calibration, sha256=None).to_json())
-    assert calibration_of(loaded) == replace(calibration, sha256=None)
