@@ -195,7 +195,9 @@ def _edges(scene: _Scene, calibration: DetectorCalibration | None, least: float)
     reach = _reach(measured, calibration, rows, true)
     reach = reach.clamp(min=LEAST_EDGE_PX).maximum(LEAST_EDGE_SHARE * sides)
     error = (true - detected).abs()
-    outside, edge = (1 - reach / error.clamp(min=1e-6)).max(1)  # 0 at the end of the interval, towards 1 far from it
+    # 0 at the end of the interval, towards 1 far from it: by Chebyshev, the tail falls at least as the distance squared.
+    ratio, edge = (reach / error.clamp(min=1e-6)).min(1)
+    outside = (1 - ratio.square()).clamp(min=0)
     confidence = scene.confidence[rows] * outside
     for n in (confidence >= least).nonzero().squeeze(1).tolist():
         row, box = int(rows[n]), int(scene.match[rows[n]])

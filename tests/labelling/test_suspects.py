@@ -59,8 +59,8 @@ def test_every_kind_is_found_with_its_place() -> None:
         *((image, 1, 0.9, B) for image in (0, 1, 3, 4, *range(5, 13))),
     )
     found = find_suspects(measured, truth)
-    assert kinds(found) == [("missing", 1, None), ("class", 3, 1), ("extra", 2, 1), ("edges", 4, 1)]
-    missing, swapped, extra, edges = found
+    assert kinds(found) == [("missing", 1, None), ("class", 3, 1), ("edges", 4, 1), ("extra", 2, 1)]
+    missing, swapped, edges, extra = found
     assert missing.suggested == B
     assert missing.confidence == pytest.approx(0.9)
     assert (swapped.labelled, swapped.detected) == (truth.names[2], truth.names[1])
@@ -68,7 +68,7 @@ def test_every_kind_is_found_with_its_place() -> None:
     assert extra.confidence == pytest.approx(
         (10 + 1) / (11 + 2), abs=1e-4
     )  # nothing found, times the recall of its like
-    assert edges.confidence == pytest.approx(0.9 * (1 - REACH / 15))
+    assert edges.confidence == pytest.approx(0.9 * (1 - (REACH / 15) ** 2), abs=1e-4)
     assert "right edge 15.0 px" in edges.detail
     assert [suspect.confidence for suspect in found] == sorted((s.confidence for s in found), reverse=True)
 
@@ -103,11 +103,11 @@ def test_a_calibration_changes_scores_and_intervals() -> None:
     # 6 px off: within 3.2 std times the growth of the interval from 95 % to 99 %, if that is wide enough.
     (narrow,) = find_suspects(measured, truth, calibration(3.2, 1.0), least=0.3)
     reach = 3.2 * STD * MASSES[-1] / 0.95
-    assert narrow.confidence == pytest.approx(0.9 * (1 - reach / 6), abs=1e-3)
+    assert narrow.confidence == pytest.approx(0.9 * (1 - (reach / 6) ** 2), abs=1e-3)
     assert find_suspects(measured, truth, calibration(6.0, 1.0), least=0.3) == []
     # Scores that promise too much: 0.9 becomes 0.75, and with it the confidence.
     (milder,) = find_suspects(measured, truth, calibration(3.2, 0.5), least=0.3)
-    assert milder.confidence == pytest.approx(0.75 * (1 - reach / 6), abs=1e-3)
+    assert milder.confidence == pytest.approx(0.75 * (1 - (reach / 6) ** 2), abs=1e-3)
 
 
 def test_edges_that_people_draw_alike_are_left_alone() -> None:
