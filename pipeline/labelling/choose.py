@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+FAR = 2.0  # the largest distance; also that of the first image, if nothing is labelled
 LEAST_ERROR = 1e-3  # boxes; with it distance decides between images in which nothing was found
 
 
@@ -18,7 +19,7 @@ class ChosenImage:
     """Image to label."""
 
     index: int  # among the candidates
-    distance: float  # to the nearest labelled or chosen image before it, 0..2; 2 if there was none
+    distance: float  # to the nearest labelled or chosen image before it, 0..FAR; FAR if there was none
     like_it: tuple[int, ...]  # indices of the candidates that nearly repeat it
 
 
@@ -55,7 +56,7 @@ def choose(
         group_of[inside] = min(inside, default=0)
         free[inside] &= len(inside) == len(group)
     already_labelled = int((~free).sum())
-    distance = np.full(number, 2.0, np.float32)
+    distance = np.full(number, FAR, np.float32)
     for vector in known:
         distance = np.minimum(distance, 1 - vectors @ vector)
 

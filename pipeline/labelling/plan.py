@@ -94,6 +94,6 @@ def finished_result(out: str) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(storage.read_bytes(uri))
-        return {"images": list(content["images"]), **content}
+        return {"chosen": list(content["chosen"]), **content}
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{uri} cannot be read ({error!r}): choose another --out, or delete that folder") from None

@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.prepare.image_files import read_image_file
 from pipeline.data.prepare.split_off import near_groups
-from pipeline.labelling.choose import Choice, ChosenImage, choose
+from pipeline.labelling.choose import FAR, Choice, ChosenImage, choose
 from pipeline.labelling.measured_images import write_part
 from pipeline.labelling.plan import (
     PARTS_FOLDER,
@@ -73,7 +73,7 @@ class SelectResult:
     def summary(self) -> str:
         """Lines for the console."""
         content = self.content
-        chosen = content["images"]
+        chosen = content["chosen"]
         lines = [f"{self.out}: {plural(len(chosen), 'image')} to label, of {content['candidates']:,}"]
         if len(chosen) < content["wanted"]:
             lines.append(
@@ -221,7 +221,7 @@ def _write_results(
         "format": plan.format,
         "prelabels": next(iter(files)),
         "next": _next_step(out, plan.format),
-        "images": listed,
+        "chosen": listed,
         "rejected": [
             {"source": row["file_name"], "reason": row["rejected"]} for row in candidates if row["rejected"] is not None
         ],
@@ -246,8 +246,10 @@ def _entry(
     unsure = sum(0.2 <= score <= 0.8 for score in row["scores"])
     reason = (
         f"{expected:.1f} expected errors, {row['score_error']:.1f} by scores and {row['edge_error']:.1f} by edges;"
-        f" {unsure} of {plural(len(row['scores']), 'box')} unsure; {chosen.distance:.2f} from the nearest image"
+        f" {unsure} of {plural(len(row['scores']), 'box')} unsure"
     )
+    if chosen.distance < FAR:
+        reason += f"; {chosen.distance:.2f} from the nearest image"
     if like_it:
         reason += f"; {plural(len(like_it), 'near-duplicate')} left out"
     return {

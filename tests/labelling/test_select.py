@@ -22,6 +22,7 @@ from dfine_core.uncertainty.detector_calibration import LEVELS, DetectorCalibrat
 from jobs import select as select_job
 from pipeline.config import ConfigError
 from pipeline.data.sources.coco import coco_source
+from pipeline.data.sources.detect import find_source
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource
 from pipeline.data.sources.yolo import yolo_source
 from pipeline.labelling.plan import FORMATS
@@ -102,7 +103,7 @@ def test_coco_is_opened_by_pycocotools_and_taken_back_by_prepare(
     file.write_text(json.dumps(content))
     names, boxes = read_by(coco_source(str(tmp_path / "out" / "images"), str(file)))
     assert names == list(loaded.names)
-    assert set(boxes) == {image["file"] for image in result.content["images"]}
+    assert set(boxes) == {image["file"] for image in result.content["chosen"]}
     assert sum(map(len, boxes.values())) == len(content["annotations"])
     assert (0, 0, 0, 5, 6) in boxes[first["file_name"]]
 
@@ -115,6 +116,7 @@ def test_yolo_labels_are_fractions_that_prepare_takes_back(
     names, boxes = read_by(yolo_source(tmp_path / "out" / "data.yaml", "train"))
     assert names == list(loaded.names)
     coco = COCO(str(tmp_path / "coco" / "annotations.json"))
+    assert list(find_source(tmp_path / "out").splits) == list(find_source(tmp_path / "coco").splits) == ["train"]
     pixels = 0
     for image in coco.loadImgs(coco.getImgIds()):
         rows = coco.loadAnns(coco.getAnnIds(image["id"]))
@@ -172,7 +174,7 @@ def test_copies_and_files_that_are_no_images_are_left_out_and_named(
     loaded: LoadedDetector, photos: Path, tmp_path: Path
 ) -> None:
     result = run(loaded, photos, tmp_path / "out", count=50)
-    chosen = result.content["images"]
+    chosen = result.content["chosen"]
     assert len(chosen) == IMAGES  # of the image and its copy, one
     (pair,) = [image for image in chosen if image["near_duplicates"]]
     assert {Path(name).name for name in (pair["source"], *pair["near_duplicates"])} == {"photo 3.jpg", "same as 3.png"}
@@ -198,7 +200,7 @@ def test_labelled_images_are_kept_away_from(loaded: LoadedDetector, photos: Path
         ]
     )
     content = json.loads((tmp_path / "out" / "selected.json").read_text())
-    names = {Path(image["source"]).stem for image in content["images"]}
+    names = {Path(image["source"]).stem for image in content["chosen"]}
     assert names == {f"photo {number}" for number in range(4, IMAGES)}
     assert content["already_labelled"] == 5
 
@@ -208,7 +210,7 @@ def test_rows_of_a_shard_set_are_written_as_images(loaded: LoadedDetector, tmp_p
     write_shards(tmp_path / "shards", records)
     result = run(loaded, tmp_path / "shards", tmp_path / "out", count=3)
     by_id = {record.image_id: record.image for record in records}
-    for image in result.content["images"]:
+    for image in result.content["chosen"]:
         assert (tmp_path / "out" / "images" / image["file"]).read_bytes() == by_id[int(image["file"].split("_")[0])]
 
 
