@@ -14,7 +14,7 @@ from jobs.command import CommandParser, user_errors
 
 # In the order of a project: data, training, results.
 COMMANDS = (
-    *("fit", "prepare", "doctor"),
+    *("fit", "select", "prepare", "doctor"),
     *("train", "pretrain-finetune", "tune"),
     *("evaluate", "calibrate", "predict", "export", "serve", "benchmark"),
     *("report", "ui", "compare", "lineage", "record", "replay"),

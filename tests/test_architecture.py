@@ -82,6 +82,10 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     },
     "weight_files": {"config", "open_detector", "export"},
     "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "thresholds", "evaluation"},
+    "labelling": {
+        *("data.shards", "data.prepare", "data.augment", "config", "output_folder", "thresholds"),
+        *("evaluation", "calibration", "predict"),
+    },
     "serve": {"config", "open_detector"},
     "tuning": {
         *("data.shards", "data.stream", "config", "config_files"),

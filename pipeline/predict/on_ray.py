@@ -1,6 +1,6 @@
-"""Detectors in processes of their own on Ray, each of which writes parts of a prediction."""
+"""Detectors in processes of their own on Ray, each of which writes parts of a prediction, or of a selection."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -10,18 +10,27 @@ from ray.util import ActorPool
 from dfine_core.inference import LoadedDetector
 from pipeline.predict.inputs import Inputs
 from pipeline.predict.partition import PartCounts, write_part
-from pipeline.predict.plan import PredictPlan
 from pipeline.ray_cluster import start_ray
+
+# Arguments as those of `write_part`; the plan is whatever the function takes.
+WritePart = Callable[[LoadedDetector, Inputs, Any, int, str, int], PartCounts]
 
 
 def write_parts_on_ray(
-    loaded: LoadedDetector, inputs: Inputs, plan: PredictPlan, todo: Sequence[int], out: str, workers: int | None
+    loaded: LoadedDetector,
+    inputs: Inputs,
+    plan: Any,
+    todo: Sequence[int],
+    out: str,
+    workers: int | None,
+    write: WritePart = write_part,
 ) -> Iterator[PartCounts]:
     """Start or join Ray, write the parts there, and yield their counts as they finish.
 
     Args:
         loaded: on the CPU.
         workers: detectors; None: one per GPU, or one.
+        write: module-level function that writes one part.
     """
     start_ray()
 
@@ -37,7 +46,7 @@ def write_parts_on_ray(
         num_cpus=cpus, num_gpus=min(1.0, gpus / workers), max_restarts=-1, max_task_retries=-1
     )
     pool = ActorPool([writer.remote(cpus) for _ in range(workers)])
-    shared = [ray.put((loaded, inputs, plan, out))]  # in a list, so that Ray passes the reference itself
+    shared = [ray.put((loaded, inputs, plan, out, write))]  # in a list, so that Ray passes the reference itself
     yield from pool.map_unordered(lambda actor, part: actor.write.remote(shared, part), list(todo))
 
 
@@ -53,17 +62,17 @@ class PartWriter:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self.threads = threads
-        self.shared: tuple[LoadedDetector, Inputs, PredictPlan, str] | None = None
+        self.shared: tuple[LoadedDetector, Inputs, Any, str, WritePart] | None = None
 
     def write(self, shared: Sequence["ray.ObjectRef[Any]"], part: int) -> PartCounts:
         """Write a part and return its counts.
 
         Args:
-            shared: reference to detector, inputs, plan and output folder. Given to the constructor, it would make Ray print a
-                warning for every prediction, that the process cannot be started again once the driver has ended.
+            shared: reference to detector, inputs, plan, output folder and function. Given to the constructor, it would make Ray
+                print a warning for every prediction, that the process cannot be started again once the driver has ended.
         """
         if self.shared is None:
             loaded, *others = ray.get(shared[0])
             self.shared = (loaded.to("cuda" if ray.get_gpu_ids() else "cpu"), *others)
-        loaded, inputs, plan, out = self.shared
-        return write_part(loaded, inputs, plan, part, out, self.threads)
+        loaded, inputs, plan, out, write = self.shared
+        return write(loaded, inputs, plan, part, out, self.threads)

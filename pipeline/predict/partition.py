@@ -43,9 +43,9 @@ def write_part(
     """Detect in all images of a part and write its file below `out`."""
     images = read_images(inputs, *plan.image_range(part))
     rows: list[dict[str, Any]] = []
-    batch: list[_DecodedImage] = []
+    batch: list[DecodedImage] = []
     # Rows keep the order of the images. Those that could be decoded fill up batches, whose detections are added to them.
-    for decoded in _decode_ahead(images, loaded.config.input_size, threads, BATCHES_AHEAD * plan.batch_size):
+    for decoded in decode_ahead(images, loaded.config.input_size, threads, BATCHES_AHEAD * plan.batch_size):
         rows.append(decoded.row)
         batch += [decoded] if decoded.pixels is not None else []
         if len(batch) == plan.batch_size:
@@ -77,16 +77,18 @@ def write_rows(rows: Sequence[dict[str, Any]], uri: str) -> None:
 
 
 @dataclass(frozen=True)
-class _DecodedImage:
+class DecodedImage:
+    """Image of a part on its way to the detector."""
+
     row: dict[str, Any]
     pixels: Tensor | None  # [1, 3, H, W] uint8; None if rejected
 
 
-def _decode_ahead(
+def decode_ahead(
     images: Iterable[InputImage | MissingFrame], input_size: tuple[int, int], threads: int, ahead: int
-) -> Iterator[_DecodedImage]:
+) -> Iterator[DecodedImage]:
     """Decode images in threads and yield them in order; at most `ahead` of them are in memory."""
-    pending: deque[Future[_DecodedImage]] = deque()
+    pending: deque[Future[DecodedImage]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for image in images:
             pending.append(pool.submit(_decode, image, input_size))
@@ -96,21 +98,21 @@ def _decode_ahead(
             yield pending.popleft().result()
 
 
-def _decode(source: InputImage | MissingFrame, input_size: tuple[int, int]) -> _DecodedImage:
+def _decode(source: InputImage | MissingFrame, input_size: tuple[int, int]) -> DecodedImage:
     row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
     row |= {"boxes": [], "labels": [], "scores": []}
     row |= {"image_id": source.image_id, "file_name": source.file_name, "frame": source.frame}
     if isinstance(source, MissingFrame):
-        return _DecodedImage(row | {"rejected": source.detail}, None)
+        return DecodedImage(row | {"rejected": source.detail}, None)
     try:
         image = decode_input(source)
     except (BadImageError, PermissionError, ValueError) as error:
-        return _DecodedImage(row | {"rejected": f"{error}"}, None)
+        return DecodedImage(row | {"rejected": f"{error}"}, None)
     row |= {"seconds": source.seconds, "width": image.width, "height": image.height}
-    return _DecodedImage(row, prepare([image], input_size))
+    return DecodedImage(row, prepare([image], input_size))
 
 
-def _detect_batch(loaded: LoadedDetector, batch: list[_DecodedImage], plan: PredictPlan) -> None:
+def _detect_batch(loaded: LoadedDetector, batch: list[DecodedImage], plan: PredictPlan) -> None:
     """Add the detections of a batch to its rows."""
     pixels = torch.cat([decoded.pixels for decoded in batch if decoded.pixels is not None])
     sizes = torch.tensor([[decoded.row["width"], decoded.row["height"]] for decoded in batch])

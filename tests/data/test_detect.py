@@ -78,7 +78,7 @@ def label_studio_yolo(root: Path) -> None:
     (root / "labels").mkdir()
     (root / "labels/a.txt").write_text("0 0.5 0.5 0.2 0.4")
     (root / "classes.txt").write_text("cat\n")
-    (root / "notes.json").write_text('{"categories": 1, "info": {}}')
+    (root / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}], "info": {"year": 2026}}')
 
 
 def label_img(root: Path) -> None:

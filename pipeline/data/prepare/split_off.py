@@ -105,7 +105,12 @@ def near_duplicates(entries: Sequence[ImageEntry]) -> list[list[int]]:
         for value in pool.map(gradient_hash, (entry.uri for entry in entries)):
             hashes.append(value)
             progress.advance(1)
-    leader = list(range(len(entries)))
+    return [[entries[n].image_id for n in group] for group in near_groups(hashes)]
+
+
+def near_groups(hashes: Sequence[int | None]) -> list[list[int]]:
+    """Groups of positions whose hashes are nearly equal, each ascending; a position without a hash is alone."""
+    leader = list(range(len(hashes)))
 
     def find(n: int) -> int:
         while leader[n] != n:
@@ -121,18 +126,23 @@ def near_duplicates(entries: Sequence[ImageEntry]) -> list[list[int]]:
             a, b = find(int(known[k])), find(int(known[other]))
             leader[max(a, b)] = min(a, b)
     groups: dict[int, list[int]] = {}
-    for n, entry in enumerate(entries):
-        groups.setdefault(find(n), []).append(entry.image_id)
+    for n in range(len(hashes)):
+        groups.setdefault(find(n), []).append(n)
     return list(groups.values())
 
 
 def gradient_hash(uri: str) -> int | None:
-    """Signs of the horizontal gradients of an image of 9 x 8 pixels, as bits; None if it cannot be read."""
+    """Hash of an image file, see `gradient_bits`; None if it cannot be read."""
     try:
         with open_image(read_image_file(uri)) as image:
             image.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size
-            small = to_rgb(image).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+            return gradient_bits(to_rgb(image))
     except (BadImageError, ImageError, OSError):
         return None
+
+
+def gradient_bits(image: Image.Image) -> int:
+    """Signs of the horizontal gradients of an image reduced to 9 x 8 pixels, as 64 bits."""
+    small = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
     levels = np.asarray(small, np.int16)
     return int.from_bytes(np.packbits(levels[:, 1:] > levels[:, :-1]).tobytes())

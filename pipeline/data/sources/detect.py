@@ -23,7 +23,7 @@ from pipeline.data.sources.yolo import CLASS_FILES, read_data, yolo_source
 
 CANONICAL = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 SPLIT_WORD = re.compile(r"(?:^|[^a-z])((?:training|train|validation|valid|val|testing|test)\d*)(?=$|[^a-z0-9])")
-COCO_KEYS = ("images", "annotations", "categories")
+COCO_KEYS = ("images", "annotations")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def find_coco(folder: Path, problems: list[SourceError]) -> FoundSource | None:
     by_split: dict[str, Path] = {}
     for path in files:
         try:
-            if not has_array(str(path), COCO_KEYS):
+            if not has_array(str(path), COCO_KEYS, before=("categories",)):
                 continue
         except SourceError as error:
             problems.append(error)

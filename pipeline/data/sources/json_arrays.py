@@ -63,20 +63,25 @@ def array_items(uri: str, key: str) -> Iterator[Any]:
         raise SourceError(f"{uri}: cannot be read: {error}") from None
 
 
-def has_array(uri: str, keys: tuple[str, ...]) -> bool:
+def has_array(uri: str, keys: tuple[str, ...], before: tuple[str, ...] = ()) -> bool:
     """True if one of the first arrays of a JSON file is under one of these keys; False for a file that cannot be read.
+
+    Args:
+        before: keys of arrays that may fill the beginning of a long file; by themselves they say nothing.
 
     Raises:
         SourceError: it is in another encoding.
     """
     filesystem, path = storage.resolve(uri)
+    begun = False
     try:
         with filesystem.open_input_stream(path) as stream:
             for number, (prefix, event, _) in enumerate(ijson.parse(CheckedStream(stream, uri), buf_size=READ_BYTES)):
                 if prefix in keys and event == "start_array":
                     return True
+                begun = begun or (prefix in before and event == "start_array")
                 if number > LOOKED_AT and "." not in prefix:
-                    return False
+                    return begun
     except (ijson.JSONError, OSError, pa.ArrowException, UnicodeError):
         return False
     return False
