@@ -4,12 +4,15 @@
     dfine export models:/shapes@champion --to onnx onnx-fp16 huggingface --out exported --input-size 512
     dfine export dfine_s_coco.pth --to onnx torch-export --out exported --images-from photos
 
-    onnx           detector.onnx       images to detections, any batch size, for ONNX Runtime, TensorRT, OpenVINO
-    onnx-fp16      detector-fp16.onnx  the same in half precision, inputs and outputs in single precision
-    torch-export   detector.pt2        for torch.export.load, without this project
-    released       detector.pth        the layout of the published files
-    huggingface    huggingface/        for Transformers: DFineForObjectDetection and AutoImageProcessor
-    safetensors    safetensors/        for dfine_core.load, and as the initial weights of another training
+    onnx           detector.onnx           images to detections, for ONNX Runtime
+    onnx-portable  detector-portable.onnx  the same in opset 17 with common operators alone, for any runtime
+    onnx-fp16      detector-fp16.onnx      the same in half precision, inputs and outputs in single precision
+    openvino       openvino/               OpenVINO's detector.xml and detector.bin
+    openvino-fp16  openvino-fp16/          the same with weights in half precision
+    torch-export   detector.pt2            for torch.export.load, without this project
+    released       detector.pth            the layout of the published files
+    huggingface    huggingface/            for Transformers: DFineForObjectDetection and AutoImageProcessor
+    safetensors    safetensors/            for dfine_core.load, and as the initial weights of another training
 
 A file whose detections differ from the detector's goes to refused/, and the command fails. --check also compares COCO metrics.
 export.json has every measured difference. For a model from MLflow, or one named by --attach, the accepted files and the
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
     from pipeline.export.export import ExportResult
     from pipeline.tracking.client import ResolvedUri
 
-EXPORT_FORMATS = ("onnx", "onnx-fp16", "torch-export", "released", "huggingface", "safetensors")
+EXPORT_FORMATS = (
+    *("onnx", "onnx-portable", "onnx-fp16", "openvino", "openvino-fp16"),
+    *("torch-export", "released", "huggingface", "safetensors"),
+)
 
 
 @user_errors(extra="export")
@@ -66,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _resized(model: "LoadedDetector", sides: list[int] | None) -> "LoadedDetector":
     from pipeline.config import ConfigError
-    from pipeline.export.formats import at_input_size
+    from pipeline.export.source import at_input_size
 
     if sides is None:
         return model

@@ -21,7 +21,8 @@ from dfine_core.checkpoints.weights import save_released
 from pipeline import config_files
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
-from pipeline.export.formats import ExportSource, write_safetensors
+from pipeline.export.source import ExportSource
+from pipeline.export.writers import write_safetensors
 from pipeline.ray_job import absolute_location
 from pipeline.training.on_ray import user_error_of
 from tests.support.small_detectors import small_detector
