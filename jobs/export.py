@@ -24,7 +24,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import announce, command_parser, detector, local_path, location, parsed, refuse_missing, user_errors
+from jobs.command import (
+    announce,
+    at_least,
+    command_parser,
+    detector,
+    local_path,
+    location,
+    parsed,
+    refuse_missing,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from dfine_core import LoadedDetector
@@ -46,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     announce("export", f"{args.model}: opening the detector …")
     from pipeline.config import ConfigError
     from pipeline.export.export import export, refuse_foreign_files
+    from pipeline.export.gate import Timing
     from pipeline.mlflow_access import is_mlflow_uri
     from pipeline.open_detector import open_detector
     from pipeline.tracking.client import find_target
@@ -62,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     named = args.attach or (args.model if is_mlflow_uri(args.model) else None)
     target = find_target(named) if named else None
     model = _resized(open_detector(args.model), args.input_size)
-    done = export(model, args.to, args.out, _check_set(args, model))
+    check_set = _check_set(args, model)
+    done = export(model, args.to, args.out, check_set, batch_size=args.batch_size, timing=Timing())
     print(f"{model.origin}, compared on {done.check_set.description}\n{done.table()}")
     if target is not None:
         _attach(target, done, args.out)
@@ -132,6 +144,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="PX",
         help="side, or height and width; default: as trained",
+    )
+    arguments.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        metavar="N",
+        help="the only one that ONNX, OpenVINO and torch.export files will accept; default: any",
     )
     images = arguments.add_mutually_exclusive_group()
     images.add_argument(

@@ -25,7 +25,7 @@ from pipeline.config import ConfigError
 from pipeline.errors import DISK_FAULTS
 from pipeline.export.check_images import CheckSet
 from pipeline.export.formats import FORMATS
-from pipeline.export.gate import GateVerdict, RowVerdict, check_files
+from pipeline.export.gate import GateVerdict, RowVerdict, Timing, check_files
 from pipeline.export.source import ExportSource
 from pipeline.output_folder import refuse_foreign_folder, shown
 
@@ -88,11 +88,21 @@ class ExportResult:
         return "\n".join(_line(result) for result in self.results)
 
 
-def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: CheckSet) -> ExportResult:
+def export(
+    model: LoadedDetector,
+    formats: Sequence[str],
+    out: Path,
+    check_set: CheckSet,
+    *,
+    batch_size: int | None = None,
+    timing: Timing | None = None,
+) -> ExportResult:
     """Write, check and move into place every format.
 
     Args:
         model: on the CPU, before `deploy()`, at the input size of the export.
+        batch_size: the only one that exported programs accept; None: any.
+        timing: measures latencies; None: none.
 
     Raises:
         ConfigError: something in `out` would be replaced that no export has written.
@@ -100,13 +110,13 @@ def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: 
     refuse_foreign_files(out, formats)
 
     # 1. Write every format to a staging folder. A failure refuses this format alone.
-    source = ExportSource(model)
+    source = ExportSource(model, batch_size)
     with _staging(out) as staging:
         written = {name: _write(source, name, staging) for name in formats}
         files = {name: staging / FORMATS[name].file for name, (problem, _) in written.items() if problem is None}
 
         # 2. Compare all written files with the detector, in one pass over the images.
-        verdicts = check_files(model, files, check_set)
+        verdicts = check_files(model, files, check_set, timing)
 
         results = tuple(
             _result(
@@ -244,13 +254,14 @@ def _entry(result: FormatResult) -> dict[str, Any]:
         "reason": verdict.reason,
         "tolerance": asdict(verdict.tolerance),
         "measured": verdict.measured,
-        "openings": [_opening_entry(row) for row in verdict.rows],
+        "openings": [opening_entry(row) for row in verdict.rows],
         "files": [{"file": name, "bytes": size, "sha256": digest} for name, size, digest in result.files],
         "seconds": round(result.seconds, 2),
     }
 
 
-def _opening_entry(row: RowVerdict) -> dict[str, Any]:
+def opening_entry(row: RowVerdict) -> dict[str, Any]:
+    """One opening of a file, for a report."""
     return {
         "runtime": row.runtime,
         "precision": row.opening.precision,
@@ -281,7 +292,14 @@ def row_line(row: RowVerdict) -> str:
         if "AP_exported" in measured
         else ""
     )
+    speed = (
+        f", {measured['ms_p50']:.1f} ms (p99 {measured['ms_p99']:.1f}) of one image with {measured['threads']:.0f} threads,"
+        f" PyTorch {measured['ms_pytorch_p50']:.1f} ms"
+        if "ms_p50" in measured
+        else ""
+    )
     return (
         f"{name}: {measured['agreeing']:.1%} of {measured['detections']:.0f} detections agree, score within"
-        f" {measured['score_largest_agreeing']:.1e}, box within {measured['box_largest_agreeing']:.1e} of the image side{ap}"
+        f" {measured['score_largest_agreeing']:.1e}, box within {measured['box_largest_agreeing']:.1e} of the image"
+        f" side{ap}{speed}"
     )

@@ -6,9 +6,11 @@ entirely, if two candidates for the last query were almost tied. A tolerance the
 a score, that of a corner, and the share of detections that must keep to both.
 """
 
+import copy
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +22,9 @@ from pipeline.evaluation.detections import DetectionTable, concatenate
 from pipeline.evaluation.ground_truth import GroundTruth
 from pipeline.export.check_images import CheckSet, split_first_batch
 from pipeline.export.formats import FORMATS, Opening
-from pipeline.export.gate_row import GateRow, open_row, table
+from pipeline.export.gate_row import GateRow, latency, open_row, table
 from pipeline.export.isolated import LIMITS, Limits
-from pipeline.export.probes import probes
+from pipeline.export.probes import other_sizes, probes
 from pipeline.progress import Progress
 
 
@@ -72,19 +74,37 @@ class GateSubject:
     tolerance: Tolerance
 
 
-def check_files(model: LoadedDetector, files: Mapping[str, Path], check_set: CheckSet) -> dict[str, GateVerdict]:
+@dataclass(frozen=True)
+class Timing:
+    """Measurement of latencies: every file and the detector in turns, so that other load affects all alike."""
+
+    rounds: int = 3
+    calls: int = 10  # per round
+
+
+def check_files(
+    model: LoadedDetector, files: Mapping[str, Path], check_set: CheckSet, timing: Timing | None = None
+) -> dict[str, GateVerdict]:
     """Compare each file, given by its format, with the detector."""
     subjects = {
         name: GateSubject(FORMATS[name].opened_path(path), FORMATS[name].openings, FORMATS[name].tolerance)
         for name, path in files.items()
     }
-    return check_subjects(model, subjects, check_set)
+    return check_subjects(model, subjects, check_set, timing)
 
 
 def check_subjects(
-    model: LoadedDetector, subjects: Mapping[str, GateSubject], check_set: CheckSet, limits: Limits = LIMITS
+    model: LoadedDetector,
+    subjects: Mapping[str, GateSubject],
+    check_set: CheckSet,
+    timing: Timing | None = None,
+    limits: Limits = LIMITS,
 ) -> dict[str, GateVerdict]:
-    """Compare opened files with the detector, which runs once per image for all of them."""
+    """Compare opened files with the detector, which runs once per image for all of them.
+
+    Args:
+        timing: None measures no latencies.
+    """
     with ExitStack() as stack:
         # 1. Open every file in every way.
         threads = torch.get_num_threads()
@@ -108,12 +128,19 @@ def check_subjects(
                 progress.advance(len(batch.image_id))
 
         # 3. Inputs on which known faults show.
-        for probe in probes(model, check_set) if any(not row.failure for row in rows) else []:
+        if any(not row.failure for row in rows):
+            plain, *more = probes(model, check_set)
             for row in rows:
-                row.probe(probe)
+                for probe in (plain, *more, *other_sizes(model, plain, row.free_size)):
+                    row.probe(probe)
+                row.probe_threads(plain, limits)
+
+        # 4. Latencies, once nothing else is to be found out.
+        eager = _time(model, rows, check_set, timing) if timing else {}
     ap = _ap(tables, check_set.ground_truth)
     verdicts = {
-        name: [_row_verdict(row, ap, check_set.ground_truth) for row in of_file] for name, of_file in opened.items()
+        name: [_row_verdict(row, ap, check_set.ground_truth, eager) for row in of_file]
+        for name, of_file in opened.items()
     }
     return {name: _verdict(name, subjects[name].tolerance, of_file) for name, of_file in verdicts.items()}
 
@@ -127,9 +154,30 @@ def _verdict(name: str, tolerance: Tolerance, rows: Sequence[RowVerdict]) -> Gat
     return GateVerdict(name, tolerance, reason, tuple(rows))
 
 
-def _row_verdict(row: GateRow, ap: float | None, ground_truth: GroundTruth | None) -> RowVerdict:
-    """Decide about one opening; `ap` is that of the detector."""
+def _time(model: LoadedDetector, rows: Sequence[GateRow], check_set: CheckSet, timing: Timing) -> dict[str, float]:
+    """Time the rows and the deployed detector in turns; returns percentiles of the detector's latency in milliseconds."""
+    deployed = replace(model, detector=copy.deepcopy(model.detector)).deploy()
+    batch = next(check_set.batches(model.config.input_size))[:1]
+    pixels, sizes = batch.pixels, batch.sizes
+    eager = []
+    for _ in range(timing.rounds):
+        deployed.detect(pixels, sizes)
+        for _ in range(timing.calls):
+            started_at = time.perf_counter()
+            deployed.detect(pixels, sizes)
+            eager.append(time.perf_counter() - started_at)
+        for row in rows:
+            row.time(pixels, sizes, timing.calls)
+    return {f"ms_pytorch_{name}": value for name, value in latency(eager).items()}
+
+
+def _row_verdict(
+    row: GateRow, ap: float | None, ground_truth: GroundTruth | None, eager: Mapping[str, float]
+) -> RowVerdict:
+    """Decide about one opening; `ap` is that of the detector, `eager` its latency."""
     measured = {} if row.failure else row.measured()
+    if row.seconds and not row.failure:
+        measured |= {**eager, "threads": row.threads}
     reason = row.reason()
     # A systematic error may hide within the tolerances of single detections.
     exported_ap = None if row.failure else _ap(row.tables, ground_truth)

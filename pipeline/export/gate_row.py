@@ -1,8 +1,8 @@
 """One opened file in the gate: what it is asked, and what that shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.export.formats import Opening
 from pipeline.export.isolated import IsolatedProgram, Limits, RuntimeFailure
 from pipeline.export.openings import DetectFunction
 from pipeline.export.probes import Probe, joined, pieces
+from pipeline.wording import plural
 
 PROBE_SLACK = 0.04  # of the share that must agree: a probe has few detections, and one tie counts more
 
@@ -35,6 +36,8 @@ class GateRow:
     compared: int  # detections per image whose boxes are compared, best first
     detect: DetectFunction | None = None
     program: IsolatedProgram | None = None  # None: runs in this process
+    path: Path | None = None
+    threads: int = 1
     failure: str | None = None
     differences: list[NDArray[np.float64]] = field(default_factory=list)  # [D, 2] of the check images
     scores: list[NDArray[np.float64]] = field(default_factory=list)  # differences of sorted scores, over all detections
@@ -46,6 +49,11 @@ class GateRow:
     def runtime(self) -> str:
         """Name and version of the runtime."""
         return self.program.runtime if self.program else self.opening.runtime
+
+    @property
+    def free_size(self) -> bool:
+        """True if the file takes images of any size."""
+        return self.program is not None and None in self.program.input_size
 
     def compare(self, expected: Detections, batch: CheckBatch) -> None:
         """Run the file on check images and keep the differences."""
@@ -67,6 +75,21 @@ class GateRow:
             off = differences(probe.expected, actual, probe.sizes, self.compared)
             share = summarize(off, self.tolerance)["agreeing"]
         self.probed[probe.name] = share
+
+    def probe_threads(self, probe: Probe, limits: Limits) -> None:
+        """Open the file again with another number of threads, which must agree with the detector too."""
+        if self.failure or self.program is None or self.path is None:
+            return
+        assert isinstance(self.opening.opener, str)
+        other = 2 if self.threads == 1 else 1
+        options = OpenOptions(precision=self.opening.precision, threads=other)
+        try:
+            with IsolatedProgram(self.opening.opener, self.path, options, limits) as again:
+                first, self.detect = self.detect, detect_function(again)
+                self.probe(replace(probe, name=f"{plural(other, 'thread')} instead of {self.threads}"))
+                self.detect = first
+        except RuntimeFailure as failure:
+            self.failure = f"fails with {plural(other, 'thread')}: {failure}"
 
     def time(self, pixels: Tensor, sizes: Tensor, calls: int) -> None:
         """Time calls with the first image, in the process of the runtime."""
@@ -107,8 +130,7 @@ class GateRow:
         numbers["scores_agreeing"] = float((scores <= self.tolerance.score).mean()) if len(scores) else 0.0
         numbers |= {f"agreeing on {name}": share for name, share in self.probed.items()}
         if self.seconds:
-            milliseconds = 1e3 * np.concatenate(self.seconds)
-            numbers |= {f"ms_p{part}": float(np.percentile(milliseconds, part)) for part in (50, 99)}
+            numbers |= {f"ms_{name}": value for name, value in latency(np.concatenate(self.seconds)).items()}
         return numbers
 
     def _run(
@@ -141,7 +163,8 @@ def open_row(
     limits: Limits,
 ) -> GateRow:
     """Open a file, in a process of its own if the opening says so, which ends with the stack."""
-    row = GateRow(opening, tolerance, min(COMPARED_DETECTIONS, model.config.num_queries))
+    compared = min(COMPARED_DETECTIONS, model.config.num_queries)
+    row = GateRow(opening, tolerance, compared, path=path, threads=threads)
     try:
         if isinstance(opening.opener, str):
             options = OpenOptions(precision=opening.precision, threads=threads)
@@ -168,6 +191,11 @@ def scaled(pixels: Tensor) -> NDArray[np.float32]:
     """Images in 0..1 as exported files take them, from pixels [B, 3, H, W] uint8."""
     images: NDArray[np.float32] = (pixels.float() / 255).numpy()
     return images
+
+
+def latency(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
+    """Percentiles in milliseconds."""
+    return {f"p{part}": 1e3 * float(np.percentile(seconds, part)) for part in (50, 99)}
 
 
 def table(detections: Detections, batch: CheckBatch) -> DetectionTable:

@@ -27,7 +27,7 @@ def _write(source: ExportSource, path: Path, *, compressed: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         portable = Path(folder) / "detector.onnx"
         portable.write_bytes(portable_model(source).SerializeToString())
-        model = openvino.convert_model(portable)
+        model = openvino.Core().read_model(portable)  # unlike convert_model it sends no usage statistics
     for key, value in described_as_text(source.description).items():
         model.set_rt_info(value, [METADATA, key])
     path.mkdir()

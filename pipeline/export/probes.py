@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfine_core.inference import LoadedDetector
 from dfine_core.model.postprocess import Detections
 from pipeline.export.check_images import CheckSet
+from pipeline.export.source import at_input_size
 
 ROWS = 4  # images of a probe
+STEP_PX = 64  # between two input sizes; a multiple of every stride
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class Probe:
 
 
 def probes(model: LoadedDetector, check_set: CheckSet) -> list[Probe]:
-    """Probes at the input size of the detector."""
+    """Probes at the input size of the detector; the first one is plain."""
     pixels, sizes = _first_images(model, check_set)
     found = alone(model, pixels, sizes)
     backwards = torch.arange(ROWS).flip(0)
@@ -43,8 +46,8 @@ def probes(model: LoadedDetector, check_set: CheckSet) -> list[Probe]:
     empty = _plain_images(pixels)
     noise = torch.randint(0, 256, pixels.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     return [
-        Probe("images one by one", pixels, sizes, found, one_by_one=True),
         Probe("a batch of different images", pixels, sizes, found),
+        Probe("images one by one", pixels, sizes, found, one_by_one=True),
         Probe("the same batch in another order", pixels[backwards], sizes[backwards], rows(found, backwards)),
         Probe("a batch of one image repeated", pixels[first], sizes[first], rows(found, first)),
         Probe("other original sizes", pixels, other_sizes, alone(model, pixels, other_sizes)),
@@ -52,6 +55,16 @@ def probes(model: LoadedDetector, check_set: CheckSet) -> list[Probe]:
         Probe("noise", noise, sizes, alone(model, noise, sizes)),
         Probe("plain surfaces", empty, sizes, alone(model, empty, sizes), scores_alone=True),
     ]
+
+
+def other_sizes(model: LoadedDetector, plain: Probe, free: bool) -> list[Probe]:
+    """Probe at a larger input size, for files that take images of any size."""
+    if not free:
+        return []
+    height, width = model.config.input_size
+    larger = at_input_size(model, (height + STEP_PX, width + STEP_PX))
+    pixels = F.interpolate(plain.pixels.float(), larger.config.input_size, mode="bilinear").to(torch.uint8)
+    return [Probe("a larger input size", pixels, plain.sizes, alone(larger, pixels, plain.sizes))]
 
 
 def alone(model: LoadedDetector, pixels: Tensor, sizes: Tensor) -> Detections:

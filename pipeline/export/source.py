@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from pipeline.redaction import redact
 
 INPUT_NAMES, OUTPUT_NAMES = ("images", "orig_target_sizes"), ("labels", "boxes", "scores")
 NORMALISATION = "RGB divided by 255, no mean or deviation; resized to the input size without keeping the aspect ratio"
+LICENSE = "code and network: Apache-2.0; the weights are their owner's"
 T = TypeVar("T")
 
 
@@ -70,7 +71,9 @@ class ExportSource:
             "category_ids": list(self.model.category_ids),
             "input_size": list(self.model.config.input_size),
             "normalisation": NORMALISATION,
-            "config": asdict(self.model.config),
+            "config": self.model.config.to_plain(),
+            "license": LICENSE,
+            "parameters": self.model.num_parameters,
             "source": redact(self.model.origin),
             "weights_sha256": self.digest,
             "made_by": f"{DISTRIBUTION} {__version__}",

@@ -63,7 +63,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_module_with_a_main_is_a_command() -> None:
     modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
     assert {module_of(command) for command in COMMANDS} == {f"jobs.{module}" for module in modules}
-    assert len(COMMANDS) == 19
+    assert len(COMMANDS) == 20
 
 
 def test_help_lists_every_command_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +230,9 @@ def test_defaults_of_predict_are_those_of_its_options(monkeypatch: pytest.Monkey
         return SimpleNamespace(summary=lambda: "done")
 
     monkeypatch.setattr(pipeline.predict.inputs, "list_inputs", lambda *given, **named: Inputs((), 1, 0))
-    monkeypatch.setattr(pipeline.open_detector, "open_detector", lambda *given: SimpleNamespace(origin="detector"))
+    monkeypatch.setattr(
+        pipeline.open_detector, "open_detector", lambda *given, **named: SimpleNamespace(origin="detector")
+    )
     monkeypatch.setattr(pipeline.predict.predict, "predict", note)
     predict.main([str(tmp_path), "photos", "--out", str(tmp_path / "out")])
     assert taken == [PredictOptions()]
