@@ -40,6 +40,7 @@ from dfine_core.images import ImageSource, OpenedImage, as_list, read_image, str
 from dfine_core.model.detector import Detector
 from dfine_core.model.postprocess import MAX_DETECTIONS, Detections, postprocess
 from dfine_core.precision import AUTO, PRECISIONS
+from dfine_core.runtimes.files import PROGRAM_SUFFIXES
 from dfine_core.structures import DetectorOutput
 from dfine_core.thresholds import NO_SCORE, ClassThresholds, Threshold, wanted_precision
 from dfine_core.uncertainty.detector_calibration import FILE as CALIBRATION
@@ -75,6 +76,11 @@ class LoadedDetector:
     def num_parameters(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.detector.parameters())
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions that it can compute in; see `with_precision`."""
+        return tuple(PRECISIONS)
 
     @property
     def size_bytes(self) -> int:
@@ -370,7 +376,8 @@ def load(
 
     Args:
         source: folder of an exported detector, of a checkpoint, of a run (its best weights), of Transformers or of an MLflow
-            model; or a released `.pth` file or bare `.safetensors`, whose configuration is read off the shapes.
+            model; or a released `.pth` file or bare `.safetensors`, whose configuration is read off the shapes; or an exported
+            file, which gives a `LoadedProgram`.
         device: a GPU if there is one, unless given.
 
     Raises:
@@ -379,6 +386,10 @@ def load(
     path = os.fspath(source)
     if path.startswith(MLFLOW_SCHEMES):
         raise LoadError(f"{path}: pipeline.open_detector.open_detector opens runs:/ and models:/ URIs")
+    if path.endswith(PROGRAM_SUFFIXES):
+        from dfine_core.runtimes.loaded_program import load_program
+
+        return load_program(path, device)
     if path.endswith((".pth", ".pt", ".safetensors")):
         return _build_stored(read_released(path), device)
     stored = read_detector(path.rstrip("/") or path, files)

@@ -46,7 +46,7 @@ def choose_precision(loaded: LoadedDetector) -> PrecisionChoice:
 
     The tolerances are those of exported files. The weights keep their values; their layout is that of the last call.
     """
-    names = candidates(loaded.device)
+    names = tuple(name for name in candidates(loaded.device) if name in loaded.precisions)
     if len(names) == 1:
         return PrecisionChoice(names[0], {}, {})
     images = scenes(loaded.config.input_size)

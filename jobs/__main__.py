@@ -16,7 +16,7 @@ from jobs.command import CommandParser, user_errors
 COMMANDS = (
     *("fit", "select", "prepare", "doctor"),
     *("train", "pretrain-finetune", "tune"),
-    *("evaluate", "calibrate", "predict", "export", "serve", "benchmark"),
+    *("evaluate", "calibrate", "predict", "export", "check-engine", "serve", "benchmark"),
     *("report", "ui", "compare", "lineage", "record", "replay"),
     "weights",
 )

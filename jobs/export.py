@@ -4,12 +4,15 @@
     dfine export models:/shapes@champion --to onnx onnx-fp16 huggingface --out exported --input-size 512
     dfine export dfine_s_coco.pth --to onnx torch-export --out exported --images-from photos
 
-    onnx           detector.onnx       images to detections, any batch size, for ONNX Runtime, TensorRT, OpenVINO
-    onnx-fp16      detector-fp16.onnx  the same in half precision, inputs and outputs in single precision
-    torch-export   detector.pt2        for torch.export.load, without this project
-    released       detector.pth        the layout of the published files
-    huggingface    huggingface/        for Transformers: DFineForObjectDetection and AutoImageProcessor
-    safetensors    safetensors/        for dfine_core.load, and as the initial weights of another training
+    onnx           detector.onnx           images to detections, for ONNX Runtime
+    onnx-portable  detector-portable.onnx  the same in opset 17 with common operators alone, for any runtime
+    onnx-fp16      detector-fp16.onnx      the same in half precision, inputs and outputs in single precision
+    openvino       openvino/               OpenVINO's detector.xml and detector.bin
+    openvino-fp16  openvino-fp16/          the same with weights in half precision
+    torch-export   detector.pt2            for torch.export.load, without this project
+    released       detector.pth            the layout of the published files
+    huggingface    huggingface/            for Transformers: DFineForObjectDetection and AutoImageProcessor
+    safetensors    safetensors/            for dfine_core.load, and as the initial weights of another training
 
 A file whose detections differ from the detector's goes to refused/, and the command fails. --check also compares COCO metrics.
 export.json has every measured difference. For a model from MLflow, or one named by --attach, the accepted files and the
@@ -21,7 +24,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import announce, command_parser, detector, local_path, location, parsed, refuse_missing, user_errors
+from jobs.command import (
+    announce,
+    at_least,
+    command_parser,
+    detector,
+    local_path,
+    location,
+    parsed,
+    refuse_missing,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from dfine_core import LoadedDetector
@@ -29,7 +42,10 @@ if TYPE_CHECKING:
     from pipeline.export.export import ExportResult
     from pipeline.tracking.client import ResolvedUri
 
-EXPORT_FORMATS = ("onnx", "onnx-fp16", "torch-export", "released", "huggingface", "safetensors")
+EXPORT_FORMATS = (
+    *("onnx", "onnx-portable", "onnx-fp16", "openvino", "openvino-fp16"),
+    *("torch-export", "released", "huggingface", "safetensors"),
+)
 
 
 @user_errors(extra="export")
@@ -40,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     announce("export", f"{args.model}: opening the detector …")
     from pipeline.config import ConfigError
     from pipeline.export.export import export, refuse_foreign_files
+    from pipeline.export.gate import Timing
     from pipeline.mlflow_access import is_mlflow_uri
     from pipeline.open_detector import open_detector
     from pipeline.tracking.client import find_target
@@ -56,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     named = args.attach or (args.model if is_mlflow_uri(args.model) else None)
     target = find_target(named) if named else None
     model = _resized(open_detector(args.model), args.input_size)
-    done = export(model, args.to, args.out, _check_set(args, model))
+    check_set = _check_set(args, model)
+    done = export(model, args.to, args.out, check_set, batch_size=args.batch_size, timing=Timing())
     print(f"{model.origin}, compared on {done.check_set.description}\n{done.table()}")
     if target is not None:
         _attach(target, done, args.out)
@@ -66,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _resized(model: "LoadedDetector", sides: list[int] | None) -> "LoadedDetector":
     from pipeline.config import ConfigError
-    from pipeline.export.formats import at_input_size
+    from pipeline.export.source import at_input_size
 
     if sides is None:
         return model
@@ -126,6 +144,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="PX",
         help="side, or height and width; default: as trained",
+    )
+    arguments.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        metavar="N",
+        help="the only one that ONNX, OpenVINO and torch.export files will accept; default: any",
     )
     images = arguments.add_mutually_exclusive_group()
     images.add_argument(

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     from pipeline.predict.predict import PredictOptions, in_this_process, predict
 
     on_gpu = in_this_process(inputs, args.workers) and torch.cuda.is_available()
-    loaded = open_detector(args.detector, "cuda" if on_gpu else "cpu")
+    loaded = open_detector(args.detector, "cuda" if on_gpu else "cpu", exported=True)
     print(f"{loaded.origin} on {inputs}", flush=True)
     options = PredictOptions(
         threshold=args.threshold,
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "detector",
         type=detector,
-        help="run or checkpoint folder, exported folder, .pth, runs:/ID, models:/NAME@ALIAS, hf://ORG/NAME or published name",
+        help="run or checkpoint folder, exported folder or file, .pth, runs:/, models:/, hf://ORG/NAME or published name",
     )
     arguments.add_argument(
         "inputs",

@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         "source",
         type=detector,
         metavar="MODEL",
-        help="checkpoint, run or exported folder, runs:/, models:/, .pth, hf://ORG/NAME or published name",
+        help="checkpoint, run or exported folder, exported file, runs:/, models:/, .pth, hf://ORG/NAME or published name",
     )
     arguments.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
     arguments.add_argument("--port", type=port, default=8000, help="%(default)s")

@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfine_core import Detector, LoadedDetector, ModelConfig
 from dfine_core.inference import predict_batch
 from dfine_core.precision import PRECISIONS
+from dfine_core.runtimes.files import PROGRAM_SUFFIXES, RuntimeFileError, open_program
+from dfine_core.runtimes.program import OpenOptions
 from pipeline.config import ConfigError
-from pipeline.exported_files import EXPORTED_SUFFIXES, open_exported
 from pipeline.open_detector import open_detector
 
 PERCENTILES = (50, 90, 99)
@@ -35,8 +36,8 @@ class Subject:
     """Callable detector with the facts that a report needs."""
 
     name: str
-    # Takes images [B, 3, H, W] float32 in 0..1 and sizes [B, 2]; returns when the device has finished.
-    run: Callable[[Tensor, Tensor], object]
+    # Takes images [B, 3, H, W] float32 in 0..1 and sizes [B, 2], as `place` returns them; returns when the device has finished.
+    run: Callable[[Any, Any], object]
     input_size: tuple[int, int]
     device: torch.device
     hardware: str
@@ -44,6 +45,11 @@ class Subject:
     batch_size: int | None = None  # the only accepted one; None: any
     parameters: int | None = None
     gflops: float | None = None  # per image, counted by `gflops`
+    placed: Callable[[Tensor], Any] | None = None  # moves an input to where it is taken; None: to `device`
+
+    def place(self, tensor: Tensor) -> Any:
+        """Input of `run` from a tensor in main memory."""
+        return tensor.to(self.device) if self.placed is None else self.placed(tensor)
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,12 @@ def open_subject(source: str, *, device: torch.device, precision: str = "fp32") 
     """Open a trained or exported detector for `measure`.
 
     Args:
-        source: an exported `.onnx` or `.pt2`, or any source of `open_detector`.
+        source: an exported file of `dfine_core.runtimes`, or any source of `open_detector`.
 
     Raises:
         ConfigError: the source cannot be opened, or not in this precision.
     """
-    if source.endswith(EXPORTED_SUFFIXES):
+    if source.endswith(PROGRAM_SUFFIXES):
         if precision != "fp32":
             raise ConfigError(
                 f"{source}: the precision of an exported file is fixed: leave out --precision {precision}"
@@ -165,8 +171,8 @@ def measure(
 
 def _time_calls(subject: Subject, batch_size: int, calls: int, seconds: float) -> NDArray[np.float64]:
     """Duration of each call in seconds, after a warm-up."""
-    images = torch.rand(batch_size, 3, *subject.input_size).to(subject.device)
-    sizes = torch.tensor([[640, 480]] * batch_size).to(subject.device)
+    images = subject.place(torch.rand(batch_size, 3, *subject.input_size))
+    sizes = subject.place(torch.tensor([[640, 480]] * batch_size))
     warm_until, warm_up_calls = time.perf_counter() + min(WARM_UP_SECONDS, seconds), 0
     while warm_up_calls < WARM_UP_CALLS or time.perf_counter() < warm_until:
         subject.run(images, sizes)
@@ -219,20 +225,29 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _file_subject(source: str, device: torch.device) -> Subject:
-    opened = open_exported(source, device)
+    try:
+        program = open_program(source, OpenOptions(threads=torch.get_num_threads(), device=str(device)))
+    except RuntimeFileError as error:
+        raise ConfigError(f"{error}") from None
+    height, width = program.input_size
+    if height is None or width is None:
+        raise ConfigError(
+            f"{source}: takes images of any size, so its speed is that of no single one: fix it in the export"
+        )
 
-    def run(images: Tensor, sizes: Tensor) -> object:
-        outputs = opened.run(images, sizes)
-        _synchronize(opened.device)
+    def run(images: Any, sizes: Any) -> object:
+        outputs = program.run(images, sizes)
+        program.wait()
         return outputs
 
     return Subject(
         name=source,
         run=run,
-        input_size=opened.input_size,
-        device=opened.device,
-        hardware=hardware_name(opened.compute_device),
-        runtime=opened.runtime,
-        batch_size=opened.batch_size,
-        parameters=opened.parameters,
+        input_size=(height, width),
+        device=device,
+        hardware=hardware_name(torch.device(program.device)),
+        runtime=program.runtime,
+        batch_size=program.batch_size,
+        parameters=program.parameters,
+        placed=lambda tensor: program.place(tensor.numpy()),
     )

@@ -10,6 +10,7 @@ from pyarrow import fs
 
 from dfine_core.checkpoints.folder import DESCRIPTION, FileReader, LoadError
 from dfine_core.inference import LoadedDetector, load
+from dfine_core.runtimes.files import PROGRAM_SUFFIXES
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.mlflow_access import RUN_SCHEME, TRACKING_URI, import_mlflow, is_mlflow_uri
@@ -19,7 +20,7 @@ from pipeline.redaction import redact
 LOGGED_NAME = "detector"  # name of the model that a training run logs
 
 
-def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
+def open_detector(source: str, device: str | None = "cpu", *, exported: bool = False) -> LoadedDetector:
     """Open a trained detector, with its averaged weights and in eval mode.
 
     Args:
@@ -27,11 +28,20 @@ def open_detector(source: str, device: str | None = "cpu") -> LoadedDetector:
             `runs:/RUN_ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; a released `.pth` file; a published name or
             `hf://ORG/NAME[@REVISION]`, which are fetched into the hub's cache.
         device: None takes a GPU if there is one.
+        exported: also open exported files, which return detections and have no weights to train or to look into.
 
     Raises:
         ConfigError: there is no detector at `source`, or it is damaged.
         PretrainedError: published weights cannot be fetched.
     """
+    if source.endswith(PROGRAM_SUFFIXES):
+        if not exported:
+            raise ConfigError(
+                f"{source}: an exported file, which predict, serve, benchmark and check-engine take; give the detector that it"
+                " was made of"
+            )
+        if "://" in source:
+            raise ConfigError(f"{source}: runtimes open files on this machine alone; copy it to a disk")
     try:
         if is_mlflow_uri(source):
             return _from_mlflow(source, device)

@@ -23,7 +23,11 @@ CORE_MAY_IMPORT = {"torch", "torchvision", "scipy", "numpy"}  # besides the stan
 ALSO = {f"dfine_core/{name}.py": {"PIL"} for name in ("drawing", "image_work", "images")} | {
     "dfine_core/model/sampling_triton.py": {"triton"}  # imported at the first call, where Triton is installed
 }
-BORROWED = {"dfine_core/checkpoints/folder.py": {"safetensors"}}  # imported when it is needed, inside a function
+BORROWED = {
+    "dfine_core/checkpoints/folder.py": {"safetensors"},
+    "dfine_core/runtimes/onnx_file.py": {"onnxruntime"},
+    "dfine_core/runtimes/openvino_file.py": {"openvino"},
+}
 
 # The parts of `pipeline`, lowest first: packages, and modules beside them. The foundation is open to all that comes later.
 FOUNDATION = (
@@ -58,10 +62,9 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "config": {"data.augment", "data.stream", "recipes", "teacher_settings"},
     "config_files": {"config"},
     "output_folder": {"config"},
-    "exported_files": {"config"},
     "open_detector": {"config"},
     "thresholds": {"config", "open_detector"},
-    "benchmark": {"config", "exported_files", "open_detector"},
+    "benchmark": {"config", "open_detector"},
     "evaluation": {"config", "data.shards", "data.augment", "data.stream"},
     "tracking": {"config", "open_detector"},
     "training": {
@@ -70,7 +73,7 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
-        *("config", "exported_files", "output_folder", "open_detector", "evaluation"),
+        *("config", "output_folder", "open_detector", "evaluation"),
     },
     "run_report": {
         *("data.shards", "data.augment", "config", "open_detector", "evaluation", "tracking", "training"),
@@ -143,8 +146,9 @@ ENTRANCES = {
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
     "triton": ("pipeline/data/augment/photometric_triton.py",),
-    "onnx": ("pipeline/export/formats.py",),
-    "onnxruntime": ("pipeline/export/formats.py", "pipeline/exported_files.py"),
+    "onnx": ("pipeline/export/onnx_files.py",),
+    "onnxruntime": ("pipeline/export/onnx_files.py",),
+    "openvino": ("pipeline/export/openvino_files.py",),
     "transformers": ("pipeline/export/huggingface.py", "pipeline/training/teachers/vision.py"),
     "huggingface_hub": ("pipeline/hub.py",),
 }

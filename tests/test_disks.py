@@ -15,7 +15,8 @@ from jobs import evaluate, export, predict, train, tune, weights
 from jobs.command import user_errors
 from pipeline import storage
 from pipeline.errors import os_error_text
-from pipeline.export.formats import ExportSource, write_safetensors
+from pipeline.export.source import ExportSource
+from pipeline.export.writers import write_safetensors
 from pipeline.tracking.outbox import Outbox
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards

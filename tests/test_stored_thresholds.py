@@ -18,7 +18,8 @@ from jobs import evaluate, predict
 from pipeline.config import ConfigError
 from pipeline.data.shards.records import ImageRecord
 from pipeline.data.sources.synthetic import CLASSES
-from pipeline.export.formats import ExportSource, write_huggingface, write_safetensors
+from pipeline.export.source import ExportSource
+from pipeline.export.writers import write_huggingface, write_safetensors
 from pipeline.open_detector import open_detector
 from pipeline.serve.replica import ServeSettings
 from pipeline.thresholds import refuse_unmeasured, thresholds_file, write_thresholds

@@ -21,7 +21,8 @@ from dfine_core.checkpoints.weights import save_released
 from pipeline import config_files
 from pipeline.config import ConfigError
 from pipeline.config_files import parse_overrides
-from pipeline.export.formats import ExportSource, write_safetensors
+from pipeline.export.source import ExportSource
+from pipeline.export.writers import write_safetensors
 from pipeline.ray_job import absolute_location
 from pipeline.training.on_ray import user_error_of
 from tests.support.small_detectors import small_detector
@@ -260,6 +261,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("serve detector --port 70000", ("--port", "70000"), {}),
     ("serve detector --detach", ("--detach", "RAY_ADDRESS"), {}),
     ("serve detector", ("MODEL", "$PWD/detector"), JOB),
+    # check-engine
+    ("check_engine nowhere.onnx detector val", ("nowhere.onnx", "does not exist"), {}),
+    ("check_engine notes.txt detector val", ("notes.txt", "no runtime opens it", ".onnx"), {}),
+    ("check_engine broken.onnx nowhere val", ("nowhere", "does not exist"), {}),
+    ("check_engine broken.onnx detector nowhere", ("nowhere/manifest.json",), {}),
+    ("check_engine broken.onnx broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
+    ("evaluate broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
+    ("predict broken.onnx photos --out out --workers 0", ("broken.onnx", "cannot be opened by onnxruntime"), {}),
     # benchmark
     ("benchmark nowhere", ("nowhere", "does not exist"), {}),
     ("benchmark nowhere.onnx", ("nowhere.onnx", "does not exist"), {}),

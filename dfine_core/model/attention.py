@@ -56,6 +56,7 @@ class DeformableAttention(nn.Module):
         self.heads = heads
         self.num_points = tuple(num_points)
         self.sampling = sampling
+        self.gathers = False  # True while exporting for runtimes without grid sampling
         self.register_buffer("num_points_scale", torch.tensor([1 / n for n in num_points for _ in range(n)]))
         points = sum(num_points)
         self.sampling_offsets = Linear(dim, heads * points * 2)
@@ -105,7 +106,9 @@ class DeformableAttention(nn.Module):
         batch, queries = locations.shape[:2]
         locations = locations.transpose(1, 2).flatten(0, 1)  # [B * heads, Q, P, 2]
         sample = _nearest
-        if self.sampling != "discrete":
+        if self.sampling != "discrete" and self.gathers:
+            sample = _bilinear_by_gathers
+        elif self.sampling != "discrete":
             sample, locations = _bilinear, (2 * locations - 1).to(maps[0].dtype)
         samples = torch.cat(
             [
@@ -122,6 +125,34 @@ class DeformableAttention(nn.Module):
 def _bilinear(level: Tensor, locations: Tensor) -> Tensor:
     """Samples at locations [b, Q, P, 2] in [-1, 1], zero outside the map: [b, d, Q, P]."""
     return F.grid_sample(level, locations, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _bilinear_by_gathers(level: Tensor, locations: Tensor) -> Tensor:
+    """Samples at locations in [0, 1], zero outside the map, by picking four cells each: [b, d, Q, P]."""
+    maps, channels, height, width = level.shape
+    cells = level.flatten(2).transpose(1, 2).reshape(-1, channels)  # [b * h * w, d]
+    first = torch.arange(maps, device=level.device).reshape(-1, 1, 1) * (height * width)  # row of each map's first cell
+    columns, rows = _two_cells(locations[..., 0], width), _two_cells(locations[..., 1], height)
+    samples = []
+    for row, row_share in rows:
+        for column, column_share in columns:
+            index = first + row * width + column
+            picked = cells.index_select(0, index.flatten()).unflatten(0, (-1, *locations.shape[1:3]))  # [b, Q, P, d]
+            samples.append(picked * (row_share * column_share).unsqueeze(-1))
+    return torch.stack(samples).sum(0).permute(0, 3, 1, 2)
+
+
+def _two_cells(location: Tensor, side: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Cells before and after locations in [0, 1] along one side of a map: their indices, and their shares of the sample.
+
+    A cell outside the map has a share of 0.
+    """
+    position = location * side - 0.5
+    before = position.floor()
+    after, share = before + 1, position - before
+    inside = [((cell >= 0) & (cell < side)).to(location.dtype) for cell in (before, after)]
+    index = [cell.clamp(0, side - 1).long() for cell in (before, after)]
+    return (index[0], (1 - share) * inside[0]), (index[1], share * inside[1])
 
 
 def _nearest(level: Tensor, locations: Tensor) -> Tensor:

@@ -24,15 +24,16 @@ from pipeline import provenance, storage
 from pipeline.config import ConfigError
 from pipeline.errors import DISK_FAULTS
 from pipeline.export.check_images import CheckSet
-from pipeline.export.formats import FORMATS, ExportSource
-from pipeline.export.gate import TOLERANCES, GateVerdict, check_files
+from pipeline.export.formats import FORMATS
+from pipeline.export.gate import GateVerdict, RowVerdict, Timing, check_files
+from pipeline.export.source import ExportSource
 from pipeline.output_folder import refuse_foreign_folder, shown
 
 REPORT_FILE, REFUSED_FOLDER = "export.json", "refused"
 WRITTEN = "written"  # key of the report: files of this and earlier exports
 ARRIVING = "arriving"  # the same for files that are being moved into place; an export that is killed there leaves it
 STAGING = ".export-"
-VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "safetensors", "numpy")
+VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers", "safetensors", "numpy")
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +88,21 @@ class ExportResult:
         return "\n".join(_line(result) for result in self.results)
 
 
-def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: CheckSet) -> ExportResult:
+def export(
+    model: LoadedDetector,
+    formats: Sequence[str],
+    out: Path,
+    check_set: CheckSet,
+    *,
+    batch_size: int | None = None,
+    timing: Timing | None = None,
+) -> ExportResult:
     """Write, check and move into place every format.
 
     Args:
         model: on the CPU, before `deploy()`, at the input size of the export.
+        batch_size: the only one that exported programs accept; None: any.
+        timing: measures latencies; None: none.
 
     Raises:
         ConfigError: something in `out` would be replaced that no export has written.
@@ -99,16 +110,18 @@ def export(model: LoadedDetector, formats: Sequence[str], out: Path, check_set: 
     refuse_foreign_files(out, formats)
 
     # 1. Write every format to a staging folder. A failure refuses this format alone.
-    source = ExportSource(model)
+    source = ExportSource(model, batch_size)
     with _staging(out) as staging:
         written = {name: _write(source, name, staging) for name in formats}
         files = {name: staging / FORMATS[name].file for name, (problem, _) in written.items() if problem is None}
 
         # 2. Compare all written files with the detector, in one pass over the images.
-        verdicts = check_files(model, files, check_set)
+        verdicts = check_files(model, files, check_set, timing)
 
         results = tuple(
-            _result(name, staging, out, verdicts.get(name) or GateVerdict(name, TOLERANCES[name], problem), seconds)
+            _result(
+                name, staging, out, verdicts.get(name) or GateVerdict(name, FORMATS[name].tolerance, problem), seconds
+            )
             for name, (problem, seconds) in written.items()
         )
 
@@ -192,7 +205,8 @@ def _write(source: ExportSource, name: str, staging: Path) -> tuple[str | None, 
             FORMATS[name].write(source, staging / FORMATS[name].file)
         problem = None
     except ImportError as error:
-        problem = f"cannot be written: {error}; install the extra: pip install 'ray-dfine[export]'"
+        extra = FORMATS[name].extra
+        problem = f"cannot be written: {error}" + (f"; pip install 'ray-dfine[{extra}]'" if extra else "")
     except ValueError as error:
         problem = f"cannot be written: {error}"
     except Exception as error:  # each exporter has its own error types
@@ -240,22 +254,52 @@ def _entry(result: FormatResult) -> dict[str, Any]:
         "reason": verdict.reason,
         "tolerance": asdict(verdict.tolerance),
         "measured": verdict.measured,
+        "openings": [opening_entry(row) for row in verdict.rows],
         "files": [{"file": name, "bytes": size, "sha256": digest} for name, size, digest in result.files],
         "seconds": round(result.seconds, 2),
     }
 
 
+def opening_entry(row: RowVerdict) -> dict[str, Any]:
+    """One opening of a file, for a report."""
+    return {
+        "runtime": row.runtime,
+        "precision": row.opening.precision,
+        "decides": row.opening.decides,
+        "accepted": row.accepted,
+        "reason": row.reason,
+        "measured": row.measured,
+    }
+
+
 def _line(result: FormatResult) -> str:
-    verdict, measured = result.verdict, result.verdict.measured
+    verdict = result.verdict
     if not verdict.accepted:
-        return f"{verdict.format:<13} REFUSED: {verdict.reason}"
+        return f"{verdict.format:<14} REFUSED: {verdict.reason}"
+    first = f"{verdict.format:<14} {result.bytes / 1e6:7.1f} MB  {result.path}"
+    return "\n".join([first, *(f"  {row_line(row)}" for row in verdict.rows)])
+
+
+def row_line(row: RowVerdict) -> str:
+    """One opening of a file, for the console."""
+    measured = row.measured
+    name = f"{row.runtime}, {row.opening.precision}"
+    if not row.accepted:
+        way_out = f"; {row.opening.way_out}" if row.opening.way_out else ""
+        return f"{name}: REFUSED: {row.reason}{way_out}"
     ap = (
         f", AP {measured['AP_exported']:.4f} (PyTorch {measured['AP_pytorch']:.4f})"
         if "AP_exported" in measured
         else ""
     )
+    speed = (
+        f", {measured['ms_p50']:.1f} ms (p99 {measured['ms_p99']:.1f}) of one image with {measured['threads']:.0f} threads,"
+        f" PyTorch {measured['ms_pytorch_p50']:.1f} ms"
+        if "ms_p50" in measured
+        else ""
+    )
     return (
-        f"{verdict.format:<13} {result.bytes / 1e6:7.1f} MB  {result.path}: {measured['agreeing']:.1%} of"
-        f" {measured['detections']:.0f} detections agree, score within {measured['score_largest_agreeing']:.1e},"
-        f" box within {measured['box_largest_agreeing']:.1e} of the image side{ap}"
+        f"{name}: {measured['agreeing']:.1%} of {measured['detections']:.0f} detections agree, score within"
+        f" {measured['score_largest_agreeing']:.1e}, box within {measured['box_largest_agreeing']:.1e} of the image"
+        f" side{ap}{speed}"
     )

@@ -27,7 +27,8 @@ from pipeline.config_files import load_experiment
 from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.export.check_images import from_shards
 from pipeline.export.export import REPORT_FILE, ExportResult, export
-from pipeline.export.formats import FORMATS, ExportSource
+from pipeline.export.formats import FORMATS
+from pipeline.export.source import ExportSource
 from pipeline.fit.choices import choose, table
 from pipeline.fit.machine import data_facts, this_machine
 from pipeline.fit.plan import available_weights, experiment_yaml

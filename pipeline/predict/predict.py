@@ -24,6 +24,7 @@ import torch
 from dfine_core.inference import LoadedDetector
 from dfine_core.precision import AUTO
 from dfine_core.precision_choice import choose_precision
+from dfine_core.runtimes.loaded_program import LoadedProgram
 from dfine_core.thresholds import Threshold
 from pipeline import storage
 from pipeline.config import ConfigError
@@ -125,6 +126,8 @@ def predict(
         ConfigError: the folder contains other files or another prediction, or the detector has no distributions or no
             thresholds of the kind that the options ask for.
     """
+    if options.num_explanations and isinstance(loaded, LoadedProgram):
+        raise ConfigError(f"{loaded.origin}: an exported file returns no distributions to explain; give its detector")
     if options.num_explanations and loaded.config.regression != "fdr":
         raise ConfigError("this detector regresses boxes directly: its edges have no distributions to explain")
     refuse_unmeasured(loaded, options.threshold)
@@ -196,8 +199,12 @@ def predict(
 
 def precision_of(loaded: LoadedDetector, out: str, wanted: str, announce: Callable[[str], None] = log.info) -> str:
     """Precision of the whole prediction: as wanted; for `auto` that of an earlier start, else the fastest one on this CPU."""
-    if wanted != AUTO:
-        return wanted
+    if wanted not in (AUTO, *loaded.precisions):
+        raise ConfigError(
+            f"{loaded.origin}: the precision of an exported file is fixed; leave out --precision {wanted}"
+        )
+    if wanted != AUTO or len(loaded.precisions) == 1:
+        return loaded.precisions[0] if wanted == AUTO else wanted
     if holds_prediction(out):
         return read_plan(out).precision
     if torch.cuda.is_available():  # the workers' device, even if the detector is still on the CPU
@@ -210,6 +217,8 @@ def precision_of(loaded: LoadedDetector, out: str, wanted: str, announce: Callab
 def detector_digest(loaded: LoadedDetector) -> str:
     """SHA-256 over the weights, the configuration and the class names."""
     hashed = hashlib.sha256(json.dumps([asdict(loaded.config), loaded.names], default=list).encode())
+    if isinstance(loaded, LoadedProgram):
+        hashed.update(loaded.digest().encode())
     for key, tensor in sorted(loaded.detector.state_dict().items()):
         hashed.update(key.encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -28,7 +28,7 @@ from dfine_core.model.postprocess import MAX_DETECTIONS
 from dfine_core.precision import AUTO
 from dfine_core.precision_choice import choose_precision
 from dfine_core.thresholds import Threshold, wanted_precision
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.open_detector import open_detector
 from pipeline.serve.batching import Batcher
 from pipeline.serve.decoder_pool import DECODE_LIMIT_S, DecoderPool
@@ -88,7 +88,7 @@ class DetectionService:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        loaded = open_detector(settings.source, "cuda" if settings.gpus else "cpu").deploy()
+        loaded = open_detector(settings.source, "cuda" if settings.gpus else "cpu", exported=True).deploy()
         self.loaded = loaded.with_precision(_precision_of(loaded, settings))
         self._interval_text(settings.coverage)  # fails now if the detector has no distributions
         self.metrics: Metrics = Counter()
@@ -253,8 +253,12 @@ class DetectionService:
 
 def _precision_of(loaded: LoadedDetector, settings: ServeSettings) -> str:
     """Precision of a replica: never one that differs from its neighbour's by a measurement."""
-    if settings.precision != AUTO:
-        return settings.precision
+    if settings.precision not in (AUTO, *loaded.precisions):
+        raise ConfigError(
+            f"{loaded.origin}: the precision of an exported file is fixed; leave out {settings.precision}"
+        )
+    if settings.precision != AUTO or len(loaded.precisions) == 1:
+        return loaded.precisions[0] if settings.precision == AUTO else settings.precision
     if settings.gpus or settings.replicas > 1:
         return "fp32" if settings.gpus else "fp32-channels-last"
     choice = choose_precision(loaded)

@@ -17,6 +17,7 @@ from dfine_core import load
 from dfine_core.agreement import FULL
 from dfine_core.checkpoints.weights import read_checkpoint
 from dfine_core.inference import LoadedDetector
+from dfine_core.runtimes.files import open_program
 from dfine_core.thresholds import ClassThresholds
 from jobs import export as export_job
 from pipeline.config import ConfigError
@@ -25,8 +26,11 @@ from pipeline.export import check_images
 from pipeline.export import export as exporting
 from pipeline.export.check_images import CheckSet, from_shards, from_synthetic_images
 from pipeline.export.export import ExportResult, export
-from pipeline.export.formats import FORMATS, ExportFormat, ExportSource, at_input_size, write_safetensors
-from pipeline.export.gate import OPENERS, TOLERANCES, check_files
+from pipeline.export.formats import FORMATS
+from pipeline.export.gate import check_files
+from pipeline.export.gate_row import detect_function
+from pipeline.export.source import ExportSource, at_input_size
+from pipeline.export.writers import write_safetensors
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
@@ -82,7 +86,7 @@ def test_the_report_names_source_versions_differences_and_digests(folder: Path, 
     assert list(report["formats"]) == QUICK
     for name, entry in report["formats"].items():
         assert entry["accepted"]
-        assert entry["tolerance"]["score"] == TOLERANCES[name].score
+        assert entry["tolerance"]["score"] == FORMATS[name].tolerance.score
         assert 0.9 < entry["measured"]["agreeing"] <= 1
         for file in entry["files"]:
             content = (folder / file["file"]).read_bytes()
@@ -90,14 +94,16 @@ def test_the_report_names_source_versions_differences_and_digests(folder: Path, 
 
 
 def check_batches(model: LoadedDetector, name: str, path: Path) -> None:
-    detect = OPENERS[name](path, model)
+    detect = detect_function(open_program(path))
     (batch,) = from_synthetic_images(3, longest_side=96).batches(model.config.input_size)
     for size in (1, 2, 3):
         actual = detect(batch.pixels[:size], batch.sizes[:size])
         expected = model.detect(batch.pixels[:size], batch.sizes[:size])
         assert actual.boxes.shape == expected.boxes.shape
         assert actual.scores.shape == expected.scores.shape
-        torch.testing.assert_close(actual.scores[:, :5], expected.scores[:, :5], rtol=0, atol=TOLERANCES[name].score)
+        torch.testing.assert_close(
+            actual.scores[:, :5], expected.scores[:, :5], rtol=0, atol=FORMATS[name].tolerance.score
+        )
 
 
 @traced
@@ -196,7 +202,7 @@ def test_a_refused_file_lies_apart_and_takes_the_earlier_one_with_it(
 ) -> None:
     assert export(model, ["safetensors"], tmp_path, from_synthetic_images(2, longest_side=64)).accepted
     assert (tmp_path / "safetensors" / "detector.json").exists()
-    monkeypatch.setitem(exporting.FORMATS, "safetensors", ExportFormat("safetensors", _tampered))
+    monkeypatch.setitem(exporting.FORMATS, "safetensors", replace(FORMATS["safetensors"], write=_tampered))
     done = export(model, ["safetensors", "released"], tmp_path, from_synthetic_images(2, longest_side=64))
     assert not done.accepted
     assert sorted(file.name for file in tmp_path.iterdir()) == ["detector.pth", "export.json", "refused"]
@@ -369,4 +375,3 @@ def test_other_settings_are_accepted(tmp_path: Path) -> None:
 
 def test_the_tolerances_are_those_of_the_documentation() -> None:
     assert (FULL.score, FULL.box, FULL.ap) == (1e-4, 1e-4, 0.001)
-    assert set(TOLERANCES) == set(FORMATS) == set(OPENERS)

@@ -7,7 +7,8 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs import export as export_job
-from pipeline.export.formats import ExportSource, write_safetensors
+from pipeline.export.source import ExportSource
+from pipeline.export.writers import write_safetensors
 from pipeline.tracking.client import ResolvedUri, RunLookupError, find_target
 from tests.support.varied_detectors import loaded, small
 

@@ -13,7 +13,6 @@ from dfine_core.images import read_image
 from dfine_core.inference import prepare
 from dfine_core.model.postprocess import Detections
 from pipeline.evaluation.ground_truth import read_ground_truth
-from pipeline.export import gate
 from pipeline.export.check_images import (
     CheckBatch,
     CheckSet,
@@ -22,7 +21,9 @@ from pipeline.export.check_images import (
     from_synthetic_images,
     split_first_batch,
 )
-from pipeline.export.gate import check_files
+from pipeline.export.formats import Opening
+from pipeline.export.gate import GateSubject, GateVerdict, check_subjects
+from pipeline.export.openings import DetectFunction
 from tests.support.synthetic_scenes import AWAY, BOX
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
@@ -127,69 +128,67 @@ def test_broken_images_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCa
 MODEL = loaded(small())
 
 
-def verdict_after(
-    monkeypatch: pytest.MonkeyPatch, change: object, check_set: CheckSet | None = None
-) -> gate.GateVerdict:
+def verdict_after(change: object, check_set: CheckSet | None = None, tolerance: Tolerance = FULL) -> GateVerdict:
     """Verdict about a file that returns the detector's detections after `change`."""
 
-    def opened(_: Path, __: object) -> gate.DetectFunction:
+    def opened(_: Path, __: object) -> DetectFunction:
         return lambda pixels, sizes: change(MODEL.detect(pixels, sizes))  # type: ignore[operator]
 
-    monkeypatch.setitem(gate.OPENERS, "onnx", opened)
-    return check_files(MODEL, {"onnx": Path("none")}, check_set or from_synthetic_images(4, longest_side=64))["onnx"]
+    subject = GateSubject(Path("none"), (Opening("changed", opened),), tolerance)
+    images = check_set or from_synthetic_images(4, longest_side=64)
+    return check_subjects(MODEL, {"file": subject}, images)["file"]
 
 
 def with_(found: Detections, **values: Tensor) -> Detections:
     return Detections(**{**vars(found), **values})
 
 
-def test_equal_detections_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = verdict_after(monkeypatch, lambda found: found)
+def test_equal_detections_are_accepted() -> None:
+    verdict = verdict_after(lambda found: found)
     assert verdict.accepted
     assert verdict.measured["detections"] == 4 * 20
     assert verdict.measured["agreeing"] == 1
     assert "AP_exported" not in verdict.measured
 
 
-def test_scores_beyond_the_tolerance_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict_after(monkeypatch, lambda found: with_(found, scores=found.scores * (1 - FULL.score / 2))).accepted
-    verdict = verdict_after(monkeypatch, lambda found: with_(found, scores=found.scores - 3 * FULL.score))
+def test_scores_beyond_the_tolerance_are_refused() -> None:
+    assert verdict_after(lambda found: with_(found, scores=found.scores * (1 - FULL.score / 2))).accepted
+    verdict = verdict_after(lambda found: with_(found, scores=found.scores - 3 * FULL.score))
     assert "0.0% of its detections agree" in str(verdict.reason)
 
 
-def test_a_file_that_fails_on_one_batch_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_fails_on_one_batch_size_is_refused() -> None:
     def only_single(found: Detections) -> Detections:
         if len(found.scores) > 1:
             raise RuntimeError("Got: 2 Expected: 1\nmore")
         return found
 
-    verdict = verdict_after(monkeypatch, only_single)
+    verdict = verdict_after(only_single)
     assert verdict.reason == "fails on a batch of 2: RuntimeError: Got: 2 Expected: 1"
 
 
-def test_detections_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = verdict_after(monkeypatch, lambda found: with_(found, scores=found.scores * torch.nan))
+def test_detections_that_are_not_finite_are_refused() -> None:
+    verdict = verdict_after(lambda found: with_(found, scores=found.scores * torch.nan))
     assert "not finite" in str(verdict.reason)
 
 
 def test_an_average_precision_that_fell_is_refused_although_the_detections_agree(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """Ground truth is the best detection of each image; the file scores exactly these lowest."""
     shards = write_shards(tmp_path / "val", synthetic_records(6, longest_side=64))
     check_set = from_shards(shards, 6)
     assert check_set.ground_truth is not None
     tolerant = Tolerance(score=1.0, box=1.0, share=0.0, ap=0.001)
-    monkeypatch.setitem(gate.TOLERANCES, "onnx", tolerant)
     found = [MODEL.detect(batch.pixels, batch.sizes) for batch in check_set.batches((64, 64))]
     best = torch.cat([part.boxes[:, 0] for part in found]).numpy()
     labels = torch.cat([part.labels[:, 0] for part in found]).numpy()
     ground_truth = ground_truth_with(check_set, best, labels)
     check_set = CheckSet(check_set.description, check_set.images, check_set.batches, ground_truth)
-    same = verdict_after(monkeypatch, lambda found: found, check_set)
+    same = verdict_after(lambda found: found, check_set, tolerant)
     assert same.accepted
     assert same.measured["AP_pytorch"] == same.measured["AP_exported"] > 0.2
-    worse = verdict_after(monkeypatch, lambda found: with_(found, scores=1 - found.scores), check_set)
+    worse = verdict_after(lambda found: with_(found, scores=1 - found.scores), check_set, tolerant)
     assert "its AP is" in str(worse.reason)
 
 

@@ -12,13 +12,14 @@ from dfine_core.checkpoints.transformers_layout import from_transformers
 from dfine_core.images import read_image
 from dfine_core.inference import prepare
 from dfine_core.thresholds import ClassThresholds
-from pipeline.export.formats import ExportSource, write_huggingface
 from pipeline.export.huggingface import (
     save_transformers,
     transformers_config,
     transformers_detector,
     unsupported_settings,
 )
+from pipeline.export.source import ExportSource
+from pipeline.export.writers import write_huggingface
 from tests.support.synthetic_shards import synthetic_records
 from tests.support.varied_detectors import loaded, varied_detector
 

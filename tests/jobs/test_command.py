@@ -230,7 +230,9 @@ def test_defaults_of_predict_are_those_of_its_options(monkeypatch: pytest.Monkey
         return SimpleNamespace(summary=lambda: "done")
 
     monkeypatch.setattr(pipeline.predict.inputs, "list_inputs", lambda *given, **named: Inputs((), 1, 0))
-    monkeypatch.setattr(pipeline.open_detector, "open_detector", lambda *given: SimpleNamespace(origin="detector"))
+    monkeypatch.setattr(
+        pipeline.open_detector, "open_detector", lambda *given, **named: SimpleNamespace(origin="detector")
+    )
     monkeypatch.setattr(pipeline.predict.predict, "predict", note)
     predict.main([str(tmp_path), "photos", "--out", str(tmp_path / "out")])
     assert taken == [PredictOptions()]
