@@ -29,6 +29,7 @@ class Tolerance:
 
 FULL = Tolerance(score=1e-4, box=1e-4, share=0.99)
 HALF = Tolerance(score=2e-2, box=1e-2, share=0.9)
+INT8 = Tolerance(score=0.1, box=0.05, share=0.8, ap=0.005)
 
 
 def differences(expected: Detections, actual: Detections, sizes: Tensor, number: int) -> NDArray[np.float64]:
