@@ -17,9 +17,9 @@
     safetensors    safetensors/            for dfine_core.load, and as the initial weights of another training
 
 A file whose detections differ from the detector's goes to refused/, and the command fails. --check also compares COCO metrics.
-export.json has every measured difference. The 8-bit formats need images with ground truth: those of --calibrate, else the
-images of --check after the compared ones. Blocks go back to float, worst first, until AP falls by 0.5 points at most. For a model from MLflow, or one named by --attach, the accepted files and the
-numbers are attached to its run, and the model version is tagged.
+The 8-bit formats need images with ground truth: those of --calibrate, else the ones of --check after the compared images. Blocks
+go back to float, worst first, until AP falls by 0.5 points at most. export.json has every measured difference. For a model from
+MLflow, or one named by --attach, the accepted files and the numbers are attached to its run, and the model version is tagged.
 """
 
 import argparse
