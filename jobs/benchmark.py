@@ -4,8 +4,8 @@
     dfine benchmark dfine_s_coco.pth --precision fp16 --batch-sizes 1 8 32
     dfine benchmark exported/detector.onnx --threads 4 --json speed.json
 
-Takes the detectors of `dfine predict`, and exported .onnx and .pt2 files. The timing covers the way from resized images to
-detections in pixels, on a GPU if there is one. A .pt2 file is a program: open trusted ones alone.
+Takes the detectors of `dfine predict`, exported files too. The timing covers the way from resized images to detections in pixels,
+on a GPU if there is one. A .pt2 file is a program: open trusted ones alone.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "detector",
         type=detector,
-        help="dfine-s-coco or another published name, run or checkpoint folder, .pth, runs:/ID, models:/NAME@ALIAS, .onnx, .pt2",
+        help="dfine-s-coco or another published name, run or checkpoint folder, .pth, runs:/, models:/, .onnx, .xml, .pt2",
     )
     arguments.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     add_precision(arguments, default="fp32")

@@ -12,6 +12,7 @@
     ├── PlanError                 batch sizes that do not fit the number of images or workers
     ├── PrepareError              data that cannot become a shard set, or a folder that cannot hold it
     ├── PretrainedError           published weights that the hub does not hand out, or that arrive damaged
+    ├── ProgramError              an exported file that its runtime does not open or run
     ├── RequestError              an HTTP request that is refused, with its status
     ├── RunLookupError            a run or a model that MLflow does not know, or knows several of
     ├── ShardError                shard files that differ from their manifest

@@ -246,6 +246,14 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("serve detector --port 70000", ("--port", "70000"), {}),
     ("serve detector --detach", ("--detach", "RAY_ADDRESS"), {}),
     ("serve detector", ("MODEL", "$PWD/detector"), JOB),
+    # check-engine
+    ("check_engine nowhere.onnx detector val", ("nowhere.onnx", "does not exist"), {}),
+    ("check_engine notes.txt detector val", ("notes.txt", "no runtime opens it", ".onnx"), {}),
+    ("check_engine broken.onnx nowhere val", ("nowhere", "does not exist"), {}),
+    ("check_engine broken.onnx detector nowhere", ("nowhere/manifest.json",), {}),
+    ("check_engine broken.onnx broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
+    ("evaluate broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
+    ("predict broken.onnx notes.txt --out out", ("broken.onnx", "cannot be opened by onnxruntime"), {}),
     # benchmark
     ("benchmark nowhere", ("nowhere", "does not exist"), {}),
     ("benchmark nowhere.onnx", ("nowhere.onnx", "does not exist"), {}),

@@ -17,7 +17,7 @@ from dfine_core.runtimes.worker import one_line
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.export.check_images import CheckBatch
 from pipeline.export.formats import Opening
-from pipeline.export.isolated import IsolatedProgram, Limits, RuntimeFailure
+from pipeline.export.isolated import IsolatedProgram, Limits, ProgramError
 from pipeline.export.openings import DetectFunction, detect_function, scaled, table
 from pipeline.export.probes import Probe, joined, pieces
 from pipeline.wording import plural
@@ -86,7 +86,7 @@ class GateRow:
                 first, self.detect = self.detect, detect_function(again)
                 self.probe(replace(probe, name=f"{plural(other, 'thread')} instead of {self.threads}"))
                 self.detect = first
-        except RuntimeFailure as failure:
+        except ProgramError as failure:
             self.failure = f"fails with {plural(other, 'thread')}: {failure}"
 
     def time(self, pixels: Tensor, sizes: Tensor, calls: int) -> None:
@@ -97,7 +97,7 @@ class GateRow:
         images, originals = scaled(pixels[:1]).repeat(rows, 0), sizes[:1].numpy().repeat(rows, 0)
         try:
             self.seconds.append(self.program.seconds(images, originals, calls))
-        except RuntimeFailure as failure:
+        except ProgramError as failure:
             self.failure = f"fails when it is timed: {failure}"
 
     def reason(self) -> str | None:
@@ -191,4 +191,4 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, RuntimeFailure) else one_line(error)
+    return str(error) if isinstance(error, ProgramError) else one_line(error)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dfine_core.runtimes import worker
 from dfine_core.runtimes.program import OpenOptions, Outputs
+from pipeline.errors import UserError
 
 POLL_S = 0.02
 
@@ -34,8 +35,8 @@ class Limits:
 LIMITS, OPTIONS = Limits(), OpenOptions()
 
 
-class RuntimeFailure(Exception):  # noqa: N818  # a finding, like a verdict
-    """A file that cannot be opened or run; the message is the reason alone."""
+class ProgramError(UserError):
+    """An exported file that its runtime does not open or run; the message is the reason alone."""
 
 
 class IsolatedProgram:
@@ -52,7 +53,7 @@ class IsolatedProgram:
             opener: module:function of the type `dfine_core.runtimes.files.Opener`.
 
         Raises:
-            RuntimeFailure: the file cannot be opened.
+            ProgramError: the file cannot be opened.
         """
         self.limits = limits
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
@@ -83,7 +84,7 @@ class IsolatedProgram:
         """Detect: labels [B, R], boxes [B, R, 4] and scores [B, R]; arguments as those of `Program.run`.
 
         Raises:
-            RuntimeFailure: the runtime raised an error, crashed, or exceeded a limit.
+            ProgramError: the runtime raised an error, crashed, or exceeded a limit.
         """
         _, arrays = self._ask({"calls": 0}, self.limits.call_s, images=images, sizes=sizes)
         return arrays["labels"], arrays["boxes"], arrays["scores"]
@@ -92,7 +93,7 @@ class IsolatedProgram:
         """Duration of so many calls, measured in the process after a warm-up.
 
         Raises:
-            RuntimeFailure: as of a call.
+            ProgramError: as of a call.
         """
         _, arrays = self._ask({"calls": calls}, self.limits.call_s, images=images, sizes=sizes)
         return arrays["seconds"]
@@ -119,9 +120,9 @@ class IsolatedProgram:
             self._wait(limit_s)
             answer, found = worker.receive(self._connection)
         except (EOFError, OSError):
-            raise RuntimeFailure(self._end()) from None
+            raise ProgramError(self._end()) from None
         if answer["failure"]:
-            raise RuntimeFailure(answer["failure"])
+            raise ProgramError(answer["failure"])
         return answer, found
 
     def _wait(self, limit_s: float) -> None:
@@ -136,12 +137,12 @@ class IsolatedProgram:
             if used > self.limits.memory_bytes:
                 self._process.kill()
                 limit = self.limits.memory_bytes / 2**30
-                raise RuntimeFailure(
+                raise ProgramError(
                     f"its process was stopped at {used / 2**30:.1f} GiB of memory (limit {limit:.1f} GiB)"
                 )
             if time.monotonic() > until:
                 self._process.kill()
-                raise RuntimeFailure(f"no result within {limit_s:g} s")
+                raise ProgramError(f"no result within {limit_s:g} s")
 
     def _end(self) -> str:
         """Reason of a process that ended by itself."""

@@ -93,13 +93,16 @@ class Plain(nn.Module):
         return output.logits, output.boxes
 
 
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("spread", [0.3, 4.0], ids=["inside the maps", "also outside"])
 @torch.no_grad()
-def test_deformable_attention_equals_a_plain_loop() -> None:
+def test_deformable_attention_equals_a_plain_loop(gathers: bool, spread: float) -> None:
     torch.manual_seed(0)
     shapes, heads, dim = [(4, 5), (2, 3)], 2, 8
     attention = DeformableAttention(dim, heads, (2, 1))
+    attention.gathers = gathers
     for parameter in attention.parameters():
-        parameter.normal_(0, 0.3)
+        parameter.normal_(0, spread)
     memory = torch.randn(1, sum(h * w for h, w in shapes), dim)
     query, boxes = torch.randn(1, 3, dim), torch.rand(1, 3, 4) * 0.8 + 0.1
     ours = attention(query, boxes, split_levels(memory, shapes, heads))

@@ -17,7 +17,7 @@ from dfine_core.runtimes.program import OpenOptions, Program
 from pipeline.export.check_images import from_synthetic_images
 from pipeline.export.formats import Opening
 from pipeline.export.gate import GateSubject, check_subjects
-from pipeline.export.isolated import IsolatedProgram, Limits, RuntimeFailure
+from pipeline.export.isolated import IsolatedProgram, Limits, ProgramError
 from tests.support import faulty_runtimes
 from tests.support.varied_detectors import loaded, small
 
@@ -59,15 +59,15 @@ def test_arrays_and_facts_come_back_from_the_process_and_a_last_batch_is_padded(
 def test_a_runtime_that_fails_is_a_finding(function: Callable[..., Program], limits: Limits, message: str) -> None:
     with (
         IsolatedProgram(opener(function), NOWHERE, limits=limits) as program,
-        pytest.raises(RuntimeFailure, match=message),
+        pytest.raises(ProgramError, match=message),
     ):
         program(IMAGES, SIZES)
 
 
 def test_a_file_that_cannot_be_opened_is_a_finding() -> None:
-    with pytest.raises(RuntimeFailure, match=r"^RuntimeError: no kernel for this$"):
+    with pytest.raises(ProgramError, match=r"^RuntimeError: no kernel for this$"):
         IsolatedProgram(opener(faulty_runtimes.fails_to_open), NOWHERE)
-    with pytest.raises(RuntimeFailure, match="no result within 0 s"):
+    with pytest.raises(ProgramError, match="no result within 0 s"):
         IsolatedProgram(opener(faulty_runtimes.works), NOWHERE, limits=Limits(open_s=0))
 
 
