@@ -11,6 +11,7 @@
     openvino       openvino/               OpenVINO's detector.xml and detector.bin
     openvino-fp16  openvino-fp16/          the same with weights in half precision
     openvino-int8  openvino-int8/          the same with backbone and encoder in 8-bit integers
+    tensorrt       tensorrt/               portable ONNX with the command line of TensorRT's builder
     torch-export   detector.pt2            for torch.export.load, without this project
     released       detector.pth            the layout of the published files
     huggingface    huggingface/            for Transformers: DFineForObjectDetection and AutoImageProcessor
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.client import ResolvedUri
 
 EXPORT_FORMATS = (
-    *("onnx", "onnx-portable", "onnx-fp16", "onnx-int8", "openvino", "openvino-fp16", "openvino-int8"),
+    *("onnx", "onnx-portable", "onnx-fp16", "onnx-int8", "openvino", "openvino-fp16", "openvino-int8", "tensorrt"),
     *("torch-export", "released", "huggingface", "safetensors"),
 )
 

@@ -12,7 +12,7 @@ from dfine_core.agreement import FULL, HALF, INT8, Tolerance
 from dfine_core.inference import LoadedDetector
 from dfine_core.runtimes.files import runtime_of
 from dfine_core.runtimes.program import DEFAULT, F32
-from pipeline.export import onnx_files, onnx_int8, openvino_files, openvino_int8, writers
+from pipeline.export import onnx_files, onnx_int8, openvino_files, openvino_int8, tensorrt_files, writers
 from pipeline.export.openings import DetectFunction, open_huggingface, open_released, open_safetensors
 from pipeline.export.source import ExportSource
 
@@ -86,6 +86,9 @@ FORMATS = {
         INT8,
         opened=openvino_files.MODEL_FILE,
         calibrated=True,
+    ),
+    "tensorrt": ExportFormat(
+        "tensorrt", tensorrt_files.write_tensorrt, (ONNX_RUNTIME, OPENVINO), opened=tensorrt_files.MODEL_FILE
     ),
     "torch-export": ExportFormat("detector.pt2", writers.write_torch_export, (TORCH_EXPORT,), extra=None),
     "released": ExportFormat("detector.pth", writers.write_released, (Opening("PyTorch", open_released),), extra=None),
