@@ -5,6 +5,7 @@ float: their numbers are coordinates and logits, and in integers they cost most 
 every block is judged alone in float, and blocks are put back to float, worst first, until AP holds.
 """
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 BLOCK = re.compile(r"detector\.((?:backbone|encoder)(?:\.[a-z_]+)?(?:\.\d+)?)")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def write_quantised(
             attempt = Path(tempfile.mkdtemp(dir=folder)) / path.name
             write(attempt, in_float)
             with IsolatedProgram(opener, attempt / opened) as program:
-                return judged_ap(detect_function(program), calibration, source.model.config.input_size)
+                ap = judged_ap(detect_function(program), calibration, source.model.config.input_size)
+            log.info("%s, in float: %s: AP %.4f", name, ", ".join(sorted(in_float)) or "no block", ap)
+            return ap
 
         before: float = source.once("judged AP", lambda: _float_ap(source, calibration))
         found = search_blocks(names, ap_of, before - INT8.ap)

@@ -44,6 +44,7 @@ def write_onnx_int8(source: ExportSource, path: Path) -> None:
             nodes_to_quantize=nodes,
             nodes_to_exclude=[],
             op_types_to_quantize=QUANTISED,
+            extra_options={},
         )
         quantiser.quantize_model()
         quantised: ModelProto = quantiser.model.model
