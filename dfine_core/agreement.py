@@ -31,6 +31,7 @@ class Tolerance:
 # Rounding in float32 leaves medians of 1e-7; one softmax in half precision, in the midst of float32, leaves 2e-6 to 4e-6.
 FULL = Tolerance(score=1e-4, box=1e-4, share=0.99, typical=1e-6)
 HALF = Tolerance(score=2e-2, box=1e-2, share=0.9)
+INT8 = Tolerance(score=0.1, box=0.05, share=0.8, ap=0.005)
 
 
 def differences(expected: Detections, actual: Detections, sizes: Tensor, number: int) -> NDArray[np.float64]:

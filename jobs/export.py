@@ -7,16 +7,20 @@
     onnx           detector.onnx           images to detections, for ONNX Runtime
     onnx-portable  detector-portable.onnx  the same in opset 17 with common operators alone, for any runtime
     onnx-fp16      detector-fp16.onnx      the same in half precision, inputs and outputs in single precision
+    onnx-int8      detector-int8.onnx      the same with backbone and encoder in 8-bit integers
     openvino       openvino/               OpenVINO's detector.xml and detector.bin
     openvino-fp16  openvino-fp16/          the same with weights in half precision
+    openvino-int8  openvino-int8/          the same with backbone and encoder in 8-bit integers
+    tensorrt       tensorrt/               portable ONNX with the command line of TensorRT's builder
     torch-export   detector.pt2            for torch.export.load, without this project
     released       detector.pth            the layout of the published files
     huggingface    huggingface/            for Transformers: DFineForObjectDetection and AutoImageProcessor
     safetensors    safetensors/            for dfine_core.load, and as the initial weights of another training
 
 A file whose detections differ from the detector's goes to refused/, and the command fails. --check also compares COCO metrics.
-export.json has every measured difference. For a model from MLflow, or one named by --attach, the accepted files and the
-numbers are attached to its run, and the model version is tagged.
+The 8-bit formats need images with ground truth: those of --calibrate, else the ones of --check after the compared images. Blocks
+go back to float, worst first, until AP falls by 0.5 points at most. export.json has every measured difference. For a model from
+MLflow, or one named by --attach, the accepted files and the numbers are attached to its run, and the model version is tagged.
 """
 
 import argparse
@@ -38,12 +42,13 @@ from jobs.command import (
 
 if TYPE_CHECKING:
     from dfine_core import LoadedDetector
-    from pipeline.export.check_images import CheckSet
+    from pipeline.data.shards.manifest import ShardSet
+    from pipeline.export.check_images import Calibration, CheckSet
     from pipeline.export.export import ExportResult
     from pipeline.tracking.client import ResolvedUri
 
 EXPORT_FORMATS = (
-    *("onnx", "onnx-portable", "onnx-fp16", "openvino", "openvino-fp16"),
+    *("onnx", "onnx-portable", "onnx-fp16", "onnx-int8", "openvino", "openvino-fp16", "openvino-int8", "tensorrt"),
     *("torch-export", "released", "huggingface", "safetensors"),
 )
 
@@ -73,8 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     named = args.attach or (args.model if is_mlflow_uri(args.model) else None)
     target = find_target(named) if named else None
     model = _resized(open_detector(args.model), args.input_size)
-    check_set = _check_set(args, model)
-    done = export(model, args.to, args.out, check_set, batch_size=args.batch_size, timing=Timing())
+    check_set, calibration = _check_set(args, model), _calibration(args, model)
+    done = export(
+        model, args.to, args.out, check_set, batch_size=args.batch_size, timing=Timing(), calibration=calibration
+    )
     print(f"{model.origin}, compared on {done.check_set.description}\n{done.table()}")
     if target is not None:
         _attach(target, done, args.out)
@@ -95,18 +102,40 @@ def _resized(model: "LoadedDetector", sides: list[int] | None) -> "LoadedDetecto
 
 
 def _check_set(args: argparse.Namespace, model: "LoadedDetector") -> "CheckSet":
-    from pipeline.data.shards.classes import with_classes_of
-    from pipeline.data.shards.manifest import load_shards
-    from pipeline.data.shards.reader import refuse_changed_files
     from pipeline.export.check_images import from_files, from_shards, from_synthetic_images
 
     if args.check:
-        shards = with_classes_of(load_shards(args.check), model.names, "the detector")
-        refuse_changed_files(shards)
-        return from_shards(shards, args.num_images)
+        return from_shards(_shards(args.check, model), args.num_images)
     if args.images_from:
         return from_files(args.images_from, args.num_images)
     return from_synthetic_images(args.num_images, longest_side=max(model.config.input_size))
+
+
+def _calibration(args: argparse.Namespace, model: "LoadedDetector") -> "Calibration | None":
+    from pipeline.config import ConfigError
+    from pipeline.export.check_images import calibration_from_shards
+    from pipeline.export.formats import FORMATS
+
+    calibrated = [name for name in args.to if FORMATS[name].calibrated]
+    if not calibrated:
+        return None
+    if args.calibrate:
+        return calibration_from_shards(_shards(args.calibrate, model))
+    if args.check:
+        return calibration_from_shards(_shards(args.check, model), skip=args.num_images)
+    raise ConfigError(
+        f"--to {calibrated[0]} needs images with ground truth: name a shard set by --calibrate SHARDS or --check SHARDS"
+    )
+
+
+def _shards(uri: str, model: "LoadedDetector") -> "ShardSet":
+    from pipeline.data.shards.classes import with_classes_of
+    from pipeline.data.shards.manifest import load_shards
+    from pipeline.data.shards.reader import refuse_changed_files
+
+    shards = with_classes_of(load_shards(uri), model.names, "the detector")
+    refuse_changed_files(shards)
+    return shards
 
 
 def _attach(target: "ResolvedUri", done: "ExportResult", out: Path) -> None:
@@ -157,6 +186,12 @@ def parser() -> argparse.ArgumentParser:
     )
     images.add_argument(
         "--images-from", type=local_path, nargs="+", metavar="PATH", help="images or folders to compare on"
+    )
+    arguments.add_argument(
+        "--calibrate",
+        type=location,
+        metavar="SHARDS",
+        help="shard set for 8-bit formats, better of training images; default: the rest of --check",
     )
     arguments.add_argument("--num-images", type=int, default=50, metavar="N", help="images to compare on (%(default)s)")
     arguments.add_argument(

@@ -146,9 +146,10 @@ ENTRANCES = {
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
     "triton": ("pipeline/data/augment/photometric_triton.py",),
-    "onnx": ("pipeline/export/onnx_files.py",),
-    "onnxruntime": ("pipeline/export/onnx_files.py",),
+    "onnx": ("pipeline/export/onnx_files.py", "pipeline/export/onnx_int8.py"),
+    "onnxruntime": ("pipeline/export/onnx_files.py", "pipeline/export/onnx_int8.py"),
     "openvino": ("pipeline/export/openvino_files.py",),
+    "nncf": ("pipeline/export/openvino_int8.py",),
     "transformers": ("pipeline/export/huggingface.py", "pipeline/training/teachers/vision.py"),
     "huggingface_hub": ("pipeline/hub.py",),
 }

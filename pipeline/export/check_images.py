@@ -19,6 +19,7 @@ from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
 from pipeline.wording import plural
 
 BATCH_SIZE = 3  # the first batch is split, because a file may accept one batch size only
+RANGE_IMAGES, JUDGED_IMAGES = 128, 100  # of a calibration
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +46,51 @@ class CheckSet:
     ground_truth: GroundTruth | None = None  # limited to these images
 
 
-def from_shards(shards: ShardSet, images: int) -> CheckSet:
-    """First `images` of a shard set, with their ground truth."""
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Images for quantisation, none of which the gate judges."""
+
+    ranges: CheckSet  # their activations set the ranges of the integers
+    judged: CheckSet  # with ground truth; their AP decides which blocks stay in float
+
+
+def from_shards(shards: ShardSet, images: int, skip: int = 0) -> CheckSet:
+    """So many images of a shard set after the first `skip`, with their ground truth."""
     ground_truth = read_ground_truth(shards)
-    images = min(images, len(ground_truth.image_id))
+    end = min(skip + images, len(ground_truth.image_id))
 
     def batches(input_size: tuple[int, int]) -> Iterator[CheckBatch]:
         stream = evaluation_stream(shards, canvas=input_size, micro_batch_size=BATCH_SIZE, decode_in="inline")
-        remaining = images
-        for batch in islice(stream, -(-images // BATCH_SIZE)):
-            taken = min(remaining, len(batch.padding) - sum(batch.padding))  # without the padding of the last batch
-            yield CheckBatch(batch.images, batch.orig_size, batch.image_id)[:taken]
-            remaining -= taken
+        at = 0
+        for batch in islice(stream, -(-end // BATCH_SIZE)):
+            rows = len(batch.padding) - sum(batch.padding)  # without the padding of the last batch
+            if at + rows > skip:
+                taken = slice(max(skip - at, 0), min(rows, end - at))
+                yield CheckBatch(batch.images, batch.orig_size, batch.image_id)[taken]
+            at += rows
 
-    description = f"the first {images} images of {shards.uri} (digest {shards.manifest.digest[:12]})"
-    return CheckSet(description, images, batches, ground_truth.of_images(ground_truth.image_id[:images]))
+    which = f"images {skip + 1} to {end}" if skip else f"the first {end} images"
+    description = f"{which} of {shards.uri} (digest {shards.manifest.digest[:12]})"
+    return CheckSet(description, end - skip, batches, ground_truth.of_images(ground_truth.image_id[skip:end]))
+
+
+def calibration_from_shards(shards: ShardSet, skip: int = 0) -> Calibration:
+    """Calibration images of a shard set after the first `skip`: half for the ranges, half to be judged, up to a limit.
+
+    Raises:
+        ConfigError: too few images are left, or those to be judged have no boxes.
+    """
+    available = len(read_ground_truth(shards).image_id) - skip
+    ranges = min(RANGE_IMAGES, available // 2)
+    if ranges < 1:
+        raise ConfigError(
+            f"{shards.uri}: {plural(max(available, 0), 'image')} left for calibration after the {skip} that are compared;"
+            " name a larger set by --calibrate, or compare fewer with --num-images"
+        )
+    judged = from_shards(shards, JUDGED_IMAGES, skip + ranges)
+    if judged.ground_truth is None or not judged.ground_truth.boxes_of_class.any():
+        raise ConfigError(f"{shards.uri}: {judged.description} have no boxes to judge a quantised detector by")
+    return Calibration(from_shards(shards, ranges, skip), judged)
 
 
 def from_files(paths: Sequence[Path], images: int) -> CheckSet:

@@ -23,18 +23,19 @@ from dfine_core.inference import LoadedDetector
 from pipeline import provenance, storage
 from pipeline.config import ConfigError
 from pipeline.errors import DISK_FAULTS
-from pipeline.export.check_images import CheckSet
+from pipeline.export.check_images import Calibration, CheckSet
 from pipeline.export.formats import FORMATS
 from pipeline.export.gate import GateVerdict, RowVerdict, Timing, check_files
-from pipeline.export.source import ExportSource
+from pipeline.export.source import ExportNote, ExportSource
 from pipeline.output_folder import refuse_foreign_folder, shown
 
 REPORT_FILE, REFUSED_FOLDER = "export.json", "refused"
 WRITTEN = "written"  # key of the report: files of this and earlier exports
 ARRIVING = "arriving"  # the same for files that are being moved into place; an export that is killed there leaves it
 STAGING = ".export-"
-VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers", "safetensors", "numpy")
+VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "transformers", "safetensors", "numpy")
 
+NO_NOTE = ExportNote({})
 log = logging.getLogger(__name__)
 
 
@@ -80,12 +81,16 @@ class ExportResult:
             "commit": provenance.code_commit(),
             "checked_on": self.check_set.description,
             "versions": provenance.versions(VERSIONS),
-            "formats": {result.verdict.format: _entry(result) for result in self.results},
+            "formats": {result.verdict.format: _entry(result, self.source) for result in self.results},
         }
 
     def table(self) -> str:
         """Line per format, for the console."""
-        return "\n".join(_line(result) for result in self.results)
+        lines = []
+        for result in self.results:
+            lines.append(_line(result))
+            lines += [f"  {line}" for line in self.source.notes.get(result.verdict.format, NO_NOTE).lines]
+        return "\n".join(lines)
 
 
 def export(
@@ -96,6 +101,7 @@ def export(
     *,
     batch_size: int | None = None,
     timing: Timing | None = None,
+    calibration: Calibration | None = None,
 ) -> ExportResult:
     """Write, check and move into place every format.
 
@@ -103,6 +109,7 @@ def export(
         model: on the CPU, before `deploy()`, at the input size of the export.
         batch_size: the only one that exported programs accept; None: any.
         timing: measures latencies; None: none.
+        calibration: images for formats of integers, which are refused without.
 
     Raises:
         ConfigError: something in `out` would be replaced that no export has written.
@@ -110,7 +117,7 @@ def export(
     refuse_foreign_files(out, formats)
 
     # 1. Write every format to a staging folder. A failure refuses this format alone.
-    source = ExportSource(model, batch_size)
+    source = ExportSource(model, batch_size, calibration)
     with _staging(out) as staging:
         written = {name: _write(source, name, staging) for name in formats}
         files = {name: staging / FORMATS[name].file for name, (problem, _) in written.items() if problem is None}
@@ -247,8 +254,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _entry(result: FormatResult) -> dict[str, Any]:
+def _entry(result: FormatResult, source: ExportSource) -> dict[str, Any]:
     verdict = result.verdict
+    note = source.notes.get(verdict.format, NO_NOTE)
     return {
         "accepted": verdict.accepted,
         "reason": verdict.reason,
@@ -257,6 +265,7 @@ def _entry(result: FormatResult) -> dict[str, Any]:
         "openings": [opening_entry(row) for row in verdict.rows],
         "files": [{"file": name, "bytes": size, "sha256": digest} for name, size, digest in result.files],
         "seconds": round(result.seconds, 2),
+        **note.facts,
     }
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfine_core.agreement import FULL, HALF, Tolerance
+from dfine_core.agreement import FULL, HALF, INT8, Tolerance
 from dfine_core.inference import LoadedDetector
 from dfine_core.runtimes.files import runtime_of
 from dfine_core.runtimes.program import DEFAULT, F32
-from pipeline.export import onnx_files, openvino_files, writers
+from pipeline.export import onnx_files, onnx_int8, openvino_files, openvino_int8, tensorrt_files, writers
 from pipeline.export.openings import DetectFunction, open_huggingface, open_released, open_safetensors
 from pipeline.export.source import ExportSource
 
@@ -40,6 +40,8 @@ class ExportFormat:
     tolerance: Tolerance = FULL
     opened: str | None = None  # file inside the folder that the openers take; None: the whole
     extra: str | None = "export"  # of the distribution: brings the writer and the runtimes
+
+    calibrated: bool = False  # needs images with ground truth when it is written
 
     def opened_path(self, written: Path) -> Path:
         """Path for the openers."""
@@ -75,6 +77,18 @@ FORMATS = {
         (OPENVINO, OPENVINO_DEFAULT),
         HALF,
         opened=openvino_files.MODEL_FILE,
+    ),
+    "onnx-int8": ExportFormat("detector-int8.onnx", onnx_int8.write_onnx_int8, (ONNX_RUNTIME,), INT8, calibrated=True),
+    "openvino-int8": ExportFormat(
+        "openvino-int8",
+        openvino_int8.write_openvino_int8,
+        (OPENVINO, OPENVINO_DEFAULT),
+        INT8,
+        opened=openvino_files.MODEL_FILE,
+        calibrated=True,
+    ),
+    "tensorrt": ExportFormat(
+        "tensorrt", tensorrt_files.write_tensorrt, (ONNX_RUNTIME, OPENVINO), opened=tensorrt_files.MODEL_FILE
     ),
     "torch-export": ExportFormat("detector.pt2", writers.write_torch_export, (TORCH_EXPORT,), extra=None),
     "released": ExportFormat("detector.pth", writers.write_released, (Opening("PyTorch", open_released),), extra=None),

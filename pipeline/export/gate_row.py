@@ -1,13 +1,11 @@
 """One opened file in the gate: what it is asked, and what that shows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from pipeline.evaluation.detections import DetectionTable
 from pipeline.export.check_images import CheckBatch
 from pipeline.export.formats import Opening
 from pipeline.export.isolated import IsolatedProgram, Limits, ProgramError
-from pipeline.export.openings import DetectFunction
+from pipeline.export.openings import DetectFunction, detect_function, scaled, table
 from pipeline.export.probes import Probe, joined, pieces
 from pipeline.wording import plural
 
@@ -183,30 +181,9 @@ def open_row(
     return row
 
 
-def detect_function(program: Callable[[NDArray[np.float32], NDArray[np.int64]], Any]) -> DetectFunction:
-    """Function of pixels and sizes for a program of arrays."""
-
-    def detect(pixels: Tensor, sizes: Tensor) -> Detections:
-        labels, boxes, scores = (torch.from_numpy(array) for array in program(scaled(pixels), sizes.numpy()))
-        return Detections(labels=labels, boxes=boxes, scores=scores)
-
-    return detect
-
-
-def scaled(pixels: Tensor) -> NDArray[np.float32]:
-    """Images in 0..1 as exported files take them, from pixels [B, 3, H, W] uint8."""
-    images: NDArray[np.float32] = (pixels.float() / 255).numpy()
-    return images
-
-
 def latency(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
     """Percentiles in milliseconds."""
     return {f"p{part}": 1e3 * float(np.percentile(seconds, part)) for part in (50, 99)}
-
-
-def table(detections: Detections, batch: CheckBatch) -> DetectionTable:
-    """Detections for COCO's metrics."""
-    return DetectionTable.from_batch(detections, batch.image_id, [False] * len(batch.image_id))
 
 
 def _sorted_scores(expected: Detections, actual: Detections) -> NDArray[np.float64]:

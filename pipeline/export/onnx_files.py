@@ -15,6 +15,7 @@ from pipeline.export.source import INPUT_NAMES, OUTPUT_NAMES, ExportSource, sile
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of exported nodes
 OPSET, PORTABLE_OPSET = 18, 17
 PORTABLE_IR = 8  # the version of files that came with opset 17
 PORTABLE_OPERATORS = frozenset(
@@ -131,11 +132,16 @@ def _needs_single_precision(node: "NodeProto") -> bool:
     """Return True for nodes that decode boxes, integrate distributions, estimate quality or convert to pixels.
 
     These are the decoder's own operations, its quality estimators and the postprocessing. They are cheap and need the range
-    and precision of float32. Exported nodes carry the names of their modules, outermost first.
+    and precision of float32.
     """
-    scopes = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
-    modules = ast.literal_eval(scopes)[:-1] if scopes else [""]
+    modules = module_names(node)
     return modules[-1] in ("", "detector.decoder") or any("lqe_layers" in module for module in modules)
+
+
+def module_names(node: "NodeProto") -> list[str]:
+    """Names of the modules that an exported node comes from, outermost first; at least one, "" for the whole."""
+    scopes = {entry.key: entry.value for entry in node.metadata_props}.get(NAME_SCOPES)
+    return (ast.literal_eval(scopes)[:-1] if scopes else []) or [""]
 
 
 def write_onnx_portable(source: ExportSource, path: Path) -> None:

@@ -3,11 +3,11 @@
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from dfine_core.checkpoints.folder import THRESHOLDS
 from dfine_core.inference import LoadedDetector, predict_batch
 from dfine_core.model.attention import DeformableAttention
 from pipeline.redaction import redact
+
+if TYPE_CHECKING:
+    from pipeline.export.check_images import Calibration
 
 INPUT_NAMES, OUTPUT_NAMES = ("images", "orig_target_sizes"), ("labels", "boxes", "scores")
 NORMALISATION = "RGB divided by 255, no mean or deviation; resized to the input size without keeping the aspect ratio"
@@ -45,12 +48,22 @@ class EndToEnd(nn.Module):
         return detections.labels, detections.boxes, detections.scores
 
 
+@dataclass(frozen=True)
+class ExportNote:
+    """Facts about one written file that its verdict does not have."""
+
+    facts: Mapping[str, Any]  # for export.json
+    lines: tuple[str, ...] = ()  # for the console
+
+
 @dataclass(frozen=True, eq=False)
 class ExportSource:
     """Detector to be exported: on the CPU, not deployed yet, at the input size of the export."""
 
     model: LoadedDetector
     batch_size: int | None = None  # the only one that exported programs accept; None: any
+    calibration: "Calibration | None" = None  # images for formats of integers
+    notes: dict[str, ExportNote] = field(default_factory=dict, repr=False)  # by format
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
