@@ -192,7 +192,7 @@ def write_safetensors(source: ExportSource, path: Path) -> None:
     description = {"config": asdict(source.model.config), "categories": source.description["names"]}
     (path / DESCRIPTION).write_text(json.dumps(description | source.description, indent=1))
     weights = {key: tensor.clone() for key, tensor in source.model.detector.state_dict().items()}
-    (path / "model.safetensors").write_bytes(tensors_to_bytes(weights))
+    (path / "model.safetensors").write_bytes(tensors_to_bytes(weights, source.model.config.activation))
 
 
 @dataclass(frozen=True)

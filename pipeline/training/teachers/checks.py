@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 from dfine_core.config import ModelConfig
@@ -9,16 +10,21 @@ from pipeline.config import ConfigError, Experiment
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.teacher_boxes import load_teacher_boxes
 from pipeline.errors import UserError
-from pipeline.mlflow_access import is_mlflow_uri
-from pipeline.pretrained import is_published
 from pipeline.teacher_settings import DetectorTeacher
 from pipeline.training.context import ResolvedData
+from pipeline.training.init_weights import TEACHER, copied_or_given, default_server, materialize_init
 
 BINS = ("reg_max", "up", "reg_scale")
 
 
-def with_teachers(experiment: Experiment, data: ResolvedData) -> ResolvedData:
+def with_teachers(
+    experiment: Experiment, data: ResolvedData, run: str | None = None, tracking_uri: str | None = None
+) -> ResolvedData:
     """Check the teachers of an experiment, and add their digests and boxes to its data.
+
+    Args:
+        run: folder of the run, which may have its copy of the detector already.
+        tracking_uri: server of a detector in MLflow, unless the environment names one.
 
     Raises:
         ConfigError: a teacher is missing or does not fit; names every problem.
@@ -39,7 +45,10 @@ def with_teachers(experiment: Experiment, data: ResolvedData) -> ResolvedData:
         problems.append(f"{error}")
     try:
         if settings.detector is not None:
-            digest, found = _examine_detector(settings.detector, student, train)
+            source = settings.detector.weights
+            source = copied_or_given(source, run, TEACHER) if run else source
+            with default_server(tracking_uri) if tracking_uri else nullcontext():
+                digest, found = _examine_detector(replace(settings.detector, weights=source), student, train)
             digests["teacher.detector"] = digest
             problems += found
     except UserError as error:
@@ -61,11 +70,16 @@ def with_teachers(experiment: Experiment, data: ResolvedData) -> ResolvedData:
     return replace(data, train=train, teachers=digests)
 
 
+def with_copied_teacher(experiment: Experiment, run: str, tracking_uri: str) -> Experiment:
+    """Copy a detector of the hub or of MLflow into the run's folder, once, and name the copy in the experiment."""
+    detector = experiment.teacher.detector
+    if detector is None:
+        return experiment
+    copied = replace(detector, weights=materialize_init(detector.weights, run, tracking_uri, TEACHER))
+    return experiment.model_copy(update={"teacher": replace(experiment.teacher, detector=copied)})
+
+
 def _examine_detector(settings: DetectorTeacher, student: ModelConfig, train: ShardSet) -> tuple[str, list[str]]:
-    if is_published(settings.weights) or is_mlflow_uri(settings.weights):
-        raise ConfigError(
-            f"{settings.weights} would be fetched by every worker: give a run, a checkpoint, an exported folder or a file"
-        )
     from pipeline.open_detector import open_detector
     from pipeline.training.checkpoint import weights_as_bytes
 
