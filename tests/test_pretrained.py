@@ -17,7 +17,7 @@ import torch
 from dfine_core import Detector, ModelConfig
 from dfine_core.checkpoints.folder import tensors_to_bytes
 from jobs import lineage
-from pipeline.config import Cluster
+from pipeline.config import Cluster, ConfigError
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.hub import PretrainedError
 from pipeline.open_detector import open_detector
@@ -221,7 +221,11 @@ def test_a_detector_of_the_hub_teaches_as_the_copy_in_the_runs_folder(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     data = shard_folders(tmp_path, images=4, val=2)
     schedule = {"steps": 1, "global_batch_size": 2}
-    setting = experiment(tmp_path, data, teacher={"detector": {"weights": NAME, "edge_weight": 0}}, schedule=schedule)
+    teacher = {"detector": {"weights": NAME, "edge_weight": 0}}
+    small = experiment(tmp_path, data, teacher=teacher, schedule=schedule)
+    with pytest.raises(ConfigError, match=r"teacher.detector: images of 64 x 64 .* fewer than num_queries \(30\)"):
+        launch(small)
+    setting = experiment(tmp_path, data, teacher=teacher, schedule=schedule, model={"input_size": [128, 128]})
     assert f"teacher.detector: {NAME}, " in preview(setting, Cluster(), measured=False)
     trained = launch(setting)
     copy = Path(trained.run, "teacher")

@@ -145,6 +145,7 @@ def test_the_student_is_the_same_detector_with_and_without_a_teacher(
 
 
 @pytest.mark.slow  # traced twice
+@pytest.mark.timeout(1800)
 def test_an_onnx_file_is_the_same_to_the_byte_with_and_without_teachers(
     tmp_path: Path, data: dict[str, str], teachers: dict[str, Any]
 ) -> None:
@@ -153,7 +154,7 @@ def test_an_onnx_file_is_the_same_to_the_byte_with_and_without_teachers(
 
     files = []
     for name, given in (("plain", {}), ("taught", teachers)):
-        run = stepped(tmp_path / name, data, given)
+        run = stepped(tmp_path / name, data, given, model={"num_layers": 1})
         run.checkpoints.save(run.state)
         run.checkpoints.wait()
         loaded = replace(load(tmp_path / name / "runs" / "run", "cpu"), origin="the same")

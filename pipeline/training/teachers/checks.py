@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from dfine_core.config import ModelConfig
 from pipeline.config import ConfigError, Experiment
-from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.teacher_boxes import load_teacher_boxes
 from pipeline.errors import UserError
 from pipeline.teacher_settings import DetectorTeacher
 from pipeline.training.context import ResolvedData
 from pipeline.training.init_weights import TEACHER, copied_or_given, default_server, materialize_init
+from pipeline.training.multiscale import multiscale_sides
 
 BINS = ("reg_max", "up", "reg_scale")
 
@@ -45,12 +45,17 @@ def with_teachers(
         problems.append(f"{error}")
     try:
         if settings.detector is not None:
+            from pipeline.open_detector import open_detector  # here: few runs have one
+            from pipeline.training.checkpoint import weights_as_bytes
+
             source = settings.detector.weights
             source = copied_or_given(source, run, TEACHER) if run else source
             with default_server(tracking_uri) if tracking_uri else nullcontext():
-                digest, found = _examine_detector(replace(settings.detector, weights=source), student, train)
-            digests["teacher.detector"] = digest
-            problems += found
+                loaded = open_detector(source)
+            digests["teacher.detector"] = hashlib.sha256(weights_as_bytes(loaded.detector)).hexdigest()
+            names = [category.name for category in train.manifest.categories]
+            problems += _edge_problems(settings.detector, loaded.config, list(loaded.names), student, names)
+            problems += _size_problems(loaded.config, student, experiment.base_size_repeat)
     except UserError as error:
         problems.append(f"teacher.detector.weights: {error}")
     try:
@@ -79,14 +84,13 @@ def with_copied_teacher(experiment: Experiment, run: str, tracking_uri: str) -> 
     return experiment.model_copy(update={"teacher": replace(experiment.teacher, detector=copied)})
 
 
-def _examine_detector(settings: DetectorTeacher, student: ModelConfig, train: ShardSet) -> tuple[str, list[str]]:
-    from pipeline.open_detector import open_detector
-    from pipeline.training.checkpoint import weights_as_bytes
-
-    loaded = open_detector(settings.weights)
-    digest = hashlib.sha256(weights_as_bytes(loaded.detector)).hexdigest()
-    names = [category.name for category in train.manifest.categories]
-    return digest, list(_edge_problems(settings, loaded.config, list(loaded.names), student, names))
+def _size_problems(teacher: ModelConfig, student: ModelConfig, base_size_repeat: int) -> Iterator[str]:
+    """Reasons why a detector cannot look at the student's images, the smallest of which count."""
+    height, width = student.input_size
+    if base_size_repeat:
+        height = width = min(multiscale_sides(student, base_size_repeat))
+    for problem in teacher.size_problems(height, width):
+        yield f"teacher.detector: images of {height} x {width} do not suit it: {problem}"
 
 
 def _edge_problems(
