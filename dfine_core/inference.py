@@ -311,7 +311,7 @@ class LoadedDetector:
         description = make_description(self.config, self.names, self.category_ids, self.thresholds)
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        written = {WEIGHTS: tensors_to_bytes(weights)}
+        written = {WEIGHTS: tensors_to_bytes(weights, self.config.activation)}
         if self.calibration is not None:
             written[CALIBRATION] = self.calibration.bound_to(written[WEIGHTS]).to_json()
         written[DESCRIPTION] = description  # last: without it the folder is not opened
@@ -370,7 +370,11 @@ def _read_numbered(index: int, source: ImageSource) -> OpenedImage:
 
 
 def load(
-    source: str | os.PathLike[str], device: str | torch.device | None = None, *, files: FileReader = ON_DISK
+    source: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    *,
+    activation: str | None = None,
+    files: FileReader = ON_DISK,
 ) -> LoadedDetector:
     """Open a trained detector.
 
@@ -379,9 +383,10 @@ def load(
             model; or a released `.pth` file or bare `.safetensors`, whose configuration is read off the shapes; or an exported
             file, which gives a `LoadedProgram`.
         device: a GPU if there is one, unless given.
+        activation: of a file that does not name it: DEIM's is "silu". Default: as recognised, else D-FINE's with a warning.
 
     Raises:
-        LoadError: with what was found instead, and the way out.
+        LoadError: with what was found instead, and the way out; also for another activation than is named.
     """
     path = os.fspath(source)
     if path.startswith(MLFLOW_SCHEMES):
@@ -391,8 +396,10 @@ def load(
 
         return load_program(path, device)
     if path.endswith((".pth", ".pt", ".safetensors")):
-        return _build_stored(read_released(path), device)
+        return _build_stored(read_released(path, activation), device)
     stored = read_detector(path.rstrip("/") or path, files)
+    if activation not in (None, stored.config.activation):
+        raise LoadError(f"{path}: its weights were trained with {stored.config.activation}, not {activation}")
     return replace(_build_stored(stored, device), calibration=read_calibration(stored, files))
 
 

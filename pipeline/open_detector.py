@@ -20,7 +20,9 @@ from pipeline.redaction import redact
 LOGGED_NAME = "detector"  # name of the model that a training run logs
 
 
-def open_detector(source: str, device: str | None = "cpu", *, exported: bool = False) -> LoadedDetector:
+def open_detector(
+    source: str, device: str | None = "cpu", activation: str | None = None, *, exported: bool = False
+) -> LoadedDetector:
     """Open a trained detector, with its averaged weights and in eval mode.
 
     Args:
@@ -28,6 +30,7 @@ def open_detector(source: str, device: str | None = "cpu", *, exported: bool = F
             `runs:/RUN_ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; a released `.pth` file; a published name or
             `hf://ORG/NAME[@REVISION]`, which are fetched into the hub's cache.
         device: None takes a GPU if there is one.
+        activation: of a weights file that does not name it, see `load`.
         exported: also open exported files, which return detections and have no weights to train or to look into.
 
     Raises:
@@ -44,16 +47,16 @@ def open_detector(source: str, device: str | None = "cpu", *, exported: bool = F
             raise ConfigError(f"{source}: runtimes open files on this machine alone; copy it to a disk")
     try:
         if is_mlflow_uri(source):
-            return _from_mlflow(source, device)
+            return _from_mlflow(source, device, activation)
         if is_published(source):
             fetched = fetch(source)
-            return replace(load(fetched.folder, device), origin=fetched.origin)
-        return load(source, device, files=STORED)
+            return replace(load(fetched.folder, device, activation=activation), origin=fetched.origin)
+        return load(source, device, activation=activation, files=STORED)
     except (LoadError, storage.StorageError) as error:
         raise ConfigError(f"{error}") from None
 
 
-def _from_mlflow(source: str, device: str | None) -> LoadedDetector:
+def _from_mlflow(source: str, device: str | None, activation: str | None) -> LoadedDetector:
     if not os.environ.get(TRACKING_URI):
         raise LoadError(f"{source}: set {TRACKING_URI} to the server or database that has it")
     import_mlflow()
@@ -73,7 +76,7 @@ def _from_mlflow(source: str, device: str | None) -> LoadedDetector:
         described = next(Path(downloaded).rglob(DESCRIPTION), None)
         if described is None:
             raise LoadError(f"{source}: holds no detector of this project")
-        loaded = load(described.parent, device)
+        loaded = load(described.parent, device, activation=activation)
     return replace(loaded, origin=source, path=None)  # its files are deleted with the temporary folder
 
 

@@ -18,7 +18,7 @@ from dfine_core.checkpoints.folder import WEIGHTS, LoadError, is_timm_folder
 from dfine_core.checkpoints.released import read_weights
 from dfine_core.checkpoints.weights import save_released
 from dfine_core.config import VARIANTS, ModelConfig
-from dfine_core.inference import LoadedDetector, build, load
+from dfine_core.inference import LoadedDetector, load
 from dfine_core.model.hgnetv2 import SIZES, HGNetv2
 from pipeline.config import ConfigError
 from pipeline.open_detector import open_detector
@@ -68,11 +68,7 @@ def convert(source: str, layout: Layout, out: Path, activation: Activation | Non
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another path")
-    model = open_detector(source)
-    if activation is not None:
-        categories = list(zip(model.category_ids, model.names, strict=True))
-        config = model.config.with_(activation=activation)
-        model = build(config, model.detector.state_dict(), categories, source, "cpu", thresholds=model.thresholds)
+    model = open_detector(source, activation=activation)
     writers: dict[str, Callable[[], object]] = {
         "safetensors": lambda: model.save(out),
         "huggingface": lambda: _save_transformers(model, out),

@@ -1,5 +1,6 @@
 """Published weights by name, against a server of the hub's API: what is fetched, what is refused, and each way out."""
 
+import hashlib
 import json
 import os
 import re
@@ -16,14 +17,17 @@ import torch
 from dfine_core import Detector, ModelConfig
 from dfine_core.checkpoints.folder import tensors_to_bytes
 from jobs import lineage
-from pipeline.config import Cluster
+from pipeline.config import Cluster, ConfigError
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.hub import PretrainedError
 from pipeline.open_detector import open_detector
 from pipeline.pretrained import describe, fetch, find, is_published, pinned, table, weights_location
+from pipeline.training.checkpoint import weights_as_bytes
+from pipeline.training.context import resolve_data
 from pipeline.training.dry_run import preview
 from pipeline.training.init_weights import ORIGIN, load_initial, materialize_init, refuse_unreadable_weights
 from pipeline.training.launch import launch
+from pipeline.training.teachers.checks import with_copied_teacher, with_teachers
 from tests.support.hub_server import COMMIT, Hub, hub_server
 from tests.support.training_runs import experiment, shard_folders
 from tests.support.varied_detectors import varied_detector
@@ -208,6 +212,35 @@ def test_a_training_starts_from_a_name_and_its_record_leads_to_the_commit(
     capsys.readouterr()
     lineage.main([trained.run])
     assert f"began with {NAME} (hf://{REPO}@{COMMIT}), sha256 {sha256[:12]}" in capsys.readouterr().out
+
+
+def test_a_detector_of_the_hub_teaches_as_the_copy_in_the_runs_folder(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    data = shard_folders(tmp_path, images=4, val=2)
+    schedule = {"steps": 1, "global_batch_size": 2}
+    teacher = {"detector": {"weights": NAME, "edge_weight": 0}}
+    small = experiment(tmp_path, data, teacher=teacher, schedule=schedule)
+    with pytest.raises(ConfigError, match=r"teacher.detector: images of 64 x 64 .* fewer than num_queries \(30\)"):
+        launch(small)
+    setting = experiment(tmp_path, data, teacher=teacher, schedule=schedule, model={"input_size": [128, 128]})
+    assert f"teacher.detector: {NAME}, " in preview(setting, Cluster(), measured=False)
+    trained = launch(setting)
+    copy = Path(trained.run, "teacher")
+    assert json.loads((copy / ORIGIN).read_text())["revision"] == COMMIT
+    metadata = json.loads(Path(trained.run, "checkpoints", "step-00000001", "metadata.json").read_text())
+    digest = metadata["data"]["teacher.detector"]
+    assert digest == hashlib.sha256(weights_as_bytes(open_detector(str(copy)).detector)).hexdigest()
+    # The name stands for other weights now, or for none: the run keeps its copy.
+    resolved = resolve_data(setting.data)
+    hub.files.clear()
+    found = with_teachers(setting, resolved, trained.run, "sqlite:///unused.db")
+    assert found.teachers == {"teacher.detector": digest}
+    again = with_copied_teacher(setting, trained.run, "sqlite:///unused.db").teacher.detector
+    assert again is not None
+    assert again.weights == str(copy)
 
 
 def test_a_backbone_of_timm_is_fetched_and_its_origin_recorded(hub: Hub, tmp_path: Path) -> None:

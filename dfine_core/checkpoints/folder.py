@@ -30,6 +30,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dfine_core.checkpoints.activation import STATED
 from dfine_core.checkpoints.class_transfer import categories_of
 from dfine_core.checkpoints.transformers_layout import (
     config_from_transformers,
@@ -289,11 +290,16 @@ def tensors_from_bytes(content: bytes, origin: str) -> dict[str, Tensor]:
         raise LoadError(f"{origin}: its weights are damaged: {error}") from None
 
 
-def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Serialise as a safetensors file; tensors that share storage are written more than once."""
+def tensors_to_bytes(tensors: Mapping[str, Tensor], activation: str | None = None) -> bytes:
+    """Serialise as a safetensors file; tensors that share storage are written more than once.
+
+    Args:
+        activation: of the detector, stated in the file, for readers that get it without its description.
+    """
     from safetensors.torch import save
 
-    return save({key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()})
+    metadata = None if activation is None else {STATED: activation}
+    return save({key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}, metadata)
 
 
 def _from_checkpoint(folder: str, files: FileReader) -> StoredDetector:

@@ -6,25 +6,30 @@ from typing import Any
 
 from torch import Tensor
 
+from dfine_core.checkpoints.activation import settle_activation, stated_in_safetensors
 from dfine_core.checkpoints.class_transfer import categories_of
 from dfine_core.checkpoints.folder import LoadError, StoredDetector, tensors_from_bytes
 from dfine_core.checkpoints.transformers_layout import from_transformers, is_transformers
-from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint, written_value
+from dfine_core.checkpoints.weights import DIRECT_OUTPUTS, read_checkpoint_content, written_value
 from dfine_core.config import VARIANTS, ModelConfig
 from dfine_core.model.detector import DERIVED_KEYS
 
 
-def read_released(path: str) -> StoredDetector:
+def read_released(path: str, activation: str | None = None) -> StoredDetector:
     """Read variant, classes and bins off the shapes; the names are COCO's or Objects365's if there are as many classes.
 
     The number of queries is in no shape: it is the published one, or all positions of a smaller input.
 
+    Args:
+        activation: of the weights, "relu" or "silu"; None: as recognised, else D-FINE's with a warning.
+
     Raises:
-        LoadError: it cannot be opened, or does not hold a published variant.
+        LoadError: it cannot be opened, does not hold a published variant, or states another activation.
     """
     try:
-        weights = read_weights(path)
-        config = _config_of(weights, path)
+        weights, stated = _read(path)
+        settled = settle_activation(weights, path, stated, activation)
+        config = _config_of(weights, path).with_(activation=settled)
     except FileNotFoundError:
         raise LoadError(f"{path} does not exist on this disk, where a weights file must lie") from None
     except OSError as error:
@@ -40,10 +45,18 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is damaged, holds no weights, or would run code.
     """
+    return _read(path)[0]
+
+
+def _read(path: str) -> tuple[dict[str, Tensor], str | None]:
+    """Weights of a file, and the activation that it states."""
     if not path.endswith(".safetensors"):
-        return read_checkpoint(path)
-    tensors = tensors_from_bytes(Path(path).read_bytes(), path)
-    return from_transformers(tensors) if is_transformers(tensors) else tensors
+        return read_checkpoint_content(path)
+    content = Path(path).read_bytes()
+    tensors = tensors_from_bytes(content, path)
+    if is_transformers(tensors):
+        return from_transformers(tensors), "relu"  # its layout has no other one
+    return tensors, stated_in_safetensors(content)
 
 
 def _config_of(weights: Mapping[str, Tensor], path: str) -> ModelConfig:

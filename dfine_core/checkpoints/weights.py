@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfine_core.checkpoints.activation import STATED, stated_in_pickle
 from dfine_core.config import ModelConfig
 from dfine_core.model.decoder import anchors
 from dfine_core.model.detector import DERIVED_KEYS
@@ -44,6 +45,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file is damaged, holds anything but plain data, or holds no weights.
     """
+    return read_checkpoint_content(path)[0]
+
+
+def read_checkpoint_content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
+    """Read as `read_checkpoint` does; also the activation, if the file states it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -64,7 +70,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds no weights: expected ema.module, model or a bare state dict, found {keys or 'nothing'}"
         )
-    return {key.removeprefix("module."): tensor for key, tensor in weights.items()}
+    return {key.removeprefix("module."): tensor for key, tensor in weights.items()}, stated_in_pickle(content)
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor]) -> str | None:
@@ -167,7 +173,7 @@ def known_fault(state_dict: Mapping[str, Tensor]) -> str | None:
 def save_released(state_dict: Mapping[str, Tensor], config: ModelConfig, path: str | os.PathLike[str]) -> None:
     """Write a detector's weights as a released file: {"model": state dict}, float32, with the anchors of `input_size`.
 
-    The file appears whole or not at all.
+    Its activation is stated beside them. The file appears whole or not at all.
     """
     if "decoder.up" not in state_dict or any("conv_bn_fused" in key for key in state_dict):
         raise ValueError(
@@ -183,7 +189,7 @@ def save_released(state_dict: Mapping[str, Tensor], config: ModelConfig, path: s
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as stream:  # given a path, torch.save writes its name into the file
-            torch.save({"model": model}, stream)
+            torch.save({"model": model, STATED: config.activation}, stream)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as tensors_to_bytes
 
 from dfine_core.checkpoints.calibration_file import write_calibration
-from dfine_core.checkpoints.folder import DESCRIPTION, THRESHOLDS, TRANSFORMERS_CONFIG
+from dfine_core.checkpoints.folder import DESCRIPTION, THRESHOLDS, TRANSFORMERS_CONFIG, tensors_to_bytes
 from dfine_core.checkpoints.weights import save_released
 from pipeline.export.source import ExportSource
 
@@ -45,5 +44,5 @@ def write_safetensors(source: ExportSource, path: Path) -> None:
     description = {"config": asdict(source.model.config), "categories": source.description["names"]}
     (path / DESCRIPTION).write_text(json.dumps(description | source.description, indent=1))
     weights = {key: tensor.clone() for key, tensor in source.model.detector.state_dict().items()}
-    (path / "model.safetensors").write_bytes(tensors_to_bytes(weights))
+    (path / "model.safetensors").write_bytes(tensors_to_bytes(weights, source.model.config.activation))
     write_calibration(source.model.calibration, path)

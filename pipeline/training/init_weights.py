@@ -1,7 +1,7 @@
 """Initial weights of a run (`init`): another run, a model version, a released file or a backbone, fitted by names and bins.
 
 The driver copies a model of MLflow, and what it fetches from the hub, into the run's folder (`materialize_init`): workers need
-no server, and an alias or revision that moves on does not change the start of the run.
+no server, and an alias or revision that moves on does not change the start of the run. A detector that teaches is copied alike.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dfine_core import Detector
+from dfine_core.checkpoints.activation import recognise_activation, stated_in_safetensors
 from dfine_core.checkpoints.backbones import backbone_of, load_backbone
 from dfine_core.checkpoints.class_transfer import coco_names, match_classes, objects365_names, transfer_classes
 from dfine_core.checkpoints.folder import (
@@ -29,7 +30,7 @@ from dfine_core.checkpoints.folder import (
 )
 from dfine_core.checkpoints.rebinning import rebin
 from dfine_core.checkpoints.transformers_layout import from_transformers, is_transformers
-from dfine_core.checkpoints.weights import load_weights, read_checkpoint, restore_constants
+from dfine_core.checkpoints.weights import load_weights, read_checkpoint_content, restore_constants
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.mlflow_access import TRACKING_URI, is_mlflow_uri
@@ -37,6 +38,7 @@ from pipeline.open_detector import STORED, open_detector
 from pipeline.pretrained import Fetched, fetch, is_published
 from pipeline.training import checkpoint
 
+INIT, TEACHER = "init", "teacher"  # folders of copies in the folder of a run
 ORIGIN = "origin.json"  # lies beside DESCRIPTION and WEIGHTS
 CLASS_ROWS = "decoder.denoising_class_embed.weight"  # one row per class, and one for padding
 SCALE = "decoder.reg_scale"
@@ -50,24 +52,27 @@ class Origin:
     parent: dict[str, str]
 
 
-def materialize_init(source: str, run: str, tracking_uri: str) -> str:
-    """Path of the initial weights for the workers: a model of MLflow or of the hub is copied into the run's folder, once.
+def materialize_init(source: str, run: str, tracking_uri: str, name: str = INIT) -> str:
+    """Path of weights for the workers: a model of MLflow or of the hub is copied into the run's folder, once.
+
+    Args:
+        name: of the copy, INIT or TEACHER.
 
     Raises:
         ConfigError: MLflow does not know it.
         PretrainedError: the hub does not hand it out.
     """
-    if not is_mlflow_uri(source) and not is_published(source):
+    if not is_fetched(source):
         return source
-    folder = _copy_folder(run)
-    if _is_copied(run):
+    folder = storage.join(run, name)
+    if _is_copied(run, name):
         return folder
     if is_published(source):
         _copy_fetched(fetch(source), folder)
         return folder
     from pipeline.tracking.client import connect, resolve  # here: workers need no MLflow client
 
-    with _default_server(tracking_uri):
+    with default_server(tracking_uri):
         trained = open_detector(source)
     weights = checkpoint.weights_as_bytes(trained.detector)
     parent = {"source": source} | resolve(connect(tracking_uri), source).as_parent()
@@ -79,12 +84,18 @@ def materialize_init(source: str, run: str, tracking_uri: str) -> str:
     return folder
 
 
-def _copy_folder(run: str) -> str:
-    return storage.join(run, "init")
+def copied_or_given(source: str, run: str, name: str) -> str:
+    """Path of the copy in the folder of a run that has one, else `source`."""
+    return storage.join(run, name) if is_fetched(source) and _is_copied(run, name) else source
 
 
-def _is_copied(run: str) -> bool:
-    return storage.exists(storage.join(_copy_folder(run), ORIGIN))
+def is_fetched(source: str) -> bool:
+    """Whether weights come from MLflow or the hub, and so are copied into the run's folder."""
+    return is_mlflow_uri(source) or is_published(source)
+
+
+def _is_copied(run: str, name: str) -> bool:
+    return storage.exists(storage.join(run, name, ORIGIN))
 
 
 def _copy_fetched(fetched: Fetched, folder: str) -> None:
@@ -116,7 +127,8 @@ def refuse_unreadable_weights(init: str | None, resume: str | None, run: str) ->
     if init and not is_mlflow_uri(init):
         folder = init
         if is_published(init):
-            folder = _copy_folder(run) if _is_copied(run) else str(fetch(init).folder)
+            folder = copied_or_given(init, run, INIT)
+            folder = str(fetch(init).folder) if folder == init else folder
         with _named_in_errors(init):
             _read(folder)
     if resume:
@@ -124,7 +136,7 @@ def refuse_unreadable_weights(init: str | None, resume: str | None, run: str) ->
 
 
 @contextmanager
-def _default_server(tracking_uri: str) -> Iterator[None]:
+def default_server(tracking_uri: str) -> Iterator[None]:
     """Resolve MLflow URIs at the server of this run, unless the environment names another one."""
     if os.environ.get(TRACKING_URI):
         yield
@@ -203,15 +215,16 @@ def _read_file(path: str) -> _InitWeights:
     content = storage.read_bytes(path)
     parent = {"file": path, "sha256": hashlib.sha256(content).hexdigest()}
     if path.endswith(".safetensors"):
-        tensors = tensors_from_bytes(content, path)
+        tensors, stated = tensors_from_bytes(content, path), stated_in_safetensors(content)
         if is_transformers(tensors):
             return _InitWeights(from_transformers(tensors), None, parent, activation="relu")  # it has no other one
-        return _InitWeights(tensors, None, parent)
-    stream = io.BytesIO(content)
-    try:
-        return _InitWeights(read_checkpoint(stream), None, parent)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ConfigError(str(error).replace(str(stream), "it")) from None
+    else:
+        stream = io.BytesIO(content)
+        try:
+            tensors, stated = read_checkpoint_content(stream)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigError(str(error).replace(str(stream), "it")) from None
+    return _InitWeights(tensors, None, parent, activation=recognise_activation(tensors, path, stated))
 
 
 def _parent(stored: StoredDetector) -> dict[str, str]:

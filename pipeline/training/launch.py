@@ -30,7 +30,7 @@ from pipeline.training.recording import deliver_run
 from pipeline.training.schedule import Schedule, derive
 from pipeline.training.sigterm import sigterm_kills
 from pipeline.training.stop_request import TrainingStoppedError, status_after
-from pipeline.training.teachers.checks import with_teachers
+from pipeline.training.teachers.checks import with_copied_teacher, with_teachers
 
 if TYPE_CHECKING:  # a training in this process does without Ray
     from ray.train import UserCallback
@@ -95,8 +95,8 @@ def launch(
     run = storage.join(experiment.storage, experiment.name or "run")
 
     # 1. Check on this machine everything that could fail later: data, tracking server, initial weights.
-    data = with_teachers(experiment, resolve_data(experiment.data))
-    for shards in filter(None, (data.train, data.val)):
+    resolved = resolve_data(experiment.data)
+    for shards in filter(None, (resolved.train, resolved.val)):
         refuse_changed_files(shards, contents=verify_data)
     tracking = TrackingSettings.resolve(
         experiment.storage,
@@ -105,6 +105,7 @@ def launch(
         uri=experiment.tracking.uri,
         parent_run_id=parent_run_id,
     )
+    data = with_teachers(experiment, resolved, run, tracking.uri)
     refuse_unreadable_weights(experiment.init, resume, run)
 
     # 2. This process, or workers of Ray.
@@ -128,6 +129,7 @@ def launch(
             _refuse_problems_on_nodes(request, run, data)
         tracking = replace(tracking, run_key=start.tracking_key)
         notes: list[str] = []
+        experiment = with_copied_teacher(experiment, run, tracking.uri)
         if experiment.init:
             init = materialize_init(experiment.init, run, tracking.uri)
             experiment, notes = with_activation(experiment.model_copy(update={"init": init}))

@@ -45,6 +45,7 @@ from pipeline.training.run_description import NOTE, dataset_input
 from pipeline.tuning.analysis.sweep_report import BINS, SweepReport, draw_figures, make_report, report_page, trial_table
 from pipeline.tuning.analysis.verdict import top_points, verdict_text
 from pipeline.tuning.callbacks import ProgressCallback, TrialStatusReporter
+from pipeline.tuning.locations import with_absolute_paths
 from pipeline.tuning.resources import place_trials
 from pipeline.tuning.schedulers import make_scheduler
 from pipeline.tuning.searcher import FixedTrials, SpaceSearcher
@@ -319,9 +320,8 @@ def sweep_for_trials(sweep: Sweep, folder: str, tracking_uri: str) -> Sweep:
 
     Paths become absolute. Initial weights in MLflow are copied once, because aliases move.
     """
-    data = {**sweep.base["data"], **{use: storage.absolute(sweep.base["data"][use]) for use in ("train", "val")}}
     init = sweep.init and materialize_init(sweep.init, folder, tracking_uri)
-    return sweep.model_copy(update={"base": {**sweep.base, "data": data}, "init": init})
+    return sweep.model_copy(update={"base": with_absolute_paths(sweep.base), "init": init})
 
 
 # Report

@@ -7,10 +7,9 @@ from typing import Any
 
 from pipeline.config import RENAMED_KEYS, ConfigError, Experiment
 from pipeline.config_files import check, load_cluster, read_yaml, with_values
-from pipeline.pretrained import weights_location
 from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data, shared_micro_batch
+from pipeline.tuning.locations import with_absolute_candidates
 from pipeline.tuning.space import (
-    LISTED,
     Point,
     canonical_text,
     condition_values,
@@ -77,27 +76,9 @@ def _with_overrides(content: dict[str, Any], path: Path, overrides: Mapping[str,
         if isinstance(content.get(key), str):
             content[key] = os.path.abspath(path.parent / content[key])
     content.setdefault("name", path.stem)
-    return _with_absolute_weights(content)
-
-
-def _with_absolute_weights(content: dict[str, Any]) -> dict[str, Any]:
-    """Make paths among candidates for `init` absolute: trials run in other working directories."""
-    space = content.get("space")
-    if not isinstance(space, dict) or not isinstance(domain := space.get("init"), dict):
-        return content
-    listed = {
-        kind: [_absolute_weights(value) for value in values]
-        for kind, values in domain.items()
-        if kind in LISTED and isinstance(values, list | tuple)
-    }
-    return {**content, "space": {**space, "init": {**domain, **listed}}}
-
-
-def _absolute_weights(value: Any) -> Any:
-    try:
-        return weights_location(value) if isinstance(value, str) else value
-    except ValueError:
-        return value  # the check of the candidates names the problem
+    if isinstance(content.get("space"), dict):
+        content["space"] = with_absolute_candidates(content["space"])
+    return content
 
 
 def _is_key_of_a_sweep(key: str) -> bool:

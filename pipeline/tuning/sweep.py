@@ -11,6 +11,7 @@ A trial is one training: a point of the space and a seed. Its id is a hash of bo
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import Config, Experiment, FolderName, Location, Tracking, WeightsLocation
+from pipeline.config import Config, ConfigError, Experiment, FolderName, Location, Tracking, WeightsLocation
 from pipeline.config_files import check, dump, with_values
 from pipeline.evaluation.coco_metrics import NUMBERS
 from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data
@@ -166,8 +167,19 @@ def default_point(sweep: Sweep) -> Point:
     variant = experiment.model.variant
     recipe = {f"optimizer.{name}": value for name, value in vars(experiment.optimizer.config(variant, 1.0)).items()}
     recipe |= dict.fromkeys(("schedule.global_batch_size", "optimizer.base_batch_size"), BASE_BATCH_SIZE[variant])
-    own = {key: value_at(dump(experiment), key) for key in sweep.space}
+    own = {key: _as_listed(sweep, key, value_at(dump(experiment), key)) for key in sweep.space}
     return {key: recipe.get(key) if value is None else value for key, value in own.items()}
+
+
+def _as_listed(sweep: Sweep, key: str, value: Any) -> Any:
+    """The candidate that means the same as a section with all its defaults, such as `{}`; other values as they are."""
+    if isinstance(value, Mapping) and sweep.space[key].listed:
+        for candidate in sweep.space[key].values:
+            with suppress(ConfigError):  # a candidate may need values of other keys
+                experiment = check(Experiment, with_values(sweep.base, {key: candidate}), source=sweep.experiment)
+                if value_at(dump(experiment), key) == value:
+                    return candidate
+    return value
 
 
 def value_at(content: Mapping[str, Any], dotted: str) -> Any:

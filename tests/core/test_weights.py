@@ -284,7 +284,7 @@ def test_a_written_file_has_the_released_keys_and_shapes(variant: str, side: int
     model = Detector(config)
     save_released(model.state_dict(), config, tmp_path / "model.pth")
     content = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert list(content) == ["model"]
+    assert list(content) == ["model", "activation"]
     assert {key: list(tensor.shape) for key, tensor in content["model"].items()} == keys_and_shapes(variant)
     load_weights(model, content["model"])
 

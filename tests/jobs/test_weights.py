@@ -9,7 +9,6 @@ import torch
 from dfine_core import Detector, ModelConfig, load
 from dfine_core.checkpoints.folder import tensors_to_bytes
 from dfine_core.checkpoints.transformers_layout import to_transformers
-from dfine_core.checkpoints.weights import save_released
 from jobs import weights
 from pipeline.pretrained import table
 from tests.support.varied_detectors import loaded, varied_detector
@@ -90,11 +89,13 @@ def test_a_released_file_of_deim_becomes_a_folder_that_names_its_activation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ModelConfig.variant("n", num_classes=3, activation="silu")
-    save_released(varied_detector(config).state_dict(), config, tmp_path / "deim.pth")
-    assert load(tmp_path / "deim.pth", "cpu").config.activation == "relu"  # which nothing contradicts
+    torch.save({"model": varied_detector(config).state_dict()}, tmp_path / "last.pth")
+    assert load(tmp_path / "last.pth", "cpu").config.activation == "relu"  # which nothing contradicts
     words = ("--activation", "silu", "--to", "safetensors", "--out", str(tmp_path / "deim"))
-    run(capsys, "convert", str(tmp_path / "deim.pth"), *words)
+    run(capsys, "convert", str(tmp_path / "last.pth"), *words)
     assert load(tmp_path / "deim", "cpu").config.activation == "silu"
+    words = ("--activation", "relu", "--to", "safetensors", "--out", str(tmp_path / "other"))
+    assert "were trained with silu, not relu" in failure(capsys, "convert", str(tmp_path / "deim"), *words)
     assert "activation silu" in run(capsys, "verify", str(tmp_path / "deim"))
 
 

@@ -52,7 +52,7 @@ def test_averaged_weights_of_the_released_code_are_taken_whole_and_the_log_names
 
 def test_a_drifted_file_opens_as_a_detector_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = varied_detector(ModelConfig.variant("n", num_classes=3), seed=1)
-    path = saved({"model": drifted(source.state_dict())}, tmp_path / "n.pth")
+    path = saved({"model": drifted(source.state_dict())}, tmp_path / "dfine_n.pth")
     opened = load(path, "cpu")
     assert (opened.config.up, opened.config.reg_scale) == (0.5, 4.0)
     assert equal(opened.detector.state_dict(), source.state_dict())

@@ -1,6 +1,7 @@
 """Teachers in the training loop: what they teach, what they leave alone, and what a resume needs."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from dfine_core import load
 from dfine_core.loss.teachers import feature_loss
 from pipeline.config import Cluster, ConfigError
 from pipeline.tracking.lineage import teacher_lines
@@ -140,6 +142,25 @@ def test_the_student_is_the_same_detector_with_and_without_a_teacher(
         for run in (plain, taught)
     ]
     assert graphs[0] == graphs[1]
+
+
+@pytest.mark.slow  # traced twice
+@pytest.mark.timeout(1800)
+def test_an_onnx_file_is_the_same_to_the_byte_with_and_without_teachers(
+    tmp_path: Path, data: dict[str, str], teachers: dict[str, Any]
+) -> None:
+    pytest.importorskip("onnxscript")
+    from pipeline.export.formats import ExportSource  # here: it needs the extra `export`
+
+    files = []
+    for name, given in (("plain", {}), ("taught", teachers)):
+        run = stepped(tmp_path / name, data, given, model={"num_layers": 1})
+        run.checkpoints.save(run.state)
+        run.checkpoints.wait()
+        loaded = replace(load(tmp_path / name / "runs" / "run", "cpu"), origin="the same")
+        files.append(ExportSource(loaded).onnx.SerializeToString())
+    assert len(files[0]) > 1_000_000
+    assert files[0] == files[1]
 
 
 def test_the_feature_loss_falls_and_reaches_backbone_and_encoder_alone(

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.config_files import load_experiment
 from pipeline.training import checkpoint
 from tests.support.processes import descendants, free_port, kill_driver, one_thread, wait_for
+from tests.support.teachers import detector_folder, tiny_vit
 from tests.support.training_runs import SteppedRun, job, shard_folders
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +66,8 @@ def start(folder: Path, name: str, *, workers: int = 2, experiment: str = "run.y
         )
 
 
-def finish(folder: Path, name: str, *, workers: int = 2) -> None:
-    process = start(folder, name, workers=workers)
+def finish(folder: Path, name: str, *, workers: int = 2, experiment: str = "run.yaml") -> None:
+    process = start(folder, name, workers=workers, experiment=experiment)
     code = process.wait(timeout=400)
     assert code == 0, (folder / f"{name}.log").read_text()[-4000:]
 
@@ -94,8 +95,8 @@ def listening_addresses(driver: subprocess.Popen[str]) -> set[str]:
     return {address for pid, address in listening if pid in titles}
 
 
-def tensors_of(folder: Path, name: str) -> dict[str, Tensor]:
-    place = folder / "runs" / name / "checkpoints" / checkpoint.step_folder(STEPS)
+def tensors_of(folder: Path, name: str, step: int = STEPS) -> dict[str, Tensor]:
+    place = folder / "runs" / name / "checkpoints" / checkpoint.step_folder(step)
     return {f"{file}/{k}": v for file in checkpoint.FILES for k, v in load_file(place / f"{file}.safetensors").items()}
 
 
@@ -157,6 +158,33 @@ def test_killed_worker_and_killed_driver_give_the_same_bits(folder: Path) -> Non
     again = start(folder, "whole")
     assert again.wait(timeout=120) == 1
     assert "run 'whole' is finished" in (folder / "whole.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_to_the_bit_what_a_teacher_adapts_and_trains(folder: Path, tmp_path: Path) -> None:
+    """The weight follows the gradients at the end of every epoch of six steps; the worker dies in the second epoch."""
+    adapt = {"share": 0.05, "tolerance": 0.001}
+    teacher = {
+        "features": {"model": tiny_vit(tmp_path / "vit"), "weight": 5, "adapt": adapt},
+        "detector": {"weights": detector_folder(tmp_path / "detector")},
+    }
+    content = yaml.safe_load((folder / "run.yaml").read_text()) | {"teacher": teacher}
+    content["schedule"] |= {"steps": 14}
+    (folder / "taught.yaml").write_text(yaml.safe_dump(content))
+    finish(folder, "taught", experiment="taught.yaml")
+    driver = start(folder, "taught-killed", experiment="taught.yaml")
+    wait_for_step(folder, "taught-killed", 8, driver)
+    kill_one_worker(driver)
+    log = folder / "taught-killed.log"
+    assert driver.wait(timeout=400) == 0, log.read_text()[-4000:]
+    assert "continuing at step" in log.read_text()
+
+    expected, found = tensors_of(folder, "taught", 14), tensors_of(folder, "taught-killed", 14)
+    assert {"optimizer/teachers.features.weight", "optimizer/teachers.detector.weight"} <= expected.keys()
+    assert expected.keys() == found.keys()
+    assert [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])] == []
+    assert float(expected["optimizer/teachers.weight"]) != 5  # adapted
+    assert losses_of(folder, "taught-killed") == losses_of(folder, "taught")
 
 
 def status_of(folder: Path, name: str) -> str | None:

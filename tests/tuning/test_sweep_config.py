@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Cluster, ConfigError, Experiment
-from pipeline.config_files import check, dump
+from pipeline.config_files import check, dump, flatten, with_values
+from pipeline.tuning.driver import sweep_for_trials
 from pipeline.tuning.load import load_sweep
+from pipeline.tuning.locations import with_absolute_paths
 from pipeline.tuning.resources import place_trials
 from pipeline.tuning.space import Domain, distribution, grid_points, is_active, random_point, suggest_point
 from pipeline.tuning.sweep import (
@@ -24,6 +26,7 @@ from pipeline.tuning.sweep import (
     replicate_trials,
     rungs,
     search_trials,
+    value_at,
 )
 from tests.support.simulated_sweeps import loaded, written
 
@@ -166,6 +169,56 @@ def test_initial_weights_can_be_searched_and_their_paths_are_absolute(tmp_path: 
     assert check(Experiment, experiment_of(sweep, {"init": here}, seed=0), source="trial").init == here
     assert check(Experiment, experiment_of(sweep, {"init": None}, seed=0), source="trial").init is None
     assert default_point(sweep) == {"init": None}
+
+
+LOCATIONS = (
+    *("data.train", "data.val", "storage", "init"),
+    *("teacher.features.model", "teacher.detector.weights", "teacher.boxes.folder"),
+)
+
+
+def test_every_path_of_an_experiment_is_absolute_in_its_trials_whether_set_or_searched(tmp_path: Path) -> None:
+    boxes = {"boxes": {"folder": "boxes"}}
+    space = {
+        "data.train": {"choice": ["here", "s3://bucket/there", "/absolute"]},
+        "teacher": {"choice": [{}, boxes, {"detector": {"weights": "dfine-l-coco"}}], "when": {"data.train": "here"}},
+    }
+    sweep = loaded(tmp_path, space=space, set={"teacher.features.model": "vision"})
+    here, found = str(Path.cwd() / "here"), str(Path.cwd() / "boxes")
+    assert sweep.space["data.train"].values == (here, "s3://bucket/there", "/absolute")
+    assert sweep.space["teacher"].when == {"data.train": here}
+    detector = {"detector": {"weights": "dfine-l-coco"}}
+    assert sweep.space["teacher"].values == ({}, {"boxes": {"folder": found}}, detector)
+    base = sweep_for_trials(sweep, str(tmp_path / "runs"), "sqlite:///unused.db").base
+    assert value_at(base, "teacher.features.model") == str(Path.cwd() / "vision")
+    assert value_at(base, "data.val") == str(Path.cwd() / "val")
+
+
+def test_the_keys_that_are_made_absolute_are_those_that_an_experiment_makes_absolute() -> None:
+    for key in LOCATIONS:
+        assert value_at(with_absolute_paths(with_values({}, {key: "near"})), key) == str(Path.cwd() / "near"), key
+    content = {
+        "storage": "a",
+        "init": "b",
+        "data": {"train": "c", "val": "d"},
+        "schedule": {"steps": 9},
+        "teacher": {"features": {"model": "e"}, "detector": {"weights": "f"}, "boxes": {"folder": "g"}},
+    }
+    checked = flatten(dump(check(Experiment, content, source="test")))
+    found = [key for key, value in checked.items() if isinstance(value, str) and value.startswith(str(Path.cwd()))]
+    assert sorted(found) == sorted(LOCATIONS)
+    wrong = {"data": "text", "teacher": {"boxes": 3}, "init": 7, "unknown": {"folder": "x"}, "seed": "near"}
+    assert with_absolute_paths(wrong) == wrong
+
+
+def test_a_section_without_anything_is_the_default_when_the_experiment_has_none(tmp_path: Path) -> None:
+    boxes = {"boxes": {"folder": "/boxes"}}
+    space = {"teacher": {"grid": [boxes, {}]}, "recipe": {"grid": ["dfine", "deim"]}}
+    sweep = loaded(tmp_path, space=space, searcher={"kind": "grid"})
+    assert default_point(sweep) == {"teacher": {}, "recipe": "dfine"}
+    assert default_point(sweep) in grid_points(sweep.space)
+    sweep = loaded(tmp_path, space=space, searcher={"kind": "grid"}, set={"teacher": boxes})
+    assert default_point(sweep) == {"teacher": boxes, "recipe": "dfine"}
 
 
 def test_the_default_point_is_the_experiment_as_it_is(tmp_path: Path) -> None:

@@ -2,23 +2,29 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 from dfine_core.config import ModelConfig
 from pipeline.config import ConfigError, Experiment
-from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.teacher_boxes import load_teacher_boxes
 from pipeline.errors import UserError
-from pipeline.mlflow_access import is_mlflow_uri
-from pipeline.pretrained import is_published
 from pipeline.teacher_settings import DetectorTeacher
 from pipeline.training.context import ResolvedData
+from pipeline.training.init_weights import TEACHER, copied_or_given, default_server, materialize_init
+from pipeline.training.multiscale import multiscale_sides
 
 BINS = ("reg_max", "up", "reg_scale")
 
 
-def with_teachers(experiment: Experiment, data: ResolvedData) -> ResolvedData:
+def with_teachers(
+    experiment: Experiment, data: ResolvedData, run: str | None = None, tracking_uri: str | None = None
+) -> ResolvedData:
     """Check the teachers of an experiment, and add their digests and boxes to its data.
+
+    Args:
+        run: folder of the run, which may have its copy of the detector already.
+        tracking_uri: server of a detector in MLflow, unless the environment names one.
 
     Raises:
         ConfigError: a teacher is missing or does not fit; names every problem.
@@ -39,9 +45,17 @@ def with_teachers(experiment: Experiment, data: ResolvedData) -> ResolvedData:
         problems.append(f"{error}")
     try:
         if settings.detector is not None:
-            digest, found = _examine_detector(settings.detector, student, train)
-            digests["teacher.detector"] = digest
-            problems += found
+            from pipeline.open_detector import open_detector  # here: few runs have one
+            from pipeline.training.checkpoint import weights_as_bytes
+
+            source = settings.detector.weights
+            source = copied_or_given(source, run, TEACHER) if run else source
+            with default_server(tracking_uri) if tracking_uri else nullcontext():
+                loaded = open_detector(source)
+            digests["teacher.detector"] = hashlib.sha256(weights_as_bytes(loaded.detector)).hexdigest()
+            names = [category.name for category in train.manifest.categories]
+            problems += _edge_problems(settings.detector, loaded.config, list(loaded.names), student, names)
+            problems += _size_problems(loaded.config, student, experiment.base_size_repeat)
     except UserError as error:
         problems.append(f"teacher.detector.weights: {error}")
     try:
@@ -61,18 +75,22 @@ def with_teachers(experiment: Experiment, data: ResolvedData) -> ResolvedData:
     return replace(data, train=train, teachers=digests)
 
 
-def _examine_detector(settings: DetectorTeacher, student: ModelConfig, train: ShardSet) -> tuple[str, list[str]]:
-    if is_published(settings.weights) or is_mlflow_uri(settings.weights):
-        raise ConfigError(
-            f"{settings.weights} would be fetched by every worker: give a run, a checkpoint, an exported folder or a file"
-        )
-    from pipeline.open_detector import open_detector
-    from pipeline.training.checkpoint import weights_as_bytes
+def with_copied_teacher(experiment: Experiment, run: str, tracking_uri: str) -> Experiment:
+    """Copy a detector of the hub or of MLflow into the run's folder, once, and name the copy in the experiment."""
+    detector = experiment.teacher.detector
+    if detector is None:
+        return experiment
+    copied = replace(detector, weights=materialize_init(detector.weights, run, tracking_uri, TEACHER))
+    return experiment.model_copy(update={"teacher": replace(experiment.teacher, detector=copied)})
 
-    loaded = open_detector(settings.weights)
-    digest = hashlib.sha256(weights_as_bytes(loaded.detector)).hexdigest()
-    names = [category.name for category in train.manifest.categories]
-    return digest, list(_edge_problems(settings, loaded.config, list(loaded.names), student, names))
+
+def _size_problems(teacher: ModelConfig, student: ModelConfig, base_size_repeat: int) -> Iterator[str]:
+    """Reasons why a detector cannot look at the student's images, the smallest of which count."""
+    height, width = student.input_size
+    if base_size_repeat:
+        height = width = min(multiscale_sides(student, base_size_repeat))
+    for problem in teacher.size_problems(height, width):
+        yield f"teacher.detector: images of {height} x {width} do not suit it: {problem}"
 
 
 def _edge_problems(
