@@ -2,8 +2,11 @@
 
 import copy
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,29 +121,80 @@ PROGRAM = """
 import torch
 from pipeline.training.graphs import keep_graphs_in_cache, with_whole_cache
 torch.set_num_threads(1)
+torch._functorch.config.force_non_lazy_backward_lowering = True
 keep_graphs_in_cache()
 double = torch.compile(lambda x: x.sin() * 2 + x.sum())
-x = torch.ones(64)
-torch.testing.assert_close(with_whole_cache(lambda: double(x)), x.sin() * 2 + 64)
+x = torch.ones(64, requires_grad=True)
+y = with_whole_cache(lambda: double(x))
+y.sum().backward()
+torch.testing.assert_close(y.detach(), x.detach().sin() * 2 + 64)
+torch.testing.assert_close(x.grad, x.detach().cos() * 2 + 64)
 """
 
 
-@pytest.mark.slow  # starts the compiler twice
+def begin(cache: Path) -> subprocess.Popen[str]:
+    """Start a process that compiles, in a group of its own with the C compiler that it starts."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def start(cache: Path) -> str:
+    process = begin(cache)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return said
+
+
+def halve(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.slow  # starts the compiler four times
 def test_a_cache_damaged_by_a_kill_is_moved_aside_and_compiled_again(tmp_path: Path) -> None:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "graphs")}
+    cache = tmp_path / "graphs"
+    assert "compiled again" not in start(cache)
+    whole = tmp_path / "whole"
+    shutil.copytree(cache, whole)
+    for damage in (halve, lambda _: b""):
+        libraries = list(cache.rglob("*.so"))
+        assert libraries
+        for library in libraries:
+            library.write_bytes(damage(library.read_bytes()))
+        assert "compiled again" in start(cache)
+        assert not list(tmp_path.glob("graphs.damaged*"))
+        shutil.rmtree(cache)
+        shutil.copytree(whole, cache)
+    assert "compiled again" not in start(cache)
 
-    def start() -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
 
-    assert "compiled again" not in start()
-    libraries = list((tmp_path / "graphs").rglob("*.so"))
-    assert libraries
-    for library in libraries:
-        library.write_bytes(library.read_bytes()[:100])
-    assert "compiled again" in start()
-    assert "compiled again" not in start()
-    assert not list(tmp_path.glob("graphs.damaged*"))
+@pytest.mark.slow  # starts the compiler three times
+def test_no_cut_file_of_a_cache_ends_the_next_start(tmp_path: Path) -> None:
+    cache = tmp_path / "graphs"
+    start(cache)
+    files = [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size]
+    assert {"fxgraph", "aotautograd"} <= {path.relative_to(cache).parts[0] for path in files}
+    for path in files:
+        path.write_bytes(halve(path.read_bytes()))
+    start(cache)
+    assert "compiled again" not in start(cache)
+
+
+@pytest.mark.slow  # starts the compiler several times
+@pytest.mark.parametrize("files", [1, 8, 20])
+def test_a_process_killed_while_it_compiles_leaves_a_cache_that_starts(tmp_path: Path, files: int) -> None:
+    cache = tmp_path / "graphs"
+    process = begin(cache)
+    while process.poll() is None and sum(path.is_file() for path in cache.rglob("*")) < files:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    start(cache)
+    assert "compiled again" not in start(cache)
