@@ -2,7 +2,7 @@
 
     python -m benchmarks.imports --rounds 3
 
-Each import happens in a process of its own, whose bytecode is already compiled; the minimum of the rounds. Packages that each kind
+Each import happens in a process of its own with compiled bytecode; the minimum of the rounds. Packages that each kind
 does without are held by `tests/test_process_imports.py`.
 """
 
