@@ -152,10 +152,20 @@ def generated_code(function: Any, *inputs: Any) -> list[str]:
 
 
 def kernels(code: str) -> Counter[str]:
-    """Launches in generated code, by kind."""
+    """Launches in generated code, by kind: a library's function, or of which class a kernel of Triton is."""
     body = code[code.index("def call(") :]
-    calls = re.findall(r"(triton_[a-z]+)\w*\.run\(|(?:extern_kernels\.|torch\.ops\.aten\.)(\w+)[\w.]*\(", body)
-    return Counter(triton or library for triton, library in calls)
+    calls = re.findall(r"(triton_\w+)\.run\(|(?:extern_kernels\.|torch\.ops\.aten\.)(\w+)[\w.]*\(", body)
+    return Counter(_class_of(triton) if triton else library for triton, library in calls)
+
+
+def _class_of(kernel: str) -> str:
+    """Class of a Triton kernel by its name, which lists the operators that are fused in it; a combined kernel's has none."""
+    _, kind, *operators = kernel.split("_", 2)
+    if "batch_norm" in kernel:
+        return "batch norm, statistics" if kind in ("red", "per") else "batch norm, pointwise"
+    if not re.search(r"[a-z]", operators[0].removeprefix("fused")):
+        return "combined"
+    return "other reduction" if kind in ("red", "per") else "other pointwise"
 
 
 def graphs_of(variant: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

@@ -151,31 +151,30 @@ def start(cache: Path) -> str:
     return said
 
 
-def halve(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
 @pytest.mark.slow  # starts the compiler four times
+@pytest.mark.timeout(1800)
 def test_a_damaged_cache_is_moved_aside_and_compiled_again(tmp_path: Path) -> None:
     cache = tmp_path / "graphs"
     assert "compiled again" not in start(cache)
     libraries = list(cache.rglob("*.so"))
     assert libraries
     for library in libraries:
-        library.write_bytes(halve(library.read_bytes()))
+        library.write_bytes(library.read_bytes()[:100])
     assert "compiled again" in start(cache)
     assert not list(tmp_path.glob("graphs.damaged*"))
 
     files = [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size]
     assert {"fxgraph", "aotautograd"} <= {path.relative_to(cache).parts[0] for path in files}
     for index, path in enumerate(sorted(files)):
-        path.write_bytes(halve(path.read_bytes()) if index % 2 else b"")
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if index % 2 else b"")
     start(cache)  # the compiler itself may notice
     assert "compiled again" not in start(cache)
 
 
 @pytest.mark.slow  # starts the compiler twice
-@pytest.mark.parametrize("files", [2, 20])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("files", [2, 12])
 def test_a_process_killed_while_it_compiles_leaves_a_cache_that_starts(tmp_path: Path, files: int) -> None:
     cache = tmp_path / "graphs"
     process = begin(cache)
