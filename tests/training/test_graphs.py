@@ -19,7 +19,8 @@ from dfine_core import Targets
 from dfine_core.loss.padding import pad_denoising, pad_targets
 from dfine_core.model.denoising import sample_queries_for
 from pipeline.training.graphs import compile_step, graphs_compiled, inductor_options, resolve_compile
-from pipeline.training.state import TrainState
+from pipeline.training.low_precision import CastDetector
+from pipeline.training.state import AUTOCAST, TrainState
 from pipeline.training.step import MicroBatch, train_step
 from tests.support import recorded
 
@@ -43,7 +44,8 @@ def state_of(variant: str, precision: str = "fp32", *, backend: str | None = Non
     torch._dynamo.reset()
     state = training_state(variant, precision)
     if backend is not None:
-        state.model = state.detector
+        if precision != "fp32":
+            state.model = CastDetector(state.detector, AUTOCAST[precision], in_place=True)
         state.graphs = compile_step(state.detector, state.criterion, losses=True, sizes=sizes, backend=backend)
     return state
 
@@ -64,6 +66,15 @@ def test_detector_costs_and_losses_are_one_graph_each_for_every_size_of_images(v
     before = graphs_compiled()
     run(state, 6, sides=(64, 96))
     assert graphs_compiled() - before == 2 + 1 + 1
+
+
+def test_a_compiled_detector_finds_its_weights_cast() -> None:
+    expected = run(state_of("n", "bf16"), 2)
+    state = state_of("n", "bf16", backend="eager")
+    before = graphs_compiled()
+    for eager, compiled in zip(expected, run(state, 2), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=1e-4)
+    assert graphs_compiled() - before == 1 + 1 + 1
 
 
 @pytest.mark.slow  # minutes: 300 steps
