@@ -5,7 +5,7 @@
 
 Detector, matching costs and losses are traced on fake tensors of a CPU in bf16; then their graphs, forward and backward, are
 moved to a fake H100 and lowered. A kernel is a Triton kernel or a call of a library, which may launch several: the gradient of a
-convolution is one call here and two kernels or more on a GPU. Casts of weights happen outside the graphs and are added by arithmetic.
+convolution is one call here and two kernels or more on a GPU. Casts of weights are outside the graphs and added by arithmetic.
 Optimiser, average and statistics stay eager and are not counted.
 """
 
