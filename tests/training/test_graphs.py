@@ -157,7 +157,7 @@ def begin(cache: Path) -> subprocess.Popen[str]:
 
 def start(cache: Path) -> str:
     process = begin(cache)
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=1700)
     assert process.returncode == 0, said
     return said
 
