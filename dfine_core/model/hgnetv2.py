@@ -103,10 +103,10 @@ class ConvBNAct(nn.Module):
         """
         if not hasattr(self, "bn"):
             return
-        scale, bias = (1.0, 0.0) if self.lab is None else (self.lab.scale.item(), self.lab.bias.item())
-        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
-        self.conv.weight *= scale
-        self.conv.bias.mul_(scale).add_(bias)
+        scale, bias = (1.0, 0.0) if self.lab is None else (float(self.lab.scale), float(self.lab.bias))
+        self.conv = fuse_conv_bn_eval(self.conv, cast(nn.BatchNorm2d, self.bn))
+        self.conv.weight.mul_(scale)
+        cast(Tensor, self.conv.bias).mul_(scale).add_(bias)
         self.at_least, self.at_most = (bias, None) if scale >= 0 else (None, bias)
         del self.bn, self.lab
 

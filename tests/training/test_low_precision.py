@@ -38,9 +38,7 @@ def test_casts_of_every_step_lie_where_those_of_the_first_did() -> None:
     plain, inner = detector(), detector()
     model = CastDetector(inner, torch.bfloat16, in_place=True)
     seen: list[int] = []
-    inner.decoder.register_forward_pre_hook(
-        lambda *_: seen.append(inner.backbone.stem.stem1.conv.weight.data_ptr())  # type: ignore[operator]
-    )
+    inner.decoder.register_forward_pre_hook(lambda *_: seen.append(inner.backbone.stem.stem1.conv.weight.data_ptr()))
     for step in range(2):
         expected, found = gradients(plain, plain), gradients(model, inner)
         assert all(torch.equal(found[name], gradient) for name, gradient in expected.items()), step
