@@ -250,7 +250,9 @@ def against(settings: dict[str, dict[str, Any]], folders: dict[str, Path], threa
             assert out is not None
             into.write("\n")
             into.flush()
-            spent[name].append(float(out.readline()))
+            if not (line := out.readline()):
+                raise SystemExit(f"the process of {name!r} ended with code {processes[name].wait()}")
+            spent[name].append(float(line))
         order.reverse()
     for process in processes.values():
         process.communicate()
