@@ -5,10 +5,12 @@
 
 Detector, matching costs and losses are traced on fake tensors of a CPU in bf16; then their graphs, forward and backward, are
 moved to a fake H100 and lowered. A kernel is a Triton kernel or a call of a library, which may launch several: the gradient of a
-convolution is one call here and two kernels or more on a GPU. Optimiser, average and statistics stay eager and are not counted.
+convolution is one call here and two kernels or more on a GPU. Casts of weights are outside the graphs and added by arithmetic.
+Optimiser, average and statistics stay eager and are not counted.
 """
 
 import argparse
+import math
 import re
 import time
 from collections import Counter
@@ -38,9 +40,11 @@ from dfine_core.loss.matching import Matches, Pairs
 from dfine_core.loss.padding import Padding, pad_denoising, pad_targets
 from dfine_core.structures import DenoisingQueries, DetectorOutput
 from pipeline.training.graphs import inductor_options, loss_values
+from pipeline.training.low_precision import CastDetector
 
 GPU = torch.device("cuda", 0)
 BATCH, SIDE, CLASSES, SLOTS, UNION = 8, 640, 80, 196, 256
+TENSORS_OF_A_COPY = 64  # of one kernel of _foreach_copy_ on a GPU
 H100 = SimpleNamespace(
     name="NVIDIA H100",
     major=9,
@@ -152,10 +156,20 @@ def generated_code(function: Any, *inputs: Any) -> list[str]:
 
 
 def kernels(code: str) -> Counter[str]:
-    """Launches in generated code, by kind."""
+    """Launches in generated code, by kind: a library's function, or of which class a kernel of Triton is."""
     body = code[code.index("def call(") :]
-    calls = re.findall(r"(triton_[a-z]+)\w*\.run\(|(?:extern_kernels\.|torch\.ops\.aten\.)(\w+)[\w.]*\(", body)
-    return Counter(triton or library for triton, library in calls)
+    calls = re.findall(r"(triton_\w+)\.run\(|(?:extern_kernels\.|torch\.ops\.aten\.)(\w+)[\w.]*\(", body)
+    return Counter(_class_of(triton) if triton else library for triton, library in calls)
+
+
+def _class_of(kernel: str) -> str:
+    """Class of a Triton kernel by its name, which lists the operators that are fused in it; a combined kernel's has none."""
+    _, kind, *operators = kernel.split("_", 2)
+    if "batch_norm" in kernel:
+        return "batch norm, statistics" if kind in ("red", "per") else "batch norm, pointwise"
+    if not re.search(r"[a-z]", operators[0].removeprefix("fused")):
+        return "combined"
+    return "other reduction" if kind in ("red", "per") else "other pointwise"
 
 
 def graphs_of(variant: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -163,6 +177,9 @@ def graphs_of(variant: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     config = ModelConfig.variant(variant, num_classes=CLASSES, input_size=(SIDE, SIDE))
     stages = config.num_layers + 2
     detector, criterion = Detector(config).train(), Criterion(config)
+    for module, name in (slot for group in CastDetector(detector, torch.bfloat16).groups for slot in group):
+        weight = module.get_parameter(name)  # as the graphs find it
+        module.register_parameter(name, nn.Parameter(weight.detach().bfloat16(), requires_grad=weight.requires_grad))
 
     def indices(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64)
@@ -207,11 +224,14 @@ def graphs_of(variant: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     yield "losses", loss_values, (criterion, output, targets, matches, normalizers, padding)
 
 
-def convolutions(variant: str) -> int:
-    """Convolutions of a detector."""
+def counts(variant: str) -> tuple[int, int]:
+    """Convolutions of a detector, and kernels that cast its weights and their gradients."""
     config = ModelConfig.variant(variant, num_classes=CLASSES)
     with torch.device("meta"):
-        return sum(isinstance(module, nn.Conv2d) for module in Detector(config).modules())
+        detector = Detector(config)
+        groups = CastDetector(detector, torch.bfloat16).groups
+    copies = sum(math.ceil(len(group) / TENSORS_OF_A_COPY) for group in groups)
+    return sum(isinstance(module, nn.Conv2d) for module in detector.modules()), 2 * copies
 
 
 def main() -> None:
@@ -250,8 +270,10 @@ def main() -> None:
                     if args.keep:
                         args.keep.mkdir(parents=True, exist_ok=True)
                         (args.keep / f"{variant}_{name.replace(' ', '_')}_{which}.py").write_text(code)
+        found_convolutions, casts = counts(variant)
+        print(f"| {variant.upper()} | casts of weights and gradients | | {casts} | | |")
         print(
-            f"| {variant.upper()} | all | | {total} | {convolutions(variant)} convolutions in the network | |",
+            f"| {variant.upper()} | all | | {total + casts} | {found_convolutions} convolutions in the network | |",
             flush=True,
         )
 

@@ -2,9 +2,11 @@
 
     python -m benchmarks.train_step --variant l --batch 8 --amp bf16 --channels-last
     python -m benchmarks.train_step --variant n --batch 4 --size 320 --device cpu --compare
+    python -m benchmarks.train_step --variant n --batch 4 --size 320 --device cpu --against ../earlier --threads 1
 
 `--baseline` trains with conventional box regression (`regression="direct"`: no edge distributions, no GO-LSD). `--compare` runs
-both alternately in one process and prints what FDR and GO-LSD cost.
+both alternately in one process and prints what FDR and GO-LSD cost. `--against` alternates with the code of another commit in a
+folder, in processes that run their own versions of this program, and compares CPU time.
 
 Random images and weights. Step times are medians, from the batch on the device to the averaged weights. Shares come from
 separate steps; an accelerator is synchronised after each part. GFLOP/s counts a multiply-add of convolutions, linear
@@ -13,11 +15,15 @@ forward and backward, weights and images aside.
 """
 
 import argparse
+import json
 import resource
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -37,6 +43,21 @@ from dfine_core.structures import DetectorOutput, Targets
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLIP_NORM = 0.1
 MIB = 2**20
+
+ROOT = Path(__file__).parent.parent
+# Steps of a commit, one for each line that it reads.
+STEPS = """
+import json, sys, time
+import torch
+from benchmarks.train_step import Settings, Training
+settings, threads = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+training = Training(Settings(**settings), "fdr")
+for _ in sys.stdin:
+    start = time.process_time()
+    training.step()
+    print(time.process_time() - start, flush=True)
+"""
 
 Regression = Literal["fdr", "direct"]
 Part = Callable[[str], AbstractContextManager[None]]  # wraps a named part of the step
@@ -75,7 +96,7 @@ class Training:
         targets = random_targets(counts, settings.classes, torch.Generator().manual_seed(0))
         self.targets = Targets.pack(targets, settings.classes, torch.device(settings.device))
         self.criterion = Criterion(config)
-        self.optimizer = make_optimizer(self.detector, OptimizerConfig.for_variant(settings.variant))
+        self.optimizer = make_optimizer(self.detector, OptimizerConfig.for_variant(settings.variant), fused=True)
         self.scaler = torch.amp.GradScaler(settings.device, enabled=settings.amp == "fp16")
         self.ema = ExponentialMovingAverage(self.detector)
         if settings.channels_last:
@@ -208,6 +229,43 @@ def measure(trainings: dict[Regression, Training], now: Clock, rounds: int) -> d
     return found
 
 
+def against(settings: dict[str, dict[str, Any]], folders: dict[str, Path], threads: int, rounds: int) -> None:
+    """Alternate steps of named settings, each with the code in a folder, and print their CPU time beside that of the first."""
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", STEPS, json.dumps([settings[name], threads])],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name, folder in folders.items()
+    }
+    spent: dict[str, list[float]] = {name: [] for name in processes}
+    order = list(processes)
+    for _ in range(rounds + 2):  # two to warm up
+        for name in order:
+            into, out = processes[name].stdin, processes[name].stdout
+            assert into is not None
+            assert out is not None
+            into.write("\n")
+            into.flush()
+            if not (line := out.readline()):
+                raise SystemExit(f"the process of {name!r} ended with code {processes[name].wait()}")
+            spent[name].append(float(line))
+        order.reverse()
+    for process in processes.values():
+        process.communicate()
+    medians = {name: statistics.median(times[2:]) for name, times in spent.items()}
+    first = next(iter(medians))
+    for name, median in medians.items():
+        least = min(spent[name][2:])
+        print(
+            f"{name:24} {1e3 * median:8.1f} ({1e3 * least:.1f}) ms of CPU; "
+            f"{first} takes {medians[first] / median:.2f} ({min(spent[first][2:]) / least:.2f}) times as long"
+        )
+
+
 def report(name: str, training: Training, found: Measurement) -> None:
     rate, speed = training.settings.batch / found.median, training.gflops / found.median
     print(
@@ -244,16 +302,27 @@ def main(argv: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--baseline", action="store_true", help="conventional box regression")
     what.add_argument("--compare", action="store_true", help="both, in turns")
+    what.add_argument("--against", type=Path, metavar="FOLDER", help="in turns with another commit, in all its layouts")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--cpu-time", action="store_true", help="count CPU time: for a machine that others use, too")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     args = vars(parser.parse_args(argv))
     rounds, both, baseline, cpu_time = (args.pop(name) for name in ("rounds", "compare", "baseline", "cpu_time"))
-    torch.set_num_threads(args.pop("threads"))
+    threads, other = args.pop("threads"), args.pop("against")
+    torch.set_num_threads(threads)
     settings = Settings(**args)
     print(
         f"{settings}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {'CPU' if cpu_time else 'wall'} time"
     )
+    if other is not None:
+        plain, layout = asdict(settings), {"channels_last": True}
+        versions = {f"earlier, {settings.amp}": plain, f"this, {settings.amp}": plain}
+        versions |= {
+            f"this, {settings.amp}, NHWC": {**plain, **layout},
+            "this, bf16, NHWC": {**plain, **layout, "amp": "bf16"},
+        }
+        against(versions, {name: other if name.startswith("earlier") else ROOT for name in versions}, threads, rounds)
+        return
 
     regressions: list[Regression] = ["fdr", "direct"] if both else ["direct"] if baseline else ["fdr"]
     peaks = {regression: peak_bytes(settings, regression) for regression in regressions if settings.device == "cuda"}

@@ -331,8 +331,14 @@ class Decoder(nn.Module):
             offsets = distribution.expectation(probabilities, self.bins.to(dtype))
         return distribution.decode_boxes(initial_boxes, offsets.float(), self.config.reg_scale)
 
-    def deploy(self) -> None:
-        """Drop the parts that evaluation does not use: scores and quality of all layers but the last."""
+    def deploy(self, *, as_released: bool = False) -> None:
+        """Drop the parts that evaluation does not use: scores and quality of all layers but the last.
+
+        Projections are fused with their norms, which the release leaves as they are.
+        """
+        for projection in () if as_released else self.input_proj:
+            if isinstance(projection, ConvNorm):
+                projection.fuse()
         last = self.config.num_layers - 1
         for index in range(last):
             self.dec_score_head[index] = nn.Identity()

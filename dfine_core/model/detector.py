@@ -62,11 +62,17 @@ class Detector(nn.Module):
         output: DetectorOutput = self.decoder(maps, queries, every_layer)
         return replace(output, encoder_map=attended) if self.training or every_layer else output
 
-    def deploy(self) -> Self:
-        """Fuse convolutions with their norms and drop what only training needs, in place. Cannot be undone."""
+    def deploy(self, *, as_released: bool = False) -> Self:
+        """Fuse convolutions with their norms and drop what only training needs, in place. Cannot be undone.
+
+        Args:
+            as_released: fuse the pyramid alone, for the published number of parameters; else backbone and projections, too.
+        """
         self.eval()
-        self.encoder.deploy()
-        self.decoder.deploy()
+        if not as_released:
+            self.backbone.deploy()
+        self.encoder.deploy(as_released=as_released)
+        self.decoder.deploy(as_released=as_released)
         return self
 
 

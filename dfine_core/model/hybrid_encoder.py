@@ -172,9 +172,10 @@ class HybridEncoder(nn.Module):
             outputs.append(fuse(torch.cat([down(outputs[-1]), lateral_map], dim=1)))
         return [*outputs, projected[-1]] if with_attended else outputs
 
-    def deploy(self) -> None:
-        """Fuse the pyramid's convolutions with their norms. The input projections stay unfused, as released."""
-        for part in (self.lateral_convs, self.fpn_blocks, self.downsample_convs, self.pan_blocks):
+    def deploy(self, *, as_released: bool = False) -> None:
+        """Fuse convolutions with their norms; the release leaves the input projections as they are."""
+        pyramid = (self.lateral_convs, self.fpn_blocks, self.downsample_convs, self.pan_blocks)
+        for part in pyramid if as_released else (self.input_proj, *pyramid):
             for module in list(part.modules()):
                 if isinstance(module, ConvNorm | RepVGGBlock):
                     module.fuse()

@@ -25,24 +25,32 @@ class CastDetector(nn.Module):
 
     Weights are cast in groups, so that DistributedDataParallel can exchange the gradients of one part while those of another are
     still being computed.
+
+    Args:
+        in_place: keep the memory of the casts, since a replayed graph reads the weights of its modules where they were
+            recorded. A step then has to end its backward pass before the next forward pass.
     """
 
-    def __init__(self, detector: Detector, dtype: torch.dtype):
+    def __init__(self, detector: Detector, dtype: torch.dtype, *, in_place: bool = False):
         super().__init__()
         self.detector = detector
         self.dtype = dtype
-        self._groups = [slots for part in _parts(detector) if (slots := _slots(part))]
+        self.groups = [slots for part in _parts(detector) if (slots := _slots(part))]
+        self._casts = [
+            [torch.empty_like(_weight(slot), dtype=dtype) for slot in slots] if in_place else None
+            for slots in self.groups
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> DetectorOutput:
         """Call the detector; arguments as its own."""
-        groups = [[module._parameters[name] for module, name in slots] for slots in self._groups]
+        groups = [[module._parameters[name] for module, name in slots] for slots in self.groups]
         try:
             # As torch.func.functional_call does, which takes milliseconds to find the places of 400 weights.
-            for slots, weights in zip(self._groups, groups, strict=True):
-                _put(slots, _Cast.apply(self.dtype, *weights))
+            for slots, weights, casts in zip(self.groups, groups, self._casts, strict=True):
+                _put(slots, _Cast.apply(self.dtype, casts, *weights))
             output: DetectorOutput = self.detector(*args, **kwargs)
         finally:
-            for slots, weights in zip(self._groups, groups, strict=True):
+            for slots, weights in zip(self.groups, groups, strict=True):
                 _put(slots, weights)
         return output
 
@@ -62,17 +70,22 @@ def _slots(part: nn.Module) -> list[Slot]:
     ]
 
 
+def _weight(slot: Slot) -> Tensor:
+    module, name = slot
+    return module.get_parameter(name).detach()
+
+
 def _put(slots: Sequence[Slot], tensors: Sequence[Tensor | None]) -> None:
     for (module, name), tensor in zip(slots, tensors, strict=True):
         module._parameters[name] = tensor  # type: ignore[assignment]  # a cast is no nn.Parameter
 
 
 class _Cast(torch.autograd.Function):
-    """Casts of tensors; gradients are cast back."""
+    """Casts of tensors, in the memory of others if given; gradients are cast back."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        casts = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    def forward(ctx: Any, dtype: torch.dtype, into: Sequence[Tensor] | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        casts = [t.detach() for t in into] if into is not None else [torch.empty_like(t, dtype=dtype) for t in tensors]
         torch._foreach_copy_(casts, tensors)
         # Else gradients of frozen weights would be computed.
         ctx.mark_non_differentiable(*(c for c, t in zip(casts, tensors, strict=True) if not t.requires_grad))
@@ -90,4 +103,4 @@ class _Cast(torch.autograd.Function):
         if found:
             into, gradients_found = zip(*found, strict=True)
             torch._foreach_copy_(into, gradients_found)
-        return None, *wide
+        return None, None, *wide

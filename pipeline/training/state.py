@@ -126,8 +126,8 @@ def build_train_state(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
     precision = resolve_precision(numerics.precision, device)
     model: torch.nn.Module = detector
-    if precision != "fp32" and graphs is None:  # a compiled detector fuses its casts
-        model = CastDetector(detector, AUTOCAST[precision])
+    if precision != "fp32":
+        model = CastDetector(detector, AUTOCAST[precision], in_place=graphs is not None)
     if world_size > 1:
         # DDP does not sync buffers: `RunningStatistics` averages them in the step.
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfine_core import Criterion, DenoisingQueries, Detector, ModelConfig
+from dfine_core.model.hgnetv2 import LearnableAffine
+from dfine_core.model.layers import FrozenBatchNorm2d
 from dfine_core.model.postprocess import postprocess
 from tests.support import recorded
 
@@ -43,7 +45,7 @@ def test_keys_shapes_and_counts_are_the_published_ones(variant: str) -> None:
 
     assert sum(p.numel() for p in detector.parameters()) == PARAMETERS[variant][0]
     assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == TRAINABLE[variant]
-    detector.deploy()
+    detector.deploy(as_released=True)
     assert sum(p.numel() for p in detector.parameters()) == PARAMETERS[variant][1]
     assert len(detector.state_dict()) + len(recorded.DERIVED) == DEPLOYED_KEYS[variant]
 
@@ -125,6 +127,11 @@ def test_deploy_changes_nothing_but_the_graph(variant: str) -> None:
     size = 320 if variant == "n" else 160
     case = {"variant": variant, "size": size, "num_classes": 80, "seed": 0}
     detector = from_case(case).eval()
+    affine = [module for module in detector.modules() if isinstance(module, LearnableAffine)]
+    assert bool(affine) == (variant != "x")
+    for module in affine[::3]:  # scales of both signs
+        module.scale.neg_()
+        module.bias.add_(0.1)
     images = recorded.images(1, size, size, 0)
     before = detector.decoder(maps := detector.encoder(detector.backbone(images)))
     detector.deploy()
@@ -134,3 +141,4 @@ def test_deploy_changes_nothing_but_the_graph(variant: str) -> None:
     after = detector.decoder(maps)
     assert relative(after.logits, before.logits) <= 1e-5
     assert relative(after.boxes, before.boxes) <= 1e-5
+    assert not [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d)]

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from dfine_core import Targets
 from dfine_core.loss.padding import pad_denoising, pad_targets
 from dfine_core.model.denoising import sample_queries_for
 from pipeline.training.graphs import compile_step, graphs_compiled, inductor_options, resolve_compile
-from pipeline.training.state import TrainState
+from pipeline.training.low_precision import CastDetector
+from pipeline.training.state import AUTOCAST, TrainState
 from pipeline.training.step import MicroBatch, train_step
 from tests.support import recorded
 
@@ -41,7 +44,8 @@ def state_of(variant: str, precision: str = "fp32", *, backend: str | None = Non
     torch._dynamo.reset()
     state = training_state(variant, precision)
     if backend is not None:
-        state.model = state.detector
+        if precision != "fp32":
+            state.model = CastDetector(state.detector, AUTOCAST[precision], in_place=True)
         state.graphs = compile_step(state.detector, state.criterion, losses=True, sizes=sizes, backend=backend)
     return state
 
@@ -62,6 +66,20 @@ def test_detector_costs_and_losses_are_one_graph_each_for_every_size_of_images(v
     before = graphs_compiled()
     run(state, 6, sides=(64, 96))
     assert graphs_compiled() - before == 2 + 1 + 1
+
+
+@pytest.mark.slow  # compiles twice
+def test_a_compiled_detector_finds_its_weights_cast() -> None:
+    """Bit for bit what autocast computes in the graph, and in as few graphs."""
+    state = state_of("n", "bf16", backend="eager")
+    state.model = state.detector
+    expected = run(state, 2)
+    state = state_of("n", "bf16", backend="eager")
+    assert isinstance(state.model, CastDetector)
+    before = graphs_compiled()
+    for plain, cast in zip(expected, run(state, 2), strict=True):
+        assert torch.equal(plain, cast)
+    assert graphs_compiled() - before == 1 + 1 + 1
 
 
 @pytest.mark.slow  # minutes: 300 steps
@@ -118,29 +136,67 @@ PROGRAM = """
 import torch
 from pipeline.training.graphs import keep_graphs_in_cache, with_whole_cache
 torch.set_num_threads(1)
+torch._functorch.config.force_non_lazy_backward_lowering = True
 keep_graphs_in_cache()
 double = torch.compile(lambda x: x.sin() * 2 + x.sum())
-x = torch.ones(64)
-torch.testing.assert_close(with_whole_cache(lambda: double(x)), x.sin() * 2 + 64)
+x = torch.ones(64, requires_grad=True)
+y = with_whole_cache(lambda: double(x))
+y.sum().backward()
+torch.testing.assert_close(y.detach(), x.detach().sin() * 2 + 64)
+torch.testing.assert_close(x.grad, x.detach().cos() * 2 + 64)
 """
 
 
-@pytest.mark.slow  # starts the compiler twice
-def test_a_cache_damaged_by_a_kill_is_moved_aside_and_compiled_again(tmp_path: Path) -> None:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "graphs")}
+def begin(cache: Path) -> subprocess.Popen[str]:
+    """Start a process that compiles, in a group of its own with the C compiler that it starts."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
-    def start() -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
 
-    assert "compiled again" not in start()
-    libraries = list((tmp_path / "graphs").rglob("*.so"))
+def start(cache: Path) -> str:
+    process = begin(cache)
+    said, _ = process.communicate(timeout=1700)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow  # starts the compiler four times
+@pytest.mark.timeout(1800)
+def test_a_damaged_cache_is_moved_aside_and_compiled_again(tmp_path: Path) -> None:
+    cache = tmp_path / "graphs"
+    assert "compiled again" not in start(cache)
+    libraries = list(cache.rglob("*.so"))
     assert libraries
     for library in libraries:
         library.write_bytes(library.read_bytes()[:100])
-    assert "compiled again" in start()
-    assert "compiled again" not in start()
+    assert "compiled again" in start(cache)
     assert not list(tmp_path.glob("graphs.damaged*"))
+
+    files = [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size]
+    assert {"fxgraph", "aotautograd"} <= {path.relative_to(cache).parts[0] for path in files}
+    for index, path in enumerate(sorted(files)):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if index % 2 else b"")
+    start(cache)  # the compiler itself may notice
+    assert "compiled again" not in start(cache)
+
+
+@pytest.mark.slow  # starts the compiler twice
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("files", [2, 12])
+def test_a_process_killed_while_it_compiles_leaves_a_cache_that_starts(tmp_path: Path, files: int) -> None:
+    cache = tmp_path / "graphs"
+    process = begin(cache)
+    while process.poll() is None and sum(path.is_file() for path in cache.rglob("*")) < files:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    start(cache)

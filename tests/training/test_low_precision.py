@@ -34,6 +34,23 @@ def test_gradients_equal_those_of_autocast_to_the_bit(frozen: dict[str, Any]) ->
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
+def test_casts_of_every_step_lie_where_those_of_the_first_did() -> None:
+    plain, inner = detector(), detector()
+    model = CastDetector(inner, torch.bfloat16, in_place=True)
+    seen: list[int] = []
+    inner.decoder.register_forward_pre_hook(lambda *_: seen.append(inner.backbone.stem.stem1.conv.weight.data_ptr()))
+    for step in range(2):
+        expected, found = gradients(plain, plain), gradients(model, inner)
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items()), step
+        for network in (plain, inner):
+            with torch.no_grad():
+                for weight in network.parameters():
+                    weight.mul_(1.01)
+            network.zero_grad()
+    assert seen == [seen[0]] * 2
+    assert inner.backbone.stem.stem1.conv.weight.dtype == torch.float32
+
+
 def test_frozen_weights_get_no_gradient_and_cost_none() -> None:
     inner = detector(freeze_at=0)
     seen: list[bool] = []
