@@ -52,7 +52,7 @@ from pipeline.open_detector import open_detector
 from pipeline.predict.predicted_images import predicted_images
 
 LEAST_SCORE = 0.3  # raw; `dfine calibrate` fits edges of such detections
-REPEATS = 1000
+REPEATS = 200
 
 
 def main() -> None:
