@@ -15,15 +15,17 @@ import hashlib
 import io
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 from scipy.stats import betabinom
 
@@ -50,7 +52,7 @@ from pipeline.open_detector import open_detector
 from pipeline.predict.predicted_images import predicted_images
 
 LEAST_SCORE = 0.3  # raw; `dfine calibrate` fits edges of such detections
-REPEATS = 1000
+REPEATS = 200
 
 
 def main() -> None:
@@ -89,7 +91,7 @@ def calibrated_half(source: str, shards: str, folder: Path, seed: int) -> tuple[
 
 
 def subset(
-    shards: ShardSet, rows: Sequence[int], folder: Path, change: Callable[[bytes], bytes] | None = None
+    shards: ShardSet, rows: NDArray[np.integer[Any]], folder: Path, change: Callable[[bytes], bytes] | None = None
 ) -> ShardSet:
     """Write some images as a shard set of their own; `change` works on the encoded image."""
     folder.mkdir()
@@ -174,7 +176,7 @@ def recorded(file: Path, seed: int) -> None:
 
 def report(source: str, level: float, inside: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", fitted: int) -> None:
     """Print the share inside, with the bounds of 99 % that the numbers of objects leave."""
-    low, high = betabinom.ppf((0.005, 0.995), len(inside), *beta(fitted, level)) / len(inside)
+    low, high = (count / len(inside) for count in betabinom.interval(0.99, len(inside), *beta(fitted, level)))
     print(
         f"{source}, {100 * level:g} %: {100 * inside.mean():.1f} % of the edges of {len(inside)} objects"
         f" (99 % bounds {100 * low:.1f} to {100 * high:.1f}; fitted on {fitted})",
