@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from dfine_core import DISTRIBUTION, Detector, __version__
-from dfine_core.checkpoints.folder import DESCRIPTION, THRESHOLDS, TRANSFORMERS_CONFIG
+from dfine_core.checkpoints.folder import DESCRIPTION, THRESHOLDS, TRANSFORMERS_CONFIG, tensors_to_bytes
 from dfine_core.checkpoints.weights import save_released
 from dfine_core.inference import LoadedDetector, predict_batch
 from pipeline.redaction import redact
