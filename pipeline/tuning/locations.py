@@ -77,7 +77,7 @@ def _converters(kind: Any) -> Iterator[Callable[[str], str]]:
     for alternative in _alternatives(kind):
         for extra in get_args(alternative)[1:] if get_origin(alternative) is Annotated else ():
             if isinstance(extra, AfterValidator) and extra.func in TO_ABSOLUTE:
-                yield extra.func  # type: ignore[misc]
+                yield extra.func
 
 
 def _alternatives(kind: Any) -> Sequence[Any]:
