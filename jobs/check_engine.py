@@ -62,8 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     lines = "\n".join(f"  {row_line(row)}" for row in verdict.rows)
     print(f"{args.file} against {model.origin}, on {check_set.description}\n{lines}")
     if args.json:
-        content = {"accepted": verdict.accepted, "reason": verdict.reason, "checked_on": check_set.description}
-        content["openings"] = [opening_entry(row) for row in verdict.rows]
+        content = {
+            "accepted": verdict.accepted,
+            "reason": verdict.reason,
+            "checked_on": check_set.description,
+            "openings": [opening_entry(row) for row in verdict.rows],
+        }
         storage.write_atomic(args.json, json.dumps(content, indent=1).encode())
     if not verdict.accepted:
         sys.exit(1)

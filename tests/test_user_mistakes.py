@@ -253,7 +253,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("check_engine broken.onnx detector nowhere", ("nowhere/manifest.json",), {}),
     ("check_engine broken.onnx broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
     ("evaluate broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
-    ("predict broken.onnx notes.txt --out out", ("broken.onnx", "cannot be opened by onnxruntime"), {}),
+    ("predict broken.onnx photos --out out --workers 0", ("broken.onnx", "cannot be opened by onnxruntime"), {}),
     # benchmark
     ("benchmark nowhere", ("nowhere", "does not exist"), {}),
     ("benchmark nowhere.onnx", ("nowhere.onnx", "does not exist"), {}),

@@ -111,6 +111,12 @@ class GateRow:
                 f"{measured['agreeing']:.1%} of its detections agree with the detector's within {tolerance.score:g} of the"
                 f" score and {tolerance.box:g} of the image side; at least {tolerance.share:.0%} must"
             )
+        typical = max(measured["score_median"], measured["box_median"])
+        if tolerance.typical is not None and typical > tolerance.typical:
+            return (
+                f"half of its detections differ by more than {typical:.1e}, in score or box; float32 stays below"
+                f" {tolerance.typical:g}, so a part of it is computed in a lower precision"
+            )
         if measured["scores_agreeing"] < tolerance.share:
             share = measured["scores_agreeing"]
             return f"{share:.1%} of all its scores agree, rank by rank; at least {tolerance.share:.0%} must"

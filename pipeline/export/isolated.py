@@ -27,8 +27,8 @@ POLL_S = 0.02
 class Limits:
     """Limits of one process."""
 
-    open_s: float = 300.0
-    call_s: float = 300.0
+    open_s: float = 600.0
+    call_s: float = 600.0
     memory_bytes: int = 12 * 2**30  # resident, which is what runs a machine out of memory
 
 
