@@ -45,7 +45,7 @@ OLD_FLAGS = {
 # Packages that the core does not need, by the extra that brings them; a command's own extra comes first.
 EXTRAS = {
     "serve": ("fastapi", "starlette", "python_multipart", "multipart", "uvicorn"),
-    "export": ("onnx", "onnxscript", "onnxruntime", "openvino", "transformers"),
+    "export": ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "transformers"),
     "train": (
         *("ray", "mlflow", "pyarrow", "pydantic", "yaml", "pycocotools", "ijson", "simplejpeg", "cv2", "matplotlib"),
         *("jinja2", "tqdm", "hotcoco", "psutil", "pynvml", "optuna", "huggingface_hub"),

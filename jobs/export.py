@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.client import ResolvedUri
 
 EXPORT_FORMATS = (
-    *("onnx", "onnx-portable", "onnx-fp16", "onnx-int8", "openvino", "openvino-fp16", "openvino-int8", "tensorrt"),
+    *("onnx", "onnx-portable", "onnx-fp16", "openvino", "openvino-fp16", "onnx-int8", "openvino-int8", "tensorrt"),
     *("torch-export", "released", "huggingface", "safetensors"),
 )
 

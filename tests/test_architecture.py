@@ -146,7 +146,7 @@ ENTRANCES = {
     "pynvml": ("pipeline/tracking/system.py",),
     "optuna": ("pipeline/tuning/analysis/importance.py", "pipeline/tuning/searcher.py", "pipeline/tuning/space.py"),
     "triton": ("pipeline/data/augment/photometric_triton.py",),
-    "onnx": ("pipeline/export/onnx_files.py", "pipeline/export/onnx_int8.py"),
+    "onnx": tuple(f"pipeline/export/{name}.py" for name in ("int8", "onnx_files", "onnx_int8")),
     "onnxruntime": ("pipeline/export/onnx_files.py", "pipeline/export/onnx_int8.py"),
     "openvino": ("pipeline/export/openvino_files.py",),
     "nncf": ("pipeline/export/openvino_int8.py",),
