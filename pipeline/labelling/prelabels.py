@@ -82,7 +82,7 @@ def _coco(images: Sequence[PreLabelled], categories: Sequence[Category]) -> byte
 def _yolo(images: Sequence[PreLabelled], categories: Sequence[Category]) -> dict[str, bytes]:
     # JSON strings are YAML strings too, so that no name needs quoting rules of its own.
     names = "".join(f"  {category.label}: {json.dumps(category.name)}\n" for category in categories)
-    files = {YOLO_FILE: f"path: .\ntrain: {IMAGES_FOLDER}\nval: {IMAGES_FOLDER}\nnames:\n{names}".encode()}
+    files = {YOLO_FILE: f"path: .\ntrain: {IMAGES_FOLDER}\nnames:\n{names}".encode()}
     for image in images:
         size = np.array([image.width, image.height], np.float64)
         boxes = image.boxes.astype(np.float64)
