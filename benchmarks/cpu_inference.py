@@ -21,7 +21,8 @@ from dfine_core.config import VARIANTS
 from dfine_core.inference import predict_batch
 from dfine_core.precision import PRECISIONS
 from pipeline.benchmark import open_subject
-from pipeline.export.formats import ExportSource, write_onnx
+from pipeline.export.onnx_files import write_onnx
+from pipeline.export.source import ExportSource
 
 CPU = torch.device("cpu")
 ONNX = "ONNX Runtime"
