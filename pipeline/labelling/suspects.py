@@ -8,7 +8,7 @@ edges     a box with an edge outside the interval that holds 99 % of the true ed
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -123,6 +123,18 @@ class _Scene:
         )
 
 
+class _Support(NamedTuple):
+    """What the detector says of one box: the highest confidence of each kind near it, and the detection that has it."""
+
+    number: int  # image
+    box: int
+    best: float  # of any class
+    nearest: int  # its detection; -1: none
+    own: float  # of the labelled class
+    rival: float  # of another class, on the same object
+    other: int  # its detection; -1: none
+
+
 def _missing(scene: _Scene, least: float) -> Iterator[Suspect]:
     """Confident detections with no box near them, each object once."""
     found = scene.measured.found
@@ -139,7 +151,7 @@ def _missing(scene: _Scene, least: float) -> Iterator[Suspect]:
 def _unsupported(scene: _Scene, least: float) -> Iterator[Suspect]:
     """Boxes without a detection, and boxes on which another class is found."""
     found, names = scene.measured.found, scene.truth.names
-    cases: list[tuple[int, int, float, int, float, float, int]] = []
+    cases: list[_Support] = []
     for number, detections, inside, overlap in scene.images():
         score = scene.confidence[detections].unsqueeze(1)  # [D, 1]
         own_class = found.labels[detections].unsqueeze(1) == scene.labels[inside]  # [D, G]
@@ -151,28 +163,28 @@ def _unsupported(scene: _Scene, least: float) -> Iterator[Suspect]:
         rows = [*detections.tolist(), -1]
         for column, box in enumerate(inside.tolist()):
             cases.append(
-                (
+                _Support(
                     number,
                     box,
-                    float(best[column]),
-                    rows[int(nearest[column])],
-                    float(own[column]),
-                    float(rival[column]),
-                    rows[int(which[column])],
+                    best=float(best[column]),
+                    nearest=rows[int(nearest[column])],
+                    own=float(own[column]),
+                    rival=float(rival[column]),
+                    other=rows[int(which[column])],
                 )
             )
-    recall = _recall([case[1] for case in cases], [case[2] for case in cases], scene)
-    for (number, box, best, nearest, own, rival, other), share in zip(cases, recall, strict=True):
-        name = names[int(scene.labels[box])]
-        swapped, extra = rival * (1 - own), (1 - best) * share
+    recall = _recall([case.box for case in cases], [case.best for case in cases], scene)
+    for case, share in zip(cases, recall, strict=True):
+        name = names[int(scene.labels[case.box])]
+        swapped, extra = case.rival * (1 - case.own), (1 - case.best) * share
         if swapped >= max(least, extra):
-            detail = f"labelled {name}, found as {names[int(found.labels[other])]} with {rival:.2f} and as {name} with {own:.2f}"
-            yield scene.suspect("class", swapped, number, detail, box=box, detection=other)
+            rival_name = names[int(found.labels[case.other])]
+            detail = f"labelled {name}, found as {rival_name} with {case.rival:.2f} and as {name} with {case.own:.2f}"
+            yield scene.suspect("class", swapped, case.number, detail, box=case.box, detection=case.other)
         elif extra >= least:
-            detail = (
-                f"no detection of this {name} above {best:.2f}; {share:.0%} of the {name} boxes of its size are found"
-            )
-            yield scene.suspect("extra", extra, number, detail, box=box, detection=nearest if best > 0 else None)
+            detail = f"no detection of this {name} above {case.best:.2f}; {share:.0%} of the {name} boxes of its size are found"
+            nearest_row = case.nearest if case.best > 0 else None
+            yield scene.suspect("extra", extra, case.number, detail, box=case.box, detection=nearest_row)
 
 
 def _recall(boxes: Sequence[int], best: Sequence[float], scene: _Scene) -> NDArray[np.float64]:
