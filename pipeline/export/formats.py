@@ -28,6 +28,9 @@ class Opening:
     precision: str = F32
     decides: bool = True  # False: a refusal is reported, and the file is accepted for the other rows
     way_out: str | None = None  # for a refusal that does not decide
+    one_per_query: bool = (
+        False  # its postprocessing keeps as many detections as there are queries, where others keep 300
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ FORMATS = {
     ),
     "torch-export": ExportFormat("detector.pt2", writers.write_torch_export, (TORCH_EXPORT,), extra=None),
     "released": ExportFormat("detector.pth", writers.write_released, (Opening("PyTorch", open_released),), extra=None),
-    "huggingface": ExportFormat("huggingface", writers.write_huggingface, (Opening("Transformers", open_huggingface),)),
+    "huggingface": ExportFormat(
+        "huggingface", writers.write_huggingface, (Opening("Transformers", open_huggingface, one_per_query=True),)
+    ),
     "safetensors": ExportFormat(
         "safetensors", writers.write_safetensors, (Opening("PyTorch", open_safetensors),), extra=None
     ),

@@ -35,6 +35,7 @@ class GateRow:
     detect: DetectFunction | None = None
     program: IsolatedProgram | None = None  # None: runs in this process
     path: Path | None = None
+    limit: int | None = None  # most detections of an image that the runtime keeps; None: as many as the detector
     threads: int = 1
     failure: str | None = None
     differences: list[NDArray[np.float64]] = field(default_factory=list)  # [D, 2] of the check images
@@ -55,6 +56,7 @@ class GateRow:
 
     def compare(self, expected: Detections, batch: CheckBatch) -> None:
         """Run the file on check images and keep the differences."""
+        expected = self._limited(expected)
         actual = self._run([(batch.pixels, batch.sizes)], expected)
         if actual is None:
             return
@@ -64,13 +66,14 @@ class GateRow:
 
     def probe(self, probe: Probe) -> None:
         """Run the file on a probe and keep the share of its detections that agree."""
-        actual = self._run(list(pieces(probe)), probe.expected, probe.name)
+        expected = self._limited(probe.expected)
+        actual = self._run(list(pieces(probe)), expected, probe.name)
         if actual is None:
             return
         if probe.scores_alone:
-            share = float((_sorted_scores(probe.expected, actual) <= self.tolerance.score).mean())
+            share = float((_sorted_scores(expected, actual) <= self.tolerance.score).mean())
         else:
-            off = differences(probe.expected, actual, probe.sizes, self.compared)
+            off = differences(expected, actual, probe.sizes, self.compared)
             share = summarize(off, self.tolerance)["agreeing"]
         self.probed[probe.name] = share
 
@@ -137,6 +140,9 @@ class GateRow:
             numbers |= {f"ms_{name}": value for name, value in latency(np.concatenate(self.seconds)).items()}
         return numbers
 
+    def _limited(self, expected: Detections) -> Detections:
+        return Detections(**{name: tensor[:, : self.limit] for name, tensor in vars(expected).items()})
+
     def _run(
         self, calls: list[tuple[Tensor, Tensor]], expected: Detections, name: str | None = None
     ) -> Detections | None:
@@ -168,7 +174,8 @@ def open_row(
 ) -> GateRow:
     """Open a file, in a process of its own if the opening says so, which ends with the stack."""
     compared = min(COMPARED_DETECTIONS, model.config.num_queries)
-    row = GateRow(opening, tolerance, compared, path=path, threads=threads)
+    limit = model.config.num_queries if opening.one_per_query else None
+    row = GateRow(opening, tolerance, compared, path=path, limit=limit, threads=threads)
     try:
         if isinstance(opening.opener, str):
             options = OpenOptions(precision=opening.precision, threads=threads)
