@@ -22,8 +22,9 @@ from pipeline.evaluation.detections import DetectionTable, concatenate
 from pipeline.evaluation.ground_truth import GroundTruth
 from pipeline.export.check_images import CheckSet, split_first_batch
 from pipeline.export.formats import FORMATS, Opening
-from pipeline.export.gate_row import GateRow, latency, open_row, table
+from pipeline.export.gate_row import GateRow, latency, open_row
 from pipeline.export.isolated import LIMITS, Limits
+from pipeline.export.openings import table
 from pipeline.export.probes import other_sizes, probes
 from pipeline.progress import Progress
 
