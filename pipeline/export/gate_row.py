@@ -64,6 +64,8 @@ class GateRow:
 
     def probe(self, probe: Probe) -> None:
         """Run the file on a probe and keep the share of its detections that agree."""
+        if probe.noise and not self.tolerance.noise:
+            return
         actual = self._run(list(pieces(probe)), probe.expected, probe.name)
         if actual is None:
             return
