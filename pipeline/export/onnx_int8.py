@@ -47,6 +47,7 @@ def write_onnx_int8(source: ExportSource, path: Path) -> None:
             extra_options={},
         )
         quantiser.quantize_model()
+        quantiser.model.topological_sort()  # the quantiser appends its nodes at the end
         quantised: ModelProto = quantiser.model.model
         target.write_bytes(quantised.SerializeToString())
 

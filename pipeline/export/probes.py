@@ -31,6 +31,7 @@ class Probe:
     sizes: Tensor  # [B, 2] (width, height)
     expected: Detections
     one_by_one: bool = False  # run every image alone
+    noise: bool = False  # pixels as no image has them
     scores_alone: bool = False  # do not compare boxes: on plain surfaces many queries are tied
 
 
@@ -52,7 +53,7 @@ def probes(model: LoadedDetector, check_set: CheckSet) -> list[Probe]:
         Probe("a batch of one image repeated", pixels[first], sizes[first], rows(found, first)),
         Probe("other original sizes", pixels, other_sizes, alone(model, pixels, other_sizes)),
         Probe("swapped colours", swapped, sizes, alone(model, swapped, sizes)),
-        Probe("noise", noise, sizes, alone(model, noise, sizes)),
+        Probe("noise", noise, sizes, alone(model, noise, sizes), noise=True),
         Probe("plain surfaces", empty, sizes, alone(model, empty, sizes), scores_alone=True),
     ]
 
