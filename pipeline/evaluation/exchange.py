@@ -104,12 +104,17 @@ def await_files(folder: str, names: Sequence[str]) -> None:
         pause_s = min(1.5 * pause_s, 1.0)
 
 
+def _left(rank: int) -> str:
+    return f"left-{rank:05d}"
+
+
 @contextmanager
 def exchange_folder(shared: str | None, rank: int, world_size: int, broadcast: Callable[[Any], Any]) -> Iterator[str]:
     """Make a folder that all workers can read, new for every evaluation. Collective.
 
     A worker alone takes one on its own disk. Several workers may be on several nodes, so they need `shared`, a folder or URI
-    that is theirs alone: rank 0 removes what a killed evaluation left there, and the folder itself at the end.
+    that is theirs alone: rank 0 removes what a killed evaluation left there, and the folder itself once all workers have left it.
+    With fewer ranges of classes than workers, some have nothing to compute, and may still read when rank 0 has its report.
 
     Raises:
         ValueError: there are several workers and no shared folder.
@@ -124,7 +129,12 @@ def exchange_folder(shared: str | None, rank: int, world_size: int, broadcast: C
         storage.remove_folder(shared)
     try:
         # The name is new, so that no file of a killed evaluation is taken for one of this.
-        yield broadcast(storage.join(shared, uuid.uuid4().hex) if rank == 0 else None)
+        folder = broadcast(storage.join(shared, uuid.uuid4().hex) if rank == 0 else None)
+        yield folder
+        if rank == 0:
+            await_files(folder, [_left(other) for other in range(1, world_size)])
+        else:
+            storage.write_atomic(storage.join(folder, _left(rank)), b"left")
     finally:
         if rank == 0 and storage.exists(shared):
             storage.remove_folder(shared)

@@ -171,6 +171,27 @@ def test_a_worker_waits_for_one_that_takes_longer(tmp_path: Path) -> None:
     assert report.numbers == coco_numbers(truth, table).numbers
 
 
+def test_a_worker_without_classes_that_reads_late_finds_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two classes and three workers: rank 0 has its report before the last worker has begun to read."""
+    truth, table = random_scene(1347, images=1, classes=2)
+    reads, begun = image_shards.await_image_shards, threading.Lock()
+    order: list[int] = []
+
+    def late(folder: str, world_size: int) -> image_shards.ImageShards:
+        with begun:
+            order.append(len(order))
+            last = len(order) == world_size
+        time.sleep(1.0 if last else 0.0)
+        return reads(folder, world_size)
+
+    monkeypatch.setattr("pipeline.evaluation.evaluate.await_image_shards", late)
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(evaluated_by, 3, truth, table, tmp_path, np.arange(1)).result(timeout=60)
+    assert report.numbers == pytest.approx(coco_numbers(truth, table).numbers, abs=0, rel=0, nan_ok=True)
+
+
 @given(
     detections=st.lists(st.integers(0, 50), min_size=1, max_size=40),
     limit=st.integers(1, 200),
@@ -220,6 +241,7 @@ def test_a_folder_of_a_killed_evaluation_is_replaced(tmp_path: Path) -> None:
         assert not (shared / "killed").exists()
         write_arrays(folder, "images-00000.npz", numbers=np.arange(3))
         await_files(folder, ["images-00000.npz"])
+        Path(folder, "left-00001").touch()  # by the other worker
     assert not shared.exists()
 
 
