@@ -31,6 +31,7 @@ from scipy.stats import betabinom
 
 from dfine_core import Detector, LoadedDetector, ModelConfig
 from dfine_core.image_detections import RawDetections
+from dfine_core.images import open_image
 from dfine_core.inference import build, prepare
 from dfine_core.uncertainty import (
     DetectedBoxes,
@@ -255,7 +256,7 @@ def edited(work: Callable[[Image.Image], Image.Image]) -> Callable[[bytes], byte
 
     def change(content: bytes) -> bytes:
         stream = io.BytesIO()
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             work(image.convert("RGB")).save(stream, "PNG")
         return stream.getvalue()
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Self
 
 # Precisions of inference, see `dfine_core.precision`.
 PrecisionName = Literal["auto", "fp32", "fp32-channels-last", "bf16", "bf16-channels-last", "fp16"]
+# Source of an interval: a factor that was fitted to other images, or the central part of the edge's own distribution.
+IntervalKind = Literal["conformal", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)

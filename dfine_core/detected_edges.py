@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfine_core.image_detections import IntervalKind, RawDetections
+from dfine_core.config import IntervalKind
+from dfine_core.image_detections import RawDetections
 from dfine_core.uncertainty.detector_calibration import DetectorCalibration
 from dfine_core.uncertainty.edges import edge_interval, edge_std
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from dfine_core.config import IntervalKind
 from dfine_core.drawing import Rectangle, draw_boxes
 from dfine_core.images import ImageSource, OpenedImage, read_image
-
-# Source of an interval: a factor that was fitted to other images, or the central part of the edge's own distribution.
-IntervalKind = Literal["conformal", "own"]
 
 
 class DetectedBox(NamedTuple):

@@ -19,7 +19,7 @@ from pipeline.export.check_images import CheckBatch
 from pipeline.export.formats import Opening
 from pipeline.export.isolated import IsolatedProgram, Limits, ProgramError
 from pipeline.export.openings import DetectFunction, detect_function, scaled, table
-from pipeline.export.probes import Probe, joined, pieces
+from pipeline.export.probes import COMPARED, Probe, joined, pieces
 from pipeline.wording import plural
 
 PROBE_SLACK = 0.04  # of the share that must agree: a probe has few detections, and one tie counts more
@@ -143,7 +143,7 @@ class GateRow:
         return numbers
 
     def _limited(self, expected: Detections) -> Detections:
-        return Detections(**{name: tensor[:, : self.limit] for name, tensor in vars(expected).items()})
+        return Detections(**{name: getattr(expected, name)[:, : self.limit] for name in COMPARED})
 
     def _run(
         self, calls: list[tuple[Tensor, Tensor]], expected: Detections, name: str | None = None

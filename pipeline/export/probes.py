@@ -18,6 +18,7 @@ from dfine_core.model.postprocess import Detections
 from pipeline.export.check_images import CheckSet
 from pipeline.export.source import at_input_size
 
+COMPARED = ("labels", "boxes", "scores")  # of detections; their other fields are of this project alone
 ROWS = 4  # images of a probe
 STEP_PX = 64  # between two input sizes; a multiple of every stride
 
@@ -76,12 +77,12 @@ def alone(model: LoadedDetector, pixels: Tensor, sizes: Tensor) -> Detections:
 
 def joined(parts: list[Detections]) -> Detections:
     """Batches end to end."""
-    return Detections(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+    return Detections(**{name: torch.cat([getattr(part, name) for part in parts]) for name in COMPARED})
 
 
 def rows(detections: Detections, index: Tensor) -> Detections:
     """Rows of a batch."""
-    return Detections(**{name: tensor[index] for name, tensor in vars(detections).items()})
+    return Detections(**{name: getattr(detections, name)[index] for name in COMPARED})
 
 
 def _first_images(model: LoadedDetector, check_set: CheckSet) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfine_core.images import SUFFIXES
+from dfine_core.images import SUFFIXES, open_image
 from dfine_core.inference import LoadedDetector
 from dfine_core.thresholds import Threshold
 from pipeline import storage
@@ -276,7 +276,7 @@ def _file_of(source: InputImage) -> tuple[str, bytes]:
     content = read_image_file(source.content) if isinstance(source.content, str) else source.content
     suffix = next((suffix for suffix in SUFFIXES if source.file_name.lower().endswith(suffix)), None)
     if suffix is None:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             suffix = f".{(image.format or 'jpeg').lower()}"
     return f"{stem}{suffix}", content
 

@@ -3,7 +3,7 @@
 import pyarrow as pa
 from pydantic import PositiveInt, ValidationError
 
-from dfine_core.image_detections import IntervalKind
+from dfine_core.config import IntervalKind
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import Category, FrozenModel

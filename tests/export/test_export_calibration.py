@@ -11,7 +11,8 @@ import torch
 from dfine_core import load
 from dfine_core.uncertainty.detector_calibration import DetectorCalibration
 from pipeline.data.sources.synthetic import CLASSES
-from pipeline.export.formats import ExportSource, at_input_size, write_huggingface, write_safetensors
+from pipeline.export.source import ExportSource, at_input_size
+from pipeline.export.writers import write_huggingface, write_safetensors
 from tests.support.calibrations import a_calibration
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records

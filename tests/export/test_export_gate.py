@@ -152,7 +152,11 @@ def test_equal_detections_are_accepted() -> None:
 
 
 def test_scores_beyond_the_tolerance_are_refused() -> None:
-    assert verdict_after(lambda found: with_(found, scores=found.scores * (1 - FULL.score / 2))).accepted
+    assert FULL.typical is not None
+    within = FULL.typical / 2
+    assert verdict_after(lambda found: with_(found, scores=found.scores * (1 - within))).accepted
+    verdict = verdict_after(lambda found: with_(found, scores=found.scores * (1 - FULL.score / 2)))
+    assert "half of its detections differ by more than" in str(verdict.reason)
     verdict = verdict_after(lambda found: with_(found, scores=found.scores - 3 * FULL.score))
     assert "0.0% of its detections agree" in str(verdict.reason)
 

@@ -63,7 +63,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_module_with_a_main_is_a_command() -> None:
     modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
     assert {module_of(command) for command in COMMANDS} == {f"jobs.{module}" for module in modules}
-    assert len(COMMANDS) == 20
+    assert len(COMMANDS) == 21
 
 
 def test_help_lists_every_command_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,7 +150,7 @@ def test_an_onnx_file_is_the_same_to_the_byte_with_and_without_teachers(
     tmp_path: Path, data: dict[str, str], teachers: dict[str, Any]
 ) -> None:
     pytest.importorskip("onnxscript")
-    from pipeline.export.formats import ExportSource  # here: it needs the extra `export`
+    from pipeline.export.source import ExportSource  # here: it needs the extra `export`
 
     files = []
     for name, given in (("plain", {}), ("taught", teachers)):
