@@ -186,6 +186,6 @@ def test_openvino_has_integers_and_the_metadata(
     check_note(source, "openvino-int8")
     text = (tmp_path / "detector" / "detector.xml").read_text()
     assert text.count('type="FakeQuantize"') > 10
-    assert 'element_type="i8"' in text
+    assert text.count('element_type="i8"') > 10  # weights
     opened = open_program(tmp_path / "detector" / "detector.xml")
     assert opened.description["names"] == list(source.model.names)
