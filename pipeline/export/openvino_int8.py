@@ -32,17 +32,23 @@ def write_openvino_int8(source: ExportSource, path: Path) -> None:
     blocks = {node.name: block_of(node) for node in portable_model(source).graph.node}
 
     def write(target: Path, in_float: frozenset[str]) -> None:
-        model = converted(source)  # operators keep the names of their nodes
+        model = converted(source)
         kept = [
             operator.get_friendly_name()
             for operator in model.get_ops()
-            if (block := blocks.get(operator.get_friendly_name())) is None or block in in_float
+            if (block := blocks.get(_node_name(operator))) is None or block in in_float
         ]
         save(source, _quantised(model, inputs, kept), target, compressed=False)
 
     found = [block for block in blocks.values() if block]
     opener = runtime_of(".xml").opener
     write_quantised(source, "openvino-int8", found, write, path, opener=opener, opened=MODEL_FILE)
+
+
+def _node_name(operator: Any) -> str:
+    """Name of the ONNX node of an operator. A convolution with bias becomes NAME/WithoutBiases and an addition."""
+    name: str = operator.get_friendly_name()
+    return name.partition("/")[0]
 
 
 def _quantised(model: Any, inputs: list[Any], in_float: list[str]) -> Any:

@@ -139,7 +139,8 @@ def one_block_in_float(blocks: Sequence[str], ap_of: Callable[[frozenset[str]], 
 def check_note(source: ExportSource, name: str) -> None:
     facts, lines = source.notes[name].facts["quantisation"], source.notes[name].lines
     assert facts["AP_in_float"] > 0.9
-    assert 0.1 < facts["attempts"][0]["AP"] <= 1
+    (attempt,) = facts["attempts"]
+    assert attempt["AP"] - facts["AP_in_float"] == attempt["AP_change"] <= 0
     assert facts["judged_on"].startswith("images 9 to 16 of ")
     assert len(lines) == 1
     assert lines[0].endswith(f"in float: {IN_FLOAT}")
@@ -185,6 +186,6 @@ def test_openvino_has_integers_and_the_metadata(
     check_note(source, "openvino-int8")
     text = (tmp_path / "detector" / "detector.xml").read_text()
     assert text.count('type="FakeQuantize"') > 10
-    assert text.count('element_type="i8"') > 10
+    assert text.count('element_type="i8"') > 10  # weights
     opened = open_program(tmp_path / "detector" / "detector.xml")
     assert opened.description["names"] == list(source.model.names)
