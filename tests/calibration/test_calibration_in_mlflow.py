@@ -109,9 +109,10 @@ def served_scores(client: MlflowClient, model_id: str, image: bytes, folder: Pat
     """Scores of the detector as MLflow serves it, from the downloaded artifacts of its model."""
     import mlflow
 
-    mlflow.set_tracking_uri(client.tracking_uri)
     downloaded = Path(
-        mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{model_id}", dst_path=str(folder / "m"))
+        mlflow.artifacts.download_artifacts(
+            artifact_uri=f"models:/{model_id}", dst_path=str(folder / "m"), tracking_uri=client.tracking_uri
+        )
     )
     artifacts = {
         "description": str(next(downloaded.rglob("detector.json"))),
