@@ -31,7 +31,8 @@ from jobs.command import (
 if TYPE_CHECKING:
     from pipeline.export.formats import Opening
 
-TOLERANCES = ("full", "half")
+TOLERANCES = ("full", "half", "int8")
+REPORT = b'{\n "accepted"'  # begins every verdict
 PRECISIONS = ("f32", "default")
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_missing(str(args.file), "exported file")
     refuse_missing(args.detector, "detector")
     announce("check-engine", f"{args.file}: opening it, its detector and the images …")
-    from dfine_core.agreement import FULL, HALF
+    from dfine_core.agreement import FULL, HALF, INT8
     from pipeline import storage
     from pipeline.data.shards.classes import with_classes_of
     from pipeline.data.shards.manifest import load_shards
@@ -51,13 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     from pipeline.export.export import opening_entry, row_line
     from pipeline.export.gate import GateSubject, Timing, check_subjects
     from pipeline.open_detector import open_detector
+    from pipeline.output_folder import refuse_foreign_file
 
+    refuse_foreign_file(args.json, "--json", REPORT)
     openings = tuple(_opening(args.file, precision) for precision in args.precision)
     model = open_detector(args.detector)
     shards = with_classes_of(load_shards(args.shards), model.names, "the detector")
     refuse_changed_files(shards)
     check_set = from_shards(shards, args.num_images)
-    subject = GateSubject(args.file, openings, HALF if args.tolerance == "half" else FULL)
+    tolerance = {"full": FULL, "half": HALF, "int8": INT8}[args.tolerance]
+    subject = GateSubject(args.file, openings, tolerance)
     verdict = check_subjects(model, {str(args.file): subject}, check_set, Timing())[str(args.file)]
     lines = "\n".join(f"  {row_line(row)}" for row in verdict.rows)
     print(f"{args.file} against {model.origin}, on {check_set.description}\n{lines}")
@@ -105,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         "--tolerance",
         choices=TOLERANCES,
         default="full",
-        help="limits of files in float32, or in half precision (%(default)s)",
+        help="limits of files in float32, in half precision or in 8-bit integers (%(default)s)",
     )
     arguments.add_argument(
         "--num-images", type=at_least(1), default=50, metavar="N", help="images to compare on (%(default)s)"

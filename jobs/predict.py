@@ -20,13 +20,12 @@ from jobs.command import (
     announce,
     at_least,
     command_parser,
-    detector,
-    location,
     parsed,
     refuse_missing,
     threshold,
     user_errors,
 )
+from jobs.image_inputs import add_inputs, add_processing
 
 
 @user_errors()
@@ -65,21 +64,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Parser of the arguments."""
-    number = at_least(1)
     arguments = command_parser("predict", __doc__)
-    arguments.add_argument(
-        "detector",
-        type=detector,
-        help="run or checkpoint folder, exported folder or file, .pth, runs:/, models:/, hf://ORG/NAME or published name",
-    )
-    arguments.add_argument(
-        "inputs",
-        nargs="+",
-        type=location,
-        metavar="INPUT",
-        help="image, video, folder, pattern or shard set; path or URI",
-    )
-    arguments.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
+    add_inputs(arguments, metavar="INPUT", exported=True)
     arguments.add_argument(
         "--threshold",
         type=threshold,
@@ -87,9 +73,6 @@ def parser() -> argparse.ArgumentParser:
         "; precision=0.9: by class the score that reached it",
     )
     add_coverage(arguments)
-    arguments.add_argument(
-        "--frame-stride", type=number, default=1, metavar="N", help="take every N-th frame of videos"
-    )
     arguments.add_argument(
         "--num-images", type=at_least(0), default=12, metavar="N", help="images to render (%(default)s)"
     )
@@ -100,18 +83,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="render how the decoder refined a box of N images, and add the deviation of every edge to the parts",
     )
-    arguments.add_argument(
-        "--part-size", type=number, default=256, metavar="N", help="images per part, the unit of resuming (%(default)s)"
-    )
-    arguments.add_argument(
-        "--batch-size", type=number, default=8, metavar="N", help="images per forward pass (%(default)s)"
-    )
-    arguments.add_argument(
-        "--workers",
-        type=at_least(0),
-        metavar="N",
-        help="detectors on Ray; default: one per GPU, or one. 0: in this process, without Ray, as by default up to 256 images",
-    )
+    add_processing(arguments)
     add_precision(arguments)
     arguments.add_argument(
         "--json",

@@ -53,9 +53,11 @@ def join_teacher(args: argparse.Namespace) -> None:
     manifest = prepare_teacher_boxes(
         shards, args.results, args.out, **{name: value for name, value in given.items() if value is not None}
     )
+    read = sum(int(str(source["detections"])) for source in manifest.sources)
     print(
         f"{args.out}: {plural(manifest.boxes, 'box')} of a teacher for {manifest.images} of"
-        f" {plural(shards.manifest.images, 'image')}, digest {manifest.digest}"
+        f" {plural(shards.manifest.images, 'image')}, digest {manifest.digest}\nleft out: {read - manifest.boxes:,} of {read:,}"
+        " detections, as weak, beyond the best of an image, outside of it, or of images that the set does not have"
     )
     print(f"to train with them: --set teacher.boxes.folder={args.out}")
 

@@ -16,13 +16,13 @@ from jobs.command import (
     announce,
     at_least,
     command_parser,
-    detector,
     location,
     parsed,
     refuse_missing,
     threshold,
     user_errors,
 )
+from jobs.image_inputs import add_inputs, add_processing
 
 SELECT_FORMATS = ("coco", "yolo", "label-studio")
 
@@ -62,22 +62,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Parser of the arguments."""
-    number = at_least(1)
     arguments = command_parser("select", __doc__)
-    arguments.add_argument(
-        "detector",
-        type=detector,
-        help="run or checkpoint folder, exported folder, .pth, runs:/ID, models:/NAME@ALIAS, hf://ORG/NAME or published name",
-    )
-    arguments.add_argument(
-        "inputs",
-        nargs="+",
-        type=location,
-        metavar="UNLABELLED",
-        help="image, video, folder, pattern or shard set; path or URI",
-    )
-    arguments.add_argument("--out", type=location, required=True, metavar="FOLDER", help="path, s3:// or gs://")
-    arguments.add_argument("--count", type=number, default=200, metavar="N", help="images to choose (%(default)s)")
+    add_inputs(arguments, metavar="UNLABELLED")
+    arguments.add_argument("--count", type=at_least(1), default=200, metavar="N", help="images to choose (%(default)s)")
     arguments.add_argument(
         "--labelled",
         nargs="+",
@@ -94,21 +81,7 @@ def parser() -> argparse.ArgumentParser:
         type=threshold,
         help="minimum score of a pre-label; default: by class the best on the validation images, or 0.4",
     )
-    arguments.add_argument(
-        "--frame-stride", type=number, default=1, metavar="N", help="take every N-th frame of videos"
-    )
-    arguments.add_argument(
-        "--part-size", type=number, default=256, metavar="N", help="images per part, the unit of resuming (%(default)s)"
-    )
-    arguments.add_argument(
-        "--batch-size", type=number, default=8, metavar="N", help="images per forward pass (%(default)s)"
-    )
-    arguments.add_argument(
-        "--workers",
-        type=at_least(0),
-        metavar="N",
-        help="detectors on Ray; default: one per GPU, or one. 0: in this process, without Ray, as by default up to 256 images",
-    )
+    add_processing(arguments)
     return arguments
 
 

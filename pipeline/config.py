@@ -29,7 +29,7 @@ from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from dfine_core.thresholds import WANTED_PRECISION
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.stream.settings import DecodeIn
-from pipeline.errors import UserError
+from pipeline.errors import ConfigError as ConfigError
 from pipeline.pretrained import weights_location
 from pipeline.ray_job import absolute_location
 from pipeline.recipes import Recipe, with_recipe
@@ -81,10 +81,6 @@ ModelAlias = Annotated[str, AfterValidator(_a_model_alias)]
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
 Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a path becomes absolute
 WeightsLocation = Annotated[str, AfterValidator(weights_location)]  # also a published name, or hf://org/name
-
-
-class ConfigError(UserError, ValueError):
-    """Invalid file or value, with every problem that was found."""
 
 
 # Keys that had another name before the first release.

@@ -26,8 +26,9 @@
     ├── UndecodableImageError     an image that training or evaluation cannot decode
     └── UndeliveredError          events of a run that MLflow still does not have
 
-Each class stands in the module that raises it. Most are also a ValueError or RuntimeError, so that pydantic validators may
-raise them. `dfine_core.inference.LoadError` belongs to the core; `pipeline.open_detector` turns it into a ConfigError.
+Each class stands in the module that raises it, and ConfigError here, as many do. Most are also a ValueError or RuntimeError, so
+that pydantic validators may raise them. `dfine_core.inference.LoadError` belongs to the core; `pipeline.open_detector` turns it
+into a ConfigError.
 """
 
 import errno
@@ -41,6 +42,10 @@ class UserError(Exception):
     """A mistake in what was asked for or a fault of its data, with a message that names the way out."""
 
     exit_code = 1  # the command ends with it
+
+
+class ConfigError(UserError, ValueError):
+    """Invalid file or value, with every problem that was found."""
 
 
 # Faults of a disk that a person can mend: what is wrong, and the way out.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from pipeline import storage
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 
 SHOWN = 3
 HTML = b"<!doctype html"  # begins every page that a command writes

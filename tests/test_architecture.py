@@ -48,6 +48,7 @@ FOUNDATION = (
     "storage",
     "html_pages",
     "text_files",
+    "output_folder",
 )
 EMPTY = {"__init__", "data.__init__"}
 LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides the foundation and itself
@@ -61,7 +62,6 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "teacher_settings": set(),
     "config": {"data.augment", "data.stream", "recipes", "teacher_settings"},
     "config_files": {"config"},
-    "output_folder": {"config"},
     "open_detector": {"config"},
     "thresholds": {"config", "open_detector"},
     "benchmark": {"config", "open_detector"},
@@ -73,20 +73,20 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
-        *("config", "output_folder", "open_detector", "evaluation"),
+        *("config", "open_detector", "evaluation"),
     },
     "run_report": {
         *("data.shards", "data.augment", "config", "open_detector", "evaluation", "tracking", "training"),
     },
     "calibration": {"data.shards", "data.stream", "config", "open_detector", "evaluation", "tracking"},
     "fit": {
-        *("data.shards", "data.sources", "data.prepare", "data.doctor", "config", "config_files", "output_folder"),
+        *("data.shards", "data.sources", "data.prepare", "data.doctor", "config", "config_files"),
         *("open_detector", "evaluation", "export", "training", "run_report"),
     },
     "weight_files": {"config", "open_detector", "export"},
-    "predict": {"data.shards", "data.prepare", "config", "output_folder", "open_detector", "thresholds", "evaluation"},
+    "predict": {"data.shards", "data.prepare", "config", "open_detector", "thresholds", "evaluation"},
     "labelling": {
-        *("data.shards", "data.prepare", "data.augment", "config", "output_folder", "thresholds"),
+        *("data.shards", "data.prepare", "data.augment", "config", "thresholds"),
         *("evaluation", "calibration", "predict"),
     },
     "serve": {"config", "open_detector"},

@@ -1,36 +1,22 @@
 """Mistakes of users, over all commands: each ends with an exit code and a message with the way out, never with a traceback."""
 
-import ast
-import errno
-import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.train import WorkerGroupError
 
-import pipeline.errors
 from dfine_core.checkpoints.weights import save_released
-from pipeline import config_files
-from pipeline.config import ConfigError
-from pipeline.config_files import parse_overrides
 from pipeline.export.source import ExportSource
 from pipeline.export.writers import write_safetensors
-from pipeline.ray_job import absolute_location
-from pipeline.training.on_ray import user_error_of
+from tests.support.commands import COMMAND_MODULES, JOB, ROOT
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
-ROOT = Path(__file__).parent.parent
-COMMANDS = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "__main__", "command", "recipes"}
-JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_1"}}'}
 JOB_SERVER = {"RAY_ADDRESS": "http://127.0.0.1:8265"}
 DEAD_CLUSTER = {"RAY_ADDRESS": "127.0.0.1:1"}
 UNSET = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", *JOB)
@@ -193,6 +179,8 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("prepare synthetic --images 2 --split a --out out --image-side 8", ("longest_side", "8"), {}),
     ("prepare synthetic --images 2 --split a --out out --classes cube", ("cube", "known"), {}),
     ("prepare synthetic --images 2 --split a --out train", ("train", "another --out"), {}),
+    ("prepare synthetic --images 2 --split a --out photos", ("photos", "holds other files", "--out"), {}),
+    ("prepare teacher train --results results.json --out train", ("train", "holds other files", "--out"), {}),
     ("prepare synthetic --images 2 --split a --out out", ("--out", "$PWD/out"), JOB),
     ("prepare tfrecord --split a --out out", ("tfrecord", "coco"), {}),
     # doctor
@@ -266,6 +254,7 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("check_engine notes.txt detector val", ("notes.txt", "no runtime opens it", ".onnx"), {}),
     ("check_engine broken.onnx nowhere val", ("nowhere", "does not exist"), {}),
     ("check_engine broken.onnx detector nowhere", ("nowhere/manifest.json",), {}),
+    ("check_engine broken.onnx detector val --json notes.txt", ("--json", "notes.txt", "another kind"), {}),
     ("check_engine broken.onnx broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
     ("evaluate broken.onnx val", ("broken.onnx", "give the detector that it was made of"), {}),
     ("predict broken.onnx photos --out out --workers 0", ("broken.onnx", "cannot be opened by onnxruntime"), {}),
@@ -406,7 +395,7 @@ def endings(folder: Path) -> list[dict[str, Any]]:
 
 def test_the_table_has_at_least_forty_mistakes_over_all_commands() -> None:
     assert len(MISTAKES) >= 40
-    assert {line.split()[0] for line, _, _ in MISTAKES} == COMMANDS
+    assert {line.split()[0] for line, _, _ in MISTAKES} == COMMAND_MODULES
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[line for line, _, _ in MISTAKES])
@@ -439,97 +428,3 @@ def test_the_interpreter_prints_the_message_on_stderr(line: str, folder: Path) -
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
     assert all(fragment in done.stderr for fragment in fragments)
-
-
-# The tree
-
-
-def test_the_tree_in_the_docstring_holds_every_user_error() -> None:
-    drawn = set(re.findall(r"[├└]── (\w+)", pipeline.errors.__doc__ or ""))
-    assert len(drawn) > 10
-    assert drawn == {name for name, bases in _classes().items() if "UserError" in bases}
-
-
-def test_every_exception_of_pipeline_and_jobs_is_a_user_error() -> None:
-    exceptions = {
-        name: bases
-        for name, bases in _classes().items()
-        if any(base.endswith(("Error", "Exception")) for base in bases)
-        and not name.startswith("_")  # never leaves its module
-    }
-    assert all(name.endswith("Error") for name in exceptions)
-    assert len(exceptions) > 10
-    of_users = {"UserError", *(name for name, bases in exceptions.items() if "UserError" in bases)}
-    assert [name for name, bases in exceptions.items() if name not in of_users and not of_users & set(bases)] == []
-
-
-@cache
-def _classes() -> dict[str, list[str]]:
-    """Names of the bases of every class, by its name."""
-    files = [path for package in ("pipeline", "jobs") for path in (ROOT / package).rglob("*.py")]
-    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
-    return {node.name: [ast.unparse(base) for base in node.bases] for node in nodes}
-
-
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_a_command_leaves_user_errors_to_one_place(command: str) -> None:
-    source = (ROOT / "jobs" / f"{command}.py").read_text()
-    assert "@user_errors(" in source
-    handlers = [node.type for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler) and node.type]
-    caught = {name.id for kind in handlers for name in ast.walk(kind) if isinstance(name, ast.Name)}
-    assert not caught & {name for name, bases in _classes().items() if "UserError" in bases}
-
-
-def test_a_mistake_that_a_worker_met_is_found_behind_rays_error() -> None:
-    class TaskError(Exception):
-        cause = ConfigError("init: it is damaged")
-
-    assert (
-        user_error_of(WorkerGroupError("workers failed", {0: RuntimeError("bug"), 1: TaskError()})) is TaskError.cause
-    )
-    assert user_error_of(WorkerGroupError("workers failed", {0: TaskError.cause})) is TaskError.cause
-    assert user_error_of(WorkerGroupError("workers failed", {0: RuntimeError("bug")})) is None
-    assert user_error_of(RuntimeError("bug")) is None
-    full = OSError(errno.ENOSPC, "No space left on device", "/runs/a/checkpoints")
-    assert user_error_of(WorkerGroupError("workers failed", {0: full})) is full
-    assert user_error_of(WorkerGroupError("workers failed", {0: OSError(errno.ECONNRESET, "reset")})) is None
-
-
-# Overrides and paths
-
-
-def test_all_set_options_count_in_their_order() -> None:
-    assert list(parse_overrides(["b=1", "a.c=x", "a.d=[1, 2]"]).items()) == [("b", 1), ("a.c", "x"), ("a.d", [1, 2])]
-    with pytest.raises(ConfigError, match=r"--set a: given twice"):
-        parse_overrides(["a=1", "b=1", "a=1"])
-
-
-@pytest.mark.parametrize("command", ["fit", "train", "tune", "pretrain_finetune"])
-def test_set_options_extend_each_other(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module(f"jobs.{command}")
-    taken: list[list[str]] = []
-
-    def note(texts: list[str]) -> dict[str, Any]:
-        taken.append(texts)
-        raise ConfigError("enough")
-
-    monkeypatch.setattr(config_files, "parse_overrides", note)
-    with pytest.raises(SystemExit, match="enough"):
-        module.main([str(ROOT / "configs" / "demo.yaml"), "--set", "a=1", "b=2", "--set", "c=3"])
-    assert taken == [["a=1", "b=2", "c=3"]]
-
-
-@pytest.mark.parametrize("location", ["/data/train", "s3://bucket/train", "file:///data", "runs:/1", "models:/a@b"])
-def test_a_job_takes_locations_that_do_not_depend_on_the_working_directory(
-    location: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(*next(iter(JOB.items())))
-    assert absolute_location(location) == location
-
-
-def test_relative_locations_are_refused_in_a_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(next(iter(JOB)), raising=False)
-    assert absolute_location("runs") == f"{os.getcwd()}/runs"
-    monkeypatch.setenv(*next(iter(JOB.items())))
-    with pytest.raises(ValueError, match=r"'\./runs/' is relative.*\$PWD/runs in the shell"):
-        absolute_location("./runs/")

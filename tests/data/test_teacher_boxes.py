@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jobs import prepare
+from pipeline import storage
+from pipeline.config import ConfigError
 from pipeline.data.augment.samples import TRUTH, AnnotatedImage, augmented_sample
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.prepare.teacher_boxes import joined, prepare_teacher_boxes
@@ -133,6 +135,33 @@ def test_boxes_belong_to_one_shard_set_and_are_written_once(tmp_path: Path, shar
     (tmp_path / "boxes" / manifest.files[0].file).write_bytes(b"")
     with pytest.raises(ManifestError, match="is missing or has another size"):
         load_teacher_boxes(out, shards.manifest.digest)
+
+
+def test_the_shards_themselves_and_other_files_of_a_user_are_not_replaced(tmp_path: Path, shards: ShardSet) -> None:
+    results = write(tmp_path, results_of_truth(shards.uri))
+    before = {path: path.read_bytes() for path in Path(shards.uri).iterdir()}
+    with pytest.raises(ConfigError, match=r"holds other files .* nothing is written there"):
+        prepare_teacher_boxes(shards, [results], shards.uri)
+    assert {path: path.read_bytes() for path in Path(shards.uri).iterdir()} == before
+
+
+def test_a_call_that_was_killed_is_repeated(tmp_path: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, results = str(tmp_path / "boxes"), write(tmp_path, results_of_truth(shards.uri))
+
+    def killed(uri: str, data: bytes, **options: bool) -> None:
+        if uri.endswith("teacher.json"):
+            raise KeyboardInterrupt
+        write_atomic(uri, data, **options)
+
+    write_atomic = storage.write_atomic
+    monkeypatch.setattr(storage, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_teacher_boxes(shards, [results], out)
+    monkeypatch.undo()
+    with pytest.raises(ManifestError, match="there is none"):
+        load_teacher_boxes(out, shards.manifest.digest)
+    manifest = prepare_teacher_boxes(shards, [results], out)
+    assert {path.name for path in Path(out).iterdir()} == {"teacher.json", *(file.file for file in manifest.files)}
 
 
 def test_a_box_of_a_teacher_goes_where_a_true_box_goes_and_is_dropped_where_it_is() -> None:

@@ -32,9 +32,7 @@ from jobs.command import (
     refuse_missing,
     user_errors,
 )
-
-ROOT = Path(__file__).parent.parent.parent
-SHARED = {"__init__", "__main__", "command", "recipes"}
+from tests.support.commands import COMMAND_MODULES, ROOT
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -61,8 +59,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def test_every_module_with_a_main_is_a_command() -> None:
-    modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
-    assert {module_of(command) for command in COMMANDS} == {f"jobs.{module}" for module in modules}
+    assert {module_of(command) for command in COMMANDS} == {f"jobs.{module}" for module in COMMAND_MODULES}
     assert len(COMMANDS) == 21
 
 

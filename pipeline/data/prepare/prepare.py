@@ -44,6 +44,7 @@ from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, ShardSet, loa
 from pipeline.data.shards.records import Rejection
 from pipeline.data.shards.set_statistics import add_up
 from pipeline.data.sources.index import AnnotationIndex, DatasetSource, ImageEntry, temporary_files_named
+from pipeline.output_folder import refuse_foreign_folder
 from pipeline.progress import Progress
 
 SAMPLE_IMAGES = 128  # read to estimate the size of a row
@@ -71,6 +72,7 @@ def prepare(
 
     Raises:
         SourceError: the source is not in the stated format.
+        ConfigError: the folder holds other files.
         PrepareError: the folder holds a different set, no image can be used, or `strict` found a rejection.
     """
     out = storage.absolute(out)
@@ -86,6 +88,7 @@ def prepare(
             say(outcome(before, load_shards(out)))
     else:
         if (plan := read_plan(out)) is None:
+            refuse_foreign_folder(out, MANIFEST_NAME, "shard set")
             plan = _make_plan(out, source, split, options)
         else:
             old_options = plan.options.model_dump(exclude_unset=True)  # those of the version that wrote it

@@ -22,8 +22,10 @@ from pipeline.data.shards.manifest import Shard, ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.teacher_boxes import TEACHER_MANIFEST, TEACHER_SCHEMA, TeacherManifest
 from pipeline.data.sources.json_arrays import array_items
+from pipeline.output_folder import refuse_foreign_folder
 
 IMAGES_FILE, DETECTIONS_FILE, DETECTIONS_FOLDER = "images.json", "detections.json", "detections"  # of `dfine predict`
+UNFINISHED = "teacher.unfinished"  # the first file of the folder, until all others are written
 COLUMNS = ("image_id", "file_name", "width", "height")
 NMS_IOU = 0.2  # between boxes of one class, where several teachers are joined
 MAX_BOXES, MIN_SCORE = 50, 0.05
@@ -40,6 +42,7 @@ class Results:
     sha256: str
     image_ids: NDArray[np.int64]  # [D]
     boxes: Boxes  # [D, 6], in pixels of the images that the teacher saw
+    read: int  # detections in its files, weak ones included
     described: dict[str, tuple[int, int, int]] | None  # by file name: id, width, height; None: not known
 
     def of(self, image_id: int, file_name: str, width: int, height: int) -> Boxes:
@@ -67,7 +70,7 @@ def prepare_teacher_boxes(
     max_boxes: int = MAX_BOXES,
     bonus: Sequence[float] = (),
 ) -> TeacherManifest:
-    """Write the boxes of one or several teachers for a shard set to the folder `out`.
+    """Write the boxes of one or several teachers for a shard set to the folder `out`; a killed call may be repeated.
 
     Args:
         results: COCO results, or folders of `dfine predict`; one for each teacher.
@@ -77,10 +80,12 @@ def prepare_teacher_boxes(
         bonus: added to the scores of each teacher where they are ranked against those of others.
 
     Raises:
-        PrepareError: results do not fit the shard set, or the folder is taken.
+        PrepareError: results do not fit the shard set, or the folder holds boxes already.
+        ConfigError: the folder holds other files.
     """
     if storage.exists(storage.join(out, TEACHER_MANIFEST)):
         raise PrepareError(f"{out} holds boxes of a teacher already: choose another --out, or delete the folder")
+    refuse_foreign_folder(out, UNFINISHED, "boxes of a teacher")
     bonus = bonus or [0.0] * len(results)
     if len(bonus) != len(results):
         raise PrepareError(f"--bonus has {len(bonus)} values for {len(results)} --results: give one for each")
@@ -100,6 +105,7 @@ def prepare_teacher_boxes(
         ]
         return joined(of_teachers, bonus)
 
+    storage.write_atomic(storage.join(out, UNFINISHED), b"")
     files: list[Shard] = []
     taught = boxes = 0
     for index, shard in enumerate(shards.manifest.shards):
@@ -116,10 +122,14 @@ def prepare_teacher_boxes(
         files=tuple(files),
         images=taught,
         boxes=boxes,
-        sources=tuple({"results": posixpath.basename(t.uri.rstrip("/")), "sha256": t.sha256} for t in teachers),
+        sources=tuple(
+            {"results": posixpath.basename(t.uri.rstrip("/")), "sha256": t.sha256, "detections": t.read}
+            for t in teachers
+        ),
         options={"min_score": min_score, "max_boxes": max_boxes, "bonus": list(bonus)},
     )
     storage.write_atomic(storage.join(out, TEACHER_MANIFEST), manifest.model_dump_json(indent=1).encode())
+    storage.remove_file(storage.join(out, UNFINISHED))
     return manifest
 
 
@@ -137,6 +147,7 @@ def read_results(uri: str, labels: dict[int, int], images: str | None, min_score
         images = storage.join(uri, IMAGES_FILE)
     image_ids: list[int] = []
     rows: list[tuple[float, ...]] = []
+    read = 0
     sha256 = hashlib.sha256()
     for file in files:
         sha256.update(storage.sha256(file).encode())
@@ -145,7 +156,7 @@ def read_results(uri: str, labels: dict[int, int], images: str | None, min_score
                 left, top, width, height = (float(side) for side in item["bbox"])
                 score, image_id, category = float(item["score"]), int(item["image_id"]), int(item["category_id"])
             except (KeyError, TypeError, ValueError) as error:
-                raise PrepareError(f"{file}: detection {len(rows)} is none of COCO's results: {error!r}") from None
+                raise PrepareError(f"{file}: detection {read} is none of COCO's results: {error!r}") from None
             if category not in labels:
                 raise PrepareError(
                     f"{file}: category_id {category} is not a class of the shard set, whose ids are"
@@ -153,6 +164,7 @@ def read_results(uri: str, labels: dict[int, int], images: str | None, min_score
                 )
             if not 0 <= score <= 1:
                 raise PrepareError(f"{file}: score {score:g} of image {image_id} does not lie in 0..1")
+            read += 1
             if score >= min_score:
                 image_ids.append(image_id)
                 rows.append((left, top, left + width, top + height, labels[category], score))
@@ -160,7 +172,7 @@ def read_results(uri: str, labels: dict[int, int], images: str | None, min_score
     order = np.argsort(ids, kind="stable")
     boxes = np.array(rows, np.float32).reshape(-1, 6)
     described = None if images is None else _described(images)
-    return Results(uri, sha256.hexdigest(), ids[order], boxes[order], described)
+    return Results(uri, sha256.hexdigest(), ids[order], boxes[order], read, described)
 
 
 def joined(teachers: Sequence[Boxes], bonus: Sequence[float]) -> Boxes:
@@ -222,6 +234,8 @@ def _described(uri: str) -> dict[str, tuple[int, int, int]]:
             name = str(item["file_name"])
         except (KeyError, TypeError, ValueError) as error:
             raise PrepareError(f"{uri}: image {len(described)} lacks a value: {error!r}") from None
+        if min(entry[1:]) < 1:
+            raise PrepareError(f"{uri}: {name} has the size {entry[1]} x {entry[2]}, which boxes cannot be scaled from")
         described[name] = entry
         by_last_part.setdefault(posixpath.basename(name), []).append(entry)
     unique = {name: entries[0] for name, entries in by_last_part.items() if len(entries) == 1}
