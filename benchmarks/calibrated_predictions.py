@@ -192,7 +192,7 @@ def beta(fitted: int, level: float) -> tuple[float, float]:
 
 
 def edges_inside(out: str, shards: ShardSet) -> "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]":
-    """Whether each of the four edges lies inside, for every detection that found an object: [M, 4]."""
+    """Edges that lie inside their intervals, for every detection that found an object: [M, 4] bool."""
     truth = read_ground_truth(shards)
     number_of = {int(image_id): number for number, image_id in enumerate(truth.image_id)}
     images = [image for image in predicted_images(out) if image.edge_intervals is not None]

@@ -25,7 +25,7 @@ from pipeline.labelling.suspects import KINDS, Kind, Suspect, find_suspects
 from pipeline.open_detector import open_detector
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # least confidence of a suspect
-SHIFT = 0.2, 0.4  # of the side
+SHIFT = 0.2, 0.4  # least and largest shift of an edge, as a share of the side
 
 
 @dataclass(frozen=True)

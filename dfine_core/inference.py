@@ -163,7 +163,7 @@ class LoadedDetector:
         return f"{title} on the validation images{calibrated}: {', '.join(parts)}"
 
     def calibration_text(self) -> str:
-        """Whether scores are calibrated, and on how many images."""
+        """Number of images that scores are calibrated on, as text; "no" without a calibration."""
         return "no" if self.calibration is None else f"on {self.calibration.images} images"
 
     def edges(self) -> DetectedEdges:

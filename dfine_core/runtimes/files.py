@@ -20,15 +20,14 @@ class Runtime:
     """Runtime of one kind of file."""
 
     name: str
-    suffix: str  # of the file
+    suffix: str  # ends the names of its files
     opener: str  # module:function of the type `Opener`
-    extra: str | None  # of the distribution that brings the runtime; None: PyTorch alone
-    lowers_precision: bool = False  # computes below float32 by itself on some machines, unless it is told not to
+    extra: str | None  # name in ray-dfine[...] that installs the runtime; None: PyTorch alone
 
 
 RUNTIMES = (
     Runtime("onnxruntime", ".onnx", "dfine_core.runtimes.onnx_file:open_file", "export"),
-    Runtime("openvino", ".xml", "dfine_core.runtimes.openvino_file:open_file", "export", lowers_precision=True),
+    Runtime("openvino", ".xml", "dfine_core.runtimes.openvino_file:open_file", "export"),
     Runtime("torch.export", ".pt2", "dfine_core.runtimes.torch_export_file:open_file", None),
 )
 PROGRAM_SUFFIXES = tuple(runtime.suffix for runtime in RUNTIMES)

@@ -165,16 +165,23 @@ def load_program(path: str, device: str | torch.device | None = None) -> LoadedP
         device=torch.device("cpu"),
         path=path,
         thresholds=described.thresholds,
-        calibration=_calibration_in(description),
+        calibration=_calibration_in(description, path),
         program=program,
     )
 
 
-def _calibration_in(description: Mapping[str, Any]) -> DetectorCalibration | None:
-    """Calibration in the metadata of a file, which cannot be of other weights."""
+def _calibration_in(description: Mapping[str, Any], path: str) -> DetectorCalibration | None:
+    """Calibration in the metadata of a file, which cannot be of other weights.
+
+    Raises:
+        LoadError: it is damaged.
+    """
     if (content := description.get("calibration")) is None:
         return None
-    return DetectorCalibration.from_json(json.dumps({"sha256": None, **content}).encode())
+    try:
+        return DetectorCalibration.from_json(json.dumps({"sha256": None, **content}).encode())
+    except (TypeError, ValueError) as error:
+        raise LoadError(f"{path}: the calibration in its metadata cannot be read: {error}; export it again") from None
 
 
 def _reopened(path: str, device: str, own: dict[str, Any]) -> LoadedProgram:

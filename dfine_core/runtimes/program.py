@@ -16,7 +16,7 @@ NUM_OUTPUTS = 3
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How a file is opened."""
+    """Options of opening a file."""
 
     precision: str = F32  # arithmetic: F32, or DEFAULT for what the runtime chooses on this machine
     threads: int | None = None  # CPU threads; None: the runtime's own number

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-MOST_IMAGES = 2000  # of the reference; more are sampled, so that its file stays small
+MOST_IMAGES = 2000  # that a reference holds; more are sampled, so that its file stays small
 LEAST_IMAGES = 20  # on either side of a test
-LEVEL = 0.01  # of all tests together
+LEVEL = 0.01  # share of false alarms, all tests together
 DIGITS = 4  # of stored values
 
 

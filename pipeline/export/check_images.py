@@ -19,7 +19,7 @@ from pipeline.evaluation.ground_truth import GroundTruth, read_ground_truth
 from pipeline.wording import plural
 
 BATCH_SIZE = 3  # the first batch is split, because a file may accept one batch size only
-RANGE_IMAGES, JUDGED_IMAGES = 128, 100  # of a calibration
+RANGE_IMAGES, JUDGED_IMAGES = 128, 100  # the most that a calibration takes for each purpose
 
 log = logging.getLogger(__name__)
 

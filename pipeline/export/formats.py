@@ -42,8 +42,7 @@ class ExportFormat:
     openings: tuple[Opening, ...]
     tolerance: Tolerance = FULL
     opened: str | None = None  # file inside the folder that the openers take; None: the whole
-    extra: str | None = "export"  # of the distribution: brings the writer and the runtimes
-
+    extra: str | None = "export"  # name in ray-dfine[...] that installs the writer and the runtimes
     calibrated: bool = False  # needs images with ground truth when it is written
 
     def opened_path(self, written: Path) -> Path:

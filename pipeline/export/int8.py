@@ -5,7 +5,6 @@ float: their numbers are coordinates and logits, and in integers they cost most 
 every block is judged alone in float, and blocks are put back to float, worst first, until AP holds.
 """
 
-import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,13 +20,13 @@ from pipeline.export.isolated import IsolatedProgram
 from pipeline.export.onnx_files import module_names
 from pipeline.export.openings import DetectFunction, detect_function, table
 from pipeline.export.source import ExportNote, ExportSource
+from pipeline.progress import Progress
 from pipeline.wording import plural
 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
 BLOCK = re.compile(r"detector\.((?:backbone|encoder)(?:\.[a-z_]+)?(?:\.\d+)?)")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,14 +105,15 @@ def write_quantised(
     """
     calibration = calibration_of(source)
     names = sorted(set(blocks))
-    with tempfile.TemporaryDirectory() as folder:
+    most = 2 * len(names)  # attempts: nothing in float, each block alone, and one block more at a time
+    with tempfile.TemporaryDirectory() as folder, Progress(name, total=most, unit="attempt", delay=2.0) as progress:
 
         def ap_of(in_float: frozenset[str]) -> float:
             attempt = Path(tempfile.mkdtemp(dir=folder)) / path.name
             write(attempt, in_float)
             with IsolatedProgram(opener, attempt / opened) as program:
                 ap = judged_ap(detect_function(program), calibration, source.model.config.input_size)
-            log.info("%s, in float: %s: AP %.4f", name, ", ".join(sorted(in_float)) or "no block", ap)
+            progress.advance(1, f"AP {ap:.4f} with {plural(len(in_float), 'block')} in float")
             return ap
 
         before: float = source.once("judged AP", lambda: _float_ap(source, calibration))

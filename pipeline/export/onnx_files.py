@@ -19,57 +19,14 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of exported nodes
 OPSET, PORTABLE_OPSET = 18, 17
 PORTABLE_IR = 8  # the version of files that came with opset 17
 PORTABLE_OPERATORS = frozenset(
-    (
-        *(
-            "Add",
-            "And",
-            "Cast",
-            "Clip",
-            "Concat",
-            "Conv",
-            "Div",
-            "Equal",
-            "Erf",
-            "Expand",
-            "Floor",
-            "Gather",
-            "GatherElements",
-        ),
-        *(
-            "GreaterOrEqual",
-            "Identity",
-            "LayerNormalization",
-            "Less",
-            "LessOrEqual",
-            "Log",
-            "MatMul",
-            "Max",
-            "MaxPool",
-            "Mod",
-            "Mul",
-        ),
-        *(
-            "Neg",
-            "Pad",
-            "Pow",
-            "Range",
-            "ReduceMax",
-            "ReduceMean",
-            "ReduceSum",
-            "Relu",
-            "Reshape",
-            "Resize",
-            "Shape",
-            "Sigmoid",
-        ),
-        *("Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tile", "TopK", "Transpose", "Unsqueeze", "Where"),
-    )
+    """
+    Add And Cast Clip Concat Conv Div Equal Erf Expand Floor Gather GatherElements GreaterOrEqual Identity LayerNormalization
+    Less LessOrEqual Log MatMul Max MaxPool Mod Mul Neg Pad Pow Range ReduceMax ReduceMean ReduceSum Relu Reshape Resize Shape
+    Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose Unsqueeze Where
+    """.split()  # noqa: SIM905  # a list would take a page
 )
-REDUCTIONS = (
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-)  # whose axes were an attribute; of ReduceSum they are an input since 13
+# Their axes were an attribute; those of ReduceSum are an input since opset 13.
+REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin")
 # Attributes that opset 18 has added, with the values that mean what opset 17 does.
 SINCE_18: dict[str, dict[str, Container[object]]] = {
     **{name: {"noop_with_empty_axes": (0,)} for name in REDUCTIONS},

@@ -8,40 +8,24 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data.shards.manifest import Category, FrozenModel
 from pipeline.errors import in_one_line
 from pipeline.output_folder import refuse_foreign_folder
-from pipeline.predict.plan import part_name, part_uri
+from pipeline.predict.plan import PartsPlan, part_uri
 
-PLAN_FILE, RESULT_FILE, PARTS_FOLDER = "select_plan.json", "selected.json", "parts"
+PLAN_FILE, RESULT_FILE = "select_plan.json", "selected.json"
 Format = Literal["coco", "yolo", "label-studio"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
-class SelectPlan(FrozenModel):
-    """Everything that the content of a selection depends on."""
+class SelectPlan(PartsPlan):
+    """Everything that the content of a selection depends on. Its inputs are the unlabelled images, then the labelled ones."""
 
     version: int = 1
-    inputs: str  # digest of the unlabelled images, and the labelled ones after them
-    detector: str  # digest
     scores: dict[str, Any] | None  # calibration of the detector's scores
-    num_images: PositiveInt
     num_labelled: NonNegativeInt  # the last ones of the images
-    part_size: PositiveInt  # images per part; the last one may have fewer
-    batch_size: PositiveInt  # images per forward pass
     count: PositiveInt  # images to choose
     format: Format
     thresholds: tuple[float, ...]  # least score of a pre-label, by label
-    categories: tuple[Category, ...]  # by label
-
-    @property
-    def num_parts(self) -> int:
-        """Parts of all images."""
-        return -(-self.num_images // self.part_size)
-
-    def image_range(self, part: int) -> tuple[int, int]:
-        """Return the index range (first, stop) of the images of a part."""
-        return part * self.part_size, min((part + 1) * self.part_size, self.num_images)
 
 
 def holds_selection(out: str) -> bool:
@@ -71,12 +55,6 @@ def claim_folder(out: str, plan: SelectPlan) -> None:
         raise ConfigError(
             f"{out} contains another selection: {', '.join(changed)} changed. Choose another --out, or delete that folder"
         )
-
-
-def missing_parts(out: str, plan: SelectPlan) -> list[int]:
-    """Numbers of the parts that are not written yet."""
-    existing = storage.sizes(storage.join(out, PARTS_FOLDER))
-    return [part for part in range(plan.num_parts) if part_name(part) not in existing]
 
 
 def read_part(out: str, part: int) -> list[dict[str, Any]]:

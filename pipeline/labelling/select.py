@@ -28,18 +28,17 @@ from pipeline.data.prepare.split_off import near_groups
 from pipeline.labelling.choose import FAR, Choice, ChosenImage, choose
 from pipeline.labelling.measured_images import write_part
 from pipeline.labelling.plan import (
-    PARTS_FOLDER,
     RESULT_FILE,
     Format,
     SelectPlan,
     claim_folder,
     finished_result,
-    missing_parts,
     read_part,
 )
 from pipeline.labelling.prelabels import IMAGES_FOLDER, LABELS_FOLDER, PreLabelled, clipped, prelabel_files
 from pipeline.predict.drawings import contact_sheet, draw_detections, drawing_name
 from pipeline.predict.inputs import InputImage, Inputs, decode_input, read_images
+from pipeline.predict.plan import PARTS_FOLDER, missing_parts
 from pipeline.predict.predict import IN_PROCESS, detector_digest, in_this_process, output_categories
 from pipeline.progress import Progress
 from pipeline.thresholds import refuse_unmeasured
@@ -196,7 +195,8 @@ def _write_results(
         index = readable[chosen.index]
         row = candidates[index]
         (source,) = read_images(inputs, index, index + 1)
-        assert isinstance(source, InputImage)  # it was read before
+        if not isinstance(source, InputImage):
+            raise ConfigError(f"{row['file_name']} was chosen, and can no longer be read: put it back, or delete {out}")
         file, content = _file_of(source)
         storage.write_atomic(storage.join(out, IMAGES_FOLDER, file), content)
         prelabelled.append(image := _prelabelled(row, file, plan))

@@ -10,16 +10,17 @@ from ray.util import ActorPool
 from dfine_core.inference import LoadedDetector
 from pipeline.predict.inputs import Inputs
 from pipeline.predict.partition import PartCounts, write_part
+from pipeline.predict.plan import PartsPlan
 from pipeline.ray_cluster import start_ray
 
-# Arguments as those of `write_part`; the plan is whatever the function takes.
+# Arguments as those of `write_part`; each function takes a plan of its own.
 WritePart = Callable[[LoadedDetector, Inputs, Any, int, str, int], PartCounts]
 
 
 def write_parts_on_ray(
     loaded: LoadedDetector,
     inputs: Inputs,
-    plan: Any,
+    plan: PartsPlan,
     todo: Sequence[int],
     out: str,
     workers: int | None,
@@ -62,7 +63,7 @@ class PartWriter:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self.threads = threads
-        self.shared: tuple[LoadedDetector, Inputs, Any, str, WritePart] | None = None
+        self.shared: tuple[LoadedDetector, Inputs, PartsPlan, str, WritePart] | None = None
 
     def write(self, shared: Sequence["ray.ObjectRef[Any]"], part: int) -> PartCounts:
         """Write a part and return its counts.

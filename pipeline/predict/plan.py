@@ -30,15 +30,30 @@ SCHEMA = pa.schema(
 )
 
 
-class PredictPlan(FrozenModel):
-    """Everything that the content of the parts depends on: parts of equal plans belong together."""
+class PartsPlan(FrozenModel):
+    """Images of a command that works in parts, each of which is one file; the same images and sizes give the same parts."""
 
-    version: int = 4
     inputs: str  # digest
     detector: str  # digest
     num_images: PositiveInt
     part_size: PositiveInt  # images per part; the last one may have fewer
     batch_size: PositiveInt  # images per forward pass
+    categories: tuple[Category, ...]  # by label
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of all images."""
+        return -(-self.num_images // self.part_size)
+
+    def image_range(self, part: int) -> tuple[int, int]:
+        """Return the index range (first, stop) of the images of a part."""
+        return part * self.part_size, min((part + 1) * self.part_size, self.num_images)
+
+
+class PredictPlan(PartsPlan):
+    """Everything that the content of the parts depends on: parts of equal plans belong together."""
+
+    version: int = 4
     thresholds: tuple[float, ...]  # least score by label
     threshold_text: str  # where they come from
     edge_std: bool  # deviations of edges are measured
@@ -48,16 +63,6 @@ class PredictPlan(FrozenModel):
     calibration: str | None = None  # digest; None: scores are raw
     drift_score: float | None = None  # raw score from which a detection counts for drift; None: not measured
     precision: str = "fp32"  # name of an arithmetic, the same for all parts
-    categories: tuple[Category, ...]  # by label
-
-    @property
-    def num_parts(self) -> int:
-        """Parts of the whole prediction."""
-        return -(-self.num_images // self.part_size)
-
-    def image_range(self, part: int) -> tuple[int, int]:
-        """Return the index range (first, stop) of the images of a part."""
-        return part * self.part_size, min((part + 1) * self.part_size, self.num_images)
 
 
 def part_name(part: int) -> str:
@@ -70,7 +75,7 @@ def part_uri(out: str, part: int) -> str:
     return storage.join(out, PARTS_FOLDER, part_name(part))
 
 
-def missing_parts(out: str, plan: PredictPlan) -> list[int]:
+def missing_parts(out: str, plan: PartsPlan) -> list[int]:
     """Numbers of the parts that are not written yet."""
     existing = storage.sizes(storage.join(out, PARTS_FOLDER))
     return [part for part in range(plan.num_parts) if part_name(part) not in existing]

@@ -64,6 +64,7 @@ class Teachers:
         self._share_steps = torch.zeros((), device=device)
         self.share: float | None = None  # measured in the last whole epoch
         self._counts: tuple[Tensor, Tensor] | None = None
+        self._in_block: Tensor | None = None  # 1 for each gradient of the transformer block; made in the first step
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Trained parameters by the names that checkpoints use."""
@@ -160,12 +161,12 @@ class Teachers:
         """Add the share of the gradient that a step has in the encoder's transformer block, if the step was finite."""
         if not self.adapts:
             return
-        block = {id(parameter) for parameter in detector.encoder.encoder.parameters()}
-        trained = [*detector.parameters(), *self.projectors.parameters()]
-        gradients = [(p.grad, id(p) in block) for p in trained if p.grad is not None]
-        sums = torch.stack(torch._foreach_norm([gradient for gradient, _ in gradients], 1))
-        inside = torch.tensor([own for _, own in gradients], dtype=sums.dtype).to(self._device, non_blocking=True)
-        self._share_sum += torch.where(finite, (sums * inside).sum() / sums.sum().clamp(min=1e-30), 0)
+        trained = [p for p in (*detector.parameters(), *self.projectors.parameters()) if p.grad is not None]
+        sums = torch.stack(torch._foreach_norm([p.grad for p in trained if p.grad is not None], 1))
+        if self._in_block is None or len(self._in_block) != len(sums):
+            block = {id(parameter) for parameter in detector.encoder.encoder.parameters()}
+            self._in_block = torch.tensor([id(p) in block for p in trained], dtype=sums.dtype, device=self._device)
+        self._share_sum += torch.where(finite, (sums * self._in_block).sum() / sums.sum().clamp(min=1e-30), 0)
         self._share_steps += finite
 
     def end_epoch(self, *, clean: bool) -> None:
