@@ -24,6 +24,7 @@ MOMENTS = (
     *("begin", "writing", "end of an epoch"),
 )
 END = ("last step", "last step", "last step", "result")
+ROUNDS, LEAST_ON_TRACKER = 3, 5
 LONGEST_DELAYS = {"begin": 4.0, "step": 0.5, "resumed": 0.3, "writing": 0.02, "end of an epoch": 1.0, "last step": 2.0}
 
 
@@ -96,18 +97,26 @@ def test_each_metric_arrives_once_while_tracking_server_and_training_are_killed(
             time.sleep(disturbance.pause_s)
             server.send(signal.SIGCONT)
 
-    command = training(undisturbed, "tracked", "--set", f"tracking.uri={server.uri}")
-    command.acts = {"server": strike}
     seed = chaos_seed() + 100
-    soon = {"step": 0.4, "last step": 0.4}
-    blows = draw(seed, ("step",) * 4, longest_delays=soon, blows=("kill", "pause"), targets=("server",))
-    killed = draw(seed + 1, ("step", "last step"), longest_delays=soon, blows=("kill", "term"))
+    blows = draw(seed, ("step",) * 4, longest_delays={"step": 2.0}, blows=("kill", "pause"), targets=("server",))
+    killed = draw(seed + 1, ("step", "last step"), longest_delays=LONGEST_DELAYS, blows=("kill", "term"))
     last = draw(seed + 2, ("result",), longest_delays={}, blows=("kill",), targets=("server",))
-    command.run([killed[0], *blows[:2], killed[1], *blows[2:], *last])
-    report_landed(command.landed, record_property, least=3)  # a server takes as long to start as half of this training
-    assert "Traceback" not in command.log.read_text()
-    database = tmp_path / "mlflow.db"
-    assert_equal_runs(undisturbed / "runs", "undisturbed", "tracked", step=STEPS, database=database)
+    plan = [*blows[:2], killed[0], *blows[2:], killed[1], *last]
+    landed: list[Disturbance] = []
+    for number in range(
+        ROUNDS
+    ):  # a server takes as long to start as half of a training: what comes too late meets another one
+        name = f"tracked-{number}"
+        command = training(undisturbed, name, "--set", f"tracking.uri={server.uri}")
+        command.acts = {"server": strike}
+        command.run(plan[len(landed) :])
+        landed += command.landed
+        assert "Traceback" not in command.log.read_text()
+        database = tmp_path / "mlflow.db"
+        assert_equal_runs(undisturbed / "runs", "undisturbed", name, step=STEPS, database=database)
+        if len(landed) >= LEAST_ON_TRACKER:
+            break
+    report_landed(landed, record_property, least=LEAST_ON_TRACKER)
 
 
 @pytest.mark.parametrize("number", range(2))
