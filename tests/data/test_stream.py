@@ -283,8 +283,16 @@ def test_a_process_in_the_cluster_that_looks_up_the_cluster_finds_this_one(clust
         return address
 
     other = "import ray, time; ray.init('local', num_cpus=1, include_dashboard=False); print('up', flush=True); time.sleep(99)"
-    environment = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="other-"), "RAY_AUTH_MODE": "disabled"}
-    with subprocess.Popen([sys.executable, "-c", other], env=environment, stdout=subprocess.PIPE) as process:
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="other-", ignore_cleanup_errors=True
+        ) as folder,  # short enough for Ray's sockets
+        subprocess.Popen(
+            [sys.executable, "-c", other],
+            env={**os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"},
+            stdout=subprocess.PIPE,
+        ) as process,
+    ):
         assert process.stdout is not None
         while process.stdout.readline().strip() != b"up":
             assert process.poll() is None
