@@ -42,10 +42,13 @@ class UserError(Exception):
     """A mistake in what was asked for or a fault of its data, with a message that names the way out."""
 
     exit_code = 1  # the command ends with it
+    recurs = False  # the same training would meet it again, so that Ray Train need not start its workers again
 
 
 class ConfigError(UserError, ValueError):
     """Invalid file or value, with every problem that was found."""
+
+    recurs = True
 
 
 # Faults of a disk that a person can mend: what is wrong, and the way out.

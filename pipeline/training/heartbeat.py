@@ -60,6 +60,15 @@ class ProgressBoard:
         self._responded: dict[int, float] = {}
         self._to_end: set[int] = set()
         self._stop_requested = False
+        self._final_error: bytes | None = None
+
+    def fail(self, error: bytes) -> None:
+        """Store the pickled error that another start of the workers would only meet again."""
+        self._final_error = error
+
+    def final_error(self) -> bytes | None:
+        """Error that ended the previous workers for good."""
+        return self._final_error
 
     def request_stop(self) -> None:
         """Ask the workers to save after their step and end."""

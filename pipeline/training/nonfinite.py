@@ -25,6 +25,8 @@ ABOUT, MODEL = "about.json", "model.safetensors"
 class NonFiniteError(UserError, RuntimeError):
     """Losses or gradients stay NaN or infinite after a rewind."""
 
+    recurs = True
+
 
 @dataclass(frozen=True)
 class PendingStep:

@@ -11,7 +11,7 @@ from ray.util import get_node_ip_address
 
 from pipeline.ray_internals import silence_train_loggers
 from pipeline.training.context import TrainJob, WorkerContext
-from pipeline.training.worker_console import WorkerConsole, last_heartbeat_before_restart, watch_stop_request
+from pipeline.training.worker_console import WorkerConsole, final_errors, last_heartbeat_before_restart, watch_stop_request
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,4 +44,5 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         submit_evaluation=on_ray(job.evaluation_resources) if asynchronous else None,
         stop=watch_stop_request(config["board"]) if rank == 0 else StopRequest(),
     )
-    return train(job, context)
+    with final_errors(config["board"]):
+        return train(job, context)

@@ -1,6 +1,7 @@
 """A worker's side of the progress board: its console, its heartbeats, and the requests that reach it."""
 
 import os
+import pickle
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from pipeline.errors import UserError
 from pipeline.training.heartbeat import FOR_OTHERS, REPLY_SECONDS
 from pipeline.training.stop_request import StopRequest
 
@@ -29,6 +31,25 @@ def last_heartbeat_before_restart(board: Any) -> float | None:
     except RayError:
         return None
     return at
+
+
+@contextmanager
+def final_errors(board: Any) -> Iterator[None]:
+    """End the run by an error of the block that would recur; Ray Train starts the workers again after any error.
+
+    Workers that are started after such an error raise it at once, instead of repeating the steps before it.
+    """
+    with suppress(RayError):
+        if (error := ray.get(board.final_error.remote(), timeout=REPLY_SECONDS)) is not None:
+            raise pickle.loads(error)  # written by a worker of this run
+    try:
+        yield
+    except UserError as error:
+        if error.recurs:
+            cause = getattr(error, "cause", error)  # Ray wraps the exception of its task
+            with suppress(RayError):
+                ray.get(board.fail.remote(pickle.dumps(cause)), timeout=REPLY_SECONDS)
+        raise
 
 
 def watch_stop_request(board: Any) -> StopRequest:

@@ -131,6 +131,20 @@ def test_a_killed_worker_loses_nothing(folder: Path) -> None:
     assert losses_of(folder, "worker-killed") == expected
 
 
+@pytest.mark.slow  # starts the workers four times
+def test_an_error_that_would_recur_ends_the_run_at_once(folder: Path) -> None:
+    """Workers that Ray Train starts again do not repeat the steps that lead to it."""
+    content = yaml.safe_load((folder / "run.yaml").read_text())
+    content |= {"optimizer": {"lr": 1e38, "backbone_lr": 1e38}, "non_finite": {"max_consecutive": 1}, "checkpoints": {}}
+    content["schedule"]["warmup_steps"] = 0
+    (folder / "diverges.yaml").write_text(yaml.safe_dump(content))
+    process = start(folder, "diverged", experiment="diverges.yaml")
+    assert process.wait(timeout=400) == 1
+    said = (folder / "diverged.log").read_text()
+    assert said.count("worker 0 skipped step 1:") == 1, said[-4000:]
+    assert "were not finite, and there is no checkpoint to rewind to" in said
+
+
 @pytest.mark.slow  # `test_run_folder` has the same without starting Ray
 def test_a_job_that_never_fits_is_refused_before_anything_starts(folder: Path) -> None:
     (folder / "64.yaml").write_text(yaml.safe_dump({"workers": 64, "gpus_per_worker": 0}))

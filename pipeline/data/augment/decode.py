@@ -26,6 +26,8 @@ cv2.setNumThreads(1)
 class UndecodableImageError(UserError, ValueError):
     """An image that cannot be used: broken, too large, of an unknown kind, or not of its annotated size."""
 
+    recurs = True
+
 
 def image_size(encoded: bytes) -> tuple[int, int]:
     """Width and height in stored pixels, read from the header.

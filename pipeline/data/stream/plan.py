@@ -73,6 +73,8 @@ class Window:
 class PlanError(UserError, ValueError):
     """Batch sizes that do not fit the number of images or workers."""
 
+    recurs = True
+
 
 @dataclass(frozen=True)
 class BatchPlan:
