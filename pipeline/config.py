@@ -29,6 +29,7 @@ from pydantic import (
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from dfine_core.parts import BACKBONE, PARTS, parts_named
 from dfine_core.thresholds import WANTED_PRECISION
+from pipeline.augment_presets import with_preset
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import ConfigError as ConfigError
@@ -382,8 +383,8 @@ class Experiment(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _values_of_the_recipe(cls, value: Any) -> Any:
-        return with_recipe(value) if isinstance(value, Mapping) else value
+    def _values_of_preset_and_recipe(cls, value: Any) -> Any:
+        return with_recipe(with_preset(value)) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:
