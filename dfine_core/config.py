@@ -69,6 +69,9 @@ class OptimizerConfig:
     decay_biases: bool = False  # encoder and decoder alone; the released l and x decay them
     param_groups: Literal["released", "deim", "fixed"] = "released"
     betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = (
+        1.0  # the rate of a part is multiplied by layer_decay ** its depth from the head (`parts.DEPTH`)
+    )
 
     @classmethod
     def for_variant(cls, name: str, **settings: Any) -> "OptimizerConfig":

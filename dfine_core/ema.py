@@ -1,6 +1,7 @@
 """Exponential moving average of the weights: the model that is evaluated and shipped."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,9 +26,15 @@ class ExponentialMovingAverage:
         self.warmup_steps = warmup_steps
         # On the model's device, so that a step which turns out not to count need not be known on the host.
         self.updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        self._held: frozenset[str] = frozenset()
         self._averages = _averaged(self.module)  # kept, as is the list of the model: making them takes milliseconds
         self._model: nn.Module | None = None
         self._current: list[Tensor] = []
+
+    def hold(self, names: Collection[str]) -> None:
+        """Leave the tensors of these names in the state as they are, and average all others."""
+        self._held = frozenset(names)
+        self._averages, self._model = _averaged(self.module, self._held), None
 
     @torch.no_grad()
     def update(self, model: nn.Module, made: Tensor | None = None) -> None:
@@ -41,7 +48,7 @@ class ExponentialMovingAverage:
         self.updates += counted
         weight = (counted * (1 - ema_decay(self.updates, self.decay, self.warmup_steps))).float()
         if model is not self._model:
-            self._model, self._current = model, _averaged(model)
+            self._model, self._current = model, _averaged(model, self._held)
         difference = torch._foreach_sub(self._current, self._averages)
         torch._foreach_mul_(difference, weight)
         torch._foreach_add_(self._averages, difference)
@@ -56,7 +63,7 @@ class ExponentialMovingAverage:
         self.updates.fill_(int(state["updates"]))
 
 
-def _averaged(model: nn.Module) -> list[Tensor]:
-    """All distinct floating tensors of the state, trained or counted; constants average to themselves."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return [t.detach() for t in tensors if t.dtype.is_floating_point]
+def _averaged(model: nn.Module, held: Collection[str] = ()) -> list[Tensor]:
+    """All distinct floating tensors of the state but the held ones, trained or counted; constants average to themselves."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [t.detach() for name, t in tensors if t.dtype.is_floating_point and name not in held]

@@ -9,12 +9,16 @@ from torch import nn
 
 from dfine_core.config import OptimizerConfig
 from dfine_core.model.hgnetv2 import LearnableAffine
+from dfine_core.parts import DEPTH, part_of
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 
 
 def parameter_groups(detector: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Sort the trainable parameters into named groups for torch.optim: each into exactly one, empty groups left out."""
+    """Sort the trainable parameters into named groups for torch.optim: each into exactly one, empty groups left out.
+
+    With a `layer_decay` below 1 each group is split by parts of the detector, the decoder first; "part" names them.
+    """
     # DEIM's s and m train the backbone's norms at the full rate, without decay.
     groups: dict[str, dict[str, Any]] = {
         "backbone": {"lr": config.backbone_lr, "weight_decay": config.weight_decay},
@@ -22,10 +26,21 @@ def parameter_groups(detector: nn.Module, config: OptimizerConfig) -> list[dict[
         "no_decay": {"lr": config.lr, "weight_decay": 0.0},
         "rest": {"lr": config.lr, "weight_decay": config.weight_decay},
     }
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
+    members: dict[tuple[str, str], list[nn.Parameter]] = {}
+    split = config.layer_decay != 1
     for module, name, parameter in _trainable(detector):
-        members[_group_of(module, name, config)].append(parameter)
-    return [{"name": name, "params": members[name], **settings} for name, settings in groups.items() if members[name]]
+        key = _group_of(module, name, config), part_of(name) if split else ""
+        members.setdefault(key, []).append(parameter)
+    return [
+        {"name": name, "params": members[name, part], **settings, **_settings_of(part, settings["lr"], config)}
+        for name, settings in groups.items()
+        for part in (DEPTH if split else ("",))
+        if (name, part) in members
+    ]
+
+
+def _settings_of(part: str, lr: float, config: OptimizerConfig) -> dict[str, Any]:
+    return {"part": part, "lr": lr * config.layer_decay ** DEPTH[part]} if part else {}
 
 
 def _group_of(module: nn.Module, name: str, config: OptimizerConfig) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -26,7 +27,9 @@ from pydantic import (
 )
 
 from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
+from dfine_core.parts import BACKBONE, PARTS, parts_named
 from dfine_core.thresholds import WANTED_PRECISION
+from pipeline.augment_presets import with_preset
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.stream.settings import DecodeIn
 from pipeline.errors import ConfigError as ConfigError
@@ -69,6 +72,18 @@ def _a_model_alias(alias: str) -> str:
     return alias
 
 
+def _a_list_of_parts(names: Any) -> Any:
+    if isinstance(names, str):
+        raise ValueError(f"{names!r} must be a list of parts, as in [backbone.stem, encoder]")
+    return names
+
+
+def _frozen_parts(names: tuple[str, ...]) -> tuple[str, ...]:
+    if set(parts_named(names)) == set(PARTS):
+        raise ValueError(f"{list(names)} are all parts, so nothing would be trained: leave one out")
+    return names
+
+
 def _an_experiment_name(name: str) -> str:
     if not name.strip() or len(name) > MAX_EXPERIMENT_NAME:
         raise ValueError(f"{name!r} cannot be the name of an MLflow experiment: 1 to {MAX_EXPERIMENT_NAME} characters")
@@ -78,6 +93,7 @@ def _an_experiment_name(name: str) -> str:
 # Names that MLflow, its search language and its URIs accept: a wrong one would be refused at the end of the run.
 ModelName = Annotated[str, AfterValidator(_a_model_name)]
 ModelAlias = Annotated[str, AfterValidator(_a_model_alias)]
+FrozenParts = Annotated[tuple[str, ...], BeforeValidator(_a_list_of_parts), AfterValidator(_frozen_parts)]
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
 Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a path becomes absolute
 WeightsLocation = Annotated[str, AfterValidator(weights_location)]  # also a published name, or hf://org/name
@@ -238,10 +254,30 @@ class Optimizer(Config):
     base_batch_size: PositiveInt | None = None  # default: the batch of the variant's recipe
     scale_lr: Literal["linear", "sqrt", "none"] = "linear"  # with global_batch_size / base_batch_size
     max_grad_norm: PositiveFloat = 0.1  # limit for the norm of all gradients together
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # factor on the rate for each part further from the head; 1: none
+    )
+    # Parts that do not change (`dfine_core/parts.py`), besides those of model.freeze_at, until the run has made so many steps or
+    # epochs; neither: to the end.
+    freeze: FrozenParts = ()
+    thaw_steps: PositiveInt | None = None
+    thaw_epochs: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_time_to_thaw(self) -> Self:
+        given = [key for key in ("thaw_steps", "thaw_epochs") if getattr(self, key) is not None]
+        if len(given) == 2:
+            raise ValueError(f"give either thaw_steps ({self.thaw_steps}) or thaw_epochs ({self.thaw_epochs})")
+        if given and not self.freeze:
+            raise ValueError(
+                f"{given[0]} ({getattr(self, given[0])}) needs parts to thaw: give freeze, or leave it out"
+            )
+        return self
 
     def config(self, variant: str, lr_factor: float) -> OptimizerConfig:
         """Fill in the recipe of the variant, and multiply the rates by `lr_factor`."""
-        given = self.model_dump(exclude={"base_batch_size", "scale_lr", "max_grad_norm"}, exclude_none=True)
+        others = {"base_batch_size", "scale_lr", "max_grad_norm", "freeze", "thaw_steps", "thaw_epochs"}
+        given = self.model_dump(exclude=others, exclude_none=True)
         recipe = OptimizerConfig.for_variant(variant, **given)
         rates = {"lr": recipe.lr * lr_factor, "backbone_lr": recipe.backbone_lr * lr_factor}
         return OptimizerConfig(**{**vars(recipe), **rates})
@@ -347,13 +383,27 @@ class Experiment(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _values_of_the_recipe(cls, value: Any) -> Any:
-        return with_recipe(value) if isinstance(value, Mapping) else value
+    def _values_of_preset_and_recipe(cls, value: Any) -> Any:
+        return with_recipe(with_preset(value)) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:
         if self.evaluation.patience is not None and self.data.val is None:
             raise ValueError(f"evaluation.patience ({self.evaluation.patience}) needs a data.val, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_teacher_needs_a_part_that_learns(self) -> Self:
+        frozen, teacher = set(parts_named(self.optimizer.freeze)), self.teacher
+        if teacher.features is not None and teacher.features.adapt is not None and "encoder" in frozen:
+            raise ValueError(
+                "teacher.features.adapt follows the gradient of the encoder, which optimizer.freeze holds: leave one of them out"
+            )
+        teaches_map = teacher.features is not None or (teacher.detector is not None and teacher.detector.map_weight > 0)
+        if teaches_map and frozen >= {*BACKBONE, "encoder"}:
+            raise ValueError(
+                "teacher: its map is learned by backbone and encoder, and optimizer.freeze holds both: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

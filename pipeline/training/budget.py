@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
@@ -16,11 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_core import Criterion, Detector, ModelConfig, Targets
 from dfine_core.model.denoising import sample_queries_for
+from dfine_core.parts import part_of
+from pipeline.training.frozen_parts import freeze
 from pipeline.training.schedule import Schedule
 from pipeline.wording import plural
 
 BACKWARD = 2  # backward / forward arithmetic: one pass for the weights, one for the inputs
 STATE_VALUES = 5  # per parameter: value, gradient, two moments, EMA
+FROZEN_VALUES = 2  # of a part that is never trained: value, EMA
 FLOAT_BYTES = 4
 SUSTAINED_TFLOPS = (10, 30, 100)  # assumed for one GPU in bf16; the first epoch shows the real value
 LAUNCH_SECONDS = 5e-6  # assumed for the host to launch one GPU kernel
@@ -110,11 +113,14 @@ def flops_per_image(config: ModelConfig, boxes: int, images: int = 2) -> float:
     return (1 + BACKWARD) * counter.get_total_flops() / images
 
 
-def estimated_bytes(config: ModelConfig, micro_batch_size: int, boxes: int) -> tuple[int, int]:
+def estimated_bytes(
+    config: ModelConfig, micro_batch_size: int, boxes: int, *, frozen: Collection[str] = ()
+) -> tuple[int, int]:
     """Memory of a worker, found by running the forward pass on fake tensors.
 
     Args:
         boxes: number of boxes in every image; it sets the number of denoising queries.
+        frozen: parts of the detector that are never trained.
 
     Returns:
         Bytes of the training state, and bytes that the forward pass keeps for the backward pass.
@@ -132,8 +138,12 @@ def estimated_bytes(config: ModelConfig, micro_batch_size: int, boxes: int) -> t
 
         return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
-    parameters = _fake_forward(config, micro_batch_size, boxes, keeping)
-    return parameters * STATE_VALUES * FLOAT_BYTES, sum(size for _, size in kept.values())
+    detector = _fake_forward(config, micro_batch_size, boxes, keeping, frozen)
+    values = sum(
+        parameter.numel() * (FROZEN_VALUES if part_of(name) in frozen else STATE_VALUES)
+        for name, parameter in detector.named_parameters()
+    )
+    return values * FLOAT_BYTES, sum(size for _, size in kept.values())
 
 
 def _fake_forward(
@@ -141,20 +151,23 @@ def _fake_forward(
     images: int,
     boxes: int,
     during: Callable[[dict[str, Tensor]], AbstractContextManager[Any]],
-) -> int:
-    """Run the forward pass of training on fake tensors inside `during(state)`; return the number of parameters."""
+    frozen: Collection[str] = (),
+) -> Detector:
+    """Run the forward pass of training on fake tensors inside `during(state)`; return the detector."""
     target = {"labels": torch.zeros(boxes, dtype=torch.int64), "boxes": torch.full((boxes, 4), 0.5)}
     targets = Targets.pack([target] * images, config.num_classes, torch.device("cpu"))
     denoising = sample_queries_for(config, targets) or False
     # Fake tensors have shapes and no content: nothing is computed, however large the model.
     detector = Detector(config).train()
+    if frozen:
+        freeze(detector, frozen, [p for p in detector.parameters() if p.requires_grad])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state: dict[str, Tensor] = {
         name: mode.from_tensor(t) for name, t in (*detector.named_parameters(), *detector.named_buffers())
     }
     with mode, during(state):
         functional_call(detector, state, (torch.empty(images, 3, *config.input_size), targets, denoising))
-    return sum(p.numel() for p in detector.parameters())
+    return detector
 
 
 def seconds_per_image(config: ModelConfig, boxes: int, device: torch.device) -> float:

@@ -32,6 +32,7 @@ from dfine_core.checkpoints import folder as checkpoint_folder
 from dfine_core.checkpoints.folder import METADATA as METADATA
 from dfine_core.checkpoints.folder import LoadError
 from dfine_core.checkpoints.folder import step_folder as step_folder
+from dfine_core.parts import part_of
 from pipeline import storage
 from pipeline.data.shards.manifest import Category
 from pipeline.errors import UserError
@@ -126,7 +127,7 @@ def load_tensors(state: TrainState, uri: str) -> Metadata:
             raise ValueError("saved with teachers, and this run has none")
     except ValueError as error:
         raise CheckpointError(f"{uri}: {error}") from None
-    _load_optimizer(state, optimizer, uri)
+    _load_optimizer(state, optimizer, uri, frozen=state.freezing.at(metadata.step))
     return metadata
 
 
@@ -169,18 +170,28 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], uri: str) -> None:
+def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], uri: str, *, frozen: Collection[str]) -> None:
+    """Load the moments of all parameters that have been trained.
+
+    Args:
+        frozen: parts that are frozen at the checkpoint's step. They have no moments; those of a run without this are left out.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
         states.setdefault(name, {})[kind] = tensor
     names = _names(state)
     ours = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
-    if states and set(ours) != set(states):
-        raise CheckpointError(f"{uri}: its optimiser has other parameters than this run: {set(ours) ^ set(states)}")
+    begins_later = {name for name in ours if part_of(name) in state.freezing.parts}
+    if states and (different := (set(ours) ^ set(states)) - (begins_later - set(states))):
+        raise CheckpointError(
+            f"{uri}: its optimiser has other parameters than this run: {different}; it was trained with other frozen parts"
+            " (optimizer.freeze, model.freeze_at): set them as there, or begin with its weights alone (init)"
+        )
     # The optimiser numbers its parameters in the order of its groups.
     saved = state.optimizer.state_dict()
-    saved["state"] = {number: states[name] for number, name in enumerate(ours)} if states else {}
+    trained = {name for name in states if part_of(name) not in frozen}
+    saved["state"] = {number: states[name] for number, name in enumerate(ours) if name in trained}
     state.optimizer.load_state_dict(saved)
     # Fused Adam on a CPU walks through memory without regard to strides, and files hold moments in plain order.
     for parameter, moments in state.optimizer.state.items():

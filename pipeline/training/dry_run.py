@@ -7,6 +7,7 @@ import yaml
 
 from dfine_core import Detector, ModelConfig
 from dfine_core.optim import parameter_groups
+from dfine_core.parts import BACKBONE, DEPTH, part_of
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump_shareable
 from pipeline.data.shards.manifest import Manifest
@@ -98,17 +99,29 @@ def _data_lines(manifest: Manifest) -> list[str]:
 
 
 def _parameter_lines(config: ModelConfig, schedule: Schedule) -> Iterator[str]:
+    """Table of all parameters by group and part, from the head to the image."""
     with torch.device("meta"):
-        groups = parameter_groups(Detector(config), schedule.optimizer)
-    yield f"{'group':20}{'tensors':>10}{'values':>14}{'rate':>12}{'decay':>12}"
-    for group in groups:
-        values = sum(p.numel() for p in group["params"])
-        yield f"{group['name']:20}{len(group['params']):>10}{values:>14,}{group['lr']:>12g}{group['weight_decay']:>12g}"
+        detector = Detector(config)
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    yield f"{'group':20}{'part':18}{'tensors':>8}{'values':>14}{'rate':>12}{'decay':>12}  frozen"
+    for group in parameter_groups(detector, schedule.optimizer):
+        for part in DEPTH:
+            sizes = [p.numel() for p in group["params"] if part_of(names[id(p)]) == part]
+            if sizes:
+                yield (
+                    f"{group['name']:20}{part:18}{len(sizes):>8}{sum(sizes):>14,}{group['lr']:>12g}"
+                    f"{group['weight_decay']:>12g}  {schedule.freezing.until(part) or 'no'}"
+                )
+    for part in BACKBONE[::-1]:
+        sizes = [p.numel() for name, p in detector.named_parameters() if part_of(name) == part and not p.requires_grad]
+        if sizes:
+            yield f"{'none':20}{part:18}{len(sizes):>8}{sum(sizes):>14,}{'':24}  always (model.freeze_at)"
 
 
 def _memory_lines(config: ModelConfig, schedule: Schedule, manifest: Manifest) -> list[str]:
     crowded = manifest.statistics.most_crowded.boxes
-    state, kept = estimated_bytes(config, schedule.micro_batch_size, crowded)
+    frozen = schedule.freezing.at(schedule.steps)  # those that never thaw
+    state, kept = estimated_bytes(config, schedule.micro_batch_size, crowded, frozen=frozen)
     return [
         f"{(state + kept) / 2**30:.1f} GiB in fp32, if all {schedule.micro_batch_size} images are as crowded as the most"
         f" crowded one ({plural(crowded, 'box')}):",

@@ -158,6 +158,9 @@ def run_step(
     context.console.heartbeat(state.step, "training")
     for replaced in (replaced for batch in taken for replaced in batch.replaced):
         context.console.print(f"image {replaced.image_id} is {replaced.reason}")
+    if state.freeze_for_step():
+        now = f"{', '.join(state.frozen)} frozen" if state.frozen else "all parts train"
+        context.print(f"step {state.step}: {now}")
     state.set_learning_rate(job.schedule.learning_rate_factor(state.step))
     size = step_size(job, state)
     micro_batches = [to_micro_batch(batch, state, size=size, seed=job.experiment.seed) for batch in taken]

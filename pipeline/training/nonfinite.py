@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from dfine_core import Detector
 from pipeline import storage
 from pipeline.data.stream.batch import Batch
 from pipeline.errors import UserError
@@ -80,7 +79,7 @@ class NonFiniteGuard:
             f" {float(pending.result.grad_norm):g}, images {self._last_images}"
         )
         if state.skipped_steps <= self._settings.max_saved:
-            uri = save_step(self._job.run, pending.step, self._context.rank, pending.batches, state.detector)
+            uri = save_step(self._job.run, pending.step, self._context.rank, pending.batches, state)
             self._context.print(f"its batch and weights are kept: `dfine replay {uri}` examines them")
 
     def begin_rewind(self, state: TrainState, checkpoints: Sequence[int]) -> None:
@@ -108,7 +107,7 @@ class NonFiniteGuard:
         self._consecutive = 0
 
 
-def save_step(run: str, step: int, rank: int, batches: Sequence[Batch], detector: Detector) -> str:
+def save_step(run: str, step: int, rank: int, batches: Sequence[Batch], state: TrainState) -> str:
     """Write a worker's micro-batches of a step, and the weights it ran with; return the folder shared by all workers."""
     folder = storage.join(run, FOLDER, checkpoint.step_folder(step))
     tensors: dict[str, Tensor] = {}
@@ -121,8 +120,8 @@ def save_step(run: str, step: int, rank: int, batches: Sequence[Batch], detector
         tensors |= {f"{batch.micro_batch}/{name}": value.cpu().contiguous().clone() for name, value in named.items()}
     storage.write_atomic(storage.join(folder, rank_file(rank)), tensors_to_bytes(tensors))
     if rank == 0:
-        storage.write_atomic(storage.join(folder, MODEL), checkpoint.weights_as_bytes(detector))
-        about = {"step": step, "model": detector.config.to_plain()}
+        storage.write_atomic(storage.join(folder, MODEL), checkpoint.weights_as_bytes(state.detector))
+        about = {"step": step, "model": state.detector.config.to_plain(), "frozen": state.frozen}
         storage.write_atomic(storage.join(folder, ABOUT), json.dumps(about, indent=1).encode())
     return folder
 

@@ -1,5 +1,6 @@
 """Device-side bookkeeping of a step: running statistics, loss scale, and scalars that reach the host without a stall."""
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -37,16 +38,29 @@ class RunningStatistics:
     """
 
     def __init__(self, detector: nn.Module) -> None:
-        norms = [
-            m
-            for m in detector.modules()
+        found = {
+            name: m
+            for name, m in detector.named_modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-        ]
+        }
+        norms = list(found.values())
+        self._lengths = {name: m.num_features for name, m in found.items()}
         # Means and variances are averaged; the counters only count steps.
         self._values = _merge([cast(Tensor, b) for m in norms for b in (m.running_mean, m.running_var)])
         self._counters = _merge([cast(Tensor, m.num_batches_tracked) for m in norms])
         self._held, self._held_counters = self._values, self._counters
         self._sums = self._values
+        # Masks of the values and counters that a step may change; None: all of them.
+        self._moving: tuple[Tensor, Tensor] | None = None
+
+    def hold(self, names: Collection[str]) -> None:
+        """Leave the statistics of the norms of these names as they are, and move all others."""
+        if not any(name in names for name in self._lengths):
+            self._moving = None
+            return
+        moving = torch.tensor([name not in names for name in self._lengths], device=self._values.device)
+        lengths = torch.tensor([2 * length for length in self._lengths.values()], device=self._values.device)
+        self._moving = moving.repeat_interleave(lengths), moving
 
     def begin_step(self) -> None:
         """Copy the state before a step."""
@@ -72,8 +86,9 @@ class RunningStatistics:
 
     def commit(self, mean: Tensor, finite: Tensor) -> None:
         """Write the statistics of a step, or those from before it where `finite` is false."""
-        torch.where(finite, mean, self._held, out=self._values)
-        torch.add(self._held_counters, finite, out=self._counters)
+        moves, counts = (finite, finite) if self._moving is None else (finite & mask for mask in self._moving)
+        torch.where(moves, mean, self._held, out=self._values)
+        torch.add(self._held_counters, counts, out=self._counters)
 
 
 def _merge(buffers: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from pipeline.config import ConfigError
 from pipeline.data.augment.blend import Blend, Paste
 from pipeline.data.augment.blend_pixels import blend_images
 from pipeline.data.augment.photometric import photometric_distort
+from pipeline.training.frozen_parts import freeze
 from pipeline.training.nonfinite import ABOUT, MODEL, rank_file
 
 
@@ -60,6 +61,7 @@ def replay(folder: str, *, precision: str, device: torch.device) -> Iterator[Rep
     detector = Detector(ModelConfig.from_plain(about["model"]))
     detector.load_state_dict(weights)
     detector.to(device).train()
+    freeze(detector, about.get("frozen", ()), [p for p in detector.parameters() if p.requires_grad])
     criterion = Criterion(detector.config)
     ranks = sorted(
         int(name.removeprefix("rank-").removesuffix(".safetensors"))

@@ -205,7 +205,8 @@ class RunLog:
         schedule = self._job.schedule
         values = self._meter.read(schedule.global_batch_size)
         # Rates, progress and memory; the losses are means since the last report.
-        rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+        groups = reversed(state.optimizer.param_groups)  # split by parts, the one next to the head counts
+        rates = {group["name"]: group["lr"] for group in groups}
         values["train/lr"] = rates.get("rest", next(iter(rates.values())))
         values["train/lr_backbone"] = rates.get("backbone", 0.0)
         values["train/epoch"] = state.step / schedule.steps_per_epoch

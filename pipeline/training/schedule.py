@@ -11,6 +11,7 @@ from pipeline.config import ConfigError, Experiment
 from pipeline.data.augment.stages import Stages
 from pipeline.recipes import WARMUP_STEPS
 from pipeline.training.augment_stages import augmentation_left_out, resolve_stages, stage_lines
+from pipeline.training.freezing import NOTHING_FROZEN, Freezing, freezing_lines, resolve_freezing
 from pipeline.wording import plural
 
 BASE_BATCH_SIZE = {"n": 128, "s": 32, "m": 32, "l": 32, "x": 32}  # published recipes
@@ -40,7 +41,9 @@ class Schedule:
     ema_warmup_steps: int
     evaluation_steps: int  # steps between two evaluations
     optimizer: OptimizerConfig
-    left_out: tuple[str, ...] = ()  # lines about parts of the recipe for which the run or the batch is too small
+    freezing: Freezing = NOTHING_FROZEN
+    # Lines about what is frozen, and about parts of the recipe that the run or the batch is too small for.
+    notes: tuple[str, ...] = ()
 
     @property
     def epochs(self) -> float:
@@ -94,16 +97,19 @@ class Schedule:
             "none" if self.stage_two_step is None else f"from epoch {self.strong_epochs}, step {self.stage_two_step}"
         )
         rates = self.optimizer
+        by_depth = (
+            f", times {rates.layer_decay:g} for each part further from the head" if rates.layer_decay != 1 else ""
+        )
         return [
             f"{self.steps} steps of {self.global_batch_size} images, {self.steps_per_epoch} per epoch of {self.images} images:"
             f" {self.epochs:g} epoch{'' if self.epochs == 1 else 's'}",
             f"stage two (no strong augmentation): {stage_two}",
             *stage_lines(self.stages, math.ceil(self.epochs)),
-            f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g};"
+            f"learning rate {rates.lr:g}, backbone {rates.backbone_lr:g}, weight decay {rates.weight_decay:g}{by_depth};"
             f" {self._rate_over_time()}",
             f"averaged weights: decay {self.ema_decay:g}, warm-up constant {self.ema_warmup_steps} steps",
             f"evaluations: {evaluations if evaluates else 'none, as there is no data.val'}",
-            *self.left_out,
+            *self.notes,
         ]
 
     def _rate_over_time(self) -> str:
@@ -149,6 +155,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     stage_two_step = None if strong_epochs is None else strong_epochs * steps_per_epoch
     published_warmup = round(WARMUP_STEPS[experiment.recipe] / scale)
     warmup = min(published_warmup, steps // 10) if given.warmup_steps is None else given.warmup_steps
+    freezing = resolve_freezing(experiment.optimizer, steps_per_epoch=steps_per_epoch, steps=steps)
     shape = given.shape or ("cosine" if given.min_lr_ratio < 1 else "constant")
     decay, ema_warmup = experiment.ema.decay, experiment.ema.warmup_steps
     return Schedule(
@@ -171,7 +178,9 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         ema_warmup_steps=min(round(1000 / scale), steps // 20) if ema_warmup is None else ema_warmup,
         evaluation_steps=experiment.evaluation.every_steps or experiment.evaluation.every_epochs * steps_per_epoch,
         optimizer=experiment.optimizer.config(variant, lr_factor),
-        left_out=(
+        freezing=freezing,
+        notes=(
+            *freezing_lines(freezing, experiment),
             *(left_out(epochs, given.no_aug_epochs) if given.stages == "deim" else ()),
             *augmentation_left_out(
                 experiment.augment, stages, epochs=epochs, images=images, micro_batch_size=micro_batch_size

@@ -1,5 +1,6 @@
 """Everything that training changes: the detector and what trains it, and the progress of the run."""
 
+import gc
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from dfine_core import Criterion, Detector
 from dfine_core.ema import ExponentialMovingAverage
 from dfine_core.optim import make_optimizer
 from pipeline.config import Experiment
+from pipeline.training.freezing import NOTHING_FROZEN, Freezing
+from pipeline.training.frozen_parts import freeze, names_in
 from pipeline.training.graphs import StepGraphs, compile_step, keep_graphs_in_cache, resolve_compile
 from pipeline.training.low_precision import CastDetector
 from pipeline.training.multiscale import multiscale_sides
@@ -53,6 +56,8 @@ class TrainState:
     channels_last: bool = False
     graphs: StepGraphs | None = None  # where the step is compiled
     teachers: "Teachers | None" = None
+    freezing: Freezing = NOTHING_FROZEN
+    frozen: tuple[str, ...] = ()  # parts that do not change at present
 
     step: int = 0  # optimiser steps done
     history: EvaluationHistory = field(default_factory=EvaluationHistory)
@@ -74,6 +79,25 @@ class TrainState:
         if self.precision == "fp32":
             return nullcontext()
         return cast(AbstractContextManager[None], torch.autocast(self.device.type, dtype=AUTOCAST[self.precision]))
+
+    def freeze_for_step(self) -> bool:
+        """Freeze the parts that do not change in the present step, and thaw the others; return whether anything has changed.
+
+        Collective: where it changes something, the gradients to exchange are others.
+        """
+        parts = self.freezing.at(self.step)
+        if parts == self.frozen:
+            return False
+        freeze(self.detector, parts, [p for group in self.optimizer.param_groups for p in group["params"]])
+        names = names_in(self.detector, parts)
+        self.statistics.hold(names)
+        self.ema.hold(names)
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.model.module
+            gc.collect()  # the old wrapper takes its hooks from the parameters
+            self.model = exchanging_gradients(self.model)
+        self.frozen = parts
+        return True
 
     def set_learning_rate(self, factor: float) -> None:
         """Set the rate of every parameter group to `factor` times its initial rate."""
@@ -112,6 +136,7 @@ def build_train_state(
         group["initial_lr"] = group["lr"]
 
     criterion = Criterion(config).to(device)
+    freezing = schedule.freezing
     graphs = None
     compiled = "off" if teachers is not None else resolve_compile(numerics.compile, device, schedule.steps)
     if compiled != "off":
@@ -120,7 +145,8 @@ def build_train_state(
             detector,
             criterion,
             losses=compiled == "step",
-            sizes=len(set(multiscale_sides(config, experiment.base_size_repeat))),
+            sizes=len(set(multiscale_sides(config, experiment.base_size_repeat)))
+            * (1 + (freezing.thaw_step is not None)),
             replay=device.type == "cuda" and schedule.micro_batches <= world_size,
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numerics.tf32
@@ -128,11 +154,7 @@ def build_train_state(
     model: torch.nn.Module = detector
     if precision != "fp32":
         model = CastDetector(detector, AUTOCAST[precision], in_place=graphs is not None)
-    if world_size > 1:
-        # DDP does not sync buffers: `RunningStatistics` averages them in the step.
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
-
-    return TrainState(
+    state = TrainState(
         detector=detector,
         model=model,
         criterion=criterion,
@@ -146,7 +168,17 @@ def build_train_state(
         max_grad_norm=experiment.optimizer.max_grad_norm,
         channels_last=channels_last,
         teachers=teachers,
+        freezing=freezing,
     )
+    state.freeze_for_step()
+    if world_size > 1:
+        state.model = exchanging_gradients(model)
+    return state
+
+
+def exchanging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """Wrap a model for several workers; buffers are not exchanged, as `RunningStatistics` averages them in the step."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:

@@ -11,6 +11,7 @@ from dfine_core import Detector, ModelConfig
 from dfine_core.config import OptimizerConfig
 from dfine_core.ema import ExponentialMovingAverage, ema_decay
 from dfine_core.optim import learning_rate_factor, make_optimizer, parameter_groups
+from dfine_core.parts import BACKBONE, PARTS, part_of, parts_named
 from tests.support import recorded
 
 # Tensors and numbers per group as the released code forms them: backbone, no_decay, rest.
@@ -167,3 +168,57 @@ def test_averages_equal_a_plain_loop_and_survive_saving() -> None:
     resumed.update(model)
     for a, b in zip(average.module.state_dict().values(), resumed.module.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+# Rates by depth
+
+
+# Parts from the head, with the power of the decay that each has.
+DEPTHS = {
+    "decoder.": 0,
+    "encoder.": 1,
+    "backbone.stages.3.": 2,
+    "backbone.stages.2.": 3,
+    "backbone.stages.1.": 4,
+    "backbone.stages.0.": 5,
+    "backbone.stem.": 6,
+}
+
+
+@pytest.mark.parametrize("variant", ["n", "l"])
+@pytest.mark.parametrize("mode", ["released", "deim", "fixed"])
+def test_each_part_has_the_rate_of_its_group_times_the_decay_of_its_depth(variant: str, mode: str) -> None:
+    with torch.device("meta"):
+        detector = Detector(ModelConfig.variant(variant))
+    names = {id(p): name for name, p in detector.named_parameters()}
+    settings = {"param_groups": mode, "lr": 1e-3, "backbone_lr": 1e-4}
+    whole = parameter_groups(detector, OptimizerConfig.for_variant(variant, **settings))
+    split = parameter_groups(detector, OptimizerConfig.for_variant(variant, **settings, layer_decay=0.5))
+    before = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in whole for p in g["params"]}
+    after = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in split for p in g["params"]}
+    assert before.keys() == after.keys()
+    assert sum(len(g["params"]) for g in split) == len(after)
+    for name, (rate, decay) in after.items():
+        (depth,) = (depth for prefix, depth in DEPTHS.items() if name.startswith(prefix))
+        assert rate == pytest.approx(before[name][0] * 0.5**depth), name
+        assert decay == before[name][1]
+    by_part = {(g["name"], g["part"]): g["lr"] for g in split}
+    assert by_part["rest", "decoder"] == 1e-3
+    assert by_part["rest", "encoder"] == 5e-4
+    assert by_part["backbone", "backbone.stage4"] == 2.5e-5
+    assert by_part["backbone", "backbone.stage1"] == pytest.approx(3.125e-6)
+    # L does not train its stem (model.freeze_at).
+    assert ("backbone", "backbone.stem") in by_part or variant == "l"
+    assert variant != "l" or not any(part == "backbone.stem" for _, part in by_part)
+
+
+def test_parts_cover_a_detector_and_names_stand_for_them() -> None:
+    with torch.device("meta"):
+        detector = Detector(ModelConfig.variant("n"))
+    assert {part_of(name) for name, _ in detector.named_parameters()} == set(PARTS)
+    assert part_of("backbone.stages.3.blocks.0.layers.0.bn.running_var") == "backbone.stage4"
+    assert part_of("backbone") == part_of("backbone.stages") == "backbone"
+    assert parts_named(["encoder", "backbone"]) == (*BACKBONE, "encoder")
+    assert parts_named(["backbone.stage2", "backbone.stem", "backbone.stem"]) == ("backbone.stem", "backbone.stage2")
+    with pytest.raises(ValueError, match=r"unknown part 'stem'; known: backbone, backbone\.stem"):
+        parts_named(["stem"])

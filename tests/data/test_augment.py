@@ -1,8 +1,10 @@
 """Draws against torchvision's transforms in the released order, and boxes against the pixels they lie on."""
 
+import hashlib
 import io
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields, replace
 
 import numpy as np
@@ -20,13 +22,16 @@ from torchvision.transforms import v2
 from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.generators import keyed_generator
 from pipeline.data.augment.geometry import (
+    Orientation,
     Rectangle,
     View,
     boxes_on_canvas,
     composed_view,
     draw_large_scale_jitter,
+    draw_orientation,
     draw_view,
     draw_zoom_out,
+    turned,
 )
 from pipeline.data.augment.photometric_parameters import Photometric, draw_photometric, mean_grey
 from pipeline.data.augment.samples import AnnotatedImage, Sample, augmented_sample, plain_sample
@@ -127,15 +132,21 @@ def test_another_process_draws_the_same() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), flip=st.booleans())
-def test_a_box_stays_on_its_object(seed: int, flip: bool) -> None:
+@given(seed=st.integers(0, 2**32), flip=st.booleans(), vertical=st.booleans(), turn=st.booleans())
+def test_a_box_stays_on_its_object(seed: int, flip: bool, vertical: bool, turn: bool) -> None:
     """The bright rectangle is at its box in the pixels, for any random view."""
     random = np.random.default_rng(seed)
     width, height = random.integers(60, 400, 2).tolist()
     left, top = int(random.integers(0, width - 30)), int(random.integers(0, height - 30))
     right, bottom = int(random.integers(left + 20, width + 1)), int(random.integers(top + 20, height + 1))
     boxes = np.array([[left, top, right, bottom]], np.float32)
-    options = replace(RELEASED, flip_probability=float(flip), photometric_probability=0)
+    options = replace(
+        RELEASED,
+        flip_probability=float(flip),
+        vertical_flip_probability=float(vertical),
+        quarter_turn_probability=float(turn),
+        photometric_probability=0,
+    )
     encoded = card(width, height, (left, top, right, bottom))
     sample = sample_of(encoded, boxes, width=width, height=height, seed=seed, settings=options, canvas=(300, 360))
     if len(sample.boxes) == 0:
@@ -216,6 +227,75 @@ def test_a_crop_over_the_edge_is_placed_by_hand() -> None:
     flipped = composed_view(crop, 120, 90, canvas=(300, 400), flip=True)
     assert flipped == View(source=(0, 0, 120, 80), region=(60, 60, 300, 300), flip=True)
     assert boxes_on_canvas(flipped, boxes).tolist() == [[220, 120, 280, 210], [60, 270, 100, 300]]
+
+
+def test_boxes_are_flipped_and_turned_by_hand() -> None:
+    """An image of 120 x 90 with a box at its top left, to canvases that show it at its own size."""
+    boxes, whole = np.array([[10, 20, 40, 30]], np.float32), Rectangle(0, 0, 120, 90)
+
+    def placed(orientation: Orientation) -> list[float]:
+        canvas = (120, 90) if orientation.transpose else (90, 120)
+        (box,) = boxes_on_canvas(composed_view(whole, 120, 90, canvas, *orientation), boxes).tolist()
+        return box
+
+    upright = Orientation()
+    assert placed(upright) == [10, 20, 40, 30]
+    assert placed(Orientation(flip=True)) == [80, 20, 110, 30]
+    assert placed(Orientation(vertical_flip=True)) == [10, 60, 40, 70]
+    assert placed(turned(upright, 1)) == [60, 10, 70, 40]  # clockwise: the top is at the right
+    assert placed(turned(upright, 2)) == [80, 60, 110, 70]
+    assert placed(turned(upright, 3)) == [20, 80, 30, 110]
+    assert placed(turned(Orientation(flip=True), 1)) == [60, 80, 70, 110]
+
+
+@given(flip=st.booleans(), vertical=st.booleans(), quarters=st.integers(0, 4))
+def test_a_turn_is_that_of_numpy(flip: bool, vertical: bool, quarters: int) -> None:
+    image = np.arange(6).reshape(2, 3)
+    mirrored = image[:, ::-1] if flip else image
+    expected = np.rot90(mirrored[::-1] if vertical else mirrored, -quarters)
+    after = turned(Orientation(flip, vertical), quarters)
+    found = image.T if after.transpose else image
+    found = found[:, ::-1] if after.flip else found
+    np.testing.assert_array_equal(found[::-1] if after.vertical_flip else found, expected)
+
+
+def test_all_eight_orientations_are_drawn_equally_often() -> None:
+    options = replace(RELEASED, vertical_flip_probability=0.5, quarter_turn_probability=0.75)
+    drawn = Counter(draw_orientation(keyed_generator("image", 0, 0, n), options) for n in range(4000))
+    assert len(drawn) == 8
+    assert stats.chisquare(list(drawn.values())).pvalue > 0.001
+    half = replace(RELEASED, flip_probability=0, quarter_turn_probability=0.5)
+    turns = [draw_orientation(keyed_generator("image", 0, 0, n), half) for n in range(2000)]
+    assert stats.binomtest(sum(turn != Orientation() for turn in turns), 2000, 0.5).pvalue > 0.001
+
+
+def test_draws_are_those_from_before_there_were_turns() -> None:
+    """SHA-256 over 200 samples with the defaults, recorded before `vertical_flip_probability` and its like existed."""
+    found = hashlib.sha256()
+    boxes = np.array([[10, 20, 60, 90], [30, 5, 110, 80]], np.float32)
+    for image_id in range(200):
+        generator = keyed_generator("image", 5, 1, image_id)
+        row = draw_photometric(generator, RELEASED)
+        view, kept = draw_view(generator, boxes, 120, 95, RELEASED, (96, 128))
+        found.update(row.tobytes() + np.array([*view.source, *view.region, view.flip], np.int64).tobytes())
+        found.update(boxes_on_canvas(view, boxes[kept]).tobytes() + generator.random(1).tobytes())
+    assert found.hexdigest() == "ce9b631651b062ac42632e79e9a94c0428965b508fc5122bbf2621beb51e7c30"
+
+
+def test_colours_keep_their_channels_where_asked_and_all_else_is_drawn_the_same() -> None:
+    always = replace(RELEASED, photometric_probability=1)
+    permuted = 0
+    for n in range(50):
+        rows = [
+            draw_photometric(keyed_generator("image", 0, 0, n), replace(always, channel_permutation=allowed))
+            for allowed in (True, False)
+        ]
+        channels = slice(Photometric.RED_FROM, Photometric.BLUE_FROM + 1)
+        assert rows[1][channels].tolist() == [0, 1, 2]
+        permuted += rows[0][channels].tolist() != [0, 1, 2]
+        rows[0][channels] = rows[1][channels]
+        np.testing.assert_array_equal(*rows)
+    assert permuted > 30
 
 
 @given(st.data())

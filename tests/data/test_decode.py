@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from itertools import product
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from torchvision.transforms import v2
 
 from dfine_core.images import PIXEL_LIMIT
 from pipeline.data.augment.decode import UndecodableImageError, crop_and_place, decode_rgb, image_size, stretch
-from pipeline.data.augment.geometry import Rectangle, View
+from pipeline.data.augment.geometry import Rectangle, View, composed_view
 
 Pixels = NDArray[np.uint8]
 
@@ -209,6 +210,27 @@ def test_a_view_is_cut_out_flipped_and_set_on_zeros() -> None:
     expected = np.zeros((12, 18, 3), np.uint8)
     expected[1:9, 5:15] = pixels[2:10, 3:13][:, ::-1]  # neither enlarged nor shrunk, so exactly the same pixels
     np.testing.assert_array_equal(placed, expected)
+
+
+@pytest.mark.parametrize("orientation", [*product([False, True], repeat=3)])
+@pytest.mark.parametrize("side", [1, 2])
+def test_an_oriented_view_shows_the_pixels_of_the_image_transposed_and_flipped(
+    orientation: tuple[bool, bool, bool], side: int
+) -> None:
+    """Against numpy, which moves the pixels before the view is cut out; exact at the same size and when enlarged."""
+    flip, vertical, transpose = orientation
+    pixels = photograph(40, 24)
+    crop = Rectangle(-4, 2, 36, 22)
+    canvas = (40 * side, 20 * side) if transpose else (20 * side, 40 * side)
+    placed = crop_and_place(pixels, composed_view(crop, 40, 24, canvas, *orientation), canvas)
+
+    upright = crop_and_place(
+        pixels, composed_view(crop, 40, 24, (20 * side, 40 * side), flip=False), (20 * side, 40 * side)
+    )
+    expected = upright.transpose(1, 0, 2) if transpose else upright
+    expected = expected[:, ::-1] if flip else expected
+    np.testing.assert_array_equal(placed, expected[::-1] if vertical else expected)
+    assert (placed == 0).all(axis=2).sum() == 4 * 20 * side**2  # the part of the crop outside the image
 
 
 def test_a_view_of_an_image_decoded_smaller_shows_the_same_part() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.data.augment.decode import UndecodableImageError, warp_onto
 from pipeline.data.augment.generators import keyed_generator
+from pipeline.data.augment.geometry import Orientation
 from pipeline.data.augment.mosaic import (
     Affine,
     affine_matrix,
@@ -162,8 +163,8 @@ def test_images_fill_the_corners_of_equal_cells_and_leave_the_rest_black() -> No
     assert not any(part.any() for part in black)
 
 
-@pytest.mark.parametrize("flip", [0, 1])
-def test_a_box_stays_on_its_object(flip: int) -> None:
+@pytest.mark.parametrize(("flip", "vertical", "turn"), [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)])
+def test_a_box_stays_on_its_object(flip: int, vertical: int, turn: int) -> None:
     """Without rotation, where hull and object are the same."""
     images = []
     for number in range(4):
@@ -171,7 +172,8 @@ def test_a_box_stays_on_its_object(flip: int) -> None:
         left, top, right, bottom = 60 + 10 * number, 50, 150 + 20 * number, 130
         pixels[top:bottom, left:right] = (255, 40 + 50 * number, 40)
         images.append(as_image(pixels, [(left, top, right, bottom)], [number]))
-    settings = replace(STILL, flip_probability=flip, mosaic_translation=0.1, mosaic_scale=(0.6, 1.2))
+    orientation = {"vertical_flip_probability": vertical, "quarter_turn_probability": turn}
+    settings = replace(STILL, flip_probability=flip, **orientation, mosaic_translation=0.1, mosaic_scale=(0.6, 1.2))
     seen = 0
     for image_id in range(12):
         sample = sampled(images, settings, image_id=image_id, canvas=(300, 400))
@@ -201,7 +203,7 @@ def test_one_resampling_equals_the_mosaic_built_in_full(scale: float) -> None:
     affine = draw_affine(keyed_generator("mosaic", 1, 0, 7), size, settings)
     fine_canvas = np.zeros((fine * 320, fine * 320, 3), np.uint8)
     for pixels, tile in zip(pictures, placed, strict=True):
-        to_fine = canvas_matrix(size, fine_canvas.shape[:2], flip=False) @ affine_matrix(affine, size) @ tile
+        to_fine = canvas_matrix(size, fine_canvas.shape[:2], Orientation()) @ affine_matrix(affine, size) @ tile
         to_fine[:2, 2] += to_fine[:2, :2].sum(axis=1) / 2 - 0.5  # between centres of pixels
         warped = cv2.warpAffine(
             pixels, to_fine[:2], fine_canvas.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT

@@ -97,8 +97,8 @@ def test_a_run_too_small_for_a_part_says_so(changes: dict[str, Any], said: str) 
 
 
 def test_an_ordinary_run_leaves_nothing_out() -> None:
-    assert derived(epochs=20, stages="deim").left_out == ()
-    assert derived(epochs=1, augment={}, micro_batch_size=1).left_out == ()
+    assert derived(epochs=20, stages="deim").notes == ()
+    assert derived(epochs=1, augment={}, micro_batch_size=1).notes == ()
 
 
 def test_each_stage_has_its_operations() -> None:

@@ -212,7 +212,7 @@ def test_the_recipes_of_deim_are_the_published_ones(
     assert (schedule.min_lr_ratio, schedule.warmup_steps, recipe.base_size_repeat) == (floor, warmup, repeat)
     assert schedule.flat_steps == flat * schedule.steps_per_epoch
     assert schedule.ema_decay == pytest.approx(0.9999, abs=1e-9)
-    assert schedule.left_out == ()
+    assert schedule.notes == ()
 
 
 def test_a_short_run_says_which_stages_of_deim_it_lacks() -> None:

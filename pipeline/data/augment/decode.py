@@ -90,7 +90,7 @@ def decode_rgb(encoded: bytes, width: int, height: int, divisor: int = 1) -> NDA
 def crop_and_place(
     pixels: NDArray[np.uint8], view: View, canvas: tuple[int, int], divisor: int = 1
 ) -> NDArray[np.uint8]:
-    """Execute a view: cut out, resample once with antialiasing, flip, and place on a canvas of zeros.
+    """Execute a view: cut out, resample once with antialiasing, transpose, flip, and place on a canvas of zeros.
 
     Resampling is bilinear, as in the released recipe's Pillow resize. Along an axis that shrinks, a Gaussian comes first in
     place of Pillow's wider triangle: 46 to 51 dB from Pillow on photographs, at a third of its time.
@@ -105,13 +105,16 @@ def crop_and_place(
     region = view.region
     left, top, right, bottom = (round(edge / divisor) for edge in view.source)
     part = pixels[top:bottom, left:right]
-    sigma_x = _antialias_sigma(part.shape[1] / region.width)
-    sigma_y = _antialias_sigma(part.shape[0] / region.height)
+    sigma_x = _antialias_sigma(part.shape[1] / view.stretched[0])
+    sigma_y = _antialias_sigma(part.shape[0] / view.stretched[1])
     if sigma_x or sigma_y:
         part = _blurred(part, sigma_x, sigma_y)
-    placed = np.asarray(cv2.resize(part, (region.width, region.height), interpolation=cv2.INTER_LINEAR), np.uint8)
-    if view.flip:
-        placed = np.asarray(cv2.flip(placed, 1), np.uint8)
+    placed = np.asarray(cv2.resize(part, view.stretched, interpolation=cv2.INTER_LINEAR), np.uint8)
+    if view.transpose:
+        placed = np.asarray(cv2.transpose(placed), np.uint8)
+    for flipped, axis in ((view.flip, 1), (view.vertical_flip, 0)):
+        if flipped:
+            placed = np.asarray(cv2.flip(placed, axis), np.uint8)
     if placed.shape[:2] == canvas:
         return placed
     image = np.zeros((*canvas, 3), np.uint8)

@@ -30,17 +30,34 @@ class Rectangle(NamedTuple):
         return self.bottom - self.top
 
 
+class Orientation(NamedTuple):
+    """How an image lies on the canvas: transposed first, then flipped. All eight are exact maps of pixels and boxes."""
+
+    flip: bool = False  # left to right
+    vertical_flip: bool = False  # top to bottom
+    transpose: bool = False  # rows become columns
+
+
 class View(NamedTuple):
     """The whole geometry of one sample: the part of an image that is seen, and its place on the canvas."""
 
     source: Rectangle  # in pixels of the image, within it
     region: Rectangle  # part of the canvas filled with `source`, stretched and perhaps flipped; the rest is zero
     flip: bool  # left to right
+    vertical_flip: bool = False
+    transpose: bool = False  # before the flips
+
+    @property
+    def stretched(self) -> tuple[int, int]:
+        """Width and height of `source` on the canvas, along its own x and y."""
+        sides = self.region.width, self.region.height
+        return sides[::-1] if self.transpose else sides
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Canvas pixels per image pixel, along x and y."""
-        return self.region.width / self.source.width, self.region.height / self.source.height
+        """Canvas pixels per image pixel, along x and y of the image."""
+        width, height = self.stretched
+        return width / self.source.width, height / self.source.height
 
     @property
     def divisor(self) -> int:
@@ -65,7 +82,7 @@ def draw_view(
     canvas: tuple[int, int],
     truth: NDArray[np.bool_] | None = None,
 ) -> tuple[View, NDArray[np.bool_]]:
-    """Draw zoom-out, IoU crop and flip of one image.
+    """Draw zoom-out, IoU crop, flips and quarter turn of one image.
 
     Args:
         boxes: [G, 4] xyxy in pixels of the image, within it.
@@ -89,13 +106,31 @@ def draw_view(
             inner, _ = draw_iou_crop(generator, drawn_from, crop, settings)
             if inner is not crop:  # the option without a crop returns its argument
                 crop, kept = inner, _centres_within(boxes, np.array([inner]))[0]
-    flip = bool(generator.random() < settings.flip_probability)
+    orientation = draw_orientation(generator, settings)
 
     # Boxes that are too small before or after resizing are dropped.
-    view = composed_view(crop, width, height, canvas, flip)
+    view = composed_view(crop, width, height, canvas, *orientation)
     seen = clip_boxes(boxes, view.source)
     sizes = (seen[:, 2:] - seen[:, :2]) * np.minimum(view.scale, 1)
     return view, kept & (sizes >= settings.min_box_size).all(axis=1)
+
+
+def draw_orientation(generator: np.random.Generator, settings: AugmentSettings) -> Orientation:
+    """Draw the flips, then the quarter turn after them; what is off draws nothing."""
+    flip = bool(generator.random() < settings.flip_probability)
+    vertical = settings.vertical_flip_probability > 0 and bool(generator.random() < settings.vertical_flip_probability)
+    if settings.quarter_turn_probability > 0 and generator.random() < settings.quarter_turn_probability:
+        return turned(Orientation(flip, vertical), int(generator.integers(1, 4)))
+    return Orientation(flip, vertical)
+
+
+def turned(orientation: Orientation, quarters: int) -> Orientation:
+    """Turn an image that lies in this orientation clockwise by so many quarters."""
+    for _ in range(quarters % 4):
+        # A clockwise quarter is a transposition, which exchanges the flips before it, and a flip after it.
+        flip, vertical, transpose = orientation
+        orientation = Orientation(not vertical, flip, not transpose)
+    return orientation
 
 
 def draw_zoom_out(generator: np.random.Generator, width: int, height: int, factor: Interval) -> Rectangle:
@@ -155,26 +190,43 @@ def draw_large_scale_jitter(generator: np.random.Generator, width: int, height: 
     return Rectangle(left, top, left + seen_width, top + seen_height)
 
 
-def composed_view(crop: Rectangle, width: int, height: int, canvas: tuple[int, int], flip: bool) -> View:
+def composed_view(
+    crop: Rectangle,
+    width: int,
+    height: int,
+    canvas: tuple[int, int],
+    flip: bool,
+    vertical_flip: bool = False,
+    transpose: bool = False,
+) -> View:
     """The view that stretches `crop`, which may extend beyond the image, over the whole canvas.
 
     The image's part of the canvas is rounded to whole pixels; boxes follow it, so they stay on their objects.
     """
     canvas_height, canvas_width = canvas
+    along_x, along_y = canvas if transpose else canvas[::-1]
     source = Rectangle(max(crop.left, 0), max(crop.top, 0), min(crop.right, width), min(crop.bottom, height))
-    left, right = _whole_pixels(source.left - crop.left, source.right - crop.left, crop.width, canvas_width)
-    top, bottom = _whole_pixels(source.top - crop.top, source.bottom - crop.top, crop.height, canvas_height)
+    left, right = _whole_pixels(source.left - crop.left, source.right - crop.left, crop.width, along_x)
+    top, bottom = _whole_pixels(source.top - crop.top, source.bottom - crop.top, crop.height, along_y)
+    if transpose:
+        left, top, right, bottom = top, left, bottom, right
     if flip:
         left, right = canvas_width - right, canvas_width - left
-    return View(source, Rectangle(left, top, right, bottom), flip)
+    if vertical_flip:
+        top, bottom = canvas_height - bottom, canvas_height - top
+    return View(source, Rectangle(left, top, right, bottom), flip, vertical_flip, transpose)
 
 
 def boxes_on_canvas(view: View, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
     """Map boxes [G, 4] xyxy from image pixels to canvas pixels, clipped to the visible part."""
     region = view.region
     seen = (clip_boxes(boxes, view.source) - view.source[:2] * 2) * (view.scale * 2)
+    if view.transpose:
+        seen = seen[:, [1, 0, 3, 2]]
     if view.flip:
         seen[:, [0, 2]] = region.width - seen[:, [2, 0]]
+    if view.vertical_flip:
+        seen[:, [1, 3]] = region.height - seen[:, [3, 1]]
     return (seen + region[:2] * 2).astype(np.float32)
 
 

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from pipeline.data.augment.decode import UndecodableImageError, decode_rgb, warp_onto
 from pipeline.data.augment.generators import keyed_generator
-from pipeline.data.augment.geometry import Rectangle, decode_divisor, to_normalised_cxcywh
+from pipeline.data.augment.geometry import (
+    Orientation,
+    Rectangle,
+    decode_divisor,
+    draw_orientation,
+    to_normalised_cxcywh,
+)
 from pipeline.data.augment.photometric_parameters import Photometric, draw_photometric, mean_grey
 from pipeline.data.augment.samples import TRUTH, AnnotatedImage, Sample, within_image
 from pipeline.data.augment.settings import AugmentSettings
@@ -57,7 +63,8 @@ def mosaic_sample(
     generator = keyed_generator("mosaic", seed, epoch, image_id)
     placed, size = place_tiles([(image.width, image.height) for image in images], settings.mosaic_short_side)
     moved = affine_matrix(draw_affine(generator, size, settings), size)
-    to_canvas = canvas_matrix(size, canvas, flip=bool(generator.random() < settings.flip_probability))
+    to_canvas = canvas_matrix(size, canvas, draw_orientation(generator, settings))
+    to_canvas_scale = np.hypot(to_canvas[0, :2], to_canvas[1, :2])  # along x and y of the mosaic
 
     # Pixels and boxes of each image.
     pixels = np.zeros((*canvas, 3), np.uint8)
@@ -75,7 +82,7 @@ def mosaic_sample(
         boxes, labels, areas, scores = within_image(image)
         scores = np.full(len(labels), TRUTH, np.float32) if scores is None else scores
         on_mosaic = moved_boxes(boxes, moved @ tile, size)
-        sides = (on_mosaic[:, 2:] - on_mosaic[:, :2]) * np.minimum([canvas[1] / size[1], canvas[0] / size[0]], 1)
+        sides = (on_mosaic[:, 2:] - on_mosaic[:, :2]) * np.minimum(to_canvas_scale, 1)
         kept = (sides >= settings.min_box_size).all(axis=1)
         on_canvas = moved_boxes(on_mosaic[kept], to_canvas, canvas)
         parts.append((on_canvas, labels[kept], areas[kept] * abs(np.linalg.det(matrix)), scores[kept]))
@@ -138,10 +145,13 @@ def affine_matrix(affine: Affine, size: tuple[int, int]) -> Matrix:
     )
 
 
-def canvas_matrix(size: tuple[int, int], canvas: tuple[int, int], *, flip: bool) -> Matrix:
-    """Matrix that stretches a mosaic of height and width `size` over the canvas of a sample, perhaps left to right."""
-    stretch_x, stretch_y = canvas[1] / size[1], canvas[0] / size[0]
-    return _scaling(-stretch_x, stretch_y, canvas[1], 0) if flip else _scaling(stretch_x, stretch_y, 0, 0)
+def canvas_matrix(size: tuple[int, int], canvas: tuple[int, int], orientation: Orientation) -> Matrix:
+    """Matrix that stretches a mosaic of height and width `size` over the canvas of a sample, in this orientation."""
+    height, width = size[::-1] if orientation.transpose else size
+    stretch_x, left = (-canvas[1] / width, canvas[1]) if orientation.flip else (canvas[1] / width, 0)
+    stretch_y, top = (-canvas[0] / height, canvas[0]) if orientation.vertical_flip else (canvas[0] / height, 0)
+    matrix = _scaling(stretch_x, stretch_y, left, top)
+    return matrix[:, [1, 0, 2]] if orientation.transpose else matrix
 
 
 def moved_boxes(boxes: NDArray[np.float32], matrix: Matrix, size: tuple[int, int]) -> NDArray[np.float32]:

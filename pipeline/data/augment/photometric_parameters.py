@@ -47,7 +47,9 @@ def draw_photometric(generator: np.random.Generator, settings: AugmentSettings) 
             row[column] = generator.uniform(low, high)
     row[Photometric.CONTRAST_FIRST] = generator.random() < 0.5
     if generator.random() < settings.photometric_probability:
-        row[Photometric.RED_FROM : Photometric.BLUE_FROM + 1] = generator.permutation(3)
+        order = generator.permutation(3)  # drawn in any case: later draws stay the same
+        if settings.channel_permutation:
+            row[Photometric.RED_FROM : Photometric.BLUE_FROM + 1] = order
     return row
 
 

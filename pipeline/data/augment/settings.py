@@ -1,7 +1,7 @@
 """Settings of the augmentation: probabilities and ranges."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 TILES = 4  # images of a mosaic
 
@@ -17,11 +17,15 @@ class AugmentSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown keys of an experiment file are errors
 
+    preset: Literal["aerial", "microscopy", "documents", "fixed_camera"] | None = (
+        None  # values of keys that are left out
+    )
     photometric_probability: float = 0.5  # for each of brightness, contrast, saturation, hue and channel order
     brightness: Interval = (0.875, 1.125)
     contrast: Interval = (0.5, 1.5)
     saturation: Interval = (0.5, 1.5)
     hue: Interval = (-0.05, 0.05)
+    channel_permutation: bool = True  # False: colours keep their channels
     zoom_out_probability: float = 0.5
     zoom_out_factor: Interval = (1.0, 4.0)
     iou_crop_probability: float = 0.8
@@ -32,6 +36,11 @@ class AugmentSettings:
     flip_probability: float = 0.5
     min_box_size: float = 1.0  # px, both before and after resizing
 
+    # Off by default, as the released recipe has none of them. They act in all epochs, as the flip does.
+    vertical_flip_probability: float = 0.0
+    quarter_turn_probability: float = (
+        0.0  # then by 90, 180 or 270 degrees; 0.75 makes the four directions equally likely
+    )
     # Beyond the released recipe, and off by default. Large-scale jitter replaces zoom-out and IoU crop.
     large_scale_jitter_probability: float = 0.0
     large_scale_jitter_scale: Interval = (0.1, 2.0)
@@ -70,7 +79,7 @@ class AugmentSettings:
                 raise ValueError(f"{name} ({low}, {high}) must be (smallest, largest) in 0..1")
 
     def clean(self) -> "AugmentSettings":
-        """Settings of warm-up and clean epochs: flip and resize alone."""
+        """Settings of warm-up and clean epochs: flips, quarter turns and resize alone."""
         return replace(
             self,
             photometric_probability=0,
