@@ -7,6 +7,7 @@
     dfine prepare yolo /data/mine/data.yaml --split train --out /shards/mine/train
     dfine prepare auto /data/export --out /shards/mine
     dfine prepare auto /data/export --split train --split-off val=0.2 --out /shards/mine
+    dfine prepare yolo /data/aerial --split train --tile 640 --overlap 0.2 --out /shards/aerial/train
     dfine prepare synthetic --images 2000 --split train --out /tmp/shapes/train
     dfine prepare teacher /shards/mine/train --results /found/large --out /shards/mine/train-teacher
 
@@ -20,11 +21,23 @@ submitted job uses its cluster.
 import argparse
 from typing import TYPE_CHECKING
 
-from jobs.command import add_log_level, announce, command_parser, local_path, location, parsed, user_errors
+from jobs.command import (
+    add_log_level,
+    add_tiles,
+    announce,
+    command_parser,
+    local_path,
+    location,
+    parsed,
+    share,
+    tiling,
+    user_errors,
+)
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.data.prepare.shard_writer import PrepareOptions
+    from pipeline.data.prepare.tiled_records import TileRule
     from pipeline.data.sources.index import DatasetSource
 
 OBJECTS365_VAL_IMAGES = 5000
@@ -78,6 +91,7 @@ def prepare_shards(args: argparse.Namespace) -> None:
         **({} if args.max_pixels is None else {"max_pixels": args.max_pixels}),
         verify=args.verify,
         exif=args.exif,
+        tiles=_tile_rule(args),
     )
     parts = _parts(args)
 
@@ -87,6 +101,18 @@ def prepare_shards(args: argparse.Namespace) -> None:
     start_ray(args.num_cpus)
     for split, source, out in parts:
         _prepare_one(split, source, out, options, strict=args.strict)
+
+
+def _tile_rule(args: argparse.Namespace) -> "TileRule | None":
+    from pipeline.data.prepare.tiled_records import TileRule
+
+    cut = tiling(args)
+    if cut is None and args.empty_tiles is not None:
+        raise UserError(f"--empty-tiles {args.empty_tiles:g}: there are no tiles without --tile, such as --tile 640")
+    if cut is None:
+        return None
+    empty = {} if args.empty_tiles is None else {"empty": args.empty_tiles}
+    return TileRule(side=cut.side, overlap=cut.overlap, **empty)
 
 
 def _parts(args: argparse.Namespace) -> "list[tuple[str, DatasetSource, str]]":
@@ -306,6 +332,13 @@ def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0, *, split
         choices=("upright", "ignore"),
         default="upright",
         help="turn images upright by their EXIF orientation, as labelling tools show them, or take the stored pixels",
+    )
+    add_tiles(parser, "boxes are cut with them")
+    parser.add_argument(
+        "--empty-tiles",
+        type=share,
+        metavar="SHARE",
+        help="keep this share of the tiles without boxes, drawn by seed (with --tile; 1). Validation needs all",
     )
     parser.add_argument("--num-cpus", type=int, metavar="N", help="CPUs of a Ray started here; default: all")
     add_log_level(parser)

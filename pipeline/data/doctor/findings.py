@@ -243,6 +243,21 @@ FINDING_KINDS = {
         "An image was turned upright by its EXIF orientation, as labelling tools show it; no annotated size could decide.",
         "Look at such an image. If its boxes were drawn on the stored pixels, prepare the split with --exif ignore.",
     ),
+    "tile-box-cut": FindingKind(
+        "note",
+        "box",
+        "A box reaches over the border of a tile. It was kept, cut off there, as enough of it is visible.",
+        "No action needed.",
+    ),
+    "tile-box-ignored": FindingKind(
+        "note",
+        "box",
+        "Little of a box is visible in a tile. That part is ignored: it teaches neither object nor background.",
+        "No action needed, unless most boxes are larger than the overlap: then take larger tiles.",
+    ),
+    "tile-empty": FindingKind(
+        "note", "tile", "A tile without boxes was left out.", "No action needed: --empty-tiles asked for it."
+    ),
     "class-unbalanced": FindingKind(
         "note",
         "split",
