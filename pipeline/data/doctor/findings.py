@@ -258,6 +258,21 @@ FINDING_KINDS = {
     "tile-empty": FindingKind(
         "note", "tile", "A tile without boxes was left out.", "No action needed: --empty-tiles asked for it."
     ),
+    "pseudo-label": FindingKind(
+        "note",
+        "box",
+        "A detection became a label, with its score as weight.",
+        "Look at some of them: what the teacher has missed or confused is learned from it.",
+    ),
+    "pseudo-ignored": FindingKind(
+        "note", "box", "A detection is ignored, as its score is too low for a label.", "No action needed."
+    ),
+    "pseudo-unseen": FindingKind(
+        "note",
+        "image",
+        "An image without boxes was not among the teacher's images. It was taken as an image without objects.",
+        "No action needed if intended: it teaches background. Otherwise predict in it, too.",
+    ),
     "class-unbalanced": FindingKind(
         "note",
         "split",

@@ -45,8 +45,8 @@ SMALL_COLUMNS = [name for name in SHARD_SCHEMA.names if name != "image"]
 READERS, FILES_AHEAD = 8, 32  # threads and files per task: hides the latency of network storage
 
 
-def _is_none(value: object) -> bool:
-    return value is None
+def _is_unset(value: object) -> bool:
+    return not value
 
 
 class PrepareOptions(FrozenModel):
@@ -62,12 +62,13 @@ class PrepareOptions(FrozenModel):
     verify: bool = True  # decode every image once, to find truncated files: about 2 ms per 150 kB
     exif: ExifRule = "upright"  # what annotations refer to: the image as viewers show it, or the pixels as stored
     # Not part of sets that do without them, so that these keep their digests.
-    tiles: TileRule | None = Field(default=None, exclude_if=_is_none)  # None: images are taken whole
+    tiles: TileRule | None = Field(default=None, exclude_if=_is_unset)  # None: images are taken whole
+    weights: bool = Field(default=False, exclude_if=_is_unset)  # labels are of unequal worth, also without tiles
 
     @property
     def weighted(self) -> bool:
         """Whether rows have weights."""
-        return self.tiles is not None
+        return self.weights or self.tiles is not None
 
 
 class Receipt(FrozenModel):

@@ -151,6 +151,11 @@ class AnnotationIndex:
         query = "SELECT image_id, uri, file_name, width, height FROM images ORDER BY image_id"
         return [ImageEntry(*row) for row in self._db.execute(query)]
 
+    def without_boxes(self) -> list[ImageEntry]:
+        """Images without boxes, by id."""
+        query = "SELECT image_id, uri, file_name, width, height FROM images WHERE image_id NOT IN (SELECT image_id FROM boxes)"
+        return [ImageEntry(*row) for row in self._db.execute(f"{query} ORDER BY image_id")]
+
     def keep_images(self, ids: Iterable[int]) -> None:
         """Remove all other images, with their boxes and what was rejected of them."""
         self._db.execute("CREATE TEMP TABLE IF NOT EXISTS kept (image_id INTEGER PRIMARY KEY)")
