@@ -108,26 +108,26 @@ def _shown_wholly_elsewhere(
 def _distinct(parts: _Parts, order: Sequence[int], borders: Floats) -> list[int]:
     """Indices of the detections that stay, one for each object, in the given order; they take over known edges."""
     overlapping = [np.flatnonzero(_areas(_shared(border, borders)) > 0).tolist() for border in borders]
-    kept_in: list[list[int]] = [[] for _ in borders]  # by tile; joined ones are in those of all their parts
+    kept_in: dict[tuple[int, int], list[int]] = {}  # by tile and label; joined ones are in the tiles of all their parts
     kept: list[int] = []
     for index in order:
-        tile, label = int(parts.tile[index]), parts.labels[index]
+        tile, label = int(parts.tile[index]), int(parts.labels[index])
         rivals = [
             (other, neighbour)
             for neighbour in overlapping[tile]
             if neighbour != tile
-            for other in kept_in[neighbour]
-            if parts.labels[other] == label and parts.tile[other] != tile
+            for other in kept_in.get((neighbour, label), ())
+            if parts.tile[other] != tile
         ]
         if rivals:
             agreement = _agreement(parts, index, np.array(rivals), borders)
             best = int(agreement.argmax())
             if agreement[best] >= SAME_IOU:
                 parts.take_edges(rivals[best][0], index)
-                kept_in[tile].append(rivals[best][0])
+                kept_in.setdefault((tile, label), []).append(rivals[best][0])
                 continue
         kept.append(index)
-        kept_in[tile].append(index)
+        kept_in.setdefault((tile, label), []).append(index)
     return kept
 
 
