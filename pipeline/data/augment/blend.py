@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.augment.generators import keyed_generator
-from pipeline.data.augment.samples import Sample
+from pipeline.data.augment.samples import Sample, is_label
 from pipeline.data.augment.settings import AugmentSettings
 
 
@@ -95,7 +95,7 @@ def _draw_pastes(
     pool = [
         (source, index)
         for source, sample in enumerate(samples)
-        for index in np.flatnonzero(sample.areas >= settings.copy_paste_min_area).tolist()
+        for index in np.flatnonzero(is_label(sample.marks) & (sample.areas >= settings.copy_paste_min_area)).tolist()
     ]
     height, width = samples[0].image.shape[:2]
     pastes, boxes = [], []
