@@ -29,6 +29,7 @@ class ImageDetections:
     labels: Tensor  # [K] int64
     names: tuple[str, ...]  # [K]
     edge_std_px: Tensor | None = None  # [K, 4] of the left, top, right, bottom edge; with a calibration or a coverage
+    # NaN for an edge that is not known, see `merge_tiles`
     edge_intervals: Tensor | None = None  # [K, 4, 2] lowest and highest coordinate of each edge, px; with a coverage
     intervals: IntervalKind | None = None  # source of the intervals
 

@@ -43,6 +43,8 @@ from dfine_core.precision import AUTO, PRECISIONS
 from dfine_core.runtimes.files import PROGRAM_SUFFIXES
 from dfine_core.structures import DetectorOutput
 from dfine_core.thresholds import NO_SCORE, ClassThresholds, Threshold, wanted_precision
+from dfine_core.tile_merging import merge_tiles
+from dfine_core.tiles import Tiling, batched, tiles_of
 from dfine_core.uncertainty.detector_calibration import FILE as CALIBRATION
 from dfine_core.uncertainty.detector_calibration import DetectorCalibration
 
@@ -183,25 +185,37 @@ class LoadedDetector:
         batch_size: int = 8,
         *,
         coverage: float | None = None,
+        tile: int | None = None,
+        overlap: float | None = None,
     ) -> list[ImageDetections]:
         """Detect objects: one `ImageDetections` per image, in a list even for a single image.
 
         Args:
             threshold: least score of all classes, in 0..1, or "precision=0.9"; see `least_scores`.
-            batch_size: images that go through the network at once.
+            batch_size: images, or tiles of them, that go through the network at once.
             coverage: wanted share of true edges inside the intervals of `ImageDetections`; see `DetectedEdges.kind`.
+            tile: side in pixels of the tiles that larger images are cut into; None: images are taken whole. `merge_tiles` has
+                the rules by which their detections become those of the image.
+            overlap: share of the side by which neighbouring tiles overlap; 0.2 if there are tiles.
 
         Raises:
-            ValueError: an image cannot be read, `least_scores` refuses the threshold, or `DetectedEdges.kind` the coverage.
+            ValueError: an image cannot be read, `least_scores` refuses the threshold, `DetectedEdges.kind` the coverage, or
+                `Tiling` the tiles.
         """
-        least = torch.tensor(self.least_scores(threshold))
-        sources = as_list(images)
+        least, tiling = torch.tensor(self.least_scores(threshold)), Tiling.given(tile, overlap)
+        opened = (_read_numbered(index, source) for index, source in enumerate(as_list(images)))
+        cut = ((image, part) for image in opened for part in tiles_of(image.size, tiling))
         results: list[ImageDetections] = []
-        for start in range(0, len(sources), batch_size):
-            indices = range(start, min(start + batch_size, len(sources)))
-            opened = [_read_numbered(index, sources[index]) for index in indices]
-            raw = self.find(prepare(opened, self.config.input_size), image_sizes(opened))
-            results += [self.keep(each, least, coverage=coverage) for each in raw]
+        found: list[ImageDetections] = []  # in tiles of the image whose last tile comes
+        for batch in batched(cut, batch_size):
+            pixels = [part.cut(image) for image, part in batch]
+            raw = self.find(prepare(pixels, self.config.input_size), image_sizes(pixels))
+            for (image, part), each in zip(batch, raw, strict=True):
+                found.append(self.keep(each, least, coverage=coverage))
+                tiles = tiles_of(image.size, tiling)
+                if part == tiles[-1]:
+                    results.append(merge_tiles(found, tiles, image.size))
+                    found = []
         return results
 
     def find(self, pixels: Tensor, sizes: Tensor) -> list[RawDetections]:

@@ -20,12 +20,16 @@ class Targets:
     boxes: Tensor  # [T, 4] float32 cxcywh, normalised to the image
     image: Tensor  # [T] int64, index of the image that a box belongs to
     counts: tuple[int, ...]  # boxes per image, known without reading from the device
+    # Where labels are of unequal worth, as those that another detector has found; None otherwise
+    weights: Tensor | None = None  # [T] float32, how much a box counts
+    ignored: Tensor | None = None  # [I, 4] cxcywh regions that teach neither object nor background
+    ignored_image: Tensor | None = None  # [I] int64
 
     @classmethod
     def pack(
         cls, targets: "Sequence[Mapping[str, Tensor]] | Targets", num_classes: int, device: torch.device
     ) -> "Targets":
-        """Pack one {"labels": (G,), "boxes": (G, 4)} per image.
+        """Pack one {"labels": (G,), "boxes": (G, 4)} per image; "weights" (G,) and "ignored" (I, 4) are optional.
 
         Values are checked while they lie on the CPU; targets that already lie on an accelerator are taken as they are, since
         a check would stall it.
@@ -48,6 +52,7 @@ class Targets:
             boxes=boxes.to(device, torch.float32, non_blocking=True),
             image=image.to(device, non_blocking=True),
             counts=counts,
+            **_worth(targets, device),
         )
 
     @property
@@ -61,10 +66,26 @@ class Targets:
         return sum(self.counts)
 
 
+def _worth(targets: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """Weights and regions to ignore, if some target has them."""
+    packed: dict[str, Tensor] = {}
+    if any("weights" in target for target in targets):
+        weights = [target.get("weights", torch.ones(len(target["labels"]))) for target in targets]
+        packed["weights"] = torch.cat(weights).to(device, torch.float32, non_blocking=True)
+    ignored = [target.get("ignored", torch.zeros(0, 4)) for target in targets]
+    counts = torch.tensor([len(regions) for regions in ignored], dtype=torch.int64)
+    if counts.any():
+        packed["ignored"] = torch.cat(ignored).to(device, torch.float32, non_blocking=True)
+        packed["ignored_image"] = torch.arange(len(ignored)).repeat_interleave(counts).to(device, non_blocking=True)
+    return packed
+
+
 def _problems(image: int, target: Mapping[str, Tensor], num_classes: int) -> list[str]:
     labels, boxes = target["labels"], target["boxes"]
     if boxes.numel() != 4 * labels.numel():
         return [f"image {image} has {labels.numel()} labels but boxes of shape {tuple(boxes.shape)}"]
+    if "weights" in target and len(target["weights"]) != len(labels):
+        return [f"image {image} has {len(labels)} labels but {len(target['weights'])} weights"]
     if labels.device.type != "cpu" or boxes.device.type != "cpu" or labels.numel() == 0:
         return []
     problems = []

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args
 
 from dfine_core.config import PrecisionName
 from dfine_core.thresholds import Threshold, wanted_precision
+from dfine_core.tiles import DEFAULT_OVERLAP, LARGEST_OVERLAP, SMALLEST_TILE, Tiling
 from jobs import recipes
 from pipeline.errors import DISK_FAULTS, UserError, in_one_line, os_error_text
 from pipeline.mlflow_access import is_mlflow_uri
@@ -313,6 +314,45 @@ def add_coverage(arguments: argparse.ArgumentParser) -> None:
         help="add intervals that hold this share of true edges, such as 0.9: by the calibration if it has it, else by the"
         " distributions alone",
     )
+
+
+def add_tiles(arguments: argparse.ArgumentParser, use: str) -> None:
+    """Add `--tile` and `--overlap`, see `Tiling`.
+
+    Args:
+        use: what is done with the tiles, in words.
+    """
+    arguments.add_argument(
+        "--tile",
+        type=at_least(SMALLEST_TILE),
+        metavar="PX",
+        help=f"cut larger images into square tiles of this side; {use}",
+    )
+    arguments.add_argument(
+        "--overlap",
+        type=share_of_tile,
+        metavar="SHARE",
+        help=f"of neighbouring tiles, as a share of the side (with --tile; {DEFAULT_OVERLAP:g})",
+    )
+
+
+def tiling(args: argparse.Namespace) -> Tiling | None:
+    """Tiles of `add_tiles`.
+
+    Raises:
+        UserError: --overlap without --tile.
+    """
+    if args.tile is None and args.overlap is not None:
+        raise UserError(f"--overlap {args.overlap:g}: there are no tiles without --tile, such as --tile 640")
+    return Tiling.given(args.tile, args.overlap)
+
+
+def share_of_tile(text: str) -> float:
+    """Argument type: an overlap of tiles."""
+    value = not_negative(text)
+    if value > LARGEST_OVERLAP:
+        raise argparse.ArgumentTypeError(f"{text} exceeds {LARGEST_OVERLAP:g}: tiles would overlap almost wholly")
+    return value
 
 
 def profile(text: str) -> int:

@@ -5,6 +5,7 @@
     dfine predict runs/mine s3://bucket/val --out s3://bucket/found --threshold 0 --workers 8
     dfine predict runs/mine photos/ --out found --num-explanations 6     how each box was refined, with edge deviations
     dfine predict runs/mine photos/ --out found --coverage 0.9           intervals that hold 90 % of the true edges
+    dfine predict runs/mine aerial/ --out found --tile 640               large images in tiles that overlap by a fifth
 
 Writes Parquet parts with one row per image, rendered drawings and a contact sheet; up to a million detections also as
 detections.json in COCO's result format with its images.json, and more than that with --json, in several files. The same command
@@ -17,12 +18,14 @@ import argparse
 from jobs.command import (
     add_coverage,
     add_precision,
+    add_tiles,
     announce,
     at_least,
     command_parser,
     parsed,
     refuse_missing,
     threshold,
+    tiling,
     user_errors,
 )
 from jobs.image_inputs import add_inputs, add_processing
@@ -57,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         num_explanations=args.num_explanations,
         precision=args.precision,
         coverage=args.coverage,
+        tiling=tiling(args),
         json=args.json,
     )
     print(predict(loaded, inputs, args.out, options, announce=lambda line: print(line, flush=True)).summary())
@@ -73,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "; precision=0.9: by class the score that reached it",
     )
     add_coverage(arguments)
+    add_tiles(arguments, "objects are joined over their borders")
     arguments.add_argument(
         "--num-images", type=at_least(0), default=12, metavar="N", help="images to render (%(default)s)"
     )

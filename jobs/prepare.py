@@ -7,6 +7,8 @@
     dfine prepare yolo /data/mine/data.yaml --split train --out /shards/mine/train
     dfine prepare auto /data/export --out /shards/mine
     dfine prepare auto /data/export --split train --split-off val=0.2 --out /shards/mine
+    dfine prepare yolo /data/aerial --split train --tile 640 --overlap 0.2 --out /shards/aerial/train
+    dfine prepare coco /data/mine --split train --pseudo found --score 0.6 --ignore 0.3 --out /shards/mine/train
     dfine prepare synthetic --images 2000 --split train --out /tmp/shapes/train
     dfine prepare teacher /shards/mine/train --results /found/large --out /shards/mine/train-teacher
 
@@ -20,14 +22,28 @@ submitted job uses its cluster.
 import argparse
 from typing import TYPE_CHECKING
 
-from jobs.command import add_log_level, announce, command_parser, local_path, location, parsed, user_errors
+from jobs.command import (
+    add_log_level,
+    add_tiles,
+    announce,
+    command_parser,
+    local_path,
+    location,
+    parsed,
+    share,
+    tiling,
+    user_errors,
+)
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.data.prepare.pseudo_labels import PseudoLabels
     from pipeline.data.prepare.shard_writer import PrepareOptions
+    from pipeline.data.prepare.tiled_records import TileRule
     from pipeline.data.sources.index import DatasetSource
 
 OBJECTS365_VAL_IMAGES = 5000
+PSEUDO_SCORE, PSEUDO_IGNORE = 0.6, 0.3
 OBJECTS365_LONGEST_SIDE = 640  # px
 
 
@@ -78,6 +94,8 @@ def prepare_shards(args: argparse.Namespace) -> None:
         **({} if args.max_pixels is None else {"max_pixels": args.max_pixels}),
         verify=args.verify,
         exif=args.exif,
+        tiles=_tile_rule(args),
+        weights=args.pseudo is not None,
     )
     parts = _parts(args)
 
@@ -87,6 +105,37 @@ def prepare_shards(args: argparse.Namespace) -> None:
     start_ray(args.num_cpus)
     for split, source, out in parts:
         _prepare_one(split, source, out, options, strict=args.strict)
+
+
+def _tile_rule(args: argparse.Namespace) -> "TileRule | None":
+    from pipeline.data.prepare.tiled_records import TileRule
+
+    cut = tiling(args)
+    if cut is None and args.empty_tiles is not None:
+        raise UserError(f"--empty-tiles {args.empty_tiles:g}: there are no tiles without --tile, such as --tile 640")
+    if cut is None:
+        return None
+    empty = {} if args.empty_tiles is None else {"empty": args.empty_tiles}
+    return TileRule(side=cut.side, overlap=cut.overlap, **empty)
+
+
+def _pseudo_labels(args: argparse.Namespace) -> "PseudoLabels | None":
+    from pipeline.data.prepare.pseudo_labels import PseudoLabels
+
+    given = {"--score": args.score, "--ignore": args.ignore, "--pseudo-images": args.pseudo_images}
+    alone = [option for option, value in given.items() if value is not None]
+    if args.pseudo is None:
+        if alone:
+            raise UserError(f"{', '.join(alone)}: there are no labels of a teacher without --pseudo RESULTS")
+        return None
+    if args.split_off is not None:
+        raise UserError(
+            "--pseudo with --split-off: the part that is split off would be measured by the teacher's labels; prepare the parts"
+            " first, and give --pseudo for the one to train on"
+        )
+    score = PSEUDO_SCORE if args.score is None else args.score
+    ignore = min(PSEUDO_IGNORE, score) if args.ignore is None else args.ignore
+    return PseudoLabels(args.pseudo, args.pseudo_images, score, ignore)
 
 
 def _parts(args: argparse.Namespace) -> "list[tuple[str, DatasetSource, str]]":
@@ -102,6 +151,14 @@ def _parts(args: argparse.Namespace) -> "list[tuple[str, DatasetSource, str]]":
         parts = [(name, source, args.out if args.split else f"{args.out}/{name}") for name, source in sources.items()]
     else:
         parts = [(args.split, _source(args), args.out)]
+    if (pseudo := _pseudo_labels(args)) is not None:
+        from pipeline.data.prepare.pseudo_labels import with_pseudo_labels
+
+        if len(parts) > 1:
+            raise UserError(
+                f"--pseudo: name the split to label, {' or '.join(name for name, *_ in parts)}, with --split"
+            )
+        return [(split, with_pseudo_labels(source, pseudo), out) for split, source, out in parts]
     if args.split_off is None:
         return parts
     from pipeline.data.prepare.split_off import SplitOff, split_off
@@ -306,6 +363,34 @@ def _add_common(parser: argparse.ArgumentParser, longest_side: int = 0, *, split
         choices=("upright", "ignore"),
         default="upright",
         help="turn images upright by their EXIF orientation, as labelling tools show them, or take the stored pixels",
+    )
+    parser.add_argument(
+        "--pseudo",
+        type=location,
+        metavar="RESULTS",
+        help="label images without boxes by a teacher: COCO results, or the folder of a `dfine predict --threshold` IGNORE",
+    )
+    parser.add_argument(
+        "--score", type=share, metavar="P", help=f"least score of a teacher's label (with --pseudo; {PSEUDO_SCORE:g})"
+    )
+    parser.add_argument(
+        "--ignore",
+        type=share,
+        metavar="P",
+        help=f"ignore detections from here to --score (with --pseudo; {PSEUDO_IGNORE:g})",
+    )
+    parser.add_argument(
+        "--pseudo-images",
+        type=location,
+        metavar="FILE",
+        help="images that the ids of plain results belong to, if others (with --pseudo)",
+    )
+    add_tiles(parser, "boxes are cut with them")
+    parser.add_argument(
+        "--empty-tiles",
+        type=share,
+        metavar="SHARE",
+        help="keep this share of the tiles without boxes, drawn by seed (with --tile; 1). Validation needs all",
     )
     parser.add_argument("--num-cpus", type=int, metavar="N", help="CPUs of a Ray started here; default: all")
     add_log_level(parser)

@@ -14,8 +14,8 @@ Denoising queries need no matching: each was made from a known box.
 | *_dn             | as above, denoising layers | positive slots          | boxes of the batch x denoising groups  |
 
 Matching and denoising queries of all stages go through each loss together, in few launches; only the sums are apart. Counts are
-averaged over all workers. Names follow the released logs: no suffix for the last layer, then _aux_0.., _pre, _enc_0, _dn_0..,
-_dn_pre.
+averaged over all workers; boxes of unequal worth count by their weights, see `worth.py`. Names follow the released logs: no
+suffix for the last layer, then _aux_0.., _pre, _enc_0, _dn_0.., _dn_pre.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +32,7 @@ from dfine_core.config import ModelConfig
 from dfine_core.loss import losses
 from dfine_core.loss.matching import ClassGroups, Matches, Pairs, match, matching_cost
 from dfine_core.loss.padding import Padding, distillation_factors
+from dfine_core.loss.worth import amounts, weigh_scores
 from dfine_core.model.distribution import true_offsets, weighting_function
 from dfine_core.structures import DenoisingQueries, DetectorOutput, QueryPredictions, Targets
 
@@ -192,9 +193,11 @@ class Criterion(nn.Module):
     ) -> dict[str, Tensor]:
         stages = self._stages(output, targets)
         matches = matches or self._match(stages, targets)
-        normalizers = normalizers or count(targets.total, len(matches.union), stages.boxes.device)
+        normalizers = normalizers or count(*amounts(targets, matches), stages.boxes.device)
         noised = output.denoising_queries
         pairs = ComparedPairs.of(matches, noised, stages, padding)
+        if padding is not None and (targets.weights is not None or targets.ignored is not None):
+            raise ValueError("boxes of unequal worth cannot be padded: compile no more than the detector")
 
         predicted = stages.boxes[pairs.stage, pairs.image, pairs.query]  # [S, P, 4]
         true_xyxy = targets.boxes_xyxy
@@ -202,7 +205,7 @@ class Criterion(nn.Module):
         ious = ious.detach()
 
         # Each is a pair of sums: of the matching queries, and of the denoising ones.
-        scores = self._score_losses(stages, pairs, ious, padding)
+        scores = self._score_losses(stages, pairs, ious, targets, padding)
         edges = self._box_and_edge_losses(stages, pairs, predicted, targets, gious, ious)
         ddf = self._distillation_losses(stages, pairs, ious, padding)
 
@@ -225,7 +228,7 @@ class Criterion(nn.Module):
         return terms
 
     def _score_losses(
-        self, stages: Stages, pairs: ComparedPairs, ious: Tensor, padding: Padding | None
+        self, stages: Stages, pairs: ComparedPairs, ious: Tensor, targets: Targets, padding: Padding | None
     ) -> tuple[Tensor, Tensor]:
         """VFL or MAL of every stage on its own matches, [S]; groups of stages may differ in their classes."""
         weights = self.config.loss
@@ -238,6 +241,7 @@ class Criterion(nn.Module):
             index = (pairs.stage[: len(logits)], pairs.image[rows, columns], pairs.query[rows, columns], labels[target])
             real = None if pairs.real is None else pairs.real[columns]
             entries, hits = losses.classification_loss(logits, index, ious[rows, columns], weights, real)
+            entries, hits = weigh_scores(entries, hits, stages.boxes[rows], index[:3], target, targets)
             of_noised = entries[:, :, : stages.noised]
             if padding is not None:
                 of_noised = of_noised * padding.slots
@@ -271,6 +275,8 @@ class Criterion(nn.Module):
         per_pair = torch.cat(rows)
         if pairs.real is not None:
             per_pair = per_pair * pairs.real[shared]
+        if targets.weights is not None:
+            per_pair = per_pair * targets.weights[target]
         return per_pair[:, : pairs.union].sum(1), per_pair[:, pairs.union :].sum(1)
 
     def _distillation_losses(
@@ -311,18 +317,29 @@ class Criterion(nn.Module):
         return x.float() if self.config.numerics == "float32" else x
 
 
-def count(boxes: int, pairs: int, device: torch.device, micro_batches: float = 1) -> Normalizers:
+def count(boxes: float | Tensor, pairs: float | Tensor, device: torch.device, micro_batches: float = 1) -> Normalizers:
     """Average the two counts over all micro-batches of a step; at least 1.
 
     Args:
+        boxes, pairs: see `worth.amounts`; [] tensors on the device where boxes have weights.
         micro_batches: number per worker; a fraction where workers have different numbers.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    weighted, workers = isinstance(boxes, Tensor) or isinstance(pairs, Tensor), 1
+    shared = dist.is_available() and dist.is_initialized()
+    if not weighted and not shared:
         return Normalizers(*(torch.full((), max(1.0, n / micro_batches), device=device) for n in (boxes, pairs)))
-    counts = torch.cat([torch.full((1,), n, dtype=torch.float32, device=device) for n in (boxes, pairs)])
-    dist.all_reduce(counts)
-    counts = (counts / (micro_batches * dist.get_world_size())).clamp(min=1)
+    counts = torch.cat([_as_vector(n, device) for n in (boxes, pairs)])
+    if shared:
+        dist.all_reduce(counts)
+        workers = dist.get_world_size()
+    counts = (counts / (micro_batches * workers)).clamp(min=1)
     return Normalizers(boxes=counts[0], pairs=counts[1])
+
+
+def _as_vector(number: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.reshape(1)
+    return torch.full((1,), number, dtype=torch.float32, device=device)
 
 
 def _weighted(values: Tensor, weight: float) -> Tensor:

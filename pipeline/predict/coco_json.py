@@ -83,10 +83,15 @@ def json_rows(batch: pa.RecordBatch, categories: Sequence[Category]) -> bytes:
         ('], "score": ', _flat(batch, "scores")),
         *_edge_fields(batch),
     )
-    texts = [piece for label, values in fields for piece in (label, pc.cast(pa.array(values), pa.string()))]
+    texts = [piece for label, values in fields for piece in (label, _as_text(values))]
     rows = pc.binary_join_element_wise(*texts, "}", "")  # the last argument stands between the others
     joined = pc.binary_join(pa.ListArray.from_arrays([0, len(rows)], rows), ",\n")
     return bytes(joined[0].as_buffer())
+
+
+def _as_text(values: Any) -> pa.Array:
+    """Values as JSON has them: NaN, the deviation of an edge that is not known, becomes null."""
+    return pc.fill_null(pc.cast(pa.array(values, from_pandas=True), pa.string()), "null")
 
 
 def _edge_fields(batch: pa.RecordBatch) -> Iterator[tuple[str, Any]]:

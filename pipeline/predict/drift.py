@@ -29,7 +29,11 @@ def write_drift(out: str, plan: PredictPlan, reference: DriftReference) -> tuple
     """Compare all images of a finished prediction with the calibration images; returns lines for the console."""
     new: list[ImageValues] = []
     for batch in record_batches(out, plan, ("drift",)):
-        new += [ImageValues(*row) for row in batch.column("drift").to_pylist() if row is not None]
+        new += [
+            ImageValues(*row[first : first + len(NAMES)])  # the detector sees each tile as an image
+            for row in batch.column("drift").to_pylist()
+            for first in range(0, len(row or ()), len(NAMES))
+        ]
     tests = drift_tests(reference.images, new)
     histograms = {name: _histogram(*_values(reference.images, new, name)) for name in NAMES}
     content = {

@@ -4,6 +4,7 @@ import pyarrow as pa
 from pydantic import PositiveInt, ValidationError
 
 from dfine_core.config import IntervalKind
+from dfine_core.tiles import Tiling
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.manifest import Category, FrozenModel
@@ -22,9 +23,9 @@ SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),  # flat [4K], xyxy in pixels as stored; best first
         ("labels", pa.list_(pa.int32())),  # [K]
         ("scores", pa.list_(pa.float32())),  # [K]
-        ("edge_std_px", pa.list_(pa.float32())),  # flat [4K]: left, top, right, bottom edge in pixels; or null
+        ("edge_std_px", pa.list_(pa.float32())),  # flat [4K]: left, top, right, bottom edge in px, NaN: cut; or null
         ("edge_intervals", pa.list_(pa.float32())),  # flat [8K]: lowest and highest coordinate of the same; or null
-        ("drift", pa.list_(pa.float32())),  # [3] `ImageValues` of the image; or null
+        ("drift", pa.list_(pa.float32())),  # flat [3 T] `ImageValues` of the image, or of each of its tiles; or null
         ("rejected", pa.string()),  # reason if the image could not be read
     ]
 )
@@ -63,6 +64,13 @@ class PredictPlan(PartsPlan):
     calibration: str | None = None  # digest; None: scores are raw
     drift_score: float | None = None  # raw score from which a detection counts for drift; None: not measured
     precision: str = "fp32"  # name of an arithmetic, the same for all parts
+    tile: int | None = None  # side in px of the tiles that images are cut into; None: they are taken whole
+    overlap: float | None = None  # of neighbouring tiles, share of the side
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """Tiles that images are cut into."""
+        return Tiling.given(self.tile, self.overlap)
 
 
 def part_name(part: int) -> str:

@@ -26,6 +26,7 @@ from dfine_core.precision import AUTO
 from dfine_core.precision_choice import choose_precision
 from dfine_core.runtimes.loaded_program import LoadedProgram
 from dfine_core.thresholds import Threshold
+from dfine_core.tiles import Tiling
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.data.shards.classes import with_classes_of
@@ -69,6 +70,7 @@ class PredictOptions:
     workers: int | None = None  # IN_PROCESS, or detectors on Ray; None: see `in_this_process`, and one per GPU on Ray
     precision: str = AUTO  # a name of PRECISIONS; auto: that of the parts which exist, else measured
     coverage: float | None = None  # wanted share of true edges inside intervals; None: no intervals
+    tiling: Tiling | None = None  # tiles that larger images are cut into; None: images are taken whole
     json: bool = False  # write COCO results as JSON even if there are more than SMALL_RESULT detections
 
 
@@ -128,6 +130,8 @@ def predict(
     """
     if options.num_explanations and isinstance(loaded, LoadedProgram):
         raise ConfigError(f"{loaded.origin}: an exported file returns no distributions to explain; give its detector")
+    if options.num_explanations and options.tiling:
+        raise ConfigError("--num-explanations explains whole images, and --tile cuts them: give one of the two")
     if options.num_explanations and loaded.config.regression != "fdr":
         raise ConfigError("this detector regresses boxes directly: its edges have no distributions to explain")
     refuse_unmeasured(loaded, options.threshold)
@@ -160,6 +164,8 @@ def predict(
         calibration=None if calibration is None else calibration.digest,
         drift_score=None if reference is None else reference.least_score,
         categories=output_categories(loaded, inputs),
+        tile=options.tiling.side if options.tiling else None,
+        overlap=options.tiling.overlap if options.tiling else None,
     )
     claim_folder(out, plan)
 

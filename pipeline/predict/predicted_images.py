@@ -34,7 +34,7 @@ class PredictedImage:
     labels: NDArray[np.int32]  # [K]
     scores: NDArray[np.float32]  # [K] in [0, 1]; calibrated if the detector was
     names: tuple[str, ...]  # [K] classes
-    edge_std_px: NDArray[np.float32] | None  # [K, 4] of the left, top, right, bottom edge, if they were measured
+    edge_std_px: NDArray[np.float32] | None  # [K, 4] left, top, right, bottom edge; NaN: cut by tiles
     edge_intervals: (
         NDArray[np.float32] | None
     )  # [K, 4, 2] lowest and highest coordinate of each edge, px; or not measured

@@ -137,6 +137,7 @@ def new_state(job: TrainJob, context: WorkerContext) -> TrainState:
         num_classes=len(job.data.train.manifest.categories),
         device=context.device,
         world_size=context.world_size,
+        weighted=job.data.train.manifest.weighted,
     )
 
 

@@ -106,9 +106,19 @@ class TrainState:
 
 
 def build_train_state(
-    experiment: Experiment, schedule: Schedule, *, num_classes: int, device: torch.device, world_size: int
+    experiment: Experiment,
+    schedule: Schedule,
+    *,
+    num_classes: int,
+    device: torch.device,
+    world_size: int,
+    weighted: bool = False,
 ) -> TrainState:
-    """Build a detector with random weights drawn from the seed, and everything that trains it."""
+    """Build a detector with random weights drawn from the seed, and everything that trains it.
+
+    Args:
+        weighted: labels are of unequal worth, which the graphs of a step do not know.
+    """
     numerics = experiment.numerics
     torch.manual_seed(experiment.seed)
     config = experiment.model.config(num_classes, experiment.loss)
@@ -138,7 +148,7 @@ def build_train_state(
     criterion = Criterion(config).to(device)
     freezing = schedule.freezing
     graphs = None
-    compiled = "off" if teachers is not None else resolve_compile(numerics.compile, device, schedule.steps)
+    compiled = "off" if teachers is not None or weighted else resolve_compile(numerics.compile, device, schedule.steps)
     if compiled != "off":
         keep_graphs_in_cache()
         graphs = compile_step(

@@ -22,6 +22,7 @@ from dfine_core import Targets
 from dfine_core.loss.criterion import Normalizers, count
 from dfine_core.loss.matching import Matches
 from dfine_core.loss.padding import pad_denoising, pad_targets
+from dfine_core.loss.worth import amounts
 from dfine_core.model.denoising import sample_queries_for
 from dfine_core.structures import DenoisingQueries, DetectorOutput
 from pipeline.data.augment.blend_pixels import blend_images
@@ -140,7 +141,8 @@ def _match_ahead(
                 output = detect(micro_batch.images, micro_batch.targets, micro_batch.denoising or False)
             found.append(state.criterion.match(output, micro_batch.targets))
             state.statistics.reset()
-    boxes, pairs = sum(m.targets.total for m in micro_batches), sum(len(matches.union) for matches in found)
+    counted = [amounts(m.targets, matches) for m, matches in zip(micro_batches, found, strict=True)]
+    boxes, pairs = (sum(numbers) for numbers in zip(*counted, strict=True))
     return found, count(boxes, pairs, state.device, micro_batches=share)
 
 

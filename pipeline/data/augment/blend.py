@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.augment.generators import keyed_generator
-from pipeline.data.augment.samples import TRUTH, Sample
+from pipeline.data.augment.samples import Sample, is_label
 from pipeline.data.augment.settings import AugmentSettings
 
 
@@ -44,6 +44,7 @@ class PastedBox(NamedTuple):
     image: int  # index in the micro-batch
     box: NDArray[np.float32]  # [4] cxcywh, normalised to the canvas
     label: int
+    mark: float  # of the object where it was copied, see `samples`
 
 
 def draw_blend(
@@ -69,22 +70,22 @@ def draw_blend(
 def blended_targets(
     samples: Sequence[Sample], blend: Blend, pasted: Sequence[PastedBox]
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.int64]], list[NDArray[np.float32]]]:
-    """Boxes, labels and scores of each image after the blend, its own ones first; those of the other image count in full."""
+    """Boxes, labels and marks of each image after the blend, its own ones first; those of the other image count in full."""
     boxes, labels = [sample.boxes for sample in samples], [sample.labels for sample in samples]
-    scores = [sample.scores for sample in samples]
+    marks = [sample.marks for sample in samples]
     if blend.pastes:
-        for image, box, label in pasted:
+        for image, box, label, mark in pasted:
             boxes[image] = np.concatenate([boxes[image], box[np.newaxis]])
             labels[image] = np.append(labels[image], label)
-            scores[image] = np.append(scores[image], np.float32(TRUTH))
+            marks[image] = np.append(marks[image], np.float32(mark))
     elif blend.ratio < 1:
         # An image is mixed with the one before it, the first with the last.
         return (
             [np.concatenate([boxes[i], boxes[i - 1]]) for i in range(len(samples))],
             [np.concatenate([labels[i], labels[i - 1]]) for i in range(len(samples))],
-            [np.concatenate([scores[i], scores[i - 1]]) for i in range(len(samples))],
+            [np.concatenate([marks[i], marks[i - 1]]) for i in range(len(samples))],
         )
-    return boxes, labels, scores
+    return boxes, labels, marks
 
 
 def _draw_pastes(
@@ -94,7 +95,7 @@ def _draw_pastes(
     pool = [
         (source, index)
         for source, sample in enumerate(samples)
-        for index in np.flatnonzero(sample.areas >= settings.copy_paste_min_area).tolist()
+        for index in np.flatnonzero(is_label(sample.marks) & (sample.areas >= settings.copy_paste_min_area)).tolist()
     ]
     height, width = samples[0].image.shape[:2]
     pastes, boxes = [], []
@@ -111,7 +112,8 @@ def _draw_pastes(
             pastes.append(ringed(image, source, (left, top, right, bottom), (to_left, to_top), ring, width, height))
             box = to_left + (right - left) / 2, to_top + (bottom - top) / 2, right - left, bottom - top
             normalised = (np.array(box) / [width, height, width, height]).astype(np.float32)
-            boxes.append(PastedBox(image, normalised, int(samples[source].labels[index])))
+            label, mark = int(samples[source].labels[index]), float(samples[source].marks[index])
+            boxes.append(PastedBox(image, normalised, label, mark))
     return tuple(pastes), boxes
 
 

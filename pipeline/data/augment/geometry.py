@@ -80,13 +80,13 @@ def draw_view(
     height: int,
     settings: AugmentSettings,
     canvas: tuple[int, int],
-    truth: NDArray[np.bool_] | None = None,
+    labelled: NDArray[np.bool_] | None = None,
 ) -> tuple[View, NDArray[np.bool_]]:
     """Draw zoom-out, IoU crop, flips and quarter turn of one image.
 
     Args:
         boxes: [G, 4] xyxy in pixels of the image, within it.
-        truth: mask [G] of the boxes that the draws depend on; the others follow them. None: all.
+        labelled: mask [G] of the boxes that the draws depend on; the others follow them. None: all.
         canvas: height and width.
 
     Returns:
@@ -101,7 +101,7 @@ def draw_view(
     else:
         if generator.random() < settings.zoom_out_probability:
             crop = draw_zoom_out(generator, width, height, settings.zoom_out_factor)
-        drawn_from = boxes if truth is None else boxes[truth]
+        drawn_from = boxes if labelled is None else boxes[labelled]
         if len(drawn_from) and generator.random() < settings.iou_crop_probability:
             inner, _ = draw_iou_crop(generator, drawn_from, crop, settings)
             if inner is not crop:  # the option without a crop returns its argument

@@ -68,7 +68,7 @@ def mosaic_sample(
 
     # Pixels and boxes of each image.
     pixels = np.zeros((*canvas, 3), np.uint8)
-    parts: list[tuple[NDArray[Any], ...]] = []  # boxes, labels, areas and scores of each image
+    parts: list[tuple[NDArray[Any], ...]] = []  # boxes, labels, areas and marks of each image
     failures: dict[int, str] = {}
     for index, (image, tile) in enumerate(zip(images, placed, strict=True)):
         matrix = to_canvas @ moved @ tile
@@ -79,25 +79,25 @@ def mosaic_sample(
                 raise
             failures[index] = str(error)
             continue
-        boxes, labels, areas, scores = within_image(image)
-        scores = np.full(len(labels), TRUTH, np.float32) if scores is None else scores
+        boxes, labels, areas, marks = within_image(image)
+        marks = np.full(len(labels), TRUTH, np.float32) if marks is None else marks
         on_mosaic = moved_boxes(boxes, moved @ tile, size)
         sides = (on_mosaic[:, 2:] - on_mosaic[:, :2]) * np.minimum(to_canvas_scale, 1)
         kept = (sides >= settings.min_box_size).all(axis=1)
         on_canvas = moved_boxes(on_mosaic[kept], to_canvas, canvas)
-        parts.append((on_canvas, labels[kept], areas[kept] * abs(np.linalg.det(matrix)), scores[kept]))
+        parts.append((on_canvas, labels[kept], areas[kept] * abs(np.linalg.det(matrix)), marks[kept]))
 
     if photometric[Photometric.CONTRAST] != 1:
         photometric[Photometric.MEAN_GREY] = mean_grey(pixels)
     photometric[Photometric.LEFT :] = Rectangle(0, 0, canvas[1], canvas[0])
-    boxes, labels, areas, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    boxes, labels, areas, marks = (np.concatenate(column) for column in zip(*parts, strict=True))
     sample = Sample(
         image=pixels,
         boxes=to_normalised_cxcywh(boxes, canvas),
         labels=labels.astype(np.int64),
         areas=areas.astype(np.float32),
         photometric=photometric,
-        teacher_scores=scores,
+        own_marks=marks,
     )
     return sample, failures
 

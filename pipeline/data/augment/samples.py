@@ -33,54 +33,63 @@ from pipeline.data.augment.photometric_parameters import (
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.shards.records import ImageRecord
 
-TRUTH = -1.0  # in the place of a teacher's score: a true box
+# Marks tell what a box is for. A teacher's box has its score, 0..1; a label minus its weight, so that a true box has TRUTH.
+TRUTH = -1.0
+IGNORED = -2.0  # a region that teaches neither object nor background
 
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An encoded image and the G boxes to learn from: the true ones and, after them, those of a teacher."""
+    """An encoded image and its G boxes: labels, regions to ignore and, after them, those of a teacher."""
 
     encoded: bytes
     width: int  # stored pixels
     height: int
     boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels; clipped to the image, and dropped where nothing remains
     labels: NDArray[np.integer]  # [G]
-    areas: NDArray[np.float32]  # [G] px^2 as annotated; 0 for a teacher's
-    teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
+    areas: NDArray[np.float32]  # [G] px^2 as annotated; 0 for a teacher's and for regions to ignore
+    marks: NDArray[np.float32] | None = None  # [G]; None: all are true
+
+
+def is_label(marks: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Mask of the boxes to learn as objects, whatever their weight."""
+    labelled: NDArray[np.bool_] = (marks < 0) & (marks != IGNORED)
+    return labelled
 
 
 def without_crowd(record: ImageRecord) -> AnnotatedImage:
-    """An image of a shard with the boxes to learn from: all but crowd regions, and those of a teacher."""
-    learned, teacher = ~record.crowd, record.teacher
+    """An image of a shard with the boxes that training uses: all but crowd regions that are not to be ignored."""
+    ignored = np.zeros(len(record.crowd), np.bool_) if record.weights is None else record.crowd & (record.weights == 0)
+    learned, teacher = ~record.crowd | ignored, record.teacher
     boxes, labels, areas = record.boxes[learned], record.labels[learned], record.areas[learned]
-    if teacher is None:
+    if teacher is None and record.weights is None:
         return AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas)
-    scores = np.concatenate([np.full(len(labels), TRUTH, np.float32), teacher.scores])
-    areas = np.concatenate([areas, np.zeros(len(teacher.labels), np.float32)])
-    boxes, labels = np.concatenate([boxes, teacher.boxes]), np.concatenate([labels, teacher.labels])
-    return AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas, scores)
+    marks = np.full(len(labels), TRUTH, np.float32)
+    if record.weights is not None:
+        marks = np.where(ignored, np.float32(IGNORED), -record.weights)[learned]
+        areas = np.where(ignored[learned], np.float32(0), areas)
+    if teacher is not None:
+        marks = np.concatenate([marks, teacher.scores])
+        areas = np.concatenate([areas, np.zeros(len(teacher.labels), np.float32)])
+        boxes, labels = np.concatenate([boxes, teacher.boxes]), np.concatenate([labels, teacher.labels])
+    return AnnotatedImage(record.image, record.width, record.height, boxes, labels, areas, marks)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image on its canvas, with G boxes: true ones, and perhaps some of a teacher among them."""
+    """One image on its canvas, with G boxes: true ones, and perhaps others among them."""
 
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     boxes: NDArray[np.float32]  # [G, 4] cxcywh, normalised to the canvas
     labels: NDArray[np.int64]  # [G]
     areas: NDArray[np.float32]  # [G] px^2 of the canvas: the annotated area times the scale, whatever was cut off
     photometric: NDArray[np.float32]  # [P], columns of `Photometric`
-    teacher_scores: NDArray[np.float32] | None = None  # [G], TRUTH for true boxes; None: all are true
+    own_marks: NDArray[np.float32] | None = None  # [G]; None: all are true
 
     @property
-    def scores(self) -> NDArray[np.float32]:
-        """Score of each box, [G]; TRUTH for true ones."""
-        return np.full(len(self.labels), TRUTH, np.float32) if self.teacher_scores is None else self.teacher_scores
-
-    @property
-    def truth(self) -> NDArray[np.bool_]:
-        """Mask [G] of the true boxes."""
-        return self.scores == TRUTH
+    def marks(self) -> NDArray[np.float32]:
+        """Mark of each box, [G]."""
+        return np.full(len(self.labels), TRUTH, np.float32) if self.own_marks is None else self.own_marks
 
 
 def augmented_sample(
@@ -96,10 +105,10 @@ def augmented_sample(
     """
     # All draws, before any pixel is decoded.
     generator = keyed_generator("image", seed, epoch, image_id)
-    boxes, labels, areas, scores = within_image(image)
+    boxes, labels, areas, marks = within_image(image)
     photometric = draw_photometric(generator, settings)
-    truth = None if scores is None else scores == TRUTH
-    view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas, truth)
+    labelled = None if marks is None else is_label(marks)
+    view, kept = draw_view(generator, boxes, image.width, image.height, settings, canvas, labelled)
 
     # Pixels are decoded as small as the view allows.
     pixels = decode_rgb(image.encoded, image.width, image.height, view.divisor)
@@ -112,7 +121,7 @@ def augmented_sample(
         labels=labels[kept].astype(np.int64),
         areas=_scaled(areas[kept], view),
         photometric=photometric,
-        teacher_scores=None if scores is None else scores[kept],
+        own_marks=None if marks is None else marks[kept],
     )
 
 
@@ -136,12 +145,12 @@ def plain_sample(image: AnnotatedImage, *, canvas: tuple[int, int]) -> Sample:
 def within_image(
     image: AnnotatedImage,
 ) -> tuple[NDArray[np.float32], NDArray[np.integer], NDArray[np.float32], NDArray[np.float32] | None]:
-    """Boxes clipped to the image, their labels, areas and scores; those of which nothing is left are dropped."""
+    """Boxes clipped to the image, their labels, areas and marks; those of which nothing is left are dropped."""
     clipped = clip_boxes(image.boxes, Rectangle(0, 0, image.width, image.height))
     left, top, right, bottom = clipped.T
     kept = (right > left) & (bottom > top)
-    scores = image.teacher_scores
-    return clipped[kept], image.labels[kept], image.areas[kept], None if scores is None else scores[kept]
+    marks = image.marks
+    return clipped[kept], image.labels[kept], image.areas[kept], None if marks is None else marks[kept]
 
 
 def _scaled(areas: NDArray[np.float32], view: View) -> NDArray[np.float32]:

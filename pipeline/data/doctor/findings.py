@@ -243,6 +243,36 @@ FINDING_KINDS = {
         "An image was turned upright by its EXIF orientation, as labelling tools show it; no annotated size could decide.",
         "Look at such an image. If its boxes were drawn on the stored pixels, prepare the split with --exif ignore.",
     ),
+    "tile-box-cut": FindingKind(
+        "note",
+        "box",
+        "A box reaches over the border of a tile. It was kept, cut off there, as enough of it is visible.",
+        "No action needed.",
+    ),
+    "tile-box-ignored": FindingKind(
+        "note",
+        "box",
+        "Little of a box is visible in a tile. That part is ignored: it teaches neither object nor background.",
+        "No action needed, unless most boxes are larger than the overlap: then take larger tiles.",
+    ),
+    "tile-empty": FindingKind(
+        "note", "tile", "A tile without boxes was left out.", "No action needed: --empty-tiles asked for it."
+    ),
+    "pseudo-label": FindingKind(
+        "note",
+        "box",
+        "A detection became a label, with its score as weight.",
+        "Look at some of them: what the teacher has missed or confused is learned from it.",
+    ),
+    "pseudo-ignored": FindingKind(
+        "note", "box", "A detection is ignored, as its score is too low for a label.", "No action needed."
+    ),
+    "pseudo-unseen": FindingKind(
+        "note",
+        "image",
+        "An image without boxes was not among the teacher's images. It was taken as an image without objects.",
+        "No action needed if intended: it teaches background. Otherwise predict in it, too.",
+    ),
     "class-unbalanced": FindingKind(
         "note",
         "split",

@@ -29,6 +29,7 @@ from pipeline.data.prepare.shard_writer import (
     receipt_uri,
     write_shard,
 )
+from pipeline.data.prepare.tiled_records import LARGEST_ID, TILE_IDS, tiled_bytes
 from pipeline.data.prepare.work_plan import (
     REJECTED_BY_SOURCE,
     REJECTED_NAME,
@@ -113,7 +114,7 @@ def _refuse_another(
     settings = options.model_dump()
     old = {"split": old_split, **old_source, **old_options}
     new = {"split": split, **source.description, **settings}
-    if unknown := [key for key in settings if key not in old_options]:
+    if unknown := [key for key in PrepareOptions().model_dump() if key not in old_options]:
         raise PrepareError(
             f"{out} was prepared by a version without {', '.join(unknown)}, whose images may be others. Trainings, evaluations"
             " and doctor read it as it is; to prepare it by the present rules, choose another --out, or delete the folder"
@@ -135,11 +136,18 @@ def _make_plan(out: str, source: DatasetSource, split: str, options: PrepareOpti
         if images == 0:
             first = next((f"; the first of the rejected: {row.reason}: {row.detail}" for row in index.rejected()), "")
             raise PrepareError(f"the source has no images that can be used{first}: {source.description}")
+        if options.tiles is not None and (largest := index.largest_id()) > LARGEST_ID:
+            raise PrepareError(
+                f"--tile: image id {largest} is too large, as a tile's id is {TILE_IDS:,} times that of its image and its number;"
+                " renumber the images of the source"
+            )
         sizes, problems = ray.get(_task(_try_images).remote(index.sample(SAMPLE_IMAGES), options))
         if not sizes:
             raise PrepareError(f"none of {len(problems)} sampled images can be used; the first: {problems[0]}")
         shards = max(1, round(images * sum(sizes) / len(sizes) / (options.shard_mib * 2**20)))
-        rows = ceil(images / shards / options.row_group_rows) * options.row_group_rows  # per shard, except the last
+        rows = ceil(images / shards)  # images per shard, except the last
+        if options.tiles is None:
+            rows = ceil(rows / options.row_group_rows) * options.row_group_rows
         write_work_list(index, storage.join(out, WORK_LIST), images=images, rows_per_shard=rows)
         write_rejections(storage.join(out, REJECTED_BY_SOURCE), list(index.rejected()))
         notices = index.notices
@@ -162,7 +170,9 @@ def _try_images(sample: Sequence[ImageEntry], options: PrepareOptions) -> tuple[
     problems: list[str] = []
     for entry in sample:
         try:
-            sizes.append(len(encoded_image(entry, read_image_file(entry.uri), options).data))
+            image = encoded_image(entry, read_image_file(entry.uri), options)
+            stored, size = len(image.data), (image.width, image.height)
+            sizes.append(stored if options.tiles is None else tiled_bytes(size, stored, options.tiles))
         except BadImageError as bad:
             problems.append(str(bad))
     return sizes, problems

@@ -19,6 +19,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from dfine_core.images import PIXEL_LIMIT
 from pipeline import storage
 from pipeline.data.prepare.image_files import BadImageError, EncodedImage, ExifRule, checked_image, read_image_file
+from pipeline.data.prepare.tiled_records import TileRule, in_shard_order, tiled_records
 from pipeline.data.shards.manifest import FrozenModel, Notice, Shard, Statistics, merge_notices
 from pipeline.data.shards.records import SHARD_SCHEMA, ImageRecord, Rejection, table_from_records
 from pipeline.data.shards.set_statistics import count_rows
@@ -37,10 +38,15 @@ WORK_SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int32())),
         ("areas", pa.list_(pa.float32())),
         ("crowd", pa.list_(pa.bool_())),
+        ("weights", pa.list_(pa.float32())),
     ]
 )
 SMALL_COLUMNS = [name for name in SHARD_SCHEMA.names if name != "image"]
 READERS, FILES_AHEAD = 8, 32  # threads and files per task: hides the latency of network storage
+
+
+def _is_unset(value: object) -> bool:
+    return not value
 
 
 class PrepareOptions(FrozenModel):
@@ -55,6 +61,14 @@ class PrepareOptions(FrozenModel):
     max_pixels: PositiveInt = PIXEL_LIMIT  # per file
     verify: bool = True  # decode every image once, to find truncated files: about 2 ms per 150 kB
     exif: ExifRule = "upright"  # what annotations refer to: the image as viewers show it, or the pixels as stored
+    # Not part of sets that do without them, so that these keep their digests.
+    tiles: TileRule | None = Field(default=None, exclude_if=_is_unset)  # None: images are taken whole
+    weights: bool = Field(default=False, exclude_if=_is_unset)  # labels are of unequal worth, also without tiles
+
+    @property
+    def weighted(self) -> bool:
+        """Whether rows have weights."""
+        return self.weights or self.tiles is not None
 
 
 class Receipt(FrozenModel):
@@ -86,6 +100,7 @@ def work_table(images: Iterable[tuple[ImageEntry, list[BoxEntry]]]) -> pa.Table:
             "labels": [box.label for box in boxes],
             "areas": [box.area for box in boxes],
             "crowd": [bool(box.crowd) for box in boxes],
+            "weights": [box.weight for box in boxes],
         }
         for entry, boxes in images
     ]
@@ -103,7 +118,11 @@ def write_shard(out: str, index: int, options: PrepareOptions, num_classes: int,
         work = pq.ParquetFile(file).read_row_group(index - first_shard)
     rejected: list[Rejection] = []
     notices: list[Notice] = []
-    groups = _groups(_records(work, options, rejected, notices), options.row_group_rows)
+    records = _records(work, options, rejected, notices)
+    if (tiles := options.tiles) is not None:
+        cut = [tile for record in records for tile in tiled_records(record, tiles, options.seed, notices)]
+        records = iter(in_shard_order(cut, options.seed, shuffle=options.shuffle))
+    groups = _groups(records, options)
     shard, statistics = None, None
     if (first := next(groups, None)) is not None:
         shard, rows = _write_parquet(shard_uri(out, index), first, groups)
@@ -173,6 +192,7 @@ def _record(entry: ImageEntry, row: dict[str, Any], image: EncodedImage, rejecte
         labels=np.array(row["labels"], np.int32)[is_box],
         areas=np.array(row["areas"], np.float32)[is_box] * np.float32(sx * sy),
         crowd=np.array(row["crowd"], np.bool_)[is_box],
+        weights=np.array(row["weights"], np.float32)[is_box],
     )
 
 
@@ -185,9 +205,9 @@ def _read_ahead(uris: Iterator[str]) -> Iterator[Future[bytes]]:
             pending.extend(pool.submit(read_image_file, uri) for uri in islice(uris, 1))
 
 
-def _groups(records: Iterator[ImageRecord], size: int) -> Iterator[pa.Table]:
-    while group := list(islice(records, size)):
-        yield table_from_records(group)
+def _groups(records: Iterator[ImageRecord], options: PrepareOptions) -> Iterator[pa.Table]:
+    while group := list(islice(records, options.row_group_rows)):
+        yield table_from_records(group, weighted=options.weighted)
 
 
 def _write_parquet(uri: str, first: pa.Table, others: Iterable[pa.Table]) -> tuple[Shard, pa.Table]:
@@ -197,7 +217,7 @@ def _write_parquet(uri: str, first: pa.Table, others: Iterable[pa.Table]) -> tup
         hashing = HashingFile(file)
         # Encoded images do not compress, and their minimum and maximum are useless.
         with pq.ParquetWriter(
-            hashing, SHARD_SCHEMA, compression="none", use_dictionary=False, write_statistics=["image_id"]
+            hashing, first.schema, compression="none", use_dictionary=False, write_statistics=["image_id"]
         ) as writer:
             for table in (first, *others):
                 writer.write_table(table, row_group_size=table.num_rows)

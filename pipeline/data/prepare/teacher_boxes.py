@@ -45,6 +45,12 @@ class Results:
     read: int  # detections in its files, weak ones included
     described: dict[str, tuple[int, int, int]] | None  # by file name: id, width, height; None: not known
 
+    def knows(self, image_id: int, file_name: str) -> bool:
+        """Whether the teacher has seen an image; without a description, only an image with detections is known."""
+        if self.described is not None:
+            return file_name in self.described or posixpath.basename(file_name) in self.described
+        return bool(np.searchsorted(self.image_ids, image_id + 1) - np.searchsorted(self.image_ids, image_id))
+
     def of(self, image_id: int, file_name: str, width: int, height: int) -> Boxes:
         """Boxes of an image, in pixels of its `width` and `height`."""
         scale = np.ones(2, np.float32)
@@ -100,7 +106,7 @@ def prepare_teacher_boxes(
 
     def join(row: dict[str, Any]) -> Boxes:
         of_teachers = [
-            _best(_within(teacher.of(*(row[name] for name in COLUMNS)), row["width"], row["height"]), max_boxes)
+            _best(within(teacher.of(*(row[name] for name in COLUMNS)), row["width"], row["height"]), max_boxes)
             for teacher in teachers
         ]
         return joined(of_teachers, bonus)
@@ -142,7 +148,7 @@ def read_results(uri: str, labels: dict[int, int], images: str | None, min_score
     Raises:
         PrepareError: a detection is damaged, or of a category that the shard set does not have.
     """
-    files = _result_files(uri)
+    files = result_files(uri)
     if files != [uri] and images is None:
         images = storage.join(uri, IMAGES_FILE)
     image_ids: list[int] = []
@@ -190,12 +196,13 @@ def joined(teachers: Sequence[Boxes], bonus: Sequence[float]) -> Boxes:
     kept: list[int] = []
     for index in order:
         rivals = [other for other in kept if boxes[other, 4] == boxes[index, 4]]
-        if not rivals or _iou(boxes[index], boxes[rivals]).max() <= NMS_IOU:
+        if not rivals or box_iou(boxes[index], boxes[rivals]).max() <= NMS_IOU:
             kept.append(int(index))
     return boxes[kept[: len(boxes) // len(teachers)]]
 
 
-def _iou(box: NDArray[np.float32], others: Boxes) -> NDArray[np.float32]:
+def box_iou(box: NDArray[np.float32], others: Boxes) -> NDArray[np.float32]:
+    """IoU of a box with others, [n]."""
     size = np.minimum(box[2:4], others[:, 2:4]) - np.maximum(box[:2], others[:, :2])
     shared = size.clip(min=0).prod(axis=1)
     areas = (others[:, 2:4] - others[:, :2]).prod(axis=1)
@@ -203,7 +210,7 @@ def _iou(box: NDArray[np.float32], others: Boxes) -> NDArray[np.float32]:
     return iou
 
 
-def _within(boxes: Boxes, width: int, height: int) -> Boxes:
+def within(boxes: Boxes, width: int, height: int) -> Boxes:
     """Clip to the image, and drop what has no area."""
     boxes[:, [0, 2]] = boxes[:, [0, 2]].clip(0, width)
     boxes[:, [1, 3]] = boxes[:, [1, 3]].clip(0, height)
@@ -214,7 +221,7 @@ def _best(boxes: Boxes, count: int) -> Boxes:
     return boxes[np.argsort(-boxes[:, 5], kind="stable")[:count]]
 
 
-def _result_files(uri: str) -> list[str]:
+def result_files(uri: str) -> list[str]:
     """Files of one teacher: the file itself, or those in a folder of `dfine predict`."""
     if storage.exists(single := storage.join(uri, DETECTIONS_FILE)):
         return [single]

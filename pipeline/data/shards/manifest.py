@@ -145,6 +145,11 @@ class Manifest(FrozenModel):
             )
         return self
 
+    @property
+    def weighted(self) -> bool:
+        """Whether labels are of unequal worth, see `records.WEIGHTS_FIELD`."""
+        return any(self.options.get(option) for option in ("weights", "tiles"))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the manifest without its notices, in canonical JSON: the identity of the data set, in hex."""

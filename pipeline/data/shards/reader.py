@@ -15,12 +15,14 @@ from pyarrow import fs
 
 from pipeline import storage
 from pipeline.data.shards.manifest import ShardSet
-from pipeline.data.shards.records import SHARD_SCHEMA
+from pipeline.data.shards.records import SHARD_SCHEMA, WEIGHTED_SCHEMA, with_weights
 from pipeline.data.shards.teacher_boxes import TEACHER_FIELDS, read_teacher_group, with_teacher_columns
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 
-ROW_TYPE = pa.struct([*SHARD_SCHEMA, *TEACHER_FIELDS])  # a row of a training; empty lists without a teacher
+ROW_TYPE = pa.struct(
+    [*WEIGHTED_SCHEMA, *TEACHER_FIELDS]
+)  # a row of a training; empty lists without weights or a teacher
 ANNOTATION_COLUMNS = tuple(name for name in SHARD_SCHEMA.names if name != "image")
 PARALLEL_READS = 8  # concurrent requests: object storage has high latency, but serves many requests at once
 
@@ -153,7 +155,8 @@ def read_row_groups(
 
 def read_training_rows(source: RowGroups, groups: Iterable[int]) -> dict[int, pa.Table]:
     """Read rows of `ROW_TYPE` of each of `groups`: those of the shards, with a teacher's boxes if `source` names some."""
-    tables = read_row_groups(source, groups)
+    read = read_row_groups(source, groups, WEIGHTED_SCHEMA.names)  # a column that the files lack is passed over
+    tables = {group: with_weights(table) for group, table in read.items()}
     if source.teacher_boxes is None:
         return {group: with_teacher_columns(table, None) for group, table in tables.items()}
     filesystem, folder = _resolve(source.teacher_boxes)

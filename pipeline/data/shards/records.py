@@ -27,6 +27,12 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
+# Column of sets with labels of unequal worth, [G]: how much a box counts in training, 1 for a box that a person has drawn. A
+# crowd region of weight 0 is ignored by training, too; others are only left out of it. An empty list stands for ones.
+WEIGHTS_FIELD = pa.field("weights", pa.list_(pa.float32()))
+WEIGHTED_SCHEMA = SHARD_SCHEMA.append(WEIGHTS_FIELD)
+
+
 @dataclass(frozen=True)
 class TeacherBoxes:
     """T boxes that a teacher found in an image."""
@@ -50,6 +56,7 @@ class ImageRecord:
     areas: NDArray[np.float32]  # [G] px^2
     crowd: NDArray[np.bool_]  # [G]
     teacher: TeacherBoxes | None = None  # no column of the shard
+    weights: NDArray[np.float32] | None = None  # [G], see `WEIGHTS_FIELD`; None: all 1
 
     def __post_init__(self) -> None:
         count = len(self.labels)
@@ -60,8 +67,8 @@ class ImageRecord:
             )
 
 
-def table_from_records(records: Sequence[ImageRecord]) -> pa.Table:
-    """Table of shard rows, one per record, in the same order."""
+def table_from_records(records: Sequence[ImageRecord], *, weighted: bool = False) -> pa.Table:
+    """Table of shard rows, one per record, in the same order; with `weighted`, those of `WEIGHTED_SCHEMA`."""
     columns = [
         pa.array([record.image_id for record in records], pa.int64()),
         pa.array([record.file_name for record in records], pa.string()),
@@ -73,12 +80,25 @@ def table_from_records(records: Sequence[ImageRecord]) -> pa.Table:
         pa.array([record.areas for record in records], pa.list_(pa.float32())),
         pa.array([record.crowd for record in records], pa.list_(pa.bool_())),
     ]
-    return pa.Table.from_arrays(columns, schema=SHARD_SCHEMA)
+    table = pa.Table.from_arrays(columns, schema=SHARD_SCHEMA)
+    if not weighted:
+        return table
+    weights = [
+        np.ones(len(record.labels), np.float32) if record.weights is None else record.weights for record in records
+    ]
+    return table.append_column(WEIGHTS_FIELD, pa.array(weights, WEIGHTS_FIELD.type))
+
+
+def with_weights(table: pa.Table) -> pa.Table:
+    """Rows with a column of weights, which is empty lists where their file has none."""
+    if WEIGHTS_FIELD.name in table.column_names:
+        return table
+    return table.append_column(WEIGHTS_FIELD, pa.array([[]] * table.num_rows, WEIGHTS_FIELD.type))
 
 
 def records_from_table(table: pa.Table) -> Iterator[ImageRecord]:
     """Yield the rows of a table of `SHARD_SCHEMA`, with a teacher's boxes where it has their columns."""
-    taught = "teacher_scores" in table.column_names
+    taught, weighted = "teacher_scores" in table.column_names, WEIGHTS_FIELD.name in table.column_names
     for row in table.to_pylist():
         yield ImageRecord(
             image_id=row["image_id"],
@@ -91,6 +111,7 @@ def records_from_table(table: pa.Table) -> Iterator[ImageRecord]:
             areas=np.asarray(row["areas"], np.float32),
             crowd=np.asarray(row["crowd"], np.bool_),
             teacher=_teacher_boxes(row) if taught and row["teacher_scores"] else None,
+            weights=np.asarray(row["weights"], np.float32) if weighted and row["weights"] else None,
         )
 
 

@@ -54,6 +54,7 @@ class BoxEntry(NamedTuple):
     area: float
     crowd: bool
     annotation_id: int | str | None = None
+    weight: float = 1.0  # in training, see `records.WEIGHTS_FIELD`
 
 
 @contextmanager
@@ -94,7 +95,7 @@ class AnnotationIndex:
             PRAGMA temp_store = FILE; PRAGMA cache_size = -{CACHE_MIB * 1024};
             CREATE TABLE images (image_id INTEGER PRIMARY KEY, uri, file_name, width, height, hash INTEGER);
             CREATE TABLE boxes (
-                image_id INTEGER, x1 REAL, y1 REAL, x2 REAL, y2 REAL, label, area REAL, crowd, annotation_id
+                image_id INTEGER, x1 REAL, y1 REAL, x2 REAL, y2 REAL, label, area REAL, crowd, annotation_id, weight REAL
             );
             CREATE TABLE rejected (image_id, file_name, kind, reason, detail);
             BEGIN;
@@ -124,7 +125,7 @@ class AnnotationIndex:
 
     def add_boxes(self, entries: Iterable[BoxEntry]) -> None:
         """Add boxes, of images that may be added later."""
-        self._db.executemany("INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
+        self._db.executemany("INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
 
     def reject(self, rejection: Rejection) -> None:
         """Record an image or a box that cannot be used."""
@@ -141,10 +142,19 @@ class AnnotationIndex:
         """Everything that was noticed, by kind."""
         return tuple(self._notices.values())
 
+    def largest_id(self) -> int:
+        """Largest absolute value of an image id."""
+        return int(self._db.execute("SELECT IFNULL(MAX(ABS(image_id)), 0) FROM images").fetchone()[0])
+
     def entries(self) -> list[ImageEntry]:
         """All images, by id."""
         query = "SELECT image_id, uri, file_name, width, height FROM images ORDER BY image_id"
         return [ImageEntry(*row) for row in self._db.execute(query)]
+
+    def without_boxes(self) -> list[ImageEntry]:
+        """Images without boxes, by id."""
+        query = "SELECT image_id, uri, file_name, width, height FROM images WHERE image_id NOT IN (SELECT image_id FROM boxes)"
+        return [ImageEntry(*row) for row in self._db.execute(f"{query} ORDER BY image_id")]
 
     def keep_images(self, ids: Iterable[int]) -> None:
         """Remove all other images, with their boxes and what was rejected of them."""

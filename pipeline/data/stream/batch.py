@@ -41,6 +41,10 @@ class Batch:
     teacher_labels: Tensor
     teacher_scores: Tensor  # float32
     teacher_counts: tuple[int, ...]
+    # Labels of unequal worth
+    weights: Tensor | None = None  # [T] float32; None: all 1
+    ignored_boxes: Tensor | None = None  # [I, 4] regions to ignore, laid out as the true boxes; None without any
+    ignored_counts: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Move all tensors to a device."""
@@ -51,8 +55,18 @@ class Batch:
         return self._with_tensors(Tensor.pin_memory)
 
     def targets(self) -> list[dict[str, Tensor]]:
-        """Targets [B] of {"labels": [G] int64, "boxes": [G, 4] cxcywh}, as views of the flat tensors."""
-        return _targets(self.labels, self.boxes, self.counts)
+        """Targets [B] of {"labels": [G] int64, "boxes": [G, 4] cxcywh}, as views of the flat tensors.
+
+        Where labels are of unequal worth, with {"weights": [G], "ignored": [I, 4] cxcywh} too.
+        """
+        targets = _targets(self.labels, self.boxes, self.counts)
+        if self.weights is not None:
+            for target, weights in zip(targets, self.weights.split(list(self.counts)), strict=True):
+                target["weights"] = weights
+        if self.ignored_boxes is not None:
+            for target, ignored in zip(targets, self.ignored_boxes.split(list(self.ignored_counts)), strict=True):
+                target["ignored"] = ignored
+        return targets
 
     def teacher_targets(self) -> list[dict[str, Tensor]]:
         """Boxes of a teacher in the same form; their scores are `teacher_scores`, image after image."""
@@ -88,16 +102,20 @@ def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch
     teacher_counts: list[int] = block["teacher_counts"].to_pylist()
     teacher_boxes, teacher_labels = _tensor(block["teacher_boxes"]).view(-1, 4), _tensor(block["teacher_labels"])
     teacher_scores = _tensor(block["teacher_scores"])
+    weights = _tensor(block["weights"])
+    ignored_counts: list[int] = block["ignored_counts"].to_pylist()
+    ignored_boxes = _tensor(block["ignored_boxes"]).view(-1, 4)
     ratios: list[float] = block["blend_ratio"].to_pylist()
     pastes = block["pastes"].to_numpy().reshape(-1, 1 + len(Paste._fields)).tolist()
     image_id, orig_size = _tensor(block["image_id"]), _tensor(block["orig_size"]).view(-1, 2)
     replaced = list(zip(*(block[f"replaced_{name}"].to_pylist() for name in ("in", "id", "why")), strict=True))
 
-    batches, image, box, taught = [], 0, 0, 0
+    batches, image, box, ignored, taught = [], 0, 0, 0, 0
     for k, here in enumerate(real):
         of_images = slice(image, image + here)
         boxes_here = sum(counts[of_images])
         of_boxes = slice(box, box + boxes_here)
+        ignored_here = sum(ignored_counts[of_images])
         taught_here = sum(teacher_counts[of_images])
         of_teacher = slice(taught, taught + taught_here)
         batches.append(
@@ -118,9 +136,12 @@ def batches_from_arrow(decoded: pa.Table, canvas: tuple[int, int]) -> list[Batch
                 teacher_labels=teacher_labels[of_teacher],
                 teacher_scores=teacher_scores[of_teacher],
                 teacher_counts=(*teacher_counts[of_images], *[0] * (size - here)),
+                weights=weights[of_boxes] if len(weights) else None,
+                ignored_boxes=ignored_boxes[ignored : ignored + ignored_here] if ignored_here else None,
+                ignored_counts=(*ignored_counts[of_images], *[0] * (size - here)),
             )
         )
-        image, box, taught = image + here, box + boxes_here, taught + taught_here
+        image, box, ignored, taught = image + here, box + boxes_here, ignored + ignored_here, taught + taught_here
     return batches
 
 

@@ -17,7 +17,15 @@ from pipeline.data.augment.decode import UndecodableImageError
 from pipeline.data.augment.mosaic import mosaic_sample
 from pipeline.data.augment.photometric_parameters import identity_photometric
 from pipeline.data.augment.photometric_pixels import distort_pixels
-from pipeline.data.augment.samples import TRUTH, Sample, augmented_sample, plain_sample, without_crowd
+from pipeline.data.augment.samples import (
+    IGNORED,
+    TRUTH,
+    Sample,
+    augmented_sample,
+    is_label,
+    plain_sample,
+    without_crowd,
+)
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import Stages
 from pipeline.data.shards.reader import ROW_TYPE, RowGroups, Rows, read_training_rows, take_rows
@@ -53,6 +61,9 @@ DECODED_SCHEMA = pa.schema(
         ("counts", pa.list_(pa.int64())),  # [sum of real] boxes of each image, after the blend
         ("boxes", pa.list_(pa.float32())),  # flat [T, 4] cxcywh, normalised to the canvas, image after image
         ("labels", pa.list_(pa.int64())),  # [T]
+        ("weights", pa.list_(pa.float32())),  # [T]; empty: all 1
+        ("ignored_counts", pa.list_(pa.int64())),  # [sum of real] regions to ignore, and in the same way
+        ("ignored_boxes", pa.list_(pa.float32())),
         ("teacher_counts", pa.list_(pa.int64())),  # [sum of real] boxes of a teacher, and in the same way
         ("teacher_boxes", pa.list_(pa.float32())),
         ("teacher_labels", pa.list_(pa.int64())),
@@ -177,6 +188,8 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     photometric = np.tile(identity_photometric(), (len(real), settings.micro_batch_size, 1))
     boxes: list[NDArray[np.float32]] = []
     labels: list[NDArray[np.int64]] = []
+    weights: list[NDArray[np.float32]] = []
+    ignored: list[NDArray[np.float32]] = []
     teacher: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]] = []
     kept: list[ImageRecord] = []
     blends: list[Blend] = []
@@ -194,11 +207,13 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
             photometric[k, i] = distort_pixels(images[k, i], sample.photometric) if distorts else sample.photometric
         blend, pasted = _drawn_blend(decoded, epoch, step + k, micro_batch, settings)
         joined = blended_targets(decoded, blend, pasted)
-        for image_boxes, image_labels, image_scores in zip(*joined, strict=True):
-            true = image_scores == TRUTH
-            boxes.append(image_boxes[true])
-            labels.append(image_labels[true])
-            teacher.append((image_boxes[~true], image_labels[~true], image_scores[~true]))
+        for image_boxes, image_labels, marks in zip(*joined, strict=True):
+            labelled, taught = is_label(marks), marks >= 0
+            boxes.append(image_boxes[labelled])
+            labels.append(image_labels[labelled])
+            weights.append(-marks[labelled])
+            ignored.append(image_boxes[marks == IGNORED])
+            teacher.append((image_boxes[taught], image_labels[taught], marks[taught]))
         blends.append(blend)
         kept += names
         replaced += [(k, image_id, reason) for image_id, reason in failures]
@@ -217,6 +232,9 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
         counts=[len(label) for label in labels],
         boxes=_joined(boxes, np.float32),
         labels=_joined(labels, np.int64),
+        weights=_joined(weights if any((own != -TRUTH).any() for own in weights) else [], np.float32),
+        ignored_counts=[len(own) for own in ignored],
+        ignored_boxes=_joined(ignored, np.float32),
         teacher_counts=[len(taught) for _, taught, _ in teacher],
         teacher_boxes=_joined([taught for taught, _, _ in teacher], np.float32),
         teacher_labels=_joined([taught for _, taught, _ in teacher], np.int64),
