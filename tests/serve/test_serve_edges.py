@@ -7,9 +7,8 @@ import pytest
 
 from dfine_core import LoadedDetector
 from pipeline.data.sources.synthetic import CLASSES
-from tests.support.browser import browser
 from tests.support.calibrations import a_calibration
-from tests.support.service_in_process import detected_by, opened, served
+from tests.support.service_in_process import detected_by, example_page, opened
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
 
@@ -68,14 +67,7 @@ def test_a_detector_without_distributions_refuses_a_coverage(image: bytes, tmp_p
 @pytest.mark.slow  # a browser
 def test_the_page_shows_the_band_of_the_box_that_is_pointed_at(tmp_path: Path) -> None:
     for name, each in (("calibrated", calibrated()), ("plain", replace(calibrated(), calibration=None))):
-        (tmp_path / f"browser-{name}").mkdir()
-        with (
-            opened(str(each.save(tmp_path / name))) as service,
-            browser(tmp_path / f"browser-{name}") as page,
-            served(service) as address,
-        ):
-            page.open(f"{address}/?example&threshold=0.3")
-            page.wait_for("document.body.dataset.state === 'done'")
+        with example_page(each, tmp_path / name, "&threshold=0.3") as page:
             assert page.evaluate("element('band').hidden") == (name == "plain")
             before = page.evaluate("canvas.toDataURL()")
             x, y = page.evaluate(
