@@ -183,6 +183,7 @@ class LoadedDetector:
         batch_size: int = 8,
         *,
         coverage: float | None = None,
+        joint: bool = False,
     ) -> list[ImageDetections]:
         """Detect objects: one `ImageDetections` per image, in a list even for a single image.
 
@@ -190,6 +191,7 @@ class LoadedDetector:
             threshold: least score of all classes, in 0..1, or "precision=0.9"; see `least_scores`.
             batch_size: images that go through the network at once.
             coverage: wanted share of true edges inside the intervals of `ImageDetections`; see `DetectedEdges.kind`.
+            joint: the coverage is that of boxes with all four edges inside, which takes a calibration.
 
         Raises:
             ValueError: an image cannot be read, `least_scores` refuses the threshold, or `DetectedEdges.kind` the coverage.
@@ -201,7 +203,7 @@ class LoadedDetector:
             indices = range(start, min(start + batch_size, len(sources)))
             opened = [_read_numbered(index, sources[index]) for index in indices]
             raw = self.find(prepare(opened, self.config.input_size), image_sizes(opened))
-            results += [self.keep(each, least, coverage=coverage) for each in raw]
+            results += [self.keep(each, least, coverage=coverage, joint=joint) for each in raw]
         return results
 
     def find(self, pixels: Tensor, sizes: Tensor) -> list[RawDetections]:
@@ -227,6 +229,7 @@ class LoadedDetector:
         least: Tensor,
         *,
         coverage: float | None = None,
+        joint: bool = False,
         limit: int | None = None,
         measured: bool = False,
     ) -> ImageDetections:
@@ -234,16 +237,21 @@ class LoadedDetector:
 
         Args:
             least: [C], see `least_scores`.
-            coverage: as in `__call__`.
+            coverage, joint: as in `__call__`.
             limit: most detections; the best ones are kept.
             measured: `edge_std_px` even without coverage and calibration.
+
+        Raises:
+            ValueError: `joint` without a coverage, or as of `DetectedEdges.kind`.
         """
+        if joint and coverage is None:
+            raise ValueError("joint says what a coverage counts: give coverage=0.9, too, or leave joint out")
         scores = self.calibrated(raw.scores)
         kept = (scores >= least[raw.labels]).nonzero().squeeze(1)[:limit]
         labels, boxes = raw.labels[kept], raw.boxes[kept].float()
         std, intervals, kind = None, None, None
         if coverage is not None or (raw.edge_logits is not None and (measured or self.calibration is not None)):
-            std, intervals, kind = self.edges().measure(raw, kept, coverage)
+            std, intervals, kind = self.edges().measure(raw, kept, coverage, joint)
         return ImageDetections(
             boxes=boxes,
             scores=scores[kept],

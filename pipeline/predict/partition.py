@@ -122,7 +122,7 @@ def _detect_batch(loaded: LoadedDetector, batch: list[DecodedImage], plan: Predi
             raise ConfigError(
                 f"{decoded.row['file_name']}: its detections are not finite; the weights of this detector have diverged"
             )
-        found = loaded.keep(raw, least, coverage=plan.coverage, measured=plan.edge_std)
+        found = loaded.keep(raw, least, coverage=plan.coverage, joint=plan.joint, measured=plan.edge_std)
         decoded.row["boxes"] = found.boxes.flatten().numpy()
         decoded.row["labels"] = found.labels.int().numpy()
         decoded.row["scores"] = found.scores.numpy()
