@@ -122,18 +122,19 @@ def subset(
 
 
 def coverage(detector: Path, shards: ShardSet, folder: Path) -> None:
-    """Share of true edges inside the intervals of `dfine predict`, at every level and from both sources."""
+    """Share of true edges inside the intervals of `dfine predict`, and of boxes with all four, at every level."""
     loaded = open_detector(str(detector), "cpu")
     assert loaded.calibration is not None
     least = float(loaded.calibrated(torch.tensor(LEAST_SCORE)))
     fitted = loaded.calibration.edges[0].objects
-    for source in ("conformal", "own"):
+    for source in ("conformal", "joint", "own"):
         if source == "own":
             (detector / "calibration.json").rename(detector / "unused.json")
             least = LEAST_SCORE
         for level in LEVELS:
             out = str(folder / f"{source}-{level}")
             options = ["--coverage", f"{level}", "--threshold", f"{least}", "--out", out, "--num-images", "0"]
+            options += ["--joint"] if source == "joint" else []
             with contextlib.redirect_stdout(io.StringIO()):
                 predict_job.main([str(detector), shards.uri, *options, "--precision", "fp32", "--workers", "0"])
             report(source, level, edges_inside(out, shards), fitted)
@@ -164,11 +165,15 @@ def recorded(file: Path, seed: int) -> None:
 
     std = loaded.keep(raw, torch.zeros(80), measured=True).edge_std_px
     assert std is not None
-    edges = tuple(fit_edge_calibration(std[half], edge_errors(boxes, true)[half], level) for level in LEVELS)
-    calibrated = DetectorCalibration(edges, (), ScoreCalibration("temperature"), images // 2, None)
-    for source, calibration in (("conformal", calibrated), ("own", None)):
+    edges, whole = (
+        tuple(fit_edge_calibration(std[half], edge_errors(boxes, true)[half], level, joint) for level in LEVELS)
+        for joint in (False, True)
+    )
+    calibrated = DetectorCalibration(edges, whole, ScoreCalibration("temperature"), images // 2, None)
+    for source, calibration in (("conformal", calibrated), ("joint", calibrated), ("own", None)):
         for level in LEVELS:
-            found = replace(loaded, calibration=calibration).keep(raw, torch.zeros(80), coverage=level)
+            used = replace(loaded, calibration=calibration)
+            found = used.keep(raw, torch.zeros(80), coverage=level, joint=source == "joint")
             assert found.edge_intervals is not None
             low, high = found.edge_intervals.unbind(-1)
             inside = ((low <= true) & (true <= high))[~half].numpy()
@@ -176,10 +181,11 @@ def recorded(file: Path, seed: int) -> None:
 
 
 def report(source: str, level: float, inside: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", fitted: int) -> None:
-    """Print the share inside, with the bounds of 99 % that the numbers of objects leave."""
+    """Print the share inside, with the bounds of 99 % that the numbers of objects leave; jointly, a box counts with all edges."""
+    inside, counted = (inside.all(1), "the boxes of") if source == "joint" else (inside, "the edges of")
     low, high = (count / len(inside) for count in betabinom.interval(0.99, len(inside), *beta(fitted, level)))
     print(
-        f"{source}, {100 * level:g} %: {100 * inside.mean():.1f} % of the edges of {len(inside)} objects"
+        f"{source}, {100 * level:g} %: {100 * inside.mean():.1f} % of {counted} {len(inside)} objects"
         f" (99 % bounds {100 * low:.1f} to {100 * high:.1f}; fitted on {fitted})",
         flush=True,
     )

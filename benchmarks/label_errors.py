@@ -2,6 +2,7 @@
 
     python -m benchmarks.label_errors runs/mine shards/mine/val
     ... --share 0.05 --seeds 5
+    python -m benchmarks.label_errors fdr_real.npz coco_sample/annotations/instances_val2017.json       recorded detections
 
 Of each kind, a share of the boxes is changed: left out, given another class, given one edge that is off by 20 to 40 % of the
 side; and as many boxes are added where nothing is. What the set had of errors before counts as false, so that precision is a
@@ -10,6 +11,7 @@ lower bound.
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
+from benchmarks.recorded_detections import read_recorded
 from pipeline.calibration.measure import measure
 from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import load_shards
@@ -39,17 +42,21 @@ class Planted:
 def main(argv: list[str] | None = None) -> None:
     """Detect once, plant errors for every seed, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("detector")
-    parser.add_argument("shards")
+    parser.add_argument("detector", help="or recorded detections, see recorded_detections.py")
+    parser.add_argument("shards", help="or annotations in COCO's format for these")
     parser.add_argument("--share", type=float, default=0.05, help="of the boxes, for each kind")
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    loaded = open_detector(args.detector)
-    shards = with_classes_of(load_shards(args.shards), loaded.names, "the detector")
-    truth = read_ground_truth(shards)
-    measured = measure(loaded, shards, truth, batch_size=8)
-    calibration = loaded.calibration
+    if args.detector.endswith(".npz"):
+        measured, truth = read_recorded(Path(args.detector), Path(args.shards))
+        calibration = None
+    else:
+        loaded = open_detector(args.detector)
+        shards = with_classes_of(load_shards(args.shards), loaded.names, "the detector")
+        truth = read_ground_truth(shards)
+        measured = measure(loaded, shards, truth, batch_size=8)
+        calibration = loaded.calibration
     print(f"{len(truth.image_id)} images, {len(truth.label)} boxes, {'no ' if calibration is None else ''}calibration")
     clean = find_suspects(measured, truth, calibration, least=LEVELS[0])
     print("suspects before planting:", {level: sum(s.confidence >= level for s in clean) for level in LEVELS})

@@ -187,6 +187,7 @@ class LoadedDetector:
         coverage: float | None = None,
         tile: int | None = None,
         overlap: float | None = None,
+        joint: bool = False,
     ) -> list[ImageDetections]:
         """Detect objects: one `ImageDetections` per image, in a list even for a single image.
 
@@ -197,6 +198,7 @@ class LoadedDetector:
             tile: side in pixels of the tiles that larger images are cut into; None: images are taken whole. `merge_tiles` has
                 the rules by which their detections become those of the image.
             overlap: share of the side by which neighbouring tiles overlap; 0.2 if there are tiles.
+            joint: the coverage is that of boxes with all four edges inside, which takes a calibration.
 
         Raises:
             ValueError: an image cannot be read, `least_scores` refuses the threshold, `DetectedEdges.kind` the coverage, or
@@ -211,7 +213,7 @@ class LoadedDetector:
             pixels = [part.cut(image) for image, part in batch]
             raw = self.find(prepare(pixels, self.config.input_size), image_sizes(pixels))
             for (image, part), each in zip(batch, raw, strict=True):
-                found.append(self.keep(each, least, coverage=coverage))
+                found.append(self.keep(each, least, coverage=coverage, joint=joint))
                 tiles = tiles_of(image.size, tiling)
                 if part == tiles[-1]:
                     results.append(merge_tiles(found, tiles, image.size))
@@ -241,6 +243,7 @@ class LoadedDetector:
         least: Tensor,
         *,
         coverage: float | None = None,
+        joint: bool = False,
         limit: int | None = None,
         measured: bool = False,
     ) -> ImageDetections:
@@ -248,16 +251,21 @@ class LoadedDetector:
 
         Args:
             least: [C], see `least_scores`.
-            coverage: as in `__call__`.
+            coverage, joint: as in `__call__`.
             limit: most detections; the best ones are kept.
             measured: `edge_std_px` even without coverage and calibration.
+
+        Raises:
+            ValueError: `joint` without a coverage, or as of `DetectedEdges.kind`.
         """
+        if joint and coverage is None:
+            raise ValueError("joint says what a coverage counts: give coverage=0.9, too, or leave joint out")
         scores = self.calibrated(raw.scores)
         kept = (scores >= least[raw.labels]).nonzero().squeeze(1)[:limit]
         labels, boxes = raw.labels[kept], raw.boxes[kept].float()
         std, intervals, kind = None, None, None
         if coverage is not None or (raw.edge_logits is not None and (measured or self.calibration is not None)):
-            std, intervals, kind = self.edges().measure(raw, kept, coverage)
+            std, intervals, kind = self.edges().measure(raw, kept, coverage, joint)
         return ImageDetections(
             boxes=boxes,
             scores=scores[kept],

@@ -306,13 +306,18 @@ def coverage(text: str) -> float:
 
 
 def add_coverage(arguments: argparse.ArgumentParser) -> None:
-    """Add `--coverage`."""
+    """Add `--coverage` and `--joint`."""
     arguments.add_argument(
         "--coverage",
         type=coverage,
         metavar="SHARE",
         help="add intervals that hold this share of true edges, such as 0.9: by the calibration if it has it, else by the"
         " distributions alone",
+    )
+    arguments.add_argument(
+        "--joint",
+        action="store_true",
+        help="with --coverage: that share of boxes with all four edges inside, which takes a calibration",
     )
 
 

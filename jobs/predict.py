@@ -6,6 +6,7 @@
     dfine predict runs/mine photos/ --out found --num-explanations 6     how each box was refined, with edge deviations
     dfine predict runs/mine photos/ --out found --coverage 0.9           intervals that hold 90 % of the true edges
     dfine predict runs/mine aerial/ --out found --tile 640               large images in tiles that overlap by a fifth
+    dfine predict runs/mine photos/ --out found --coverage 0.9 --joint   all four edges of 90 % of the boxes
 
 Writes Parquet parts with one row per image, rendered drawings and a contact sheet; up to a million detections also as
 detections.json in COCO's result format with its images.json, and more than that with --json, in several files. The same command
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         precision=args.precision,
         coverage=args.coverage,
         tiling=tiling(args),
+        joint=args.joint,
         json=args.json,
     )
     print(predict(loaded, inputs, args.out, options, announce=lambda line: print(line, flush=True)).summary())

@@ -5,8 +5,8 @@
     ray job submit --working-dir . -- python -m jobs.serve s3://bucket/exported --host 0.0.0.0
 
 POST /detect takes a form with files named image, JSON {"images": [base64, ...]}, or one image as the body; threshold,
-max_detections and coverage are further fields, or part of the query. GET /health, /metrics (Prometheus), /model, and / for the
-page. The server listens on this machine alone unless --host names another address: there are no passwords and no TLS.
+max_detections, coverage and joint are further fields, or part of the query. GET /health, /metrics (Prometheus), /model, and /
+for the page. The server listens on this machine alone unless --host names another address: there are no passwords and no TLS.
 """
 
 import argparse
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = settings_of(args)
     settings = settings.model_copy(update={"source": pinned(settings.source)})  # for replicas that start later
-    loaded = open_detector(settings.source)  # fails before anything starts if it is no detector
+    loaded = open_detector(settings.source, exported=True)  # fails before anything starts if it is no detector
     refuse_unmeasured(loaded, settings.threshold)
-    refuse_without_intervals(loaded, settings.coverage)
+    refuse_without_intervals(loaded, settings.coverage, settings.joint)
     print(f"{loaded.origin}: {plural(len(loaded.names), 'class')}, starting", flush=True)
     del loaded
     serve(settings, args.host, args.port, detach=args.detach)

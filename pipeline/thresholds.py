@@ -38,17 +38,20 @@ def refuse_unmeasured(loaded: LoadedDetector, threshold: Threshold | None) -> No
         raise ConfigError(f"--threshold {threshold}: {error}") from None
 
 
-def refuse_without_intervals(loaded: LoadedDetector, coverage: float | None) -> None:
+def refuse_without_intervals(loaded: LoadedDetector, coverage: float | None, joint: bool = False) -> None:
     """Check that the detector has intervals of edges, if any are asked for.
 
     Raises:
-        ConfigError: it regresses boxes directly, or the coverage lies outside (0, 1).
+        ConfigError: it regresses boxes directly, the coverage lies outside (0, 1), or joint intervals are not calibrated.
     """
+    if coverage is None:
+        if joint:
+            raise ConfigError("--joint says what --coverage counts: give --coverage 0.9, too, or leave --joint out")
+        return
     try:
-        if coverage is not None:
-            loaded.edges().kind(coverage)
+        loaded.edges().kind(coverage, joint)
     except ValueError as error:
-        raise ConfigError(f"--coverage {coverage:g}: {error}") from None
+        raise ConfigError(f"--coverage {coverage:g}{' --joint' if joint else ''}: {error}") from None
 
 
 def thresholds_file(source: str, loaded: LoadedDetector) -> str:

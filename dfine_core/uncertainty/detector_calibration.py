@@ -25,9 +25,13 @@ class DetectorCalibration:
     sha256: str | None  # of the weights' file
     reference: DriftReference | None = None  # values of the images, which new ones are compared with
 
-    def find(self, coverage: float) -> EdgeCalibration | None:
-        """Half-widths of single edges at a coverage; None if it was not fitted."""
-        return next((each for each in self.edges if abs(each.coverage - coverage) < 1e-9), None)
+    def fitted(self, *, joint: bool = False) -> tuple[EdgeCalibration, ...]:
+        """Half-widths at every fitted coverage: of each edge by itself, or jointly of the four of a box."""
+        return self.boxes if joint else self.edges
+
+    def find(self, coverage: float, *, joint: bool = False) -> EdgeCalibration | None:
+        """Half-widths at a coverage; None if it was not fitted."""
+        return next((each for each in self.fitted(joint=joint) if abs(each.coverage - coverage) < 1e-9), None)
 
     def at(self, coverage: float, *, joint: bool = False) -> EdgeCalibration:
         """Half-widths at one of the fitted coverages.
@@ -35,11 +39,10 @@ class DetectorCalibration:
         Raises:
             ValueError: there are others.
         """
-        fitted = self.boxes if joint else self.edges
-        for calibration in fitted:
-            if abs(calibration.coverage - coverage) < 1e-9:
-                return calibration
-        known = ", ".join(f"{calibration.coverage:g}" for calibration in fitted)
+        found = self.find(coverage, joint=joint)
+        if found is not None:
+            return found
+        known = ", ".join(f"{calibration.coverage:g}" for calibration in self.fitted(joint=joint))
         raise ValueError(f"coverage ({coverage:g}) must be one of those that were fitted: {known}")
 
     def to_json(self, **more: Any) -> bytes:

@@ -132,6 +132,7 @@ def log_to_mlflow(target: CalibrationTarget, shards: ShardSet, written: Written)
             "calibration/score_error": measured.score_error[1],
             "calibration/width_error": measured.width_error,
             **{f"calibration/coverage_{100 * level:g}": held for level, held in measured.conformal.items()},
+            **{f"calibration/coverage_boxes_{100 * level:g}": held for level, held in measured.conformal_boxes.items()},
         },
     )
 
@@ -156,7 +157,9 @@ def summary(reliability: Reliability) -> list[str]:
         + ", ".join(f"{100 * level:g}" for level in reliability.conformal)
         + " % hold "
         + ", ".join(f"{100 * held:.1f}" for held in reliability.conformal.values())
-        + " %",
+        + " %; those for all four edges at once "
+        + ", ".join(f"{100 * held:.1f}" for held in reliability.conformal_boxes.values())
+        + " % of the boxes",
         f"mean half-width at 90 %: {width:.1f} px, {side:.1f} px if it is a share of the box's side",
         "scores: error {:.3f} raw, {:.3f} calibrated (D-ECE)".format(*reliability.score_error)
         + "; {:.3f} and {:.3f} with the fit of the boxes (LaECE)".format(*reliability.label_aware_error),

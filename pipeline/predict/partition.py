@@ -59,7 +59,7 @@ def write_part(
         sizes = torch.tensor([tile.size for _, tile in batch])
         for (decoded, tile), raw in zip(batch, loaded.find(pixels, sizes), strict=True):
             _refuse_not_finite(raw, decoded.row["file_name"])
-            found.append(loaded.keep(raw, least, coverage=plan.coverage, measured=plan.edge_std))
+            found.append(loaded.keep(raw, least, coverage=plan.coverage, joint=plan.joint, measured=plan.edge_std))
             if plan.drift_score is not None:
                 drift.append(drift_values(loaded, raw, plan.drift_score))
             if tile == decoded.tiles[-1]:

@@ -59,6 +59,7 @@ class PredictPlan(PartsPlan):
     threshold_text: str  # where they come from
     edge_std: bool  # deviations of edges are measured
     coverage: float | None = None  # of the intervals of edges; None without them
+    joint: bool = False  # it is that of boxes with all four edges inside
     intervals: IntervalKind | None = None  # their source
     interval_text: str | None = None
     calibration: str | None = None  # digest; None: scores are raw

@@ -71,6 +71,7 @@ class PredictOptions:
     precision: str = AUTO  # a name of PRECISIONS; auto: that of the parts which exist, else measured
     coverage: float | None = None  # wanted share of true edges inside intervals; None: no intervals
     tiling: Tiling | None = None  # tiles that larger images are cut into; None: images are taken whole
+    joint: bool = False  # the coverage is that of boxes with all four edges inside
     json: bool = False  # write COCO results as JSON even if there are more than SMALL_RESULT detections
 
 
@@ -135,7 +136,7 @@ def predict(
     if options.num_explanations and loaded.config.regression != "fdr":
         raise ConfigError("this detector regresses boxes directly: its edges have no distributions to explain")
     refuse_unmeasured(loaded, options.threshold)
-    refuse_without_intervals(loaded, options.coverage)
+    refuse_without_intervals(loaded, options.coverage, options.joint)
     measured = options.coverage is not None or loaded.calibration is not None
     edges = loaded.edges() if measured else None
 
@@ -159,8 +160,11 @@ def predict(
         threshold_text=loaded.threshold_text(options.threshold),
         edge_std=edges is not None or options.num_explanations > 0,
         coverage=options.coverage,
-        intervals=None if edges is None or options.coverage is None else edges.kind(options.coverage),
-        interval_text=None if edges is None or options.coverage is None else edges.text(options.coverage),
+        joint=options.joint,
+        intervals=None if edges is None or options.coverage is None else edges.kind(options.coverage, options.joint),
+        interval_text=None
+        if edges is None or options.coverage is None
+        else edges.text(options.coverage, options.joint),
         calibration=None if calibration is None else calibration.digest,
         drift_score=None if reference is None else reference.least_score,
         categories=output_categories(loaded, inputs),

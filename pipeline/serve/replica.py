@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from torch import Tensor
@@ -63,6 +63,7 @@ class ServeSettings(Config):
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = (
         None  # of intervals, unless a request has its own; None: none
     )
+    joint: bool = False  # the coverage is that of boxes with all four edges inside, unless a request says otherwise
     batch_size: PositiveInt = 8  # images per forward pass, at most
     timeout_s: PositiveFloat = 30.0  # per request, from its arrival at a replica to the response
     header_s: PositiveFloat = 10.0  # for the headers of a request to arrive; of the proxy
@@ -77,6 +78,12 @@ class ServeSettings(Config):
     cpus: PositiveFloat = 1.0  # per replica; also the number of threads of its detector
     gpus: NonNegativeFloat = Field(0.0, description="per replica; a fraction shares one GPU")
 
+    @model_validator(mode="after")
+    def _joint_intervals_have_a_coverage(self) -> Self:
+        if self.joint and self.coverage is None:
+            raise ValueError("joint says what coverage counts: give a coverage, such as 0.9, or leave joint out")
+        return self
+
     @property
     def limits(self) -> RequestLimits:
         """Limits of one request, in bytes and pixels."""
@@ -90,7 +97,7 @@ class DetectionService:
         self.settings = settings
         loaded = open_detector(settings.source, "cuda" if settings.gpus else "cpu", exported=True).deploy()
         self.loaded = loaded.with_precision(_precision_of(loaded, settings))
-        self._interval_text(settings.coverage)  # fails now if the detector has no distributions
+        self._interval_text(settings.coverage, settings.joint)  # fails now if the detector has no such intervals
         self.metrics: Metrics = Counter()
         self.active_requests = 0
         self.last_batch_failed = False
@@ -144,7 +151,8 @@ class DetectionService:
             "threshold_text": self.loaded.threshold_text(self.settings.threshold),
             "calibration": None if self.loaded.calibration is None else self.loaded.calibration_text(),
             "coverage": self.settings.coverage,
-            "interval_text": self._interval_text(self.settings.coverage),
+            "joint": self.settings.joint,
+            "interval_text": self._interval_text(self.settings.coverage, self.settings.joint),
             "max_detections": MAX_DETECTIONS,
             "batch_size": self.settings.batch_size,
             "limits": asdict(self.settings.limits) | {"timeout_s": self.settings.timeout_s},
@@ -176,8 +184,11 @@ class DetectionService:
         threshold = self.settings.threshold if request.threshold is None else request.threshold
         least = torch.tensor(self.loaded.least_scores(threshold))
         coverage = self.settings.coverage if request.coverage is None else request.coverage
+        joint = self.settings.joint if request.joint is None else request.joint
+        if joint and coverage is None:
+            raise RequestError(422, "joint says what coverage counts: give a coverage, such as 0.9", field="joint")
         try:
-            interval_text = self._interval_text(coverage)
+            interval_text = self._interval_text(coverage, joint)
         except ValueError as error:
             raise RequestError(422, f"{error}", field="coverage") from None
 
@@ -189,7 +200,7 @@ class DetectionService:
         return {
             "model": self.loaded.origin,
             "detections": [
-                self._as_json(each, image.size, least, request.max_detections, coverage)
+                self._as_json(each, image.size, least, request.max_detections, coverage, joint)
                 for each, image in zip(detections, images, strict=True)
             ],
             "threshold": self.loaded.threshold_text(threshold),
@@ -197,9 +208,9 @@ class DetectionService:
             **({} if interval_text is None else {"intervals": interval_text}),
         }
 
-    def _interval_text(self, coverage: float | None) -> str | None:
+    def _interval_text(self, coverage: float | None, joint: bool) -> str | None:
         """Text on the intervals of a coverage; a ValueError if the detector has none."""
-        return None if coverage is None else self.loaded.edges().text(coverage)
+        return None if coverage is None else self.loaded.edges().text(coverage, joint)
 
     async def _body(self, request: Request) -> bytes:
         try:
@@ -237,8 +248,9 @@ class DetectionService:
         least: Tensor,
         max_detections: int,
         coverage: float | None,
+        joint: bool,
     ) -> dict[str, Any]:
-        found = self.loaded.keep(raw, least, coverage=coverage, limit=max_detections)
+        found = self.loaded.keep(raw, least, coverage=coverage, joint=joint, limit=max_detections)
         return {
             "boxes": found.boxes.tolist(),
             "scores": found.scores.tolist(),

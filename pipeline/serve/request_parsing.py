@@ -18,7 +18,7 @@ from dfine_core.model.postprocess import MAX_DETECTIONS
 from pipeline.serve.decoding import EncodedImage
 from pipeline.serve.request_error import RequestError
 
-OPTIONS = ("threshold", "max_detections", "coverage")
+OPTIONS = ("threshold", "max_detections", "coverage", "joint")
 BODY_FORMATS = (
     "a form with files named image, JSON with a list named images, or one image with its own type, such as image/jpeg"
 )
@@ -43,6 +43,7 @@ class DetectRequest:
     threshold: float | None  # None: that of the server
     max_detections: int  # per image
     coverage: float | None = None  # of the intervals of edges; None: that of the server
+    joint: bool | None = None  # the coverage is that of boxes with all four edges inside; None: as the server has it
 
 
 class _Options(BaseModel):
@@ -50,6 +51,7 @@ class _Options(BaseModel):
     threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     max_detections: int = Field(MAX_DETECTIONS, ge=1, le=MAX_DETECTIONS)
     coverage: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    joint: bool | None = None
 
 
 class _Body(_Options):
@@ -103,7 +105,7 @@ async def parse_request(
         raise RequestError(422, f"the request contains no image: send {BODY_FORMATS}", field="image")
     _refuse_too_many(len(images), limits.max_images)
     valid = _validated(_Options, options)
-    return DetectRequest(images, valid.threshold, valid.max_detections, valid.coverage)
+    return DetectRequest(images, valid.threshold, valid.max_detections, valid.coverage, valid.joint)
 
 
 def _refuse_too_many(images: int, limit: int) -> None:

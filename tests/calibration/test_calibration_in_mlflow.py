@@ -84,6 +84,7 @@ def test_a_calibration_reaches_the_run_and_its_model_and_is_read_from_there(
     assert found.data.tags["dfine.calibration.images"] == "30"
     written = json.loads((tmp_path / "runs/mine/checkpoints/step-00000007/calibration.json").read_text())
     assert found.data.metrics["calibration/coverage_90"] == written["measured"]["conformal"]["0.9"]
+    assert found.data.metrics["calibration/coverage_boxes_90"] == written["measured"]["conformal_boxes"]["0.9"]
     assert found.data.metrics["calibration/score_error"] == written["measured"]["score_error"][1]
 
     # Whoever opens the logged model has it.

@@ -23,7 +23,7 @@ from dfine_core.thresholds import ClassThresholds
 from dfine_core.uncertainty import ScoreCalibration, edge_errors, fit_edge_calibration
 from dfine_core.uncertainty.detector_calibration import LEVELS, DetectorCalibration
 from pipeline.data.sources.synthetic import CLASSES
-from tests.support.calibrations import FACTORS, SLOPE, a_calibration
+from tests.support.calibrations import FACTORS, JOINT, SLOPE, a_calibration
 from tests.support.real_edges import REG_SCALE, real_edges
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
@@ -126,12 +126,12 @@ def plain_edges(
     return deviations, intervals
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(("calibrated", "joint"), [(False, False), (True, False), (True, True)])
 def test_deviations_and_intervals_equal_a_loop_over_the_output(
-    calibrated: bool, detector: LoadedDetector, images: list[bytes]
+    calibrated: bool, joint: bool, detector: LoadedDetector, images: list[bytes]
 ) -> None:
     used = replace(detector, calibration=a_calibration()) if calibrated else detector
-    found = used(images[1], 0.0, coverage=0.8)[0]
+    found = used(images[1], 0.0, coverage=0.8, joint=joint)[0]
     assert found.intervals == ("conformal" if calibrated else "own")
     assert found.edge_std_px is not None
     assert found.edge_intervals is not None
@@ -152,7 +152,7 @@ def test_deviations_and_intervals_equal_a_loop_over_the_output(
         deviations, intervals = plain_edges(probabilities, bins, box, 0.8, detector.config.reg_scale)
         assert found.edge_std_px[rank].tolist() == pytest.approx(deviations, rel=1e-3, abs=1e-3)
         if calibrated:
-            factor = FACTORS[0.8] * (2 if label == 1 else 1)
+            factor = FACTORS[0.8] * (2 if label == 1 else 1) * (JOINT if joint else 1)
             corners = found.boxes[rank].tolist()
             intervals = [[at - factor * d, at + factor * d] for at, d in zip(corners, deviations, strict=True)]
         assert found.edge_intervals[rank].tolist() == pytest.approx(np.array(intervals), rel=1e-3, abs=2e-2)
@@ -170,6 +170,22 @@ def test_a_coverage_that_was_not_fitted_takes_the_distributions_and_the_text_say
         detector.edges().kind(1.0)
     with pytest.raises(ValueError, match="it regresses boxes directly, so its edges have no distributions"):
         small_detector(regression="direct").edges()
+
+
+def test_joint_intervals_are_those_of_a_calibration_or_refused(detector: LoadedDetector, images: list[bytes]) -> None:
+    calibrated = replace(detector, calibration=a_calibration())
+    expected = "90 % of the true boxes with all four edges, conformal, fitted on 40 images"
+    assert calibrated.edges().text(0.9, joint=True) == expected
+    with pytest.raises(
+        ValueError, match=r"joint intervals of 70 % need .* the calibration has 0\.5, 0\.8, 0\.9, 0\.95: run"
+    ):
+        calibrated(images[0], 0.0, coverage=0.7, joint=True)
+    with pytest.raises(
+        ValueError, match="joint intervals of 90 % need a calibration, and the detector has no calibration"
+    ):
+        detector(images[0], 0.0, coverage=0.9, joint=True)
+    with pytest.raises(ValueError, match=r"give coverage=0\.9, too, or leave joint out"):
+        calibrated(images[0], joint=True)
 
 
 def test_without_calibration_and_coverage_nothing_is_measured(detector: LoadedDetector, images: list[bytes]) -> None:
@@ -245,13 +261,14 @@ def test_a_file_of_an_earlier_version_without_reference_is_read() -> None:
 # Real distributions
 
 
-def test_intervals_of_a_real_detector_hold_what_they_promise(detector: LoadedDetector) -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_intervals_of_a_real_detector_hold_what_they_promise(joint: bool, detector: LoadedDetector) -> None:
     """Detections of a trained detector, through the path of every prediction; the bound is binomial over boxes."""
     real = real_edges()
     half = torch.arange(len(real.scores)) % 2 == 0
     errors = edge_errors(real.boxes, real.true_boxes)
-    edges = tuple(fit_edge_calibration(real.std[half], errors[half], level) for level in LEVELS)
-    calibration = replace(a_calibration(), edges=edges)
+    fitted = tuple(fit_edge_calibration(real.std[half], errors[half], level, joint) for level in LEVELS)
+    calibration = replace(a_calibration(), **{"boxes" if joint else "edges": fitted})
     assert torch.equal(detector.detector.decoder.bins, real.bins.float())
     assert detector.config.reg_scale == REG_SCALE
     count = len(real.scores)
@@ -265,10 +282,11 @@ def test_intervals_of_a_real_detector_hold_what_they_promise(detector: LoadedDet
         initial_boxes=real.reference_boxes,
     )
     for level in LEVELS:
-        found = replace(detector, calibration=calibration).keep(raw, torch.zeros(3), coverage=level)
+        found = replace(detector, calibration=calibration).keep(raw, torch.zeros(3), coverage=level, joint=joint)
         assert found.edge_intervals is not None
         low, high = found.edge_intervals.unbind(-1)
-        inside = ((low <= real.true_boxes) & (real.true_boxes <= high))[~half].double().mean()
+        held = ((low <= real.true_boxes) & (real.true_boxes <= high))[~half]
+        inside = (held.all(-1) if joint else held).double().mean()
         boxes = int((~half).sum())
         lowest, highest = binom.interval(0.999, boxes, level)
         assert lowest / boxes <= inside <= highest / boxes

@@ -27,6 +27,7 @@ from pipeline.export.export import ExportResult, export
 from pipeline.export.gate import Timing
 from pipeline.export.onnx_files import PORTABLE_OPERATORS
 from pipeline.open_detector import open_detector
+from tests.support.served_detector import request, served_by_command
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
@@ -164,6 +165,31 @@ def test_predict_takes_an_exported_file(folder: Path, photo: Path, tmp_path: Pat
         counts.append([(each["image_id"], each["category_id"]) for each in found])
     assert counts[0] == counts[1]
     assert counts[0]
+
+
+@pytest.mark.usefixtures("exported")
+def test_serve_takes_an_exported_file_and_turns_photos_as_their_exif_says(
+    folder: Path, model: LoadedDetector, photo: Path, tmp_path: Path
+) -> None:
+    images = [photo.read_bytes(), (photo.parent / "plain.jpg").read_bytes()]
+    with served_by_command(tmp_path / "log", folder / "detector-portable.onnx") as (port, _):
+        status, _, described = request(port, "/model")
+        assert (status, described["precision"]) == (200, "fp32")
+        answers = [request(port, "/detect", content, Content_Type="image/jpeg") for content in images]
+        refused = request(port, "/detect?coverage=0.9", images[0], Content_Type="image/jpeg")
+    assert described["names"] == list(model.names)
+    for (status, _, answer), expected in zip(answers, model(images), strict=True):
+        assert status == 200
+        (found,) = answer["detections"]
+        assert answer["threshold"] == model.threshold_text()
+        assert found["names"] == list(expected.names)
+        assert len(expected) > 0
+        torch.testing.assert_close(torch.tensor(found["scores"]), expected.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(found["boxes"]), expected.boxes, rtol=0, atol=0.02)
+    (turned,) = answers[0][2]["detections"]
+    assert (turned["width"], turned["height"]) == (80, 120)
+    assert refused[0] == 422
+    assert "an exported file has no distributions of edges" in refused[2]["error"]
 
 
 @pytest.mark.usefixtures("exported")

@@ -47,8 +47,9 @@ def predicted(folder: Path, out: str, *options: str, detector: str = "detector")
     return list(predicted_images(str(folder / out)))
 
 
-def share_inside(truth: list[ImageRecord], images: list[PredictedImage]) -> tuple[float, int]:
-    """Share of true edges inside the intervals of the detections that found something, and the number of these."""
+def share_inside(truth: list[ImageRecord], images: list[PredictedImage]) -> tuple[float, float, int]:
+    """Shares of true edges, and of boxes with all four, inside the intervals of the detections that found something, and their
+    number."""
     found = DetectedBoxes(
         image=torch.tensor([n for n, image in enumerate(images) for _ in image.names]),
         boxes=torch.tensor(np.concatenate([image.boxes for image in images])),
@@ -62,14 +63,16 @@ def share_inside(truth: list[ImageRecord], images: list[PredictedImage]) -> tupl
     )
     match = match_for_calibration(found, true).tolist()
     intervals = np.concatenate([image.edge_intervals for image in images if image.edge_intervals is not None])
-    inside, objects = 0, 0
+    inside, whole, objects = 0, 0, 0
     for row, target in enumerate(match):
         if target >= 0:
             objects += 1
+            held = 0
             for edge in range(4):
                 low, high = intervals[row, edge].tolist()
-                inside += low <= float(true.boxes[target, edge]) <= high
-    return inside / (4 * objects), objects
+                held += low <= float(true.boxes[target, edge]) <= high
+            inside, whole = inside + held, whole + (held == 4)
+    return inside / (4 * objects), whole / objects, objects
 
 
 def test_intervals_of_the_command_hold_the_wanted_share_of_other_images(
@@ -77,10 +80,18 @@ def test_intervals_of_the_command_hold_the_wanted_share_of_other_images(
 ) -> None:
     for coverage in (0.5, 0.9):
         images = predicted(folder, f"found-{coverage}", "--coverage", f"{coverage}")
-        share, objects = share_inside(records[FITTED:], images)
+        share, whole, objects = share_inside(records[FITTED:], images)
         lowest, highest = binom.interval(0.999, objects, coverage)
         assert objects > 200
         assert lowest / objects <= share <= highest / objects
+        assert whole < lowest / objects  # the edges of a box miss one by one
+        images = predicted(folder, f"joint-{coverage}", "--coverage", f"{coverage}", "--joint")
+        _, whole, _ = share_inside(records[FITTED:], images)
+        assert lowest / objects <= whole <= highest / objects
+        plan = json.loads((folder / f"joint-{coverage}/plan.json").read_text())
+        assert plan["interval_text"].startswith(
+            f"{100 * coverage:g} % of the true boxes with all four edges, conformal"
+        )
 
 
 def test_parts_and_coco_results_have_scores_deviations_and_intervals(
@@ -137,6 +148,16 @@ def test_another_coverage_or_calibration_does_not_join_a_prediction(folder: Path
         predicted(folder, "once", "--coverage", "0.8")
     with pytest.raises(SystemExit, match="calibration"):
         predicted(folder, "once", "--coverage", "0.9", detector="raw")
+
+
+def test_joint_intervals_without_coverage_or_calibration_are_refused_with_the_way_out(folder: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--joint says what --coverage counts: give --coverage 0\.9, too"):
+        predicted(folder, "never", "--joint")
+    with pytest.raises(
+        SystemExit, match=r"--coverage 0\.9 --joint: joint .* the detector has no calibration: run dfine calibrate"
+    ):
+        predicted(folder, "never", "--coverage", "0.9", "--joint", detector="raw")
+    assert not (folder / "never").exists()
 
 
 @pytest.mark.parametrize("given", ["0", "1", "1.5", "nan"])

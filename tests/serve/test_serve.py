@@ -1,15 +1,10 @@
 """Server on Ray Serve, used over HTTP as by a client: responses, limits, overload, the page in a browser."""
 
 import base64
-import http.client
 import io
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,6 +26,7 @@ from pipeline.config import ConfigError
 from pipeline.serve.replica import ServeSettings
 from tests.support.browser import Page, browser
 from tests.support.processes import descendants, free_port
+from tests.support.served_detector import request, served_by_command
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # raised by pydantic about Ray Serve's own code
@@ -107,23 +103,6 @@ def test_listening_on_other_than_the_loopback_address_prints_a_warning(
 ) -> None:
     serve_job.warn_if_public(host)
     assert ("warning" in capsys.readouterr().out) == warned
-
-
-def request(
-    port: int, path: str, body: bytes | None = None, method: str | None = None, **headers: str
-) -> tuple[int, dict[str, str], Any]:
-    """Send a request; returns status, headers with lower-case names, and content (parsed if it is JSON)."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method or ("GET" if body is None else "POST"), path, body, named)
-        response = connection.getresponse()
-        content = response.read()
-        response_headers = {name.lower(): value for name, value in response.getheaders()}
-        is_json = response_headers.get("content-type") == "application/json"
-        return response.status, response_headers, json.loads(content) if is_json else content.decode()
-    finally:
-        connection.close()
 
 
 def encoded_image(width: int, height: int, seed: int = 0, kind: str = "PNG") -> bytes:
@@ -399,18 +378,8 @@ def test_the_page_shows_errors_of_the_server(port: int, page: Page) -> None:
 
 @pytest.mark.slow
 def test_the_command_serves_until_sigterm(folder: Path, tmp_path: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "jobs.serve", str(folder), "--port", str(port), "--replicas", "2", "--cpus", "0.5"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     log = tmp_path / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    try:
-        deadline = time.monotonic() + 240
-        while "serving at" not in log.read_text():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with served_by_command(log, folder, "--replicas", "2", "--cpus", "0.5") as (port, server):
         assert f"curl -F image=@image.jpg http://127.0.0.1:{port}/detect" in log.read_text()
         with ThreadPoolExecutor(8) as pool:
             responses = pool.map(
@@ -421,12 +390,8 @@ def test_the_command_serves_until_sigterm(folder: Path, tmp_path: Path) -> None:
         assert [metric(port, "detect_requests_total", status="200") for _ in range(4)] == [
             12
         ] * 4  # summed over both replicas
-        (adds,) = [pid for pid, title in descendants(server.pid).items() if "MetricsAggregator" in title]
+        (adds,) = [pid for pid, title in descendants(server).items() if "MetricsAggregator" in title]
         assert psutil.Process(adds).memory_full_info().pss < 220e6  # Ray Serve's own processes take 124 MB
         assert "torch" not in Path(f"/proc/{adds}/maps").read_text()
-    finally:
-        server.send_signal(signal.SIGTERM)
-    assert server.wait(60) == 0, log.read_text()
-    assert log.read_text().rstrip().endswith("stopping")
     with pytest.raises(ConnectionRefusedError):
         request(port, "/health")

@@ -7,8 +7,7 @@ import pytest
 
 from dfine_core.thresholds import ClassThresholds
 from pipeline.data.sources.synthetic import CLASSES
-from tests.support.browser import browser
-from tests.support.service_in_process import detected_by, opened, served
+from tests.support.service_in_process import detected_by, example_page, opened
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records
 
@@ -40,14 +39,7 @@ def test_the_page_starts_with_the_models_thresholds_and_names_them(tmp_path: Pat
     own = ClassThresholds((0.3, None, 0.6), (None,) * 3, 0.9)
     detector = replace(small_detector(CLASSES[:3]), thresholds=own)
     for name, each in (("own", detector), ("plain", replace(detector, thresholds=None))):
-        (tmp_path / f"browser-{name}").mkdir()
-        with (
-            opened(str(each.save(tmp_path / name))) as service,
-            browser(tmp_path / f"browser-{name}") as page,
-            served(service) as address,
-        ):
-            page.open(f"{address}/?example")
-            page.wait_for("document.body.dataset.state === 'done'")
+        with example_page(each, tmp_path / name) as page:
             assert page.evaluate("element('own').checked") == (name == "own")
             assert page.evaluate("element('own-label').hidden") == (name == "plain")
             assert page.evaluate("element('own-text').textContent") == each.threshold_text()

@@ -1,7 +1,13 @@
-"""A small detector on disk, and a plain HTTP client."""
+"""A small detector on disk, a server as the command starts it, and a plain HTTP client."""
 
 import http.client
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from dfine_core import Detector, ModelConfig
+from tests.support.processes import free_port, wait_for
 
 
 def exported_detector(folder: Path, names: list[str]) -> Path:
@@ -21,6 +28,24 @@ def exported_detector(folder: Path, names: list[str]) -> Path:
     save_file(weights, folder / "model.safetensors")
     (folder / "detector.json").write_text(json.dumps({"config": asdict(config), "categories": names}))
     return folder
+
+
+@contextmanager
+def served_by_command(log: Path, source: Path, *options: str) -> Iterator[tuple[int, int]]:
+    """Port and process id of `dfine serve`, with a Ray of its own; its end is checked, too."""
+    port = free_port()
+    command = [sys.executable, "-m", "jobs.serve", str(source), "--port", str(port), *options]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, text=True)
+    try:
+        wait_for(lambda: "serving at" in log.read_text(), server, log)
+        yield port, server.pid
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(60)
+    assert code == 0, log.read_text()
+    assert log.read_text().rstrip().endswith("stopping")
 
 
 def request(

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -14,8 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from dfine_core import LoadedDetector
 from pipeline.serve.page import read_page
 from pipeline.serve.replica import DetectionService, ServeSettings, json_response
+from tests.support.browser import Page, browser
 
 
 def detected_by(service: DetectionService, query: str, content: bytes, *, status: int = 200) -> dict[str, Any]:
@@ -71,3 +74,17 @@ def served(service: DetectionService) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextmanager
+def example_page(detector: LoadedDetector, folder: Path, query: str = "") -> Iterator[Page]:
+    """Page of a server of this detector, once it shows the detections of its example; `folder` takes all files."""
+    (folder / "browser").mkdir(parents=True)
+    with (
+        opened(str(detector.save(folder / "detector"))) as service,
+        browser(folder / "browser") as page,
+        served(service) as address,
+    ):
+        page.open(f"{address}/?example{query}")
+        page.wait_for("document.body.dataset.state === 'done'")
+        yield page
