@@ -98,7 +98,7 @@ def bare_worker(rank: int, content: dict[str, Any], folder: str, meeting: str, q
     content = {**content, "storage": folder, "data": {**content["data"], "decode_in": "inline"}}
     experiment = check(Experiment, content, source="benchmark")
     data = resolve_data(experiment.data)
-    schedule = derive(experiment, images=data.train.manifest.images, workers=2)
+    schedule = derive(experiment, images=data.train.images_in_epoch, workers=2)
     job = TrainJob(experiment, data, schedule, run=f"{folder}/run", tracking=None)
     context = WorkerContext(rank, 2, torch.device("cpu"), broadcast=lambda value: value, console=SilentConsole())
     state, guard, log = loop.new_state(job, context), NonFiniteGuard(job, context), RunLog(job, context)

@@ -39,6 +39,7 @@ from pipeline.recipes import Recipe, with_recipe
 from pipeline.teacher_settings import TeacherSettings
 
 MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
+MAX_WEIGHT, MAX_SETS = 100, 100  # of the sets of a training
 Share = Annotated[float, Field(ge=0, le=1)]
 Stages = Literal["deim"] | tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | tuple[Share, Share, Share]
 
@@ -158,16 +159,76 @@ def plain_message(text: str) -> str:
 MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss", "activation"))
 
 
+class TrainShards(Config):
+    """One of several shard sets of a training."""
+
+    shards: Location
+    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0  # how often each image appears in an epoch, on average
+    classes: dict[str, str] = {}  # names of its classes that the training calls otherwise
+
+
 class Data(Config):
     """Shard sets and the way they are read."""
 
-    train: Location  # manifest, or its folder; a path or a URI
+    # Manifest, or its folder; a path or a URI. Or several: [{shards: a, weight: 2}, {shards: b, classes: {car: vehicle}}].
+    train: Location | tuple[TrainShards, ...]
+    # Images with a class that fewer than this share of the images have appear more often; null: every image as often as its set
+    repeat_factor_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     val: Location | None = None  # without it a run only trains
     decode_in: DecodeIn = "task"
     prefetch: PositiveInt = 2  # micro-batches that each worker keeps ready
     window_rows: PositiveInt | None = (
         None  # rows that are shuffled together; default: 2,048, or 128 per micro-batch of a step
     )
+
+    @field_validator("train", mode="wrap")  # of a union, pydantic would list the problems of both forms
+    @classmethod
+    def _one_set_or_several(cls, value: Any, _: object) -> str | tuple[TrainShards, ...]:
+        if isinstance(value, str):
+            return absolute_location(value)
+        if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_SETS:
+            raise ValueError(
+                f"give a shard set, or a list of 1 to {MAX_SETS}: [{{shards: FOLDER, weight: 2}}, {{shards: OTHER_FOLDER}}]"
+            )
+        sets = tuple(_checked_sets(value))
+        (first, *others) = sets
+        return first.shards if not others and first.weight == 1 and not first.classes else sets
+
+    @property
+    def train_sets(self) -> tuple[TrainShards, ...]:
+        """The training's sets, also where it has one."""
+        return (TrainShards(shards=self.train),) if isinstance(self.train, str) else self.train
+
+
+def _checked_sets(values: Sequence[Any]) -> Sequence[TrainShards]:
+    """Sets of a training from plain values; a text is a set of weight 1.
+
+    Raises:
+        ValueError: names every problem.
+    """
+    sets, problems = list[TrainShards](), list[str]()
+    for number, value in enumerate(values, start=1):
+        try:
+            sets.append(TrainShards.model_validate({"shards": value} if isinstance(value, str) else value))
+        except ValidationError as error:
+            problems += [
+                f"set {number}: "
+                + (
+                    unknown_key(e["loc"][-1], tuple(TrainShards.model_fields))
+                    if e["type"] == "extra_forbidden"
+                    else f"{key_prefix(e['loc'])}{plain_message(e['msg'])} (it is {e['input']!r})"
+                )
+                for e in error.errors()
+            ]
+    places = [each.shards for each in sets]
+    problems += [
+        f"{place} is listed twice: give it a larger weight"
+        for place in dict.fromkeys(places)
+        if places.count(place) > 1
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return sets
 
 
 class Model(Config):

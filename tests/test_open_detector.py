@@ -18,6 +18,7 @@ from jobs import train as train_job
 from pipeline.config import Cluster, ConfigError
 from pipeline.config_files import dump
 from pipeline.data.shards.manifest import load_shards
+from pipeline.data.shards.training_set import TrainingSet
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.open_detector import open_detector
 from pipeline.tracking.client import connect, find_run
@@ -287,7 +288,11 @@ def test_lineage_leads_from_a_run_to_its_parents_data_and_model(
         run = f"{setting.storage}/{setting.name}"
         shards = load_shards(data["train"])
         key = begin_or_continue(
-            run, setting, ResolvedData(shards, None), tracking_key=setting.name or "", allow_changes=False
+            run,
+            setting,
+            ResolvedData(TrainingSet.alone(shards), None),
+            tracking_key=setting.name or "",
+            allow_changes=False,
         )
         own = replace(own, run_key=key.tracking_key)
         train(job(setting, tracking=own, outbox_folder=folder / f"queue-{setting.name}"), alone())

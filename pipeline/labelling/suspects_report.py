@@ -18,6 +18,7 @@ from pipeline import html_pages, storage
 from pipeline.data.augment.decode import UndecodableImageError, decode_rgb
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
+from pipeline.data.shards.training_set import trains_on
 from pipeline.errors import UserError
 from pipeline.labelling.suspects import KINDS, Corners, Suspect
 from pipeline.wording import plural
@@ -79,7 +80,7 @@ def trained_on(loaded_path: str | None, shards: ShardSet) -> bool:
         data = storage.read_json(uri, "data")["data"] if storage.exists(uri) else {}
     except UserError:
         return False  # no checkpoint of a run
-    return isinstance(data, dict) and data.get("train") == shards.manifest.digest
+    return isinstance(data, dict) and trains_on(data, shards.manifest.digest)
 
 
 def report_text(report: LabelReport) -> str:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from dfine_core.inference import LoadedDetector
 from pipeline import storage
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, Data
+from pipeline.config_files import check
 from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.errors import UserError
@@ -20,6 +21,7 @@ from pipeline.evaluation.report import EvaluationReport
 from pipeline.open_detector import open_detector
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Metadata
+from pipeline.training.context import open_training_set
 from pipeline.training.run_dir import is_finished
 from pipeline.training.tracked_run import tracking_of
 
@@ -116,7 +118,7 @@ def collect(run: str, val: ShardSet | None = None) -> RunResults:
         images=image_scores(truth, concatenate(tables), thresholds),
         curves=curves,
         notice=notice,
-        train_boxes=_train_boxes(str(data.get("train"))),
+        train_boxes=_train_boxes(data.get("train")),
     )
 
 
@@ -155,8 +157,8 @@ def _curves(run: str, metadata: Metadata) -> tuple[dict[str, Curve], str | None]
     return {name: histories[metric] for name, metric in CURVES.items()} | own, None
 
 
-def _train_boxes(uri: str) -> tuple[int, ...] | None:
+def _train_boxes(train: Any) -> tuple[int, ...] | None:
     try:
-        return load_shards(uri).manifest.statistics.class_counts
+        return open_training_set(check(Data, {"train": train}, source="data")).statistics.class_counts
     except (UserError, OSError):
         return None

@@ -86,8 +86,7 @@ class CheckpointManager:
         return agreed
 
     def _init_weights(self, state: TrainState, source: str) -> None:
-        names = [category.name for category in self._job.data.train.manifest.categories]
-        origin = load_initial(state.detector, source, names)
+        origin = load_initial(state.detector, source, self._job.data.train.names)
         state.ema.module.load_state_dict(state.detector.state_dict())
         state.parent = redact_values(origin.parent)
         for line in origin.lines:
@@ -185,7 +184,7 @@ class CheckpointManager:
             workers=self._context.world_size,
             skipped_steps=state.skipped_steps,
             model=state.detector.config.to_plain(),
-            categories=job.data.train.manifest.categories,
+            categories=job.data.train.categories,
             data=job.data.digests(),
             tracking_key=self._tracking_key,
             parent=state.parent,

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline import storage
 from pipeline.config import Data, Experiment
 from pipeline.data.shards.classes import class_lines, with_classes_of
-from pipeline.data.shards.manifest import ShardSet, load_shards
+from pipeline.data.shards.manifest import ManifestError, ShardSet, load_shards
+from pipeline.data.shards.set_lines import set_lines
+from pipeline.data.shards.training_set import TrainingSet, join_sets
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.schedule import Schedule
 from pipeline.training.stop_request import StopRequest
@@ -27,18 +29,21 @@ if TYPE_CHECKING:  # the driver and Ray Train's controller import this module to
 class ResolvedData:
     """The shard sets of an experiment, opened once."""
 
-    train: ShardSet
+    train: TrainingSet
     val: ShardSet | None
     teachers: dict[str, str] = field(default_factory=dict)  # digest by key: teacher.features, .detector, .boxes
 
     def digests(self) -> dict[str, str]:
-        """Manifest digest by use: train, and val if there is one; and the digests of the teachers."""
-        sets = {use: shards.manifest.digest for use, shards in (("train", self.train), ("val", self.val)) if shards}
-        return sets | self.teachers
+        """Manifest digest by use: train, its sets if there are several, val if there is one; and those of the teachers."""
+        return self.train.digests | ({"val": self.val.manifest.digest} if self.val else {}) | self.teachers
 
-    def class_lines(self) -> list[str]:
-        """Lines about classes of `val` that differ from those of `train`."""
-        return class_lines(self.val, "val") if self.val else []
+    def shard_sets(self) -> list[ShardSet]:
+        """Every shard set of the training, and `val` if there is one."""
+        return [*(each.shards for each in self.train.sets), *([self.val] if self.val else [])]
+
+    def lines(self) -> list[str]:
+        """Lines about several sets of the training, repeated classes, and classes of `val` that differ."""
+        return [*set_lines(self.train), *(class_lines(self.val, "val") if self.val else [])]
 
 
 def resolve_data(data: Data) -> ResolvedData:
@@ -47,11 +52,28 @@ def resolve_data(data: Data) -> ResolvedData:
     Raises:
         ManifestError: there is no shard set at one of the paths, it is damaged, or the classes of the two disagree.
     """
-    train = load_shards(data.train)
+    train = open_training_set(data)
     if data.val is None:
         return ResolvedData(train, None)
-    names = [category.name for category in train.manifest.categories]
-    return ResolvedData(train, with_classes_of(load_shards(data.val), names, train.uri))
+    return ResolvedData(train, with_classes_of(load_shards(data.val), train.names, train.title))
+
+
+def open_training_set(data: Data) -> TrainingSet:
+    """Open the shard sets of a training, with their classes joined by name and the copies of images with rare classes.
+
+    Raises:
+        ManifestError: sets are missing or damaged, or their classes cannot be joined; names every problem.
+    """
+    opened, problems = [], []
+    for each in data.train_sets:
+        try:
+            opened.append(load_shards(each.shards))
+        except ManifestError as error:
+            problems.append(f"{error}")
+    if problems:
+        raise ManifestError("\n  ".join(problems if len(problems) == 1 else ["data.train:", *problems]))
+    weights, renames = zip(*((each.weight, each.classes) for each in data.train_sets), strict=True)
+    return join_sets(opened, weights, renames, data.repeat_factor_threshold)
 
 
 @dataclass(frozen=True)

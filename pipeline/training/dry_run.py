@@ -12,6 +12,7 @@ from pipeline.config import Cluster, Experiment
 from pipeline.config_files import dump_shareable
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.reader import refuse_changed_files
+from pipeline.data.shards.training_set import TrainingSet
 from pipeline.mlflow_access import is_mlflow_uri
 from pipeline.pretrained import HUB_SCHEME, describe, is_published
 from pipeline.training.activation import with_activation
@@ -33,12 +34,12 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         UserError: the start would fail.
     """
     data = with_teachers(experiment, resolve_data(experiment.data))
-    for shards in filter(None, (data.train, data.val)):
+    for shards in data.shard_sets():
         refuse_changed_files(shards)
-    train = data.train.manifest
+    train = data.train
     workers = cluster.workers or max(1, torch.cuda.device_count())
     most = workers[1] if isinstance(workers, tuple) else workers
-    schedule = derive(experiment, images=train.images, workers=most)
+    schedule = derive(experiment, images=train.images_in_epoch, workers=most)
     boxes = round(train.statistics.boxes_per_image.mean)
     seen = schedule.steps * schedule.global_batch_size
     init = experiment.init
@@ -54,9 +55,9 @@ def preview(experiment: Experiment, cluster: Cluster, *, measured: bool = True) 
         ),
         "data": "\n".join(
             [
-                *_data_lines(train),
-                *(_data_lines(data.val.manifest) if data.val else ["val: none"]),
-                *data.class_lines(),
+                *(line for shards in data.shard_sets() for line in _data_lines(shards.manifest)),
+                *([] if data.val else ["val: none"]),
+                *data.lines(),
             ]
         ),
         f"schedule for {plural(most, 'worker')}, {plural(schedule.micro_batches, 'micro-batch')} of"
@@ -118,8 +119,8 @@ def _parameter_lines(config: ModelConfig, schedule: Schedule) -> Iterator[str]:
             yield f"{'none':20}{part:18}{len(sizes):>8}{sum(sizes):>14,}{'':24}  always (model.freeze_at)"
 
 
-def _memory_lines(config: ModelConfig, schedule: Schedule, manifest: Manifest) -> list[str]:
-    crowded = manifest.statistics.most_crowded.boxes
+def _memory_lines(config: ModelConfig, schedule: Schedule, train: TrainingSet) -> list[str]:
+    crowded = train.statistics.most_crowded.boxes
     frozen = schedule.freezing.at(schedule.steps)  # those that never thaw
     state, kept = estimated_bytes(config, schedule.micro_batch_size, crowded, frozen=frozen)
     return [

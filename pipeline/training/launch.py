@@ -96,7 +96,7 @@ def launch(
 
     # 1. Check on this machine everything that could fail later: data, tracking server, initial weights.
     resolved = resolve_data(experiment.data)
-    for shards in filter(None, (resolved.train, resolved.val)):
+    for shards in resolved.shard_sets():
         refuse_changed_files(shards, contents=verify_data)
     tracking = TrackingSettings.resolve(
         experiment.storage,
@@ -154,7 +154,7 @@ def launch(
         for text in (
             f"run {experiment.name} in {run}",
             where,
-            *data.class_lines(),
+            *data.lines(),
             *schedule.lines(evaluates=data.val is not None),
             *notes,
             *_warnings(job, request),
@@ -185,7 +185,7 @@ def _request(cluster: Cluster, experiment: Experiment) -> "Request":
 def _refuse_problems_on_nodes(request: "Request", run: str, data: ResolvedData) -> None:
     from pipeline.training.preflight import problems_on_nodes
 
-    problems = problems_on_nodes(request, run, [shards.uri for shards in (data.train, data.val) if shards])
+    problems = problems_on_nodes(request, run, [shards.uri for shards in data.shard_sets()])
     if problems:
         raise ConfigError("\n  ".join(["the cluster cannot run this:", *problems]))
 
@@ -207,7 +207,7 @@ def _warnings(job: TrainJob, request: "Request | None") -> list[str]:
         return []
     from pipeline.training.budget import launch_cost  # here: it builds the model, to count its kernels
 
-    train = job.data.train.manifest
+    train = job.data.train
     config = job.experiment.model.config(len(train.categories), job.experiment.loss)
     boxes = round(train.statistics.boxes_per_image.mean)
     _, warning = launch_cost(config, job.schedule, request.most, boxes=boxes)
@@ -224,7 +224,7 @@ def _schedule(
             compiled on a CPU.
     """
     least, most = (1, 1) if request is None else (request.least, request.most)
-    images = data.train.manifest.images
+    images = data.train.images_in_epoch
     schedule = derive(experiment, images=images, workers=most, micro_batch_size=start.micro_batch_size)
     if experiment.numerics.compile in ("detector", "step") and experiment.teacher.in_use:
         raise ConfigError("numerics.compile: a teacher reads the detector's maps outside its graph: write off")

@@ -134,7 +134,7 @@ def new_state(job: TrainJob, context: WorkerContext) -> TrainState:
     return build_train_state(
         job.experiment,
         job.schedule,
-        num_classes=len(job.data.train.manifest.categories),
+        num_classes=len(job.data.train.categories),
         device=context.device,
         world_size=context.world_size,
         weighted=job.data.train.manifest.weighted,
@@ -228,7 +228,7 @@ def latency_ms(job: TrainJob, context: WorkerContext, state: TrainState) -> floa
         return None
     from pipeline.benchmark import detector_subject, measure  # here: it would lengthen the start of every worker
 
-    categories = job.data.train.manifest.categories
+    categories = job.data.train.categories
     loaded = LoadedDetector(
         copy.deepcopy(state.averaged_detector).eval(),  # a copy: the benchmark fuses its layers
         tuple(category.name for category in categories),

@@ -53,8 +53,8 @@ def chosen_params(job: TrainJob) -> dict[str, Scalar]:
         "optimizer.backbone_lr": schedule.optimizer.backbone_lr,
         "optimizer.weight_decay": schedule.optimizer.weight_decay,
         "ema.decay": schedule.ema_decay,
-        "model.num_classes": len(job.data.train.manifest.categories),
-        "data.images": job.data.train.manifest.images,
+        "model.num_classes": len(job.data.train.categories),
+        "data.images": job.data.train.images,
     }
     return dict(sorted({**params, **derived}.items()))
 
@@ -94,8 +94,10 @@ def run_note(job: TrainJob, numbers: dict[str, float] | None = None) -> str:
         *(
             f"{use}: {dataset_name(shards)}, {plural(shards.manifest.images, 'image')}"
             f" with {plural(shards.manifest.boxes, 'box')} of {plural(len(shards.manifest.categories), 'class')}, `{shards.uri}`"
-            for use, shards in (("Training", job.data.train), ("Validation", job.data.val))
-            if shards is not None
+            for use, shards in (
+                *(("Training", each.shards) for each in job.data.train.sets),
+                *([("Validation", job.data.val)] if job.data.val else []),
+            )
         ),
     ]
     if numbers is not None:

@@ -231,13 +231,22 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(NEUTRAL) and key not in PATHS
     ]
+    mixed, mixed_now = (_mixture(start["experiment"]) for start in (before, now))
+    if mixed != mixed_now:
+        lines.append(f"data.train: sets as {mixed} before, {mixed_now} now")
     for use, digest in now["data"].items():
-        if before["data"].get(use) != digest:
+        if before["data"].get(use) != digest and not (use == "train" and mixed != mixed_now):
             key = use if "." in use else f"data.{use}"
             lines.append(
                 f"{key}: other data, digest {str(before['data'].get(use))[:12]} before, {str(digest)[:12]} now"
             )
     return lines
+
+
+def _mixture(experiment: dict[str, Any]) -> list[tuple[float, dict[str, str]]]:
+    """Weight and renamed classes of every set of the training."""
+    sets = experiment["data"]["train"]
+    return [(1.0, {})] if isinstance(sets, str) else [(each["weight"], each["classes"]) for each in sets]
 
 
 def _last_micro_batch(run: str) -> int | None:

@@ -149,7 +149,7 @@ class RunLog:
             return
         job = self._job
         # Data sets by digest, so that runs on the same data can be found.
-        datasets = [dataset_input(job.data.train, "training")]
+        datasets = [dataset_input(each.shards, "training") for each in job.data.train.sets]
         if job.data.val is not None:
             datasets.append(dataset_input(job.data.val, "validation"))
         tags = {**run_tags(job, parent), NOTE: run_note(job)}
@@ -309,7 +309,7 @@ class RunLog:
         job = self._job
         if latency_ms is not None:
             tracker.metrics({f"{FINAL}/latency_ms": latency_ms}, state.step)
-        shards = job.data.val or job.data.train
+        shards = job.data.val or job.data.train.sets[0].shards
         detector = state.averaged_detector
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder, "detector.safetensors")
@@ -318,7 +318,7 @@ class RunLog:
                 tracker,
                 config=detector.config,
                 weights=weights,
-                categories=[category.name for category in job.data.train.manifest.categories],
+                categories=job.data.train.names,
                 metrics=report.metrics(final=True) if report else {},
                 example=_first_image(shards),
                 step=state.step,

@@ -24,7 +24,7 @@ EMA_HORIZON_SHARE = 0.2  # EMA horizon is at most this share of the run, so that
 class Schedule:
     """Derived schedule of a run; the same for any number of workers."""
 
-    images: int  # in the training set
+    images: int  # of an epoch
     global_batch_size: int
     micro_batch_size: int  # images per forward pass of a worker
     steps_per_epoch: int
@@ -126,7 +126,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
     """Derive the schedule of an experiment.
 
     Args:
-        images: number of training images.
+        images: number of images of an epoch.
         micro_batch_size: size in the run that is continued; the experiment's own takes precedence.
 
     Raises:

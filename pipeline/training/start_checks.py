@@ -56,7 +56,7 @@ def _init_problems(experiment: Experiment, data: ResolvedData, config: ModelConf
     if not init or is_published(init) or is_mlflow_uri(init):
         return  # a dry run fetches nothing
     try:
-        load_initial(Detector(config), init, [category.name for category in data.train.manifest.categories])
+        load_initial(Detector(config), init, data.train.names)
     except UserError as error:
         yield f"{error}"
 

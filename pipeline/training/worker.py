@@ -11,7 +11,12 @@ from ray.util import get_node_ip_address
 
 from pipeline.ray_internals import silence_train_loggers
 from pipeline.training.context import TrainJob, WorkerContext
-from pipeline.training.worker_console import WorkerConsole, final_errors, last_heartbeat_before_restart, watch_stop_request
+from pipeline.training.worker_console import (
+    WorkerConsole,
+    final_errors,
+    last_heartbeat_before_restart,
+    watch_stop_request,
+)
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 from ray import tune
@@ -26,7 +25,6 @@ from dfine_core.cpu import available_cores
 from pipeline import storage
 from pipeline.config import Cluster, ConfigError, Experiment
 from pipeline.config_files import check, dump, dump_shareable, flatten, load_cluster
-from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import refuse_changed_files
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import png
@@ -124,9 +122,9 @@ def run_sweep(sweep: Sweep, trainable: Callable[..., None] = run_trial, *, verif
         uri=tracking_of(sweep).uri,
     )
     data = resolve_data(check(Experiment, sweep.base, source=sweep.experiment).data)
-    for shards in _shard_sets(data).values():
+    for shards in data.shard_sets():
         refuse_changed_files(shards, contents=verify_data)
-    for line in data.class_lines():
+    for line in data.lines():
         print(line, flush=True)
 
     # 2. Decide how many trials run at once.
@@ -303,16 +301,12 @@ def _began_at(folder: str) -> float:
 
 
 def _begin_mlflow_run(tracker: Tracker, sweep: Sweep, data: ResolvedData, folder: str) -> None:
-    contexts: dict[str, Any] = {"train": "training", "val": "validation"}
-    datasets = [dataset_input(shards, contexts[use]) for use, shards in _shard_sets(data).items()]
+    assert data.val is not None  # `load_sweep` requires it
+    datasets = [dataset_input(each.shards, "training") for each in data.train.sets]
+    datasets.append(dataset_input(data.val, "validation"))
     job = {"ray.job": name} if (name := submitted_job()) else {}
     params = flatten({name: value for name, value in dump(sweep).items() if name != "base"})
     tracker.begin(params, {"run_folder": folder, "sweep": sweep.name or "", **job}, datasets, SOURCE)
-
-
-def _shard_sets(data: ResolvedData) -> dict[str, ShardSet]:
-    assert data.val is not None  # `load_sweep` requires it
-    return {"train": data.train, "val": data.val}
 
 
 def sweep_for_trials(sweep: Sweep, folder: str, tracking_uri: str) -> Sweep:

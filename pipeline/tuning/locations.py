@@ -50,6 +50,9 @@ def _absolute(value: Any, kind: Any) -> Any:
                 return to_absolute(value)
             except ValueError:
                 return value
+    if isinstance(value, list | tuple):
+        items = _item_type(kind)
+        return [_absolute(item, items) for item in value] if items is not None else value
     if isinstance(value, Mapping):
         parts = _parts(kind)
         return {name: _absolute(part, parts.get(name)) for name, part in value.items()}
@@ -71,6 +74,11 @@ def _parts(kind: Any) -> dict[str, Any]:
         if is_dataclass(section) or (isinstance(section, type) and issubclass(section, BaseModel)):
             parts |= get_type_hints(section, include_extras=True)
     return parts
+
+
+def _item_type(kind: Any) -> Any:
+    """Type of the items of a list; None if the key takes none."""
+    return next((get_args(each)[0] for each in _alternatives(kind) if get_args(each)[1:] == (Ellipsis,)), None)
 
 
 def _converters(kind: Any) -> Iterator[Callable[[str], str]]:

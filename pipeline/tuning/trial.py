@@ -14,8 +14,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline.config import Cluster, Experiment
 from pipeline.config_files import check, with_values
-from pipeline.data.shards.manifest import load_shards
 from pipeline.training import driver_lock
+from pipeline.training.context import open_training_set
 from pipeline.training.launch import launch
 from pipeline.training.schedule import Schedule, derive
 from pipeline.tuning.sweep import LATENCY, Trial, experiment_of
@@ -132,4 +132,4 @@ def experiment_of_trial(settings: TrialSettings, trial: Trial) -> Experiment:
 def schedule_of(experiment: Experiment, cluster: Cluster) -> Schedule:
     """Schedule of a trial with this experiment. Opens its training data."""
     workers = cluster.workers if isinstance(cluster.workers, int) else 1
-    return derive(experiment, images=load_shards(experiment.data.train).manifest.images, workers=workers)
+    return derive(experiment, images=open_training_set(experiment.data).images_in_epoch, workers=workers)

@@ -64,7 +64,7 @@ def test_labels_in_another_order_are_mapped_by_name_wherever_they_are_read(tmp_p
     for one, other in zip(*streams, strict=True):
         for mine, theirs in zip(one.targets(), other.targets(), strict=True):
             assert mine["labels"].tolist() == theirs["labels"].tolist()
-    assert data.class_lines() == ["val: its classes are in another order, or fewer; labels are mapped by name"]
+    assert data.lines() == ["val: its classes are in another order, or fewer; labels are mapped by name"]
 
 
 def test_equal_classes_are_left_alone(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_lanes_are_equal_stretches_of_the_shuffled_row_groups(plan: BatchPlan, e
     """Against the row groups laid end to end by hand: lane m holds the m-th stretch, each window of it in another order."""
     first_row = np.concatenate([[0], np.cumsum(plan.row_groups)])
     (order, *_) = plan.lane_orders(epoch, [0])
-    laid = [int(first_row[g]) + r for g in order.groups.tolist() for r in range(int(plan.row_groups[g]))]
+    laid = [int(first_row[g]) + r for g in order.stretches.group.tolist() for r in range(int(plan.row_groups[g]))]
     for lane, lane_order in enumerate(plan.lane_orders(epoch, range(plan.lanes))):
         rows = numbered(lane_order.rows(0, len(lane_order)), plan.row_groups)
         stretch = laid[lane * plan.lane_rows : (lane + 1) * plan.lane_rows]
@@ -136,7 +136,7 @@ def test_evaluation_has_every_row_once_in_order_and_as_many_micro_batches_for_ea
 def test_the_order_is_the_one_written_down() -> None:
     """Philox is specified bit by bit: a checkpoint continues in the same order under any version of numpy."""
     plan = BatchPlan(np.array([3, 2, 4, 1]), global_batch_size=2, micro_batch_size=2, seed=7, window_rows=4)
-    assert plan.lane_orders(0, [0])[0].groups.tolist() == [1, 3, 2, 0]  # so end to end 3 4 9 5 | 6 7 8 0 | 1 2
+    assert plan.lane_orders(0, [0])[0].stretches.group.tolist() == [1, 3, 2, 0]  # so end to end 3 4 9 5 | 6 7 8 0 | 1 2
     assert steps_of_epoch(plan, 0) == [[9, 4], [5, 3], [0, 8], [7, 6], [1, 2]]
     two = BatchPlan(np.array([3, 2, 4, 1]), global_batch_size=2, micro_batch_size=1, seed=7, window_rows=4)
     lanes = list(zip(*steps_of_epoch(two, 0), strict=True))  # the lanes are 3 4 | 9 5 | 6 and 7 8 | 0 1 | 2

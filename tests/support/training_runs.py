@@ -73,7 +73,7 @@ def experiment(folder: Path, data: dict[str, str], **sections: Any) -> Experimen
 
 def job(experiment: Experiment, *, workers: int = 1, **settings: Any) -> TrainJob:
     data = with_teachers(experiment, resolve_data(experiment.data))
-    schedule = derive(experiment, images=data.train.manifest.images, workers=workers)
+    schedule = derive(experiment, images=data.train.images_in_epoch, workers=workers)
     run = f"{experiment.storage}/{experiment.name}"
     values = {"experiment": experiment, "data": data, "schedule": schedule, "run": run, "tracking": None, **settings}
     return TrainJob(**values)

@@ -39,7 +39,7 @@ def test_the_note_names_model_data_command_and_result(data: dict[str, str], tmp_
 
 
 def test_a_data_set_is_named_by_set_and_split(data: dict[str, str], tmp_path: Path) -> None:
-    shards = job(experiment(tmp_path, data)).data.train
+    shards = job(experiment(tmp_path, data)).data.train.sets[0].shards
     split = shards.manifest.split
     names = {uri: dataset_name(replace(shards, uri=uri)) for uri in ("s3://b/x/coco", f"/data/coco/{split}/", "/coco")}
     assert set(names.values()) == {f"coco/{split}"}

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.config import ConfigError, Experiment
 from pipeline.data.shards.manifest import ShardSet
+from pipeline.data.shards.training_set import TrainingSet
 from pipeline.training import heartbeat, run_dir
 from pipeline.training.context import ResolvedData
 from pipeline.training.driver_lock import DRIVER, driver_lock
@@ -29,7 +30,7 @@ def begin(folder: Path, setting: Experiment, shards: ShardSet, *, allow: bool = 
     return begin_or_continue(
         str(folder / "run"),
         setting,
-        ResolvedData(shards, None),
+        ResolvedData(TrainingSet.alone(shards), None),
         tracking_key=f"key-{time.time_ns()}",
         allow_changes=allow,
     )

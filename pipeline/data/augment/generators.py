@@ -19,3 +19,12 @@ def keyed_generator(
     # Philox counts in the first word alone, so sequences with other words in the rest never meet.
     counter = np.array([0, PURPOSES[purpose], key & low_64_bits, subkey & low_64_bits], np.uint64)
     return np.random.Generator(np.random.Philox(key=seed & low_64_bits, counter=counter))
+
+
+def epoch_of_showing(epoch: int, showing: int) -> int:
+    """Key in the place of the epoch, so that several showings of an image in one epoch have draws of their own.
+
+    Args:
+        showing: below 2^32; 0 leaves the epoch as it is.
+    """
+    return epoch | showing << 32

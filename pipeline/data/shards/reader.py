@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,24 +41,34 @@ class Rows:
 
     group: NDArray[np.int64]  # [n] row group, counted through all shards of the manifest
     row: NDArray[np.int64]  # [n] row within its group
+    showing: NDArray[np.int64] | None = None  # [n] see `mixture.Mixture`; None: all are 0
 
     def __len__(self) -> int:
         return len(self.row)
 
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(self.group[part], self.row[part], None if self.showing is None else self.showing[part])
+
+
+class ShardFile(NamedTuple):
+    """A shard, and the way its rows are read."""
+
+    folder: str  # URI
+    name: str
+    sha256: str
+    labels: NDArray[np.int32] | None  # [K] label that each one of the file becomes; None: as in the file
+    teacher_boxes: str | None  # folder or URI of a teacher's boxes for these rows
+
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Location of every row group of a shard set; small enough to send with a task."""
+    """Location of every row group of one or several shard sets; small enough to send with a task."""
 
-    folder: str  # URI
-    files: tuple[str, ...]  # [S] shards
-    sha256: tuple[str, ...]  # [S]
+    files: tuple[ShardFile, ...]  # [S]
     shard: NDArray[np.int32]  # [G]
     index: NDArray[np.int32]  # [G] row group within its shard
     rows: NDArray[np.int64]  # [G]
     row_bytes: float  # average
-    labels: NDArray[np.int32] | None = None  # [K] label that each one of the files becomes; None: as in the files
-    teacher_boxes: str | None = None  # folder or URI of a teacher's boxes for these rows
 
 
 def locate_row_groups(shards: ShardSet) -> RowGroups:
@@ -65,16 +76,31 @@ def locate_row_groups(shards: ShardSet) -> RowGroups:
     described = shards.manifest.shards
     if not described:
         raise ShardError(f"{shards.uri}: the shard set is empty")
+    labels = None if shards.mapped_labels is None else np.array(shards.mapped_labels, np.int32)
     return RowGroups(
-        folder=shards.uri,
-        files=tuple(shard.file for shard in described),
-        sha256=tuple(shard.sha256 for shard in described),
+        files=tuple(
+            ShardFile(shards.uri, shard.file, shard.sha256, labels, shards.teacher_boxes) for shard in described
+        ),
         shard=np.array([s for s, shard in enumerate(described) for _ in shard.row_groups], np.int32),
         index=np.array([i for shard in described for i in range(len(shard.row_groups))], np.int32),
         rows=np.array([rows for shard in described for rows in shard.row_groups], np.int64),
         row_bytes=sum(shard.bytes for shard in described) / sum(shard.rows for shard in described),
-        labels=None if shards.mapped_labels is None else np.array(shards.mapped_labels, np.int32),
-        teacher_boxes=shards.teacher_boxes,
+    )
+
+
+def joined_row_groups(parts: Sequence[RowGroups], shares: Sequence[float]) -> RowGroups:
+    """Row groups of several shard sets, one set after the other.
+
+    Args:
+        shares: of each set in what is read; they add up to 1.
+    """
+    before = np.cumsum([0, *(len(part.files) for part in parts)])
+    return RowGroups(
+        files=tuple(file for part in parts for file in part.files),
+        shard=np.concatenate([part.shard + first for part, first in zip(parts, before, strict=False)]).astype(np.int32),
+        index=np.concatenate([part.index for part in parts]),
+        rows=np.concatenate([part.rows for part in parts]),
+        row_bytes=sum(share * part.row_bytes for part, share in zip(parts, shares, strict=True)),
     )
 
 
@@ -128,12 +154,12 @@ def read_row_groups(
     Raises:
         ShardError: a shard differs from the manifest.
     """
-    filesystem, folder = _resolve(source.folder)
 
     def read(group: int) -> pa.Table:
-        shard, index = source.shard[group], int(source.index[group])
-        path = storage.join(folder, source.files[shard])
-        key = source.folder, source.files[shard], source.sha256[shard]
+        file_of_group, index = source.files[source.shard[group]], int(source.index[group])
+        filesystem, folder = _resolve(file_of_group.folder)
+        path = storage.join(folder, file_of_group.name)
+        key = file_of_group.folder, file_of_group.name, file_of_group.sha256
         try:
             with filesystem.open_input_file(path) as file:
                 parquet = pq.ParquetFile(file, metadata=_footers.get(key), pre_buffer=True)
@@ -144,7 +170,7 @@ def read_row_groups(
                         " changed after the manifest was written; prepare the shard set again"
                     )
                 table = parquet.read_row_group(index, columns=list(columns), use_threads=False)
-                return table if source.labels is None else _with_labels(table, source.labels)
+                return _with_labels(table, file_of_group.labels, "labels")
         except pa.ArrowInvalid as error:
             raise ShardError(f"{path}: damaged: {error}; prepare the shard set again") from None
 
@@ -157,24 +183,24 @@ def read_training_rows(source: RowGroups, groups: Iterable[int]) -> dict[int, pa
     """Read rows of `ROW_TYPE` of each of `groups`: those of the shards, with a teacher's boxes if `source` names some."""
     read = read_row_groups(source, groups, WEIGHTED_SCHEMA.names)  # a column that the files lack is passed over
     tables = {group: with_weights(table) for group, table in read.items()}
-    if source.teacher_boxes is None:
-        return {group: with_teacher_columns(table, None) for group, table in tables.items()}
-    filesystem, folder = _resolve(source.teacher_boxes)
 
     def join(group: int) -> pa.Table:
-        path = storage.join(folder, source.files[source.shard[group]])
-        rows = tables[group]
-        return with_teacher_columns(rows, read_teacher_group(path, filesystem, int(source.index[group]), rows))
+        file, rows = source.files[source.shard[group]], tables[group]
+        if file.teacher_boxes is None:
+            return with_teacher_columns(rows, None)
+        filesystem, folder = _resolve(file.teacher_boxes)
+        boxes = read_teacher_group(storage.join(folder, file.name), filesystem, int(source.index[group]), rows)
+        return with_teacher_columns(rows, _with_labels(boxes, file.labels, "teacher_labels"))
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         return dict(zip(tables, pool.map(join, tables), strict=True))
 
 
-def _with_labels(table: pa.Table, labels: NDArray[np.int32]) -> pa.Table:
-    """Replace each label of the file by that of the set."""
-    if "labels" not in table.column_names:
+def _with_labels(table: pa.Table, labels: NDArray[np.int32] | None, name: str) -> pa.Table:
+    """Replace the labels in the column `name`, if there is one and they change."""
+    if labels is None or name not in table.column_names:
         return table
-    column = table["labels"].combine_chunks()
+    column = table[name].combine_chunks()
     given = column.flatten().to_numpy()
     if len(given) and not 0 <= given.min() <= given.max() < len(labels):
         raise ShardError(
@@ -183,10 +209,10 @@ def _with_labels(table: pa.Table, labels: NDArray[np.int32]) -> pa.Table:
     mapped = pa.array(labels[given], pa.int32())
     offsets = np.append(0, np.cumsum(column.value_lengths().to_numpy())).astype(np.int32)
     lists = pa.ListArray.from_arrays(pa.array(offsets), mapped)
-    return table.set_column(table.column_names.index("labels"), SHARD_SCHEMA.field("labels"), lists)
+    return table.set_column(table.column_names.index(name), pa.field(name, lists.type), lists)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _resolve(folder: str) -> tuple[fs.FileSystem, str]:
     return storage.resolve(folder)  # a new client of an object store takes a second to create
 

@@ -8,7 +8,7 @@ and when its task is retried.
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.augment.generators import keyed_generator
+from pipeline.data.augment.generators import epoch_of_showing, keyed_generator
 from pipeline.data.augment.settings import TILES
 from pipeline.data.shards.reader import Rows
 from pipeline.data.stream.plan import BatchPlan, Window
@@ -20,14 +20,11 @@ MIN_POOL_ROWS = 512  # per lane, where samples have partners: 1 in 16 partners i
 def partner_pools(plan: BatchPlan, window: Window, lanes: list[int]) -> list[Rows]:
     """Rows that the partners of each lane's samples are drawn from.
 
-    The last window of an epoch is shorter than the others: its pool reaches back, by at most one window. A set no larger than a
-    window is one pool for all lanes, and is read whole.
+    The last window of an epoch is shorter than the others: its pool reaches back, by at most one window. An epoch no longer than
+    a window is one pool for all lanes, and is read whole.
     """
     if plan.num_rows <= plan.window_rows:
-        groups = np.repeat(np.arange(len(plan.row_groups)), plan.row_groups)
-        starts = np.concatenate([[0], np.cumsum(plan.row_groups)[:-1]])
-        whole = Rows(group=groups, row=np.arange(plan.num_rows) - starts[groups])
-        return [whole] * len(lanes)
+        return [plan.stretches(window.epoch).all_rows()] * len(lanes)
     step = window.first_step - window.epoch * plan.steps_per_epoch
     last_step = min((step // plan.steps_per_window + 1) * plan.steps_per_window, plan.steps_per_epoch)
     stop = last_step * plan.micro_batch_size
@@ -36,27 +33,35 @@ def partner_pools(plan: BatchPlan, window: Window, lanes: list[int]) -> list[Row
 
 
 def draw_partners(
-    image_ids: NDArray[np.int64], pool: int, *, seed: int, epoch: int, probability: float
+    image_ids: NDArray[np.int64],
+    pool: int,
+    *,
+    seed: int,
+    epoch: int,
+    probability: float,
+    showings: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """Draw which samples become mosaics, and their partners.
 
     Args:
         image_ids: [n]
+        showings: [n] see `mixture.Mixture`; None: all are 0.
         pool: number of rows to draw from, uniformly and with replacement; a sample may draw itself.
 
     Returns:
         [n, 3] positions in the pool; -1 for a sample that is no mosaic.
     """
     drawn = np.full((len(image_ids), PARTNERS), -1, np.int64)
-    for partners, image_id in zip(drawn, image_ids.tolist(), strict=True):
-        generator = keyed_generator("partners", seed, epoch, image_id)
+    numbers = np.zeros(len(image_ids), np.int64) if showings is None else showings
+    for partners, image_id, showing in zip(drawn, image_ids.tolist(), numbers.tolist(), strict=True):
+        generator = keyed_generator("partners", seed, epoch_of_showing(epoch, showing), image_id)
         if generator.random() < probability:
             partners[:] = generator.integers(pool, size=PARTNERS)
     return drawn
 
 
 def with_partners(own: Rows, pool: Rows, drawn: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int32]]:
-    """Rows of some samples followed by those of their partners, each row once.
+    """Rows of some samples followed by those of their partners; a partner that is one of the rows before it is not repeated.
 
     Args:
         drawn: [n, 3] positions in the pool, or -1.
@@ -64,8 +69,16 @@ def with_partners(own: Rows, pool: Rows, drawn: NDArray[np.int64]) -> tuple[Rows
     Returns:
         The rows, and [n, 3] positions in them, or -1.
     """
-    place = {pair: index for index, pair in enumerate(zip(own.group.tolist(), own.row.tolist(), strict=True))}
+    rows = list(zip(own.group.tolist(), own.row.tolist(), strict=True))
+    place: dict[tuple[int, int], int] = {}
+    for index, pair in enumerate(rows):
+        place.setdefault(pair, index)  # samples may repeat a row
     group, row = pool.group.tolist(), pool.row.tolist()
-    index = [-1 if at < 0 else place.setdefault((group[at], row[at]), len(place)) for at in drawn.ravel().tolist()]
-    pairs = np.array(list(place), np.int64).reshape(-1, 2)
-    return Rows(group=pairs[:, 0], row=pairs[:, 1]), np.array(index, np.int32).reshape(drawn.shape)
+    found = np.full(drawn.size, -1, np.int32)
+    for index, at in enumerate(drawn.ravel().tolist()):
+        if at >= 0:
+            pair = (group[at], row[at])
+            found[index] = place.setdefault(pair, len(rows))
+            rows += [pair] if found[index] == len(rows) else []
+    pairs = np.array(rows, np.int64).reshape(-1, 2)
+    return Rows(group=pairs[:, 0], row=pairs[:, 1]), found.reshape(drawn.shape)

@@ -1,8 +1,9 @@
 """Order of samples as arithmetic on the row counts of a manifest: which rows make which micro-batch of which step.
 
-One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and their rows laid end to end. That
-sequence is cut into as many equal lanes as a step has micro-batches: lane m supplies micro-batch m of every step. Each lane is
-cut into windows, and the rows of each window are shuffled. A tail of the epoch shorter than a step is dropped.
+One epoch is a pure function of (row groups, seed, epoch). Whole row groups are shuffled and their rows laid end to end; where
+images of several sets are mixed or repeated, those that `mixture.py` counts out for the epoch. That sequence is cut into as many
+equal lanes as a step has micro-batches: lane m supplies micro-batch m of every step. Each lane is cut into windows, and the rows
+of each window are shuffled. A tail of the epoch shorter than a step is dropped.
 
 Worker r of n takes lanes r, r + n, ...: its reads are its own, and the order does not depend on the number of workers. A step
 mixes rows from as many distant regions of the sequence as it has lanes. A window ignores the ends of row groups, so it shares
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shards.reader import Rows
+from pipeline.data.stream.mixture import Mixture, Stretches, permutation
 from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS
 from pipeline.errors import UserError
 
@@ -24,8 +26,8 @@ from pipeline.errors import UserError
 class RowOrder:
     """A stretch of the sequence of laid-out rows, shuffled within windows; any part is computed without the rest."""
 
-    groups: NDArray[np.int64]  # [G] row groups, in the order in which they are laid end to end
-    ends: NDArray[np.int64]  # [G] position after the last row of each
+    stretches: Stretches  # [P] row groups, or parts of them, in the order in which they are laid end to end
+    ends: NDArray[np.int64]  # [P] position after the last row of each
     start: int  # position of the stretch's first row
     length: int
     window_rows: int
@@ -45,20 +47,14 @@ class RowOrder:
         laid = laid[start - offset : stop - offset] + self.start
         index = np.searchsorted(self.ends, laid, side="right")
         starts = np.concatenate([[0], self.ends[:-1]])
-        return Rows(group=self.groups[index], row=laid - starts[index])
+        return self.stretches.rows(index, laid - starts[index])
 
     def _window(self, window: int) -> NDArray[np.int64]:
         start = window * self.window_rows
         laid = np.arange(start, min(start + self.window_rows, len(self)), dtype=np.int64)
         if self.key is None:
             return laid
-        return laid[_permutation(len(laid), self.key, lane=self.lane, stream=1 + window)]
-
-
-def _permutation(length: int, key: tuple[int, int], *, lane: int = 0, stream: int = 0) -> NDArray[np.int64]:
-    """Permutation from the generator's raw words, which are stable between versions of numpy, unlike `permutation`."""
-    words = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, lane, stream]).random_raw(length)
-    return np.argsort(words, kind="stable")
+        return laid[permutation(len(laid), self.key, (0, self.lane, 1 + window))]
 
 
 @dataclass(frozen=True)
@@ -85,6 +81,7 @@ class BatchPlan:
     micro_batch_size: int  # images that a worker holds at a time
     seed: int | None  # draws the shuffle; None, for evaluation: file order, and an incomplete last step is kept
     window_rows: int = DEFAULT_WINDOW_ROWS  # rows of a window, over all lanes
+    mixture: Mixture | None = None  # None: an epoch shows every row once
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1 or self.global_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
@@ -102,8 +99,8 @@ class BatchPlan:
 
     @property
     def num_rows(self) -> int:
-        """Images of the shard set."""
-        return int(self.row_groups.sum())
+        """Images of an epoch, with repetitions."""
+        return int(self.row_groups.sum()) if self.mixture is None else self.mixture.rows_per_epoch
 
     @property
     def lanes(self) -> int:
@@ -141,19 +138,26 @@ class BatchPlan:
             )
         return range(rank, self.lanes, world_size)
 
+    def stretches(self, epoch: int) -> Stretches:
+        """Stretches of rows of an epoch, before they are shuffled."""
+        if self.mixture is not None:
+            return self.mixture.stretches(self.seed or 0, epoch)
+        none = np.zeros(len(self.row_groups), np.int64)
+        return Stretches(np.arange(len(self.row_groups)), skipped=none, length=self.row_groups, showing=none)
+
     def lane_orders(self, epoch: int, lanes: Sequence[int]) -> list[RowOrder]:
         """Row orders of some lanes in an epoch."""
-        groups, key = np.arange(len(self.row_groups)), None
+        stretches, key = self.stretches(epoch), None
         if self.seed is not None:
             key = (self.seed, epoch)
-            groups = _permutation(len(self.row_groups), key)
-        ends = np.cumsum(self.row_groups[groups])
+            stretches = stretches.ordered(permutation(len(stretches.length), key, (0, 0, 0)))
+        ends = np.cumsum(stretches.length)
         window_rows = self.steps_per_window * self.micro_batch_size  # whole steps, so that no step needs two windows
         orders = []
         for lane in lanes:
             start = min(lane * self.lane_rows, self.num_rows)
             length = min(self.lane_rows, self.num_rows - start)
-            orders.append(RowOrder(groups, ends, start, length, window_rows, key, lane))
+            orders.append(RowOrder(stretches, ends, start, length, window_rows, key, lane))
         return orders
 
     def windows(self, start_step: int, stop_step: int) -> Iterator[Window]:

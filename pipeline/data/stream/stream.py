@@ -14,8 +14,10 @@ from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import WHOLLY_DENSE, Stages
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups
+from pipeline.data.shards.training_set import TrainingSet
 from pipeline.data.stream.ahead import ahead
 from pipeline.data.stream.batch import Batch, batches_from_arrow
+from pipeline.data.stream.mixture import Mixture, SetRows
 from pipeline.data.stream.partners import MIN_POOL_ROWS
 from pipeline.data.stream.plan import BatchPlan
 from pipeline.data.stream.settings import DEFAULT_WINDOW_ROWS, MIN_LANE_ROWS, DecodeIn
@@ -43,13 +45,14 @@ class StreamSettings:
     prefetch: int = 2  # batches ready on each worker; with decode_in="worker" also its decoding threads, up to 4
 
 
-def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
-    """Plan of a training.
+def training_plan(data: ShardSet | TrainingSet, settings: StreamSettings) -> BatchPlan:
+    """Plan of a training on several sets, or one.
 
     Windows have 2,048 rows or 128 per lane unless the settings say otherwise; with mosaics 512 per lane, as a lane's window
     holds the partners. They are shortened where images are so large that one would take more than `MAX_WINDOW_BYTES`.
     """
-    source = locate_row_groups(shards)
+    train = TrainingSet.alone(data) if isinstance(data, ShardSet) else data
+    source = train.row_groups()
     lanes = settings.global_batch_size // max(1, settings.micro_batch_size)
     lane_rows = MIN_POOL_ROWS if settings.augment.mosaic_probability else MIN_LANE_ROWS
     window_rows = settings.window_rows or max(DEFAULT_WINDOW_ROWS, lane_rows * lanes)
@@ -59,6 +62,14 @@ def training_plan(shards: ShardSet, settings: StreamSettings) -> BatchPlan:
         micro_batch_size=settings.micro_batch_size,
         seed=settings.seed,
         window_rows=min(window_rows, int(MAX_WINDOW_BYTES / source.row_bytes)),
+        mixture=None if train.is_plain else mixture_of(train),
+    )
+
+
+def mixture_of(train: TrainingSet) -> Mixture:
+    """How often an epoch shows the rows of each set."""
+    return Mixture(
+        tuple(SetRows(locate_row_groups(each.shards).rows, each.images_in_epoch, each.copies) for each in train.sets)
     )
 
 
@@ -68,7 +79,7 @@ def _no_broadcast(value: T) -> T:
 
 
 def training_stream(
-    shards: ShardSet,
+    data: ShardSet | TrainingSet,
     settings: StreamSettings,
     *,
     start_step: int,
@@ -82,13 +93,14 @@ def training_stream(
     The stream starts with this call. Each step is one batch of each of this worker's lanes. The call is
     collective, and so is a `next` now and then: all workers must consume their streams in step.
     """
-    plan = training_plan(shards, settings)
+    train = TrainingSet.alone(data) if isinstance(data, ShardSet) else data
+    plan = training_plan(train, settings)
     augmentation = Augmentation(
         settings.seed, settings.augment, settings.stages, distort=not settings.distort_on_device
     )
     decoding = DecodeSettings(settings.canvas, settings.micro_batch_size, augmentation)
     share = WorkerShare(
-        locate_row_groups(shards), plan, decoding, settings.decode_in, settings.prefetch, rank, world_size, broadcast
+        train.row_groups(), plan, decoding, settings.decode_in, settings.prefetch, rank, world_size, broadcast
     )
     return _batches(share, start_step, stop_step)
 

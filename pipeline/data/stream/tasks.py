@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.augment.blend import Blend, PastedBox, blended_targets, draw_blend
 from pipeline.data.augment.decode import UndecodableImageError
+from pipeline.data.augment.generators import epoch_of_showing
 from pipeline.data.augment.mosaic import mosaic_sample
 from pipeline.data.augment.photometric_parameters import identity_photometric
 from pipeline.data.augment.photometric_pixels import distort_pixels
@@ -40,6 +41,7 @@ ENCODED_SCHEMA = pa.schema(
         ("epoch", pa.int64()),
         ("real", pa.list_(pa.int64())),  # [K] images of each micro-batch, fewer at the end of an evaluation
         ("rows", pa.list_(ROW_TYPE)),  # [sum of real], micro-batch after micro-batch; then other partners of mosaics
+        ("showings", pa.list_(pa.int64())),  # [sum of real] see `mixture.Mixture`; empty: all are 0
         (
             "partners",
             pa.list_(pa.int32()),
@@ -135,7 +137,7 @@ def read_window(
         first = (step - window.first_step) * size
         for lane in (lane for row in lanes for lane in row):
             rows = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64)) if lane is None else rows_of[lane]
-            part = Rows(rows.group[first : first + steps * size], rows.row[first : first + steps * size])
+            part = rows[first : first + steps * size]
             together, partners = part, np.zeros(0, np.int32)
             if lane in pool_of and augmentation is not None:
                 together, partners = _joined_rows(groups, part, pool_of[lane], augmentation, window.epoch)
@@ -146,6 +148,7 @@ def read_window(
                 epoch=window.epoch,
                 real=[] if lane is None else [min(size, max(0, len(part) - k * size)) for k in range(steps)],
                 rows=take_rows(groups, together),
+                showings=[] if part.showing is None else part.showing,
                 partners=partners.ravel(),
             )
         step += steps
@@ -165,7 +168,9 @@ def _joined_rows(
     pairs = zip(own.group.tolist(), own.row.tolist(), strict=True)
     image_ids = np.array([groups[group].field("image_id")[row].as_py() for group, row in pairs], np.int64)
     probability = augmentation.of_epoch(epoch).mosaic_probability
-    drawn = draw_partners(image_ids, len(pool), seed=augmentation.seed, epoch=epoch, probability=probability)
+    drawn = draw_partners(
+        image_ids, len(pool), seed=augmentation.seed, epoch=epoch, probability=probability, showings=own.showing
+    )
     return with_partners(own, pool, drawn)
 
 
@@ -182,6 +187,7 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
     records = list(records_from_table(pa.Table.from_struct_array(rows)))
     real = encoded.column("real").chunk(0).flatten().to_numpy()
     partners = encoded.column("partners").chunk(0).flatten().to_numpy().reshape(-1, PARTNERS).tolist()
+    showings = encoded.column("showings").chunk(0).flatten().to_pylist() or [0] * int(real.sum())
     epoch, step = encoded.column("epoch")[0].as_py(), encoded.column("step")[0].as_py()
     micro_batch = encoded.column("micro_batch")[0].as_py()
     images = np.zeros((len(real), settings.micro_batch_size, *settings.canvas, 3), np.uint8)
@@ -200,7 +206,7 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
             [records[i], *(records[p] for p in (partners[i] if partners else ()) if p >= 0)]
             for i in range(first, first + count)
         ]
-        decoded, names, failures = _decoded_micro_batch(sources, epoch, settings)
+        decoded, names, failures = _decoded_micro_batch(sources, showings[first : first + count], epoch, settings)
         for i, sample in enumerate(decoded):
             images[k, i] = sample.image
             distorts = settings.augmentation is not None and settings.augmentation.distort
@@ -246,19 +252,20 @@ def decode_block(encoded: pa.Table, settings: DecodeSettings) -> pa.Table:
 
 
 def _decoded_micro_batch(
-    sources: Sequence[Sequence[ImageRecord]], epoch: int, settings: DecodeSettings
+    sources: Sequence[Sequence[ImageRecord]], showings: Sequence[int], epoch: int, settings: DecodeSettings
 ) -> tuple[list[Sample], list[ImageRecord], list[tuple[int, str]]]:
     """Samples of a micro-batch, the record that each shows, and (image id, reason) of what could not be decoded.
 
     Args:
         sources: for each sample its own record and those of its partners.
+        showings: for each sample the number of its showing.
     """
     decoded: dict[int, Sample] = {}  # by index in the micro-batch
     failures: dict[int, str] = {}
     partners: list[tuple[int, str]] = []
-    for index, (record, *others) in enumerate(sources):
+    for index, ((record, *others), showing) in enumerate(zip(sources, showings, strict=True)):
         try:
-            decoded[index], broken = _decoded_sample(record, others, epoch, settings)
+            decoded[index], broken = _decoded_sample(record, others, epoch, showing, settings)
         except UndecodableImageError as error:
             failures[index] = f"{record.file_name}: {error}"
             continue
@@ -276,24 +283,25 @@ def _decoded_micro_batch(
 
 
 def _decoded_sample(
-    record: ImageRecord, partners: Sequence[ImageRecord], epoch: int, settings: DecodeSettings
+    record: ImageRecord, partners: Sequence[ImageRecord], epoch: int, showing: int, settings: DecodeSettings
 ) -> tuple[Sample, dict[int, str]]:
     """A sample, and for a mosaic the reasons why some partners are missing, counted from 1."""
     image = without_crowd(record)
     if settings.augmentation is None:
         return plain_sample(image, canvas=settings.canvas), {}
     seed, strength = settings.augmentation.seed, settings.augmentation.of_epoch(epoch)
+    key = epoch_of_showing(epoch, showing)
     if partners:
         return mosaic_sample(
             [image, *map(without_crowd, partners)],
             seed=seed,
-            epoch=epoch,
+            epoch=key,
             image_id=record.image_id,
             settings=strength,
             canvas=settings.canvas,
         )
     sample = augmented_sample(
-        image, seed=seed, epoch=epoch, image_id=record.image_id, settings=strength, canvas=settings.canvas
+        image, seed=seed, epoch=key, image_id=record.image_id, settings=strength, canvas=settings.canvas
     )
     return sample, {}
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from dfine_core.config import ModelConfig
 from pipeline.config import ConfigError, Experiment
 from pipeline.data.shards.teacher_boxes import load_teacher_boxes
+from pipeline.data.shards.training_set import TrainingSet
 from pipeline.errors import UserError
 from pipeline.teacher_settings import DetectorTeacher
 from pipeline.training.context import ResolvedData
@@ -34,7 +35,7 @@ def with_teachers(
     problems: list[str] = []
     digests: dict[str, str] = {}
     train = data.train
-    student = experiment.model.config(len(train.manifest.categories), experiment.loss)
+    student = experiment.model.config(len(train.categories), experiment.loss)
     settings = experiment.teacher
     try:
         if settings.features is not None:
@@ -53,16 +54,13 @@ def with_teachers(
             with default_server(tracking_uri) if tracking_uri else nullcontext():
                 loaded = open_detector(source)
             digests["teacher.detector"] = hashlib.sha256(weights_as_bytes(loaded.detector)).hexdigest()
-            names = [category.name for category in train.manifest.categories]
-            problems += _edge_problems(settings.detector, loaded.config, list(loaded.names), student, names)
+            problems += _edge_problems(settings.detector, loaded.config, list(loaded.names), student, train.names)
             problems += _size_problems(loaded.config, student, experiment.base_size_repeat)
     except UserError as error:
         problems.append(f"teacher.detector.weights: {error}")
     try:
         if settings.boxes is not None:
-            boxes = load_teacher_boxes(settings.boxes.folder, train.manifest.digest)
-            digests["teacher.boxes"] = boxes.manifest.digest
-            train = replace(train, teacher_boxes=boxes.uri)
+            train, digests["teacher.boxes"] = _with_boxes(train, settings.boxes.folder)
     except UserError as error:
         problems.append(f"teacher.boxes.folder: {error}")
     if settings.boxes is not None and experiment.augment.copy_paste_probability:
@@ -73,6 +71,19 @@ def with_teachers(
     if problems:
         raise ConfigError("\n  ".join(["the teachers do not fit:", *problems]))
     return replace(data, train=train, teachers=digests)
+
+
+def _with_boxes(train: TrainingSet, folder: str) -> tuple[TrainingSet, str]:
+    """The training set with a teacher's boxes, and their digest."""
+    (first, *others) = train.sets
+    if others:
+        raise ConfigError(
+            f"{folder}: boxes of a teacher belong to one shard set, and data.train has {len(train.sets)}: images of the others"
+            " would count as images in which the teacher found nothing; train on one set, or leave teacher.boxes out"
+        )
+    boxes = load_teacher_boxes(folder, first.shards.manifest.digest)
+    taught = replace(first, shards=replace(first.shards, teacher_boxes=boxes.uri))
+    return replace(train, sets=(taught,)), boxes.manifest.digest
 
 
 def with_copied_teacher(experiment: Experiment, run: str, tracking_uri: str) -> Experiment:

@@ -31,7 +31,7 @@ def teacher_lines(experiment: Experiment, data: ResolvedData, student: ModelConf
     settings = experiment.teacher
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teachers = Teachers(settings, student, device=device, seed=experiment.seed)
-    boxes = round(data.train.manifest.statistics.boxes_per_image.mean)
+    boxes = round(data.train.statistics.boxes_per_image.mean)
     step = flops_per_image(student, boxes)
     images = torch.rand(1, 3, *student.input_size, device=device)
     for key, network, source in (
@@ -57,10 +57,10 @@ def teacher_lines(experiment: Experiment, data: ResolvedData, student: ModelConf
 def _box_lines(
     location: str, data: ResolvedData, student: ModelConfig, device: torch.device, *, measured: bool
 ) -> Iterator[str]:
-    manifest = load_teacher_boxes(location, data.train.manifest.digest).manifest
-    mean = manifest.boxes / max(1, data.train.manifest.images)
+    manifest = load_teacher_boxes(location, data.train.sets[0].shards.manifest.digest).manifest
+    mean = manifest.boxes / max(1, data.train.images)
     yield (
-        f"teacher.boxes: {location}, {mean:.1f} boxes an image, {manifest.images} of {data.train.manifest.images} images have"
+        f"teacher.boxes: {location}, {mean:.1f} boxes an image, {manifest.images} of {data.train.images} images have"
         f" some, digest {manifest.digest[:12]}"
     )
     stages = student.num_layers + 2
