@@ -7,7 +7,7 @@
 
 For each seed: train on some labelled images; predict in the rest with `dfine predict`; make a set of all images with
 `dfine prepare coco --pseudo`; train that detector further, for equally many steps, on the labelled images alone and on the set of
-all. A finished training is a file in the output folder, so an interrupted measurement goes on where it was.
+all. A finished training is a file in the output folder, and an interrupted one goes on from its checkpoint.
 """
 
 import argparse
@@ -91,8 +91,7 @@ def _train(
     file = args.out / f"{name}.json"
     if file.exists():
         return
-    work = args.out / "work" / name
-    shutil.rmtree(work, ignore_errors=True)
+    work = args.out / "work" / name  # of its own: MLflow keeps the database of a training open
     started = time.process_time()
     settings = {
         "name": name,
@@ -131,6 +130,10 @@ def pseudo_labelled(
     args: argparse.Namespace, pool: ShardSet, rows: pa.Table, labelled: Sequence[int], teacher: Path, work: Path
 ) -> tuple[str, dict[str, Any]]:
     """Shard set of all images, of which the teacher has labelled the rest; and what it found there, against the truth."""
+    counts_file = work / "counts.json"  # the last file
+    if counts_file.exists():
+        known: dict[str, Any] = json.loads(counts_file.read_text())
+        return str(work / "shards"), known
     shutil.rmtree(work, ignore_errors=True)
     write_coco(work, pool, rows, labelled)
     rest = [index for index in range(rows.num_rows) if index not in set(labelled)]
@@ -152,9 +155,9 @@ def pseudo_labelled(
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run([*command, "--row-group-rows", "16"], check=True, cwd=Path(__file__).parent.parent)
     counts = judged(found, rows, rest, args.score)
-    return str(work / "shards"), counts | {
-        "prepare_cpu": resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    }
+    counts["prepare_cpu"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    counts_file.write_text(json.dumps(counts))
+    return str(work / "shards"), counts
 
 
 def judged(found: Path, rows: pa.Table, rest: Sequence[int], score: float) -> dict[str, Any]:

@@ -197,7 +197,7 @@ class Criterion(nn.Module):
         noised = output.denoising_queries
         pairs = ComparedPairs.of(matches, noised, stages, padding)
         if padding is not None and (targets.weights is not None or targets.ignored is not None):
-            raise ValueError("boxes of unequal worth cannot be padded: compile no more than the detector")
+            raise ValueError("boxes of unequal worth cannot be padded: compile neither the detector nor the losses")
 
         predicted = stages.boxes[pairs.stage, pairs.image, pairs.query]  # [S, P, 4]
         true_xyxy = targets.boxes_xyxy

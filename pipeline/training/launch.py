@@ -228,9 +228,9 @@ def _schedule(
     schedule = derive(experiment, images=images, workers=most, micro_batch_size=start.micro_batch_size)
     if experiment.numerics.compile in ("detector", "step") and experiment.teacher.in_use:
         raise ConfigError("numerics.compile: a teacher reads the detector's maps outside its graph: write off")
-    if experiment.numerics.compile in ("detector", "step") and data.train.manifest.weighted:
+    if experiment.numerics.compile in ("detector", "step") and data.train.weighted:
         raise ConfigError(
-            f"numerics.compile: labels of {data.train.uri} are of unequal worth (--tile or --pseudo), which graphs do not know:"
+            f"numerics.compile: labels of {data.train.title} are of unequal worth (--tile or --pseudo), which graphs do not know:"
             " write off or auto"
         )
     if experiment.numerics.compile in ("detector", "step") and (request is None or not request.gpus):

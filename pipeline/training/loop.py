@@ -137,7 +137,7 @@ def new_state(job: TrainJob, context: WorkerContext) -> TrainState:
         num_classes=len(job.data.train.categories),
         device=context.device,
         world_size=context.world_size,
-        weighted=job.data.train.manifest.weighted,
+        weighted=job.data.train.weighted,
     )
 
 

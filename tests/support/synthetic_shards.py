@@ -18,10 +18,10 @@ def synthetic_records(count: int, *, longest_side: int = 48, seed: int = 0) -> l
 
 
 def write_shards(
-    folder: Path, records: Sequence[ImageRecord], *, group_rows: int = 8, shard_rows: int = 32
+    folder: Path, records: Sequence[ImageRecord], *, group_rows: int = 8, shard_rows: int = 32, weighted: bool = False
 ) -> ShardSet:
     folder.mkdir(parents=True)
-    rows = table_from_records(records)
+    rows = table_from_records(records, weighted=weighted)
     shards = []
     for start in range(0, len(rows), shard_rows):
         part = rows.slice(start, shard_rows)
@@ -45,7 +45,7 @@ def write_shards(
         rejected=0,
         statistics=count_rows(rows, len(CLASSES)),
         source={},
-        options={},
+        options={"weights": True} if weighted else {},
     )
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json())
     return load_shards(folder)

@@ -99,6 +99,11 @@ class TrainingSet:
         return not others and first.weight == 1 and not first.renamed and first.copies is None
 
     @property
+    def weighted(self) -> bool:
+        """Whether labels of any set are of unequal worth."""
+        return any(each.shards.manifest.weighted for each in self.sets)
+
+    @property
     def title(self) -> str:
         """The place of the only set, or `data.train`."""
         return self.sets[0].shards.uri if len(self.sets) == 1 else "data.train"
