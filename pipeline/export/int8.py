@@ -26,6 +26,7 @@ from pipeline.wording import plural
 if TYPE_CHECKING:
     from onnx import NodeProto
 
+KEPT_CALIBRATION = "its calibrated scores were fitted to the detector in float, and not to these integers"
 BLOCK = re.compile(r"detector\.((?:backbone|encoder)(?:\.[a-z_]+)?(?:\.\d+)?)")
 
 
@@ -119,7 +120,8 @@ def write_quantised(
         before: float = source.once("judged AP", lambda: _float_ap(source, calibration))
         found = search_blocks(names, ap_of, before - INT8.ap)
     write(path, found.in_float)
-    source.notes[name] = _note(found, before, calibration, names)
+    fitted = source.model.calibration is not None
+    source.notes[name] = _note(found, before, calibration, names, float_calibration=fitted)
 
 
 def calibration_of(source: ExportSource) -> Calibration:
@@ -146,7 +148,9 @@ def _float_ap(source: ExportSource, calibration: Calibration) -> float:
     return judged_ap(source.model.detect, calibration, source.model.config.input_size)
 
 
-def _note(found: BlockSearch, before: float, calibration: Calibration, blocks: Sequence[str]) -> ExportNote:
+def _note(
+    found: BlockSearch, before: float, calibration: Calibration, blocks: Sequence[str], *, float_calibration: bool
+) -> ExportNote:
     attempts = [{"in_float": list(one.in_float), "AP": one.ap, "AP_change": one.ap - before} for one in found.attempts]
     facts = {
         "ranges_measured_on": calibration.ranges.description,
@@ -161,4 +165,7 @@ def _note(found: BlockSearch, before: float, calibration: Calibration, blocks: S
         f" against float{'; in float: ' + ', '.join(one.in_float) if one.in_float else ''}"
         for one in found.attempts
     )
+    if float_calibration:
+        facts["calibration"] = KEPT_CALIBRATION
+        lines = (*lines, KEPT_CALIBRATION)
     return ExportNote({"quantisation": facts}, lines)

@@ -22,6 +22,7 @@ from pipeline.export.onnx_files import NAME_SCOPES
 from pipeline.export.onnx_int8 import write_onnx_int8
 from pipeline.export.openvino_int8 import write_openvino_int8
 from pipeline.export.source import ExportSource
+from tests.support.calibrations import a_calibration
 from tests.support.synthetic_shards import synthetic_records, write_shards
 from tests.support.varied_detectors import loaded, small
 
@@ -126,7 +127,7 @@ def own_calibration(model: LoadedDetector, folder: Path) -> Calibration:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ExportSource:
-    model = loaded(small(num_layers=1))
+    model = replace(loaded(small(num_layers=1)), calibration=a_calibration())
     return ExportSource(model, calibration=own_calibration(model, tmp_path_factory.mktemp("calibration") / "shards"))
 
 
@@ -142,8 +143,10 @@ def check_note(source: ExportSource, name: str) -> None:
     (attempt,) = facts["attempts"]
     assert attempt["AP"] - facts["AP_in_float"] == attempt["AP_change"] <= 0
     assert facts["judged_on"].startswith("images 9 to 16 of ")
-    assert len(lines) == 1
-    assert lines[0].endswith(f"in float: {IN_FLOAT}")
+    quantised, calibrated = lines
+    assert quantised.endswith(f"in float: {IN_FLOAT}")
+    assert calibrated == facts["calibration"]
+    assert "fitted to the detector in float" in calibrated
 
 
 @pytest.mark.slow

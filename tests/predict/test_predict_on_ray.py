@@ -1,10 +1,8 @@
 """Batch prediction on its own Ray: killed in the middle it resumes, with the detections of a single process."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,13 +13,12 @@ from safetensors.torch import save_file
 from pipeline.predict.inputs import list_inputs
 from pipeline.predict.predict import IN_PROCESS, PredictOptions, predict
 from pipeline.predict.predicted_images import predicted_images
-from tests.support.processes import kill_driver, one_thread, wait_for
+from tests.support.processes import kill_driver, one_thread, start_command, wait_for
 from tests.support.s3_server import s3_bucket
 from tests.support.small_detectors import small_detector
 from tests.support.synthetic_shards import synthetic_records, write_shards
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 IMAGES, PART_SIZE = 240, 4
 
 
@@ -42,24 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, source: str, out: str, log: Path, *options: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.predict",
-        folder / "detector",
-        source,
-        "--out",
-        out,
-        "--precision",
-        "fp32",
-        *options,
-    ]
-    environment = {**os.environ, "RAY_TMPDIR": "/tmp"}
-    environment.pop("RAY_ADDRESS", None)
-    with log.open("a") as file:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+    given = (str(folder / "detector"), source, "--out", out, "--precision", "fp32")
+    return start_command(log, "jobs.predict", *given, *options)
 
 
 def test_a_killed_prediction_resumes_with_its_parts(folder: Path) -> None:

@@ -4,12 +4,15 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -26,6 +29,17 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def start_command(log: Path, module: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own, which starts its own Ray; its output is added to the log."""
+    environment = {**os.environ, "RAY_TMPDIR": "/tmp"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", module, *arguments]
+    with log.open("a") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
