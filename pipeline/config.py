@@ -148,7 +148,7 @@ class TrainShards(Config):
 
     shards: Location
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0  # how often each image appears in an epoch, on average
-    classes: dict[str, str] = {}  # names of its classes that the training calls otherwise
+    classes: dict[str, Annotated[str, Field(min_length=1)]] = {}  # classes that the training calls otherwise: new names
 
 
 class Data(Config):

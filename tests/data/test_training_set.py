@@ -12,6 +12,7 @@ import pytest
 from pipeline.config import Data
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import Stages
+from pipeline.data.shards import repeat_factors
 from pipeline.data.shards.manifest import ManifestError, ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_training_rows
 from pipeline.data.shards.records import ImageRecord, records_from_table
@@ -314,3 +315,14 @@ def test_labels_of_a_teacher_are_renamed_with_those_of_its_set(sets: tuple[Shard
                 learned = record.labels[~record.crowd]
                 assert sorted(record.teacher.labels.tolist()) == sorted(learned.tolist())
     assert found > 20
+
+
+def test_an_image_that_would_be_repeated_without_end_is_refused(
+    sets: tuple[ShardSet, ShardSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threshold 1, and zebra in a ten-thousandth of the images, as one set weighs 5,000 times the other."""
+    monkeypatch.setattr(repeat_factors, "MOST_COPIES", 50)
+    with pytest.raises(
+        ManifestError, match=r"repeat_factor_threshold \(1\): images with zebra would be repeated [\d,]+ times"
+    ):
+        joined(sets, weights=[100, 0.02], repeat_threshold=1)

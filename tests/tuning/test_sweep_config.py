@@ -203,7 +203,7 @@ def test_several_sets_of_a_training_are_carried_and_searched(tmp_path: Path) -> 
     assert searched.space["data.train"].values == (str(Path.cwd() / "a"), found)
     data = check(Experiment, experiment_of(searched, {"data.train": found}, seed=0), source="trial").data
     assert [(each.shards, each.weight) for each in data.train_sets] == [(str(Path.cwd() / "a"), 1), ("s3://b/c", 2)]
-    with pytest.raises(ConfigError, match=r"data: train: set 1: weight: Input should be greater than 0"):
+    with pytest.raises(ConfigError, match=r"data.train: set 1: weight: Input should be greater than 0"):
         loaded(tmp_path, space={"data.train": {"choice": [[{"shards": "a", "weight": 0}]]}})
 
 
