@@ -164,7 +164,7 @@ class TrainShards(Config):
 
     shards: Location
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0  # how often each image appears in an epoch, on average
-    classes: dict[str, str] = {}  # names of its classes that the training calls otherwise
+    classes: dict[str, Annotated[str, Field(min_length=1)]] = {}  # classes that the training calls otherwise: new names
 
 
 class Data(Config):
@@ -201,7 +201,7 @@ class Data(Config):
 
 
 def _checked_sets(values: Sequence[Any]) -> Sequence[TrainShards]:
-    """Sets of a training from plain values; a text is a set of weight 1.
+    """Sets of a training from plain values.
 
     Raises:
         ValueError: names every problem.
@@ -209,17 +209,9 @@ def _checked_sets(values: Sequence[Any]) -> Sequence[TrainShards]:
     sets, problems = list[TrainShards](), list[str]()
     for number, value in enumerate(values, start=1):
         try:
-            sets.append(TrainShards.model_validate({"shards": value} if isinstance(value, str) else value))
+            sets.append(TrainShards.model_validate(value))
         except ValidationError as error:
-            problems += [
-                f"set {number}: "
-                + (
-                    unknown_key(e["loc"][-1], tuple(TrainShards.model_fields))
-                    if e["type"] == "extra_forbidden"
-                    else f"{key_prefix(e['loc'])}{plain_message(e['msg'])} (it is {e['input']!r})"
-                )
-                for e in error.errors()
-            ]
+            problems += [f"set {number}: {_set_problem(e)}" for e in error.errors()]
     places = [each.shards for each in sets]
     problems += [
         f"{place} is listed twice: give it a larger weight"
@@ -229,6 +221,15 @@ def _checked_sets(values: Sequence[Any]) -> Sequence[TrainShards]:
     if problems:
         raise ValueError("; ".join(problems))
     return sets
+
+
+def _set_problem(error: Any) -> str:
+    if not error["loc"]:
+        return f"{error['input']!r} is no set: write {{shards: FOLDER}}, with weight or classes where they differ"
+    if error["type"] == "extra_forbidden":
+        return unknown_key(error["loc"][-1], tuple(TrainShards.model_fields))
+    given = "" if error["type"] == "missing" else f" (it is {error['input']!r})"
+    return f"{key_prefix(error['loc'])}{plain_message(error['msg'])}{given}"
 
 
 class Model(Config):

@@ -102,9 +102,9 @@ WITHOUT_TORCH = (
     "dfine_core.image_work",
     "dfine_core.images",
     "pipeline.storage",
-    *(f"pipeline.data.shards.{name}" for name in ("records", "manifest", "reader")),
+    *(f"pipeline.data.shards.{name}" for name in ("records", "manifest", "reader", "training_set")),
     *(f"pipeline.data.augment.{name}" for name in ("geometry", "samples", "decode", "mosaic", "blend", "stages")),
-    *(f"pipeline.data.stream.{name}" for name in ("plan", "partners", "tasks")),
+    *(f"pipeline.data.stream.{name}" for name in ("mixture", "plan", "partners", "tasks")),
     *(f"pipeline.data.prepare.{name}" for name in ("prepare", "shard_writer", "image_files")),
     *(f"pipeline.data.doctor.{name}" for name in ("findings", "row_checks", "shard_checks")),
 )

@@ -64,6 +64,21 @@ MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
     ("train run.yaml --cluster cluster.yaml", ("cluster.yaml", "gpus_per_workers", "gpus_per_worker"), {}),
     # train: data, weights, tracking
     ("train run.yaml --set data.train=nowhere", ("nowhere/manifest.json", "dfine prepare"), {}),
+    (
+        'train run.yaml --dry-run --set data.train=[{"shards":0},3,{"shards":"a","weigth":2}]',
+        ("set 1: shards", "set 2: 3 is no set", "set 3: unknown key 'weigth'", "weight"),
+        {},
+    ),
+    (
+        'train run.yaml --dry-run --set data.train=[{"shards":"train","classes":{"nothing":"x"}}]',
+        ("classes renames 'nothing'", "it has no such class"),
+        {},
+    ),
+    (
+        'train run.yaml --set data.train=[{"shards":"train"},{"shards":"nowhere"},{"shards":"gone/not"}]',
+        ("nowhere/manifest.json", "gone/not/manifest.json", "dfine prepare"),
+        {},
+    ),
     ("train run.yaml --set data.train=notes.txt", ("notes.txt", "dfine prepare"), {}),
     ("train run.yaml --set data.train=gone", ("gone", "is missing"), {}),
     ("train run.yaml --set data.val=bad", ("bad/manifest.json", "not JSON"), {}),

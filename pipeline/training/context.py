@@ -13,6 +13,7 @@ from pipeline.data.shards.classes import class_lines, with_classes_of
 from pipeline.data.shards.manifest import ManifestError, ShardSet, load_shards
 from pipeline.data.shards.set_lines import set_lines
 from pipeline.data.shards.training_set import TrainingSet, join_sets
+from pipeline.errors import UserError
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.schedule import Schedule
 from pipeline.training.stop_request import StopRequest
@@ -68,10 +69,10 @@ def open_training_set(data: Data) -> TrainingSet:
     for each in data.train_sets:
         try:
             opened.append(load_shards(each.shards))
-        except ManifestError as error:
+        except UserError as error:
             problems.append(f"{error}")
     if problems:
-        raise ManifestError("\n  ".join(problems if len(problems) == 1 else ["data.train:", *problems]))
+        raise ManifestError("\n  ".join(["data.train:", *problems] if len(problems) > 1 else problems))
     weights, renames = zip(*((each.weight, each.classes) for each in data.train_sets), strict=True)
     return join_sets(opened, weights, renames, data.repeat_factor_threshold)
 

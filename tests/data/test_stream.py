@@ -22,6 +22,8 @@ from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import Stages
 from pipeline.data.shards.manifest import ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_annotations
+from pipeline.data.shards.training_set import TrainingSet, join_sets
+from pipeline.data.sources.synthetic import CLASSES
 from pipeline.data.stream import ray_executions, stream
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.ray_executions import RayExecutions
@@ -30,6 +32,7 @@ from pipeline.data.stream.share import Broadcast, WorkerShare
 from pipeline.data.stream.stream import StreamSettings, evaluation_stream, training_plan, training_stream
 from pipeline.data.stream.tasks import DecodeSettings
 from pipeline.ray_cluster import start_ray
+from tests.data.test_classes import renamed
 from tests.support.streams import SETTINGS, Seen, planned, planned_batches, seen
 from tests.support.synthetic_shards import stored_rows, synthetic_records, write_shards
 
@@ -77,7 +80,11 @@ def on_workers(world_size: int, work: Callable[[int, Broadcast], T]) -> list[T]:
 
 
 def streamed(
-    shards: ShardSet, world_size: int, start_step: int, stop_step: int, settings: StreamSettings = SETTINGS
+    shards: ShardSet | TrainingSet,
+    world_size: int,
+    start_step: int,
+    stop_step: int,
+    settings: StreamSettings = SETTINGS,
 ) -> list[list[Seen]]:
     """Batches of each worker."""
 
@@ -130,6 +137,20 @@ def test_ray_brings_mosaics_and_their_partners(shards: ShardSet, cluster: None) 
     expected = [seen(batch) for batch in here]
     assert expected != planned(shards, 11, 27)
     received = streamed(shards, 2, 11, 27, dense)
+    assert [received[rank] for rank in range(2)] == [expected[rank::2] for rank in range(2)]
+
+
+def test_ray_brings_the_rows_of_several_sets(shards: ShardSet, tmp_path: Path, cluster: None) -> None:
+    """Mapped labels, whole and broken weights and repeated images, with mosaics; from within an epoch into the next."""
+    other = renamed(write_shards(tmp_path / "other", synthetic_records(40, seed=3)), [*CLASSES[:7], "zebra"])
+    train = join_sets([shards, other], [0.3, 2], [{}, {"zebra": CLASSES[7], CLASSES[0]: "thing"}], repeat_threshold=0.3)
+    plan = training_plan(train, SETTINGS)
+    assert train.images_in_epoch > 45 + 80
+    dense = replace(SETTINGS, augment=AugmentSettings(mosaic_probability=0.5), stages=Stages(0, 9, None))
+    start, stop = plan.steps_per_epoch - 5, plan.steps_per_epoch + 5
+    here = training_stream(train, replace(dense, decode_in="inline"), start_step=start, stop_step=stop)
+    expected = [seen(batch) for batch in here]
+    received = streamed(train, 2, start, stop, dense)
     assert [received[rank] for rank in range(2)] == [expected[rank::2] for rank in range(2)]
 
 

@@ -194,6 +194,19 @@ def test_every_path_of_an_experiment_is_absolute_in_its_trials_whether_set_or_se
     assert value_at(base, "data.val") == str(Path.cwd() / "val")
 
 
+def test_several_sets_of_a_training_are_carried_and_searched(tmp_path: Path) -> None:
+    several = [{"shards": "a"}, {"shards": "s3://b/c", "weight": 2, "classes": {"car": "vehicle"}}]
+    found = [{**several[0], "shards": str(Path.cwd() / "a")}, several[1]]
+    base = sweep_for_trials(loaded(tmp_path, set={"data.train": several}), str(tmp_path), "sqlite:///unused.db").base
+    assert value_at(base, "data.train") == found
+    searched = loaded(tmp_path, space={"data.train": {"choice": ["a", several]}})
+    assert searched.space["data.train"].values == (str(Path.cwd() / "a"), found)
+    data = check(Experiment, experiment_of(searched, {"data.train": found}, seed=0), source="trial").data
+    assert [(each.shards, each.weight) for each in data.train_sets] == [(str(Path.cwd() / "a"), 1), ("s3://b/c", 2)]
+    with pytest.raises(ConfigError, match=r"data.train: set 1: weight: Input should be greater than 0"):
+        loaded(tmp_path, space={"data.train": {"choice": [[{"shards": "a", "weight": 0}]]}})
+
+
 def test_the_keys_that_are_made_absolute_are_those_that_an_experiment_makes_absolute() -> None:
     for key in LOCATIONS:
         assert value_at(with_absolute_paths(with_values({}, {key: "near"})), key) == str(Path.cwd() / "near"), key

@@ -5,7 +5,8 @@ place on the canvas. The parameters of the photometric distortion are drawn here
 the uint8 image and are applied to the whole batch on its device (`photometric.py`). Each draw has the distribution of
 torchvision's transform in the released order (D-FINE's training recipe), down to how sizes are truncated to whole pixels.
 
-A draw is keyed by (seed, epoch, image id): the sample is the same in whatever order, process or thread it is made.
+A draw is keyed by (seed, epoch, image id): the sample is the same in whatever order, process or thread it is made. An image that
+is shown again in an epoch has the draws of an epoch of its own (`epoch_of_showing`).
 """
 
 from dataclasses import dataclass

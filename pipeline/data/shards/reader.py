@@ -154,12 +154,15 @@ def read_row_groups(
     Raises:
         ShardError: a shard differs from the manifest.
     """
+    numbers = [int(group) for group in groups]
+    shards = {group: source.files[source.shard[group]] for group in numbers}
+    resolved = {folder: _resolve(folder) for folder in dict.fromkeys(shard.folder for shard in shards.values())}
 
     def read(group: int) -> pa.Table:
-        file_of_group, index = source.files[source.shard[group]], int(source.index[group])
-        filesystem, folder = _resolve(file_of_group.folder)
-        path = storage.join(folder, file_of_group.name)
-        key = file_of_group.folder, file_of_group.name, file_of_group.sha256
+        shard, index = shards[group], int(source.index[group])
+        filesystem, folder = resolved[shard.folder]
+        path = storage.join(folder, shard.name)
+        key = shard.folder, shard.name, shard.sha256
         try:
             with filesystem.open_input_file(path) as file:
                 parquet = pq.ParquetFile(file, metadata=_footers.get(key), pre_buffer=True)
@@ -170,11 +173,10 @@ def read_row_groups(
                         " changed after the manifest was written; prepare the shard set again"
                     )
                 table = parquet.read_row_group(index, columns=list(columns), use_threads=False)
-                return _with_labels(table, file_of_group.labels, "labels")
+                return _with_labels(table, shard.labels, "labels")
         except pa.ArrowInvalid as error:
             raise ShardError(f"{path}: damaged: {error}; prepare the shard set again") from None
 
-    numbers = [int(group) for group in groups]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         return dict(zip(numbers, pool.map(read, numbers), strict=True))
 
@@ -183,14 +185,17 @@ def read_training_rows(source: RowGroups, groups: Iterable[int]) -> dict[int, pa
     """Read rows of `ROW_TYPE` of each of `groups`: those of the shards, with a teacher's boxes if `source` names some."""
     read = read_row_groups(source, groups, WEIGHTED_SCHEMA.names)  # a column that the files lack is passed over
     tables = {group: with_weights(table) for group, table in read.items()}
+    shards = {group: source.files[source.shard[group]] for group in tables}
+    taught = dict.fromkeys(shard.teacher_boxes for shard in shards.values() if shard.teacher_boxes is not None)
+    resolved = {folder: _resolve(folder) for folder in taught}
 
     def join(group: int) -> pa.Table:
-        file, rows = source.files[source.shard[group]], tables[group]
-        if file.teacher_boxes is None:
+        shard, rows = shards[group], tables[group]
+        if shard.teacher_boxes is None:
             return with_teacher_columns(rows, None)
-        filesystem, folder = _resolve(file.teacher_boxes)
-        boxes = read_teacher_group(storage.join(folder, file.name), filesystem, int(source.index[group]), rows)
-        return with_teacher_columns(rows, _with_labels(boxes, file.labels, "teacher_labels"))
+        filesystem, folder = resolved[shard.teacher_boxes]
+        boxes = read_teacher_group(storage.join(folder, shard.name), filesystem, int(source.index[group]), rows)
+        return with_teacher_columns(rows, _with_labels(boxes, shard.labels, "teacher_labels"))
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         return dict(zip(tables, pool.map(join, tables), strict=True))

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.shards.manifest import ShardSet
+from pipeline.data.shards.manifest import ManifestError, ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 
 COLUMNS = ("labels", "crowd")
 DRAWS = 1 << 32  # second word of the generator's counter: apart from those of the shuffles, which have 0
+MOST_COPIES = 1000  # of an image in a pass
 START_BITS = 24  # of the random number that decides on copies; with fewer than 2^28 copies, sums of both are exact
 
 
@@ -79,6 +80,9 @@ def repeat_factors(
     Args:
         threshold: share of the images.
 
+    Raises:
+        ManifestError: a class would be repeated more than `MOST_COPIES` times.
+
     Returns:
         The factors of the classes, and for each set the copies of its images; None where all factors are 1.
     """
@@ -90,6 +94,11 @@ def repeat_factors(
     of_class = np.ones(classes)
     rare = (share > 0) & (share < threshold)
     of_class[rare] = np.sqrt(threshold / share[rare])
+    if of_class.max(initial=1) > MOST_COPIES:
+        raise ManifestError(
+            f"data.repeat_factor_threshold ({threshold:g}): images with {shard_sets[0].categories[int(of_class.argmax())].name}"
+            f" would be repeated {of_class.max():,.0f} times, and {MOST_COPIES:,} is the most: lower it"
+        )
 
     of_images: list[Copies | None] = []
     for shards, (image, label) in zip(shard_sets, pairs, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.data.shards.classes import joined_classes
 from pipeline.data.shards.manifest import Category, ManifestError, ShardSet, Statistics
-from pipeline.data.shards.reader import RowGroups, joined_row_groups, locate_row_groups
+from pipeline.data.shards.reader import RowGroups, joined_row_groups, locate_row_groups, refuse_changed_files
 from pipeline.data.shards.repeat_factors import Copies, RepeatFactors, repeat_factors
 from pipeline.data.shards.set_statistics import add_up
 
@@ -147,7 +147,9 @@ def join_sets(
         repeat_threshold: share of images below which a class is repeated; None: none is.
 
     Raises:
-        ManifestError: classes cannot be joined, or a weight leaves nothing; names every problem.
+        ManifestError: classes cannot be joined, a weight leaves nothing, or an image would be repeated without end; names every
+            problem.
+        ShardError: files have changed, where repeat factors need them.
     """
     mapped = joined_classes(shard_sets, renames)
     sets = tuple(
@@ -164,6 +166,8 @@ def join_sets(
         raise ManifestError("; ".join(lines))
     if repeat_threshold is None:
         return TrainingSet(sets)
+    for each in sets:
+        refuse_changed_files(each.shards)  # they are read now
     repeats, copies = repeat_factors([each.shards for each in sets], weights, repeat_threshold)
     repeated = tuple(replace(each, copies=own) for each, own in zip(sets, copies, strict=True))
     return TrainingSet(repeated, repeats)
