@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from dfine_core.inference import LoadedDetector
 from pipeline import storage
 from pipeline.config import ConfigError, Data
-from pipeline.config_files import check
 from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import ShardSet, load_shards
 from pipeline.errors import UserError
@@ -159,6 +158,6 @@ def _curves(run: str, metadata: Metadata) -> tuple[dict[str, Curve], str | None]
 
 def _train_boxes(train: Any) -> tuple[int, ...] | None:
     try:
-        return open_training_set(check(Data, {"train": train}, source="data")).statistics.class_counts
-    except (UserError, OSError):
+        return open_training_set(Data.model_validate({"train": train})).statistics.class_counts
+    except (UserError, OSError, ValueError):
         return None
