@@ -69,9 +69,7 @@ class OptimizerConfig:
     decay_biases: bool = False  # encoder and decoder alone; the released l and x decay them
     param_groups: Literal["released", "deim", "fixed"] = "released"
     betas: tuple[float, float] = (0.9, 0.999)
-    layer_decay: float = (
-        1.0  # the rate of a part is multiplied by layer_decay ** its depth from the head (`parts.DEPTH`)
-    )
+    layer_decay: float = 1.0  # to the power of a part's depth (`parts.DEPTH`): factor on its rate
 
     @classmethod
     def for_variant(cls, name: str, **settings: Any) -> "OptimizerConfig":
@@ -190,6 +188,11 @@ class ModelConfig:
     def num_levels(self) -> int:
         """Number of feature levels."""
         return len(self.backbone_stages)
+
+    @property
+    def frozen_parts(self) -> int:
+        """Number of parts of the backbone that `freeze_at` freezes, from the stem on."""
+        return 0 if self.freeze_at < 0 else 1 if self.freeze_stem_only else self.freeze_at + 2
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -79,9 +79,8 @@ def _a_list_of_parts(names: Any) -> Any:
     return names
 
 
-def _frozen_parts(names: tuple[str, ...]) -> tuple[str, ...]:
-    if set(parts_named(names)) == set(PARTS):
-        raise ValueError(f"{list(names)} are all parts, so nothing would be trained: leave one out")
+def _known_parts(names: tuple[str, ...]) -> tuple[str, ...]:
+    parts_named(names)
     return names
 
 
@@ -94,7 +93,7 @@ def _an_experiment_name(name: str) -> str:
 # Names that MLflow, its search language and its URIs accept: a wrong one would be refused at the end of the run.
 ModelName = Annotated[str, AfterValidator(_a_model_name)]
 ModelAlias = Annotated[str, AfterValidator(_a_model_alias)]
-FrozenParts = Annotated[tuple[str, ...], BeforeValidator(_a_list_of_parts), AfterValidator(_frozen_parts)]
+FrozenParts = Annotated[tuple[str, ...], BeforeValidator(_a_list_of_parts), AfterValidator(_known_parts)]
 FolderName = Annotated[str, AfterValidator(_a_folder_name)]
 Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a path becomes absolute
 WeightsLocation = Annotated[str, AfterValidator(weights_location)]  # also a published name, or hf://org/name
@@ -317,7 +316,7 @@ class Optimizer(Config):
     scale_lr: Literal["linear", "sqrt", "none"] = "linear"  # with global_batch_size / base_batch_size
     max_grad_norm: PositiveFloat = 0.1  # limit for the norm of all gradients together
     layer_decay: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # factor on the rate for each part further from the head; 1: none
+        1.0  # factor on the rate, once for each part further from the head
     )
     # Parts that do not change (`dfine_core/parts.py`), besides those of model.freeze_at, until the run has made so many steps or
     # epochs; neither: to the end.
@@ -452,6 +451,17 @@ class Experiment(Config):
     def _patience_needs_evaluations(self) -> Self:
         if self.evaluation.patience is not None and self.data.val is None:
             raise ValueError(f"evaluation.patience ({self.evaluation.patience}) needs a data.val, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        config = self.model.config(1, self.loss)
+        frozen = set(parts_named(self.optimizer.freeze))
+        if frozen and frozen | set(BACKBONE[: config.frozen_parts]) == set(PARTS):
+            raise ValueError(
+                f"optimizer.freeze {list(self.optimizer.freeze)} and model.freeze_at ({config.freeze_at}) freeze all parts, so"
+                " nothing would be trained: leave one out"
+            )
         return self
 
     @model_validator(mode="after")

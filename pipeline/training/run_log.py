@@ -5,12 +5,12 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import torch
@@ -87,6 +87,13 @@ class MetricMeter:
             "train/speed/step_s": seconds / self.steps,
             "train/speed/data_wait_share": self.waited_s / seconds,
         }
+
+
+def learning_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Rates to report; of groups that are split by parts, that of the part next to the head."""
+    rates = {group["name"]: group["lr"] for group in reversed(groups)}
+    first = next(iter(reversed(rates.values())))
+    return {"train/lr": rates.get("rest", first), "train/lr_backbone": rates.get("backbone", 0.0)}
 
 
 def metric_name(name: str) -> str:
@@ -205,10 +212,7 @@ class RunLog:
         schedule = self._job.schedule
         values = self._meter.read(schedule.global_batch_size)
         # Rates, progress and memory; the losses are means since the last report.
-        groups = reversed(state.optimizer.param_groups)  # split by parts, the one next to the head counts
-        rates = {group["name"]: group["lr"] for group in groups}
-        values["train/lr"] = rates.get("rest", next(iter(rates.values())))
-        values["train/lr_backbone"] = rates.get("backbone", 0.0)
+        values |= learning_rates(state.optimizer.param_groups)
         values["train/epoch"] = state.step / schedule.steps_per_epoch
         values["train/skipped_steps"] = state.skipped_steps
         values |= memory_metrics(self._context.device)

@@ -11,12 +11,15 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError
+from pipeline.config import Cluster, ConfigError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import CheckpointError
+from pipeline.training.dry_run import preview
 from pipeline.training.frozen_parts import freeze
 from pipeline.training.graphs import compile_step
 from pipeline.training.loop import train
+from pipeline.training.run_log import learning_rates
+from pipeline.training.step import to_micro_batch
 from tests.support.processes import one_thread
 from tests.support.training_runs import RecordingConsole, SteppedRun, alone, experiment, job, shard_folders
 
@@ -100,8 +103,6 @@ def test_a_frozen_step_is_that_of_a_detector_whose_frozen_parts_are_constants(
         for module in part.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    from pipeline.training.step import to_micro_batch
-
     batch = to_micro_batch(next(run.stream()), run.state, size=(64, 64), seed=0)
     terms = run.state.criterion(plain(batch.images, batch.targets, batch.denoising), batch.targets)
     torch.stack(list(terms.values())).sum().backward()
@@ -146,7 +147,11 @@ def test_epochs_to_thaw_are_those_of_the_schedule(data: dict[str, str], tmp_path
 )
 def test_a_run_that_is_continued_equals_one_that_was_not(data: dict[str, str], tmp_path: Path, stop_after: int) -> None:
     """Continued before, at and after the step that thaws; every tensor of the last checkpoint, to the bit."""
-    settings = {"optimizer": {"thaw_steps": 2}, "schedule": {"steps": 4}, "checkpoints": {"keep": 9}}
+    settings = {
+        "optimizer": {"thaw_steps": 2, "layer_decay": 0.5},
+        "schedule": {"steps": 4},
+        "checkpoints": {"keep": 9},
+    }
     whole = frozen_run(tmp_path, data, name="whole", **copy.deepcopy(settings))
     train(job(whole), alone())
     cut = whole.model_copy(update={"name": "cut"})
@@ -276,7 +281,7 @@ def test_a_replayed_step_has_the_same_frozen_norms(data: dict[str, str], tmp_pat
             "unknown part 'backbone.stem5'; known: backbone, backbone.stem, backbone.stage1",
         ),
         ({"freeze": ["neck", "head"]}, "unknown part 'neck', 'head'"),
-        ({"freeze": ["backbone", "encoder", "decoder"]}, "are all parts, so nothing would be trained"),
+        ({"freeze": ["backbone", "encoder", "decoder"]}, "freeze all parts, so nothing would be trained"),
         ({"freeze": "encoder"}, "'encoder' must be a list of parts, as in [backbone.stem, encoder]"),
         ({"thaw_steps": 3}, "needs parts to thaw"),
         ({"freeze": ["encoder"], "thaw_steps": 3, "thaw_epochs": 1}, "give either thaw_steps (3) or thaw_epochs (1)"),
@@ -288,6 +293,46 @@ def test_mistakes_are_named(data: dict[str, str], tmp_path: Path, optimizer: dic
     with pytest.raises(ConfigError) as raised:
         experiment(tmp_path, data, optimizer=optimizer)
     assert said in str(raised.value)
+
+
+def test_what_the_model_freezes_counts_among_all_parts(data: dict[str, str], tmp_path: Path) -> None:
+    stages = [f"backbone.stage{number}" for number in range(1, 5)]
+    rest = {"optimizer": {"freeze": [*stages, "encoder", "decoder"]}}
+    assert experiment(tmp_path, data, **rest).optimizer.freeze  # the stem still trains
+    with pytest.raises(ConfigError, match=r"and model\.freeze_at \(0\) freeze all parts"):
+        experiment(tmp_path, data, model={"freeze_at": 0}, **rest)
+    deeper = {"optimizer": {"freeze": ["encoder", "decoder", "backbone.stage3", "backbone.stage4"]}}
+    with pytest.raises(ConfigError, match=r"and model\.freeze_at \(1\) freeze all parts"):
+        experiment(tmp_path, data, model={"freeze_at": 1, "freeze_stem_only": False}, **deeper)
+
+
+def test_a_dry_run_prints_groups_parts_rates_and_what_is_frozen(data: dict[str, str], tmp_path: Path) -> None:
+    optimizer = {"freeze": ["backbone.stage1"], "thaw_steps": 4, "layer_decay": 0.5, "lr": 0.128, "backbone_lr": 0.064}
+    setting = experiment(tmp_path, data, model={"freeze_at": 0}, optimizer={**optimizer, "scale_lr": "none"})
+    table = preview(setting, Cluster(workers=1), measured=False).split("# parameters\n")[1].split("\n\n")[0]
+    rows = [line.split() for line in table.splitlines()]
+    assert rows[0] == ["group", "part", "tensors", "values", "rate", "decay", "frozen"]
+    rates = {(row[0], row[1]): float(row[4]) for row in rows[1:-1]}
+    assert rates["rest", "decoder"] == 0.128
+    assert rates["rest", "encoder"] == 0.064
+    assert rates["backbone", "backbone.stage4"] == 0.016
+    assert rates["backbone", "backbone.stage1"] == 0.002
+    frozen = {row[1]: " ".join(row[6:]) for row in rows[1:-1]}
+    assert frozen["backbone.stage1"] == "until step 4"
+    assert {said for part, said in frozen.items() if part != "backbone.stage1"} == {"no"}
+    assert rows[-1][:2] == ["none", "backbone.stem"]
+    assert rows[-1][4:] == ["always", "(model.freeze_at)"]
+
+
+def test_reported_rates_are_those_next_to_the_head() -> None:
+    groups = [
+        {"name": "backbone", "part": "backbone.stage4", "lr": 4},
+        {"name": "backbone", "part": "backbone.stem", "lr": 3},
+        {"name": "rest", "part": "decoder", "lr": 2},
+        {"name": "rest", "part": "encoder", "lr": 1},
+    ]
+    assert learning_rates(groups) == {"train/lr": 2, "train/lr_backbone": 4}
+    assert learning_rates(groups[:2]) == {"train/lr": 4, "train/lr_backbone": 4}
 
 
 @pytest.mark.parametrize("late", [{"thaw_steps": 6}, {"thaw_epochs": 1}])

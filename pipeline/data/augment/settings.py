@@ -17,9 +17,9 @@ class AugmentSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown keys of an experiment file are errors
 
-    preset: Literal["aerial", "microscopy", "documents", "fixed_camera"] | None = (
-        None  # values of keys that are left out
-    )
+    # Values of keys that are left out, see `pipeline/augment_presets.yaml`.
+    preset: Literal["aerial", "microscopy", "documents", "fixed_camera"] | None = None
+
     photometric_probability: float = 0.5  # for each of brightness, contrast, saturation, hue and channel order
     brightness: Interval = (0.875, 1.125)
     contrast: Interval = (0.5, 1.5)
@@ -38,9 +38,7 @@ class AugmentSettings:
 
     # Off by default, as the released recipe has none of them. They act in all epochs, as the flip does.
     vertical_flip_probability: float = 0.0
-    quarter_turn_probability: float = (
-        0.0  # then by 90, 180 or 270 degrees; 0.75 makes the four directions equally likely
-    )
+    quarter_turn_probability: float = 0.0  # by 90, 180 or 270 degrees; 0.75: all four directions are equally likely
     # Beyond the released recipe, and off by default. Large-scale jitter replaces zoom-out and IoU crop.
     large_scale_jitter_probability: float = 0.0
     large_scale_jitter_scale: Interval = (0.1, 2.0)
