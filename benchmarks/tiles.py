@@ -204,8 +204,8 @@ def _evaluate(
 
 def _found(args: argparse.Namespace, loaded: LoadedDetector, image: OpenedImage, way: str) -> ImageDetections:
     if way != "tiles, not merged":
-        tile = {"tile": args.tile, "overlap": args.overlap} if way == "tiles, merged" else {}
-        return loaded([image], LEAST, BATCH, **tile)[0]
+        cut = way == "tiles, merged"
+        return loaded([image], LEAST, BATCH, tile=args.tile if cut else None, overlap=args.overlap if cut else None)[0]
     least = torch.full((len(loaded.names),), LEAST)
     parts: list[ImageDetections] = []
     for some in batched(Tiling(args.tile, args.overlap).tiles(image.size), BATCH):
