@@ -191,7 +191,8 @@ def write_coco(work: Path, pool: ShardSet, rows: pa.Table, labelled: Sequence[in
     """Write all images and an instances file in which only some are annotated."""
     (work / "train").mkdir(parents=True)
     (work / "annotations").mkdir()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     ids = [category.original_id for category in pool.manifest.categories]
     for index, row in enumerate(rows.to_pylist()):
         (work / "train" / file_name(rows, index)).write_bytes(row["image"])

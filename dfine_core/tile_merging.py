@@ -65,7 +65,7 @@ def merge_tiles(found: Sequence[ImageDetections], tiles: Sequence[Tile], size: t
         return found[0]
     borders = np.array(tiles, np.float32)  # [T, 4]
     inner = np.array([tile.inner(size) for tile in tiles])  # [T, 4]
-    margin = BORDER * np.tile(borders[:, 2:] - borders[:, :2], 2)  # [T, 4]
+    margin: Floats = np.float32(BORDER) * np.tile(borders[:, 2:] - borders[:, :2], 2)  # [T, 4]
     parts = _laid_out(found, borders, inner, margin)
     first = _shown_wholly_elsewhere(parts, borders, inner, margin)
     order = [index for index in np.argsort(-parts.scores, kind="stable").tolist() if not first[index]]

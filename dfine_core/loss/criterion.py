@@ -324,9 +324,8 @@ def count(boxes: float | Tensor, pairs: float | Tensor, device: torch.device, mi
         boxes, pairs: see `worth.amounts`; [] tensors on the device where boxes have weights.
         micro_batches: number per worker; a fraction where workers have different numbers.
     """
-    weighted, workers = isinstance(boxes, Tensor) or isinstance(pairs, Tensor), 1
-    shared = dist.is_available() and dist.is_initialized()
-    if not weighted and not shared:
+    shared, workers = dist.is_available() and dist.is_initialized(), 1
+    if not (shared or isinstance(boxes, Tensor) or isinstance(pairs, Tensor)):
         return Normalizers(*(torch.full((), max(1.0, n / micro_batches), device=device) for n in (boxes, pairs)))
     counts = torch.cat([_as_vector(n, device) for n in (boxes, pairs)])
     if shared:
