@@ -320,9 +320,9 @@ def test_labels_of_a_teacher_are_renamed_with_those_of_its_set(sets: tuple[Shard
 def test_an_image_that_would_be_repeated_without_end_is_refused(
     sets: tuple[ShardSet, ShardSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threshold 1, and zebra in a ten-thousandth of the images, as one set weighs 5,000 times the other."""
+    """Threshold 1, and Vehicle in a ten-thousandth of the images, as one set weighs 5,000 times the other."""
     monkeypatch.setattr(repeat_factors, "MOST_COPIES", 50)
     with pytest.raises(
-        ManifestError, match=r"repeat_factor_threshold \(1\): images with zebra would be repeated [\d,]+ times"
+        ManifestError, match=r"repeat_factor_threshold \(1\): images with Vehicle would be repeated [\d,]+ times"
     ):
         joined(sets, weights=[100, 0.02], repeat_threshold=1)
