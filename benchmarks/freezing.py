@@ -21,7 +21,7 @@ from pipeline.training.schedule import derive
 from pipeline.training.state import TrainState, build_train_state
 from pipeline.training.step import MicroBatch, train_step
 
-FROZEN = ([], ["backbone.stem", "backbone.stage1"], ["backbone"], ["backbone", "encoder"])
+FROZEN: tuple[list[str], ...] = ([], ["backbone.stem", "backbone.stage1"], ["backbone"], ["backbone", "encoder"])
 BOXES, CLASSES = 8, 3
 CPU = torch.device("cpu")
 
