@@ -182,7 +182,9 @@ def recorded(file: Path, seed: int) -> None:
 
 def report(source: str, level: float, inside: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", fitted: int) -> None:
     """Print the share inside, with the bounds of 99 % that the numbers of objects leave; jointly, a box counts with all edges."""
-    inside, counted = (inside.all(1), "the boxes of") if source == "joint" else (inside, "the edges of")
+    counted = "the edges of"
+    if source == "joint":
+        inside, counted = np.asarray(inside.all(1)), "the boxes of"
     low, high = (count / len(inside) for count in betabinom.interval(0.99, len(inside), *beta(fitted, level)))
     print(
         f"{source}, {100 * level:g} %: {100 * inside.mean():.1f} % of {counted} {len(inside)} objects"
