@@ -11,7 +11,7 @@ import pytest
 from jobs import prepare
 from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.data.augment.samples import TRUTH, AnnotatedImage, augmented_sample
+from pipeline.data.augment.samples import TRUTH, AnnotatedImage, augmented_sample, is_label
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.prepare.teacher_boxes import joined, prepare_teacher_boxes
 from pipeline.data.prepare.work_plan import PrepareError
@@ -190,8 +190,8 @@ def test_a_box_of_a_teacher_goes_where_a_true_box_goes_and_is_dropped_where_it_i
         plain = augmented_sample(alone, **keyed)
         sample = augmented_sample(taught, **keyed)
         assert np.array_equal(sample.image, plain.image)
-        assert np.array_equal(sample.boxes[sample.truth], plain.boxes)
-        found = ~sample.truth & (sample.labels != 99)
+        assert np.array_equal(sample.boxes[is_label(sample.marks)], plain.boxes)
+        found = ~is_label(sample.marks) & (sample.labels != 99)
         assert np.array_equal(sample.boxes[found], plain.boxes)
         assert np.array_equal(sample.labels[found], plain.labels)
         dropped += len(labels) - len(plain.labels)

@@ -10,7 +10,9 @@ dropped: it is that object once more, and the detector should learn to find it o
 
 import posixpath
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ from pipeline.data.prepare.teacher_boxes import (
 )
 from pipeline.data.prepare.work_plan import PrepareError
 from pipeline.data.shards.manifest import Category
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 from pipeline.data.sources.json_arrays import array_items
 
 SAME_LABEL_IOU = 0.7  # of two labels of one class that are one
@@ -92,7 +94,9 @@ def _labels(categories: Sequence[Category], images: str | None, ignore: float) -
         PrepareError: the teacher left out detections that would have to be ignored.
     """
     known = {category.original_id: category.label for category in categories}
-    described = [] if images is None else list(array_items(images, "categories"))
+    described: list[Any] = []
+    with suppress(SourceError):  # a file that describes images alone
+        described = [] if images is None else list(array_items(images, "categories"))
     for item in described:
         if isinstance(item, dict) and isinstance(least := item.get("threshold"), int | float) and least > ignore:
             raise PrepareError(
