@@ -11,7 +11,9 @@ from pipeline.data.sources.synthetic import CLASSES
 
 def varied_detector(config: ModelConfig, *, seed: int = 0) -> Detector:
     generator = torch.Generator().manual_seed(seed)
-    detector = Detector(config)
+    with torch.random.fork_rng(devices=[]):  # so that it is the same detector in every process
+        torch.manual_seed(seed)
+        detector = Detector(config)
     with torch.no_grad():
         for name, tensor in detector.state_dict().items():
             if name.rsplit(".", 1)[-1] in (*CONSTANT_LEAVES, "num_batches_tracked"):
