@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
-from typing import NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
-from dfine_core.images import OpenedImage
+if TYPE_CHECKING:  # commands read the limits, and need no image
+    from dfine_core.images import OpenedImage
 
 SMALLEST_TILE, LARGEST_OVERLAP = 64, 0.75  # px and share; with these an image has at most some hundred thousand tiles
 DEFAULT_OVERLAP = 0.2
@@ -39,7 +40,7 @@ class Tile(NamedTuple):
         """
         return self.left > 0, self.top > 0, self.right < size[0], self.bottom < size[1]
 
-    def cut(self, image: OpenedImage) -> OpenedImage:
+    def cut(self, image: "OpenedImage") -> "OpenedImage":
         """Pixels of the tile; the image itself where the tile covers it."""
         return image if self.size == image.size else image.crop(self)
 

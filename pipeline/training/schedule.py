@@ -180,6 +180,7 @@ def derive(experiment: Experiment, *, images: int, workers: int, micro_batch_siz
         optimizer=experiment.optimizer.config(variant, lr_factor),
         freezing=freezing,
         notes=(
+            *([f"augmentation: preset {experiment.augment.preset}"] if experiment.augment.preset else ()),
             *freezing_lines(freezing, experiment),
             *(left_out(epochs, given.no_aug_epochs) if given.stages == "deim" else ()),
             *augmentation_left_out(

@@ -29,7 +29,9 @@ def test_a_small_file_that_costs_much_work_is_refused_in_little_time(name: str, 
     for source in (bomb, tmp_path / "bomb"):
         with pytest.raises(TooMuchWorkError, match="save it"):
             read_image(source)
-    assert time.process_time() - before < 4.0
+    assert (
+        time.process_time() - before < 8.0
+    )  # Pillow alone takes 1 to 2.5 s to open each of the two TIFF files of many strips
 
 
 def test_scans_are_counted_before_decoding(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_line_that_is_given_twice_is_one_image(tmp_path: Path) -> None:
 def test_difficult_objects_are_marked_in_every_form(tmp_path: Path, written: str, crowd: bool) -> None:
     write(tmp_path, "a.jpg", "a.xml")
     (tmp_path / "a.xml").write_text(xml().replace("<bndbox>", f"<difficult>{written}</difficult><bndbox>"))
-    ((_, ((*_, flag, _id),)),) = read(tmp_path).ordered()
+    ((_, ((*_, flag, _id, _weight),)),) = read(tmp_path).ordered()
     assert bool(flag) == crowd
 
 
