@@ -101,7 +101,9 @@ def test_a_few_images_in_this_process_give_the_files_of_ray_bit_for_bit(folder: 
     fixed = "--precision", "fp32"  # the default is measured at each start, and may differ
     for name, options in (("here", ()), ("ray", ("--workers", "1"))):
         log = folder / f"{name}.log"
-        driver = start(folder, str(folder / "photos" / "00*.jpg"), str(outs[name]), log, "--part-size", "50", *fixed, *options)
+        driver = start(
+            folder, str(folder / "photos" / "00*.jpg"), str(outs[name]), log, "--part-size", "50", *fixed, *options
+        )
         assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
         assert "100%" in log.read_text()
         assert not re.search(r"\.cc:\d+|Actor with class name|pid=", log.read_text())  # of Ray
