@@ -31,6 +31,7 @@ from dfine_core.model.denoising import sample_queries_for
 from dfine_core.optim import make_optimizer
 from pipeline.data.augment.photometric import photometric_distort
 from pipeline.data.augment.photometric_parameters import Photometric
+from pipeline.training.budget import launches_kernel
 from pipeline.training.low_precision import CastDetector
 from pipeline.training.numerics import LossScale, RunningStatistics
 from pipeline.training.state import AUTOCAST, TrainState
@@ -38,8 +39,6 @@ from pipeline.training.step import MicroBatch, train_step
 
 SIDE, BATCH, BOXES, CLASSES, QUERIES = 64, 2, 6, 80, 16
 CPU = torch.device("cpu")
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
-QUESTIONS = {"device"}  # that fake tensors are asked
 CASTS = {"_to_copy"}
 PARTS = (
     "denoising",
@@ -64,9 +63,8 @@ class LaunchCounter(TorchDispatchMode):
         self.launches: dict[str, Counter[str]] = defaultdict(Counter)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in ALLOCATIONS | QUESTIONS:
-            self.launches[self.part][name] += 1
+        if launches_kernel(func):
+            self.launches[self.part][func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
     @property

@@ -3,6 +3,8 @@
 import pytest
 
 from benchmarks.launches import CASTS, count_fused, count_step, training_state
+from dfine_core import ModelConfig
+from pipeline.training.budget import kernels_per_micro_batch
 from tests.support.processes import one_thread
 
 # Of `python -m benchmarks.launches`; a change that adds more than a twentieth says why.
@@ -17,6 +19,12 @@ def test_a_step_launches_no_more_than_it_did(variant: str) -> None:
         counter = count_step(training_state(variant, "bf16"))
     assert counter.total <= LAUNCHES[variant] * SLACK, dict(counter.launches)
     assert sum(counter.by_name[name] for name in CASTS) <= CAST[variant] * SLACK
+
+
+@pytest.mark.parametrize("variant", LAUNCHES)
+def test_the_advice_before_a_training_knows_about_as_many(variant: str) -> None:
+    config = ModelConfig.variant(variant, num_classes=80)
+    assert kernels_per_micro_batch(config, boxes=7) == pytest.approx(LAUNCHES[variant], rel=0.15)
 
 
 def test_a_launch_too_many_is_counted() -> None:
