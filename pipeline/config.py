@@ -4,15 +4,13 @@ An experiment defines the result. A cluster file says where it runs, and changes
 follow from the variant and the length of the run (`pipeline/training/schedule.py`); `--dry-run` prints them.
 """
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -30,8 +28,9 @@ from dfine_core.config import VARIANTS, LossConfig, ModelConfig, OptimizerConfig
 from dfine_core.parts import BACKBONE, PARTS, parts_named
 from dfine_core.thresholds import WANTED_PRECISION
 from pipeline.augment_presets import with_preset
+from pipeline.config_keys import Config, key_prefix, plain_message, unknown_key
 from pipeline.data.augment.settings import AugmentSettings
-from pipeline.data.stream.settings import DecodeIn
+from pipeline.data_settings import Data
 from pipeline.errors import ConfigError as ConfigError
 from pipeline.pretrained import weights_location
 from pipeline.ray_job import absolute_location
@@ -39,7 +38,6 @@ from pipeline.recipes import Recipe, with_recipe
 from pipeline.teacher_settings import TeacherSettings
 
 MAX_MODEL_NAME, MAX_ALIAS, MAX_EXPERIMENT_NAME = 256, 255, 500  # characters that MLflow accepts
-MAX_WEIGHT, MAX_SETS = 100, 100  # of the sets of a training
 Share = Annotated[float, Field(ge=0, le=1)]
 Stages = Literal["deim"] | tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | tuple[Share, Share, Share]
 
@@ -99,136 +97,7 @@ Location = Annotated[str, AfterValidator(absolute_location)]  # path or URI; a p
 WeightsLocation = Annotated[str, AfterValidator(weights_location)]  # also a published name, or hf://org/name
 
 
-# Keys that had another name before the first release.
-RENAMED_KEYS = {
-    "beside": "asynchronous",
-    "clean_epochs": "no_aug_epochs",
-    "clip_norm": "max_grad_norm",
-    "final_factor": "min_lr_ratio",
-    "global_batch": "global_batch_size",
-    "groups": "param_groups",
-    "in_a_row": "max_consecutive",
-    "micro_batch": "micro_batch_size",
-    "mixup_weight": "mixup_ratio",
-    "multiscale_repeat": "base_size_repeat",
-    "not_finite": "non_finite",
-    "pictures": "num_images",
-    "reference_batch": "base_batch_size",
-    "register_as": "registered_model_name",
-    "saved": "max_saved",
-    "silent_s": "heartbeat_timeout_s",
-    "together": "max_concurrent_trials",
-}
-
-# Keys that have no successor, and what to do without them.
-REMOVED_KEYS = {
-    "copy_paste_max_covered": "pasted objects are blended, so covered ones keep their boxes; leave it out",
-    "copy_paste_object_probability": "give the number of objects, copy_paste_objects",
-    "mosaic_centre": "the four images of a mosaic fill equal cells; its map is given by mosaic_rotation, mosaic_translation and"
-    " mosaic_scale",
-}
-
-
-class Config(BaseModel):
-    """Base of all config models: frozen, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def unknown_key(key: object, known: Sequence[str]) -> str:
-    """Message about an unknown key: its new name or the way without it, otherwise the known keys that resemble it."""
-    if key in RENAMED_KEYS and RENAMED_KEYS[str(key)] in known:
-        return f"unknown key {key!r}; it is called {RENAMED_KEYS[str(key)]}"
-    if key in REMOVED_KEYS:
-        return f"unknown key {key!r}; {REMOVED_KEYS[str(key)]}"
-    close = difflib.get_close_matches(str(key), known, n=3)
-    return f"unknown key {key!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}")
-
-
-def key_prefix(location: Sequence[Any]) -> str:
-    """Prefix of an error message: the location as a dotted key; empty for the whole file."""
-    return ".".join(map(str, location)) + ": " if location else ""
-
-
-def plain_message(text: str) -> str:
-    """Pydantic's message without the prefix that it adds to messages of validators."""
-    return text.removeprefix("Value error, ")
-
-
 MODEL_KEYS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("num_classes", "loss", "activation"))
-
-
-class TrainShards(Config):
-    """One of several shard sets of a training."""
-
-    shards: Location
-    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0  # how often each image appears in an epoch, on average
-    classes: dict[str, Annotated[str, Field(min_length=1)]] = {}  # classes that the training calls otherwise: new names
-
-
-class Data(Config):
-    """Shard sets and the way they are read."""
-
-    # Manifest, or its folder; a path or a URI. Or several: [{shards: a, weight: 2}, {shards: b, classes: {car: vehicle}}].
-    train: Location | tuple[TrainShards, ...]
-    # Images with a class that fewer than this share of the images have appear more often; null: every image as often as its set
-    repeat_factor_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
-    val: Location | None = None  # without it a run only trains
-    decode_in: DecodeIn = "task"
-    prefetch: PositiveInt = 2  # micro-batches that each worker keeps ready
-    window_rows: PositiveInt | None = (
-        None  # rows that are shuffled together; default: 2,048, or 128 per micro-batch of a step
-    )
-
-    @field_validator("train", mode="wrap")  # of a union, pydantic would list the problems of both forms
-    @classmethod
-    def _one_set_or_several(cls, value: Any, _: object) -> str | tuple[TrainShards, ...]:
-        if isinstance(value, str):
-            return absolute_location(value)
-        if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_SETS:
-            raise ValueError(
-                f"give a shard set, or a list of 1 to {MAX_SETS}: [{{shards: FOLDER, weight: 2}}, {{shards: OTHER_FOLDER}}]"
-            )
-        sets = tuple(_checked_sets(value))
-        (first, *others) = sets
-        return first.shards if not others and first.weight == 1 and not first.classes else sets
-
-    @property
-    def train_sets(self) -> tuple[TrainShards, ...]:
-        """The training's sets, also where it has one."""
-        return (TrainShards(shards=self.train),) if isinstance(self.train, str) else self.train
-
-
-def _checked_sets(values: Sequence[Any]) -> Sequence[TrainShards]:
-    """Sets of a training from plain values.
-
-    Raises:
-        ValueError: names every problem.
-    """
-    sets, problems = list[TrainShards](), list[str]()
-    for number, value in enumerate(values, start=1):
-        try:
-            sets.append(TrainShards.model_validate(value))
-        except ValidationError as error:
-            problems += [f"set {number}: {_set_problem(e)}" for e in error.errors()]
-    places = [each.shards for each in sets]
-    problems += [
-        f"{place} is listed twice: give it a larger weight"
-        for place in dict.fromkeys(places)
-        if places.count(place) > 1
-    ]
-    if problems:
-        raise ValueError("; ".join(problems))
-    return sets
-
-
-def _set_problem(error: Any) -> str:
-    if not error["loc"]:
-        return f"{error['input']!r} is no set: write {{shards: FOLDER}}, with weight or classes where they differ"
-    if error["type"] == "extra_forbidden":
-        return unknown_key(error["loc"][-1], tuple(TrainShards.model_fields))
-    given = "" if error["type"] == "missing" else f" (it is {error['input']!r})"
-    return f"{key_prefix(error['loc'])}{plain_message(error['msg'])}{given}"
 
 
 class Model(Config):
@@ -404,7 +273,7 @@ class Tracking(Config):
 
     uri: str | None = None  # default: MLFLOW_TRACKING_URI, or a SQLite file in `storage`
     experiment: Annotated[str, AfterValidator(_an_experiment_name)] = "dfine"
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default_factory=dict)
     registered_model_name: ModelName | None = None  # registers the best weights under this name
     alias: ModelAlias | None = None  # alias of the registered version
     every_steps: PositiveInt = 10  # between two reports of losses and speed
@@ -496,7 +365,7 @@ class Cluster(Config):
     gpus_per_worker: NonNegativeFloat | None = None  # default: 1 if the cluster has GPUs
     cpus_per_worker: NonNegativeFloat = 0.5
     threads_per_worker: PositiveInt | None = None  # PyTorch threads on the CPU; default: an equal share of the cores
-    resources_per_worker: dict[str, PositiveFloat] = {}
+    resources_per_worker: dict[str, PositiveFloat] = Field(default_factory=dict)
     autoscaling: bool = False  # do not refuse requests that the cluster has no nodes for yet
     evaluation_cpus: NonNegativeFloat = 1.0  # per asynchronous evaluation
     evaluation_gpus: NonNegativeFloat = 0.0

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Cluster, Config, ConfigError, Experiment, key_prefix, plain_message, unknown_key
+from pipeline.config import Cluster, ConfigError, Experiment
+from pipeline.config_keys import Config, key_prefix, plain_message, unknown_key
 from pipeline.redaction import redact_values
 from pipeline.text_files import load_yaml, text_of
 from pipeline.wording import plural

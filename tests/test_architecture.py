@@ -49,6 +49,7 @@ FOUNDATION = (
     "html_pages",
     "text_files",
     "output_folder",
+    "config_keys",
 )
 EMPTY = {"__init__", "data.__init__"}
 LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides the foundation and itself
@@ -61,7 +62,8 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "augment_presets": set(),
     "recipes": set(),
     "teacher_settings": set(),
-    "config": {"data.augment", "data.stream", "augment_presets", "recipes", "teacher_settings"},
+    "data_settings": {"data.stream", "teacher_settings"},
+    "config": {"data.augment", "data.stream", "augment_presets", "recipes", "teacher_settings", "data_settings"},
     "config_files": {"config"},
     "open_detector": {"config"},
     "thresholds": {"config", "open_detector"},
@@ -70,14 +72,23 @@ LAYERS: dict[str, set[str]] = {  # part to the parts that it may import, besides
     "tracking": {"config", "open_detector"},
     "training": {
         *("data.shards", "data.augment", "data.stream", "recipes", "config", "config_files"),
-        *("open_detector", "thresholds", "benchmark", "evaluation", "tracking", "teacher_settings"),
+        *("open_detector", "thresholds", "benchmark", "evaluation", "tracking", "teacher_settings", "data_settings"),
     },
     "export": {
         *("data.shards", "data.sources", "data.stream"),
         *("config", "open_detector", "evaluation"),
     },
     "run_report": {
-        *("data.shards", "data.augment", "config", "open_detector", "evaluation", "tracking", "training"),
+        *(
+            "data.shards",
+            "data.augment",
+            "config",
+            "data_settings",
+            "open_detector",
+            "evaluation",
+            "tracking",
+            "training",
+        ),
     },
     "calibration": {"data.shards", "data.stream", "config", "open_detector", "evaluation", "tracking"},
     "fit": {

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from dfine_core.inference import LoadedDetector
 from pipeline import storage
-from pipeline.config import ConfigError, Data
 from pipeline.data.shards.classes import with_classes_of
 from pipeline.data.shards.manifest import ShardSet, load_shards
-from pipeline.errors import UserError
+from pipeline.data_settings import Data
+from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation.detections import DetectionTable, concatenate
 from pipeline.evaluation.error_types import RELABELLED, RIGHT, find_errors, sorted_boxes
 from pipeline.evaluation.evaluate import evaluate

@@ -28,7 +28,8 @@ from dfine_core.model.postprocess import MAX_DETECTIONS
 from dfine_core.precision import AUTO
 from dfine_core.precision_choice import choose_precision
 from dfine_core.thresholds import Threshold, wanted_precision
-from pipeline.config import Config, ConfigError
+from pipeline.config_keys import Config
+from pipeline.errors import ConfigError
 from pipeline.open_detector import open_detector
 from pipeline.serve.batching import Batcher
 from pipeline.serve.decoder_pool import DECODE_LIMIT_S, DecoderPool

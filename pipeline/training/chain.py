@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from pipeline import storage
 from pipeline.config import (
     Cluster,
-    Config,
     ConfigError,
     Experiment,
     FolderName,
@@ -25,6 +24,7 @@ from pipeline.config import (
     Tracking,
 )
 from pipeline.config_files import check, dump, flatten, read_yaml, with_values
+from pipeline.config_keys import Config
 from pipeline.data.shards.manifest import MANIFEST_NAME
 from pipeline.ray_job import relative_problems, submitted_job
 from pipeline.tracking.delivery import UndeliveredError

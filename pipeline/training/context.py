@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline import storage
-from pipeline.config import Data, Experiment
+from pipeline.config import Experiment
 from pipeline.data.shards.classes import class_lines, with_classes_of
 from pipeline.data.shards.manifest import ManifestError, ShardSet, load_shards
 from pipeline.data.shards.set_lines import set_lines
 from pipeline.data.shards.training_set import TrainingSet, join_sets
+from pipeline.data_settings import Data
 from pipeline.errors import UserError
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.schedule import Schedule

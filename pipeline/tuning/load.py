@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RENAMED_KEYS, ConfigError, Experiment
+from pipeline.config import ConfigError, Experiment
 from pipeline.config_files import check, load_cluster, read_yaml, with_values
+from pipeline.config_keys import RENAMED_KEYS
 from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data, shared_micro_batch
 from pipeline.tuning.locations import with_absolute_candidates
 from pipeline.tuning.space import (

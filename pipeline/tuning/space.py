@@ -15,7 +15,7 @@ import numpy as np
 import optuna
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Config
+from pipeline.config_keys import Config
 
 Point = dict[str, Any]  # value by dotted key
 KINDS = ("choice", "grid", "uniform", "loguniform", "quniform", "integer")

@@ -24,8 +24,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import Config, ConfigError, Experiment, FolderName, Location, Tracking, WeightsLocation
+from pipeline.config import ConfigError, Experiment, FolderName, Location, Tracking, WeightsLocation
 from pipeline.config_files import check, dump, with_values
+from pipeline.config_keys import Config
 from pipeline.evaluation.coco_metrics import NUMBERS
 from pipeline.training.schedule import BASE_BATCH_SIZE, evaluations_without_data
 from pipeline.tuning.space import Domain, Point, canonical_text

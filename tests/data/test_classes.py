@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import Data
 from pipeline.data.shards.classes import class_lines, with_classes_of
 from pipeline.data.shards.manifest import MANIFEST_NAME, ManifestError, ShardSet, load_shards
 from pipeline.data.shards.reader import ShardError, locate_row_groups, read_annotations, read_row_groups
 from pipeline.data.shards.records import ImageRecord, records_from_table
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.data.stream.stream import evaluation_stream
+from pipeline.data_settings import Data
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.training.context import resolve_data
 from tests.support.synthetic_shards import stored_rows, synthetic_records, write_shards

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import Data
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.augment.stages import Stages
 from pipeline.data.shards import repeat_factors
@@ -21,6 +20,7 @@ from pipeline.data.shards.training_set import TrainingSet, join_sets, trains_on
 from pipeline.data.sources.synthetic import CLASSES
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.stream import training_plan, training_stream
+from pipeline.data_settings import Data
 from pipeline.training.context import open_training_set, resolve_data
 from tests.data.test_classes import renamed
 from tests.support.streams import SETTINGS, seen

@@ -11,10 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 
-from pipeline.config import Cluster, ConfigError, Data
+from pipeline.config import Cluster, ConfigError
 from pipeline.config_files import check, dump
 from pipeline.data.shards.manifest import load_shards
 from pipeline.data.sources.synthetic import CLASSES
+from pipeline.data_settings import Data
 from pipeline.labelling.suspects_report import trained_on
 from pipeline.run_report.results import collect
 from pipeline.training import checkpoint
