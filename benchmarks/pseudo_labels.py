@@ -91,7 +91,7 @@ def _train(
     file = args.out / f"{name}.json"
     if file.exists():
         return
-    work = args.out / "work" / name  # of its own: MLflow keeps the database of a training open
+    work = args.out / "work" / name  # one for each training, as MLflow keeps its database open
     started = time.process_time()
     settings = {
         "name": name,

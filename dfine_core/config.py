@@ -69,7 +69,7 @@ class OptimizerConfig:
     decay_biases: bool = False  # encoder and decoder alone; the released l and x decay them
     param_groups: Literal["released", "deim", "fixed"] = "released"
     betas: tuple[float, float] = (0.9, 0.999)
-    layer_decay: float = 1.0  # to the power of a part's depth (`parts.DEPTH`): factor on its rate
+    layer_decay: float = 1.0  # factor on a part's rate for each step of its depth, see `parts.DEPTH`
 
     @classmethod
     def for_variant(cls, name: str, **settings: Any) -> "OptimizerConfig":

@@ -37,7 +37,7 @@ class Data(Config):
         None  # rows that are shuffled together; default: 2,048, or 128 per micro-batch of a step
     )
 
-    @field_validator("train", mode="wrap")  # of a union, pydantic would list the problems of both forms
+    @field_validator("train", mode="wrap")  # pydantic would list the problems of both forms of a union
     @classmethod
     def _one_set_or_several(cls, value: Any, _: object) -> str | tuple[TrainShards, ...]:
         if isinstance(value, str):

@@ -66,7 +66,7 @@ class PredictPlan(PartsPlan):
     drift_score: float | None = None  # raw score from which a detection counts for drift; None: not measured
     precision: str = "fp32"  # name of an arithmetic, the same for all parts
     tile: int | None = None  # side in px of the tiles that images are cut into; None: they are taken whole
-    overlap: float | None = None  # of neighbouring tiles, share of the side
+    overlap: float | None = None  # share of the side by which neighbouring tiles overlap
 
     @property
     def tiling(self) -> Tiling | None:

@@ -28,7 +28,7 @@ WITHOUT_KERNEL = {
 }
 BACKWARD = 2  # backward / forward arithmetic: one pass for the weights, one for the inputs
 STATE_VALUES = 5  # per parameter: value, gradient, two moments, EMA
-FROZEN_VALUES = 2  # of a part that is never trained: value, EMA
+FROZEN_VALUES = 2  # values kept for each parameter that is never trained: its own, EMA
 FLOAT_BYTES = 4
 SUSTAINED_TFLOPS = (10, 30, 100)  # assumed for one GPU in bf16; the first epoch shows the real value
 LAUNCH_SECONDS = 5e-6  # assumed for the host to launch one GPU kernel

@@ -24,7 +24,7 @@ EMA_HORIZON_SHARE = 0.2  # EMA horizon is at most this share of the run, so that
 class Schedule:
     """Derived schedule of a run; the same for any number of workers."""
 
-    images: int  # of an epoch
+    images: int  # images of an epoch
     global_batch_size: int
     micro_batch_size: int  # images per forward pass of a worker
     steps_per_epoch: int

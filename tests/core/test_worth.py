@@ -25,7 +25,7 @@ def detector() -> Detector:
 
 
 def output_for(detector: Detector, targets: list[dict[str, Tensor]]) -> DetectorOutput:
-    torch.manual_seed(1)  # of the denoising queries
+    torch.manual_seed(1)  # denoising queries draw from it
     images = recorded.images(len(targets), *CONFIG.input_size, seed=1)
     output: DetectorOutput = detector(images, targets)
     return output

@@ -49,7 +49,7 @@ def found(image: int, category: int, box: list[float], score: float) -> dict[str
 
 
 RESULTS = [
-    found(10, 7, [50, 2, 10, 10], 0.9),  # of the labelled image
+    found(10, 7, [50, 2, 10, 10], 0.9),  # in the labelled image
     found(11, 7, [1, 2, 30, 20], 0.9),
     found(11, 7, [2, 2, 30, 20], 0.7),  # the same label
     found(11, 9, [1, 2, 30, 20], 0.65),  # another class

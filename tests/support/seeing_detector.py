@@ -13,7 +13,7 @@ from dfine_core import LoadedDetector
 from dfine_core.image_detections import RawDetections
 from tests.support.small_detectors import small_detector
 
-COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))  # of the classes
+COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))  # one for each class
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -44,7 +44,7 @@ class PastedBox(NamedTuple):
     image: int  # index in the micro-batch
     box: NDArray[np.float32]  # [4] cxcywh, normalised to the canvas
     label: int
-    mark: float  # of the object where it was copied, see `samples`
+    mark: float  # copied with the object, see `samples`
 
 
 def draw_blend(

@@ -33,8 +33,8 @@ from pipeline.data.shards.manifest import Category
 from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
 from pipeline.data.sources.json_arrays import array_items
 
-SAME_LABEL_IOU = 0.7  # of two labels of one class that are one
-SAME_OBJECT_IOU = 0.5  # of a label and a detection to ignore
+SAME_LABEL_IOU = 0.7  # two labels of one class with this IoU are one
+SAME_OBJECT_IOU = 0.5  # a detection to ignore with this IoU to a label is that object
 
 
 @dataclass(frozen=True)

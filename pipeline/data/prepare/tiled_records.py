@@ -22,11 +22,11 @@ from dfine_core.tiles import DEFAULT_OVERLAP, LARGEST_OVERLAP, SMALLEST_TILE, Ti
 from pipeline.data.shards.manifest import FrozenModel, Notice
 from pipeline.data.shards.records import ImageRecord
 
-MIN_SHARE = 0.4  # of a box's area
-MIN_SIDE = 0.1  # share of the tile's side
+MIN_SHARE = 0.4  # least visible share of a box's area
+MIN_SIDE = 0.1  # least visible width and height, as a share of the tile's side
 TILE_IDS = 1_000_000  # ids per image, more than any image has tiles
-LARGEST_ID = (2**63 - 1) // TILE_IDS - 1  # of an image that is cut
-QUALITY = 95  # of a tile's JPEG: it is written anew only because it is cut
+LARGEST_ID = (2**63 - 1) // TILE_IDS - 1  # largest id of an image that is cut
+QUALITY = 95  # JPEG quality of tiles, which are written anew
 
 
 class TileRule(FrozenModel):

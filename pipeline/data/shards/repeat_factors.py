@@ -17,8 +17,8 @@ from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 
 COLUMNS = ("labels", "crowd")
 DRAWS = 1 << 32  # second word of the generator's counter: apart from those of the shuffles, which have 0
-MOST_COPIES = 1000  # of an image in a pass
-START_BITS = 24  # of the random number that decides on copies; with fewer than 2^28 copies, sums of both are exact
+MOST_COPIES = 1000  # limit of an image's copies in a pass
+START_BITS = 24  # bits of the random number that decides on copies; with fewer than 2^28 copies, sums of both are exact
 
 
 @dataclass(frozen=True)
