@@ -117,6 +117,17 @@ def test_the_folder_of_a_prediction_is_joined_by_file_and_class_names(folder: Pa
     assert not any(notice.code == "pseudo-unseen" for notice in shards.manifest.notices)
 
 
+def test_classes_of_other_names_are_not_taken_by_their_ids(folder: Path) -> None:
+    predicted = folder.parent / "found"
+    predicted.mkdir()
+    images = [{"id": 2, "file_name": "2.jpg", "width": WIDTH, "height": HEIGHT}]
+    described = {"images": images, "categories": [{"id": 7, "name": "A"}, {"id": 9, "name": ["b"]}, 3]}
+    (predicted / "images.json").write_text(json.dumps(described))
+    (predicted / "detections.json").write_text(json.dumps([found(2, 7, [10, 5, 20, 20], 0.8)]))
+    with pytest.raises(SystemExit, match=r"none of its classes \(A\) is one of the set \(a, b\)"):
+        command(folder, predicted)
+
+
 def test_fractions_of_sources_without_sizes_are_scaled(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in ("0.jpg", "1.jpg"):

@@ -10,9 +10,7 @@ dropped: it is that object once more, and the detector should learn to find it o
 
 import posixpath
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +18,19 @@ from pydantic import JsonValue
 
 from pipeline import storage
 from pipeline.data.prepare.teacher_boxes import (
-    IMAGES_FILE,
     Boxes,
     Results,
     box_iou,
+    described_categories,
+    images_file,
+    labels_by_id,
     read_results,
     result_files,
     within,
 )
 from pipeline.data.prepare.work_plan import PrepareError
 from pipeline.data.shards.manifest import Category
-from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry, SourceError
-from pipeline.data.sources.json_arrays import array_items
+from pipeline.data.sources.index import AnnotationIndex, BoxEntry, DatasetSource, ImageEntry
 
 SAME_LABEL_IOU = 0.7  # two labels of one class with this IoU are one
 SAME_OBJECT_IOU = 0.5  # a detection to ignore with this IoU to a label is that object
@@ -72,9 +71,7 @@ def with_pseudo_labels(source: DatasetSource, rule: PseudoLabels) -> DatasetSour
     files = result_files(rule.results)
     if missing := [file for file in files if not storage.exists(file)] or ([] if files else [rule.results]):
         raise PrepareError(f"--pseudo {missing[0]}: there is no such file, and no folder of a dfine predict")
-    images = rule.images
-    if images is None and files != [rule.results]:
-        images = storage.join(rule.results, IMAGES_FILE)
+    images = images_file(rule.results, rule.images)
 
     def fill(index: AnnotationIndex) -> tuple[Category, ...]:
         categories = source.fill(index)
@@ -93,19 +90,14 @@ def _labels(categories: Sequence[Category], images: str | None, ignore: float) -
     Raises:
         PrepareError: the teacher left out detections that would have to be ignored.
     """
-    known = {category.original_id: category.label for category in categories}
-    described: list[Any] = []
-    with suppress(SourceError):  # a file that describes images alone
-        described = [] if images is None else list(array_items(images, "categories"))
+    described = described_categories(images)
     for item in described:
-        if isinstance(item, dict) and isinstance(least := item.get("threshold"), int | float) and least > ignore:
+        if isinstance(least := item.get("threshold"), int | float) and least > ignore:
             raise PrepareError(
                 f"{images}: {item.get('name')} was predicted with a threshold of {least:g}, and --ignore is {ignore:g}: what lies"
                 f" between would count as background; predict again with --threshold {ignore:g}"
             )
-    by_name = {category.name: category.label for category in categories}
-    named = {int(item["id"]): by_name[item["name"]] for item in described if item.get("name") in by_name}
-    return named or known
+    return labels_by_id(categories, described, images)
 
 
 def _boxes(

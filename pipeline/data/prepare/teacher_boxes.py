@@ -6,7 +6,8 @@ others, a description of the images (`images.json` of that folder, or an instanc
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.data.prepare.shard_writer import HashingFile
 from pipeline.data.prepare.work_plan import PrepareError
-from pipeline.data.shards.manifest import Shard, ShardSet
+from pipeline.data.shards.classes import listed
+from pipeline.data.shards.manifest import Category, Shard, ShardSet
 from pipeline.data.shards.reader import locate_row_groups, read_row_groups
 from pipeline.data.shards.teacher_boxes import TEACHER_MANIFEST, TEACHER_SCHEMA, TeacherManifest
+from pipeline.data.sources.index import SourceError
 from pipeline.data.sources.json_arrays import array_items
 from pipeline.output_folder import refuse_foreign_folder
 
@@ -95,8 +98,11 @@ def prepare_teacher_boxes(
     bonus = bonus or [0.0] * len(results)
     if len(bonus) != len(results):
         raise PrepareError(f"--bonus has {len(bonus)} values for {len(results)} --results: give one for each")
-    labels = {category.original_id: category.label for category in shards.categories}
-    teachers = [read_results(uri, labels, images, min_score) for uri in results]
+    teachers = []
+    for uri in results:
+        file = images_file(uri, images)
+        labels = labels_by_id(shards.categories, described_categories(file), file)
+        teachers.append(read_results(uri, labels, file, min_score))
     shrunk = shards.manifest.options.get("longest_side")
     if shrunk and any(teacher.described is None for teacher in teachers):
         raise PrepareError(
@@ -139,18 +145,55 @@ def prepare_teacher_boxes(
     return manifest
 
 
+def images_file(results: str, images: str | None) -> str | None:
+    """File that describes the images of results: the given one, or that of a folder of `dfine predict`."""
+    if images is None and result_files(results) != [results]:
+        return storage.join(results, IMAGES_FILE)
+    return images
+
+
+def described_categories(images: str | None) -> list[dict[str, Any]]:
+    """Categories in a file that describes images; none if it has only images."""
+    found: list[Any] = []
+    with suppress(SourceError):
+        found = [] if images is None else list(array_items(images, "categories"))
+    return [item for item in found if isinstance(item, dict)]
+
+
+def labels_by_id(
+    categories: Sequence[Category], described: Sequence[Mapping[str, Any]], images: str | None
+) -> dict[int, int]:
+    """Label of each category id of results: by name where `described` has names, else by the ids of the set's classes.
+
+    Raises:
+        PrepareError: there are names, and none of them is a class of the set.
+    """
+    by_name = {category.name: category.label for category in categories}
+    names = {
+        item["id"]: item["name"]
+        for item in described
+        if isinstance(item.get("id"), int) and isinstance(item.get("name"), str)
+    }
+    named = {number: by_name[name] for number, name in names.items() if name in by_name}
+    if names and not named:
+        raise PrepareError(
+            f"{images}: none of its classes ({listed(list(names.values()))}) is one of the set ({listed(list(by_name))}): use a"
+            " teacher of the same classes, or rename them in this file"
+        )
+    return named or {category.original_id: category.label for category in categories}
+
+
 def read_results(uri: str, labels: dict[int, int], images: str | None, min_score: float) -> Results:
     """Read the detections of one teacher.
 
     Args:
         labels: label of each category id.
+        images: file that describes the images, see `images_file`.
 
     Raises:
         PrepareError: a detection is damaged, or of a category that the shard set does not have.
     """
     files = result_files(uri)
-    if files != [uri] and images is None:
-        images = storage.join(uri, IMAGES_FILE)
     image_ids: list[int] = []
     rows: list[tuple[float, ...]] = []
     read = 0
